@@ -1,0 +1,36 @@
+# `make demo` and `make test` set up everything they need in .venv, once, and run.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint check-package clean
+
+# Relative paths only, so that a checkout whose path has spaces works. The pinned torch comes first: an
+# unpinned one pulls a different build with gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/fusedres demo --output demo-output
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: $(STAMP) lint
+	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=90
+	$(MAKE) check-package
+
+check-package: $(STAMP)
+	$(BIN)/python tests/check_package.py
+
+clean:
+	rm -rf $(VENV) build dist demo-output *.egg-info

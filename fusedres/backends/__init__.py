@@ -1,0 +1,1 @@
+"""The backends: one module each, all with the signatures of `fusedres.raw_ops.RawOps`."""

@@ -1,0 +1,252 @@
+"""Every raw op in plain PyTorch: the specification, the fallback and the oracle of the tests.
+
+The shortest code that is right, on any device, dtype and memory format, float64 included. Maths and shapes
+are in `fusedres.raw_ops`. Callers: `fusedres.dispatch` and the tests.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output, accumulation_dtype
+
+NO_GRADIENT = 255  # pooling index of a window whose maximum is not positive
+BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def pack_mask(keep: Tensor) -> Tensor:
+    """Boolean [N, C, H, W] -> uint8 [ceil(numel/8)], bit i of byte j = element 8j+i in NHWC order."""
+    bits = keep.permute(0, 2, 3, 1).reshape(-1).to(torch.uint8)
+    bits = F.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
+    return (bits * bits.new_tensor(BIT_WEIGHTS)).sum(1, dtype=torch.uint8)
+
+
+def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `pack_mask`: boolean, with the logical shape of `like` [N, C, H, W]."""
+    n, c, h, w = like.shape
+    bits = (mask[:, None] & mask.new_tensor(BIT_WEIGHTS)) != 0
+    return bits.reshape(-1)[: like.numel()].view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def per_channel(vector: Tensor) -> Tensor:
+    return vector[:, None, None]  # [C] -> [C, 1, 1], against [N, C, H, W]
+
+
+def affine(c: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.addcmul(per_channel(shift), c.to(scale.dtype), per_channel(scale))
+
+
+def activation(c: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """a = relu(scale*c + shift), rounded to c's dtype. [N, C, H, W]"""
+    return torch.relu(affine(c, scale, shift).to(c.dtype))
+
+
+def rows_by_channels(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # [N, C, H, W] -> [P, C]
+
+
+def masked_gradient(
+    dy: Tensor, c: Tensor, vectors: BatchNormVectors, mask: Tensor | None, relu: bool
+) -> Tensor:
+    """dz, see `RawOps.bn_add_relu_backward_reduce`. [N, C, H, W]"""
+    if mask is not None:
+        return torch.where(unpack_mask(mask, dy), dy, 0)
+    if relu:
+        return torch.where(affine(c, vectors.scale, vectors.shift).to(c.dtype) <= 0, 0, dy)
+    return dy
+
+
+def apply_coefficients(dz: Tensor, c: Tensor, grads: BatchNormGrads) -> Tensor:
+    """dc = A*dz + B*c + K, rounded to c's dtype. [N, C, H, W]"""
+    dc = dz.to(grads.A.dtype) * per_channel(grads.A)
+    if grads.B is not None and grads.K is not None:
+        dc = dc + affine(c, grads.B, grads.K)
+    return dc.to(c.dtype)
+
+
+def sums(dz: Tensor, c: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    dz = dz.to(mean.dtype)
+    return dz.sum((0, 2, 3)), (dz * (c.to(mean.dtype) - per_channel(mean))).sum((0, 2, 3))
+
+
+class ReferenceOps:
+    """`RawOps` in plain PyTorch."""
+
+    name = "reference"
+
+    def supports(self, op: str, *args: object) -> str | None:
+        return None
+
+    def bn_stats(self, c):
+        var, mean = torch.var_mean(c.to(accumulation_dtype(c.dtype)), (0, 2, 3), correction=0)
+        return mean, var
+
+    def bn_scale_shift(self, mean, var, weight, bias, eps):
+        invstd = (var.double() + eps).rsqrt()
+        scale = (invstd if weight is None else weight.double() * invstd).to(mean.dtype)
+        shift = -mean.double() * scale.double()
+        shift = shift if bias is None else shift + bias.double()
+        return BatchNormVectors(mean, var, invstd.to(mean.dtype), scale, shift.to(mean.dtype))
+
+    def bn_add_relu_forward(
+        self,
+        c,
+        scale,
+        shift,
+        residual=None,
+        residual_scale=None,
+        residual_shift=None,
+        relu=True,
+        save_mask=False,
+    ):
+        z = affine(c, scale, shift)
+        if residual_scale is not None:
+            z = z + affine(residual, residual_scale, residual_shift)
+        elif residual is not None:
+            z = z + residual
+        z = z.to(c.dtype)
+        y = torch.relu(z) if relu else z
+        return y, pack_mask(~(y <= 0)) if save_mask else None
+
+    def bn_add_relu_backward_reduce(
+        self, dy, c, vectors, mask=None, relu=True, shortcut_c=None, shortcut_mean=None
+    ):
+        dz = masked_gradient(dy, c, vectors, mask, relu)
+        sum_dz, sum_dz_centered = sums(dz, c, vectors.mean)
+        if shortcut_c is None:
+            return sum_dz, sum_dz_centered, None
+        return sum_dz, sum_dz_centered, sums(dz, shortcut_c, shortcut_mean)[1]
+
+    def bn_backward_coefficients(self, sum_dz, sum_dz_centered, vectors, rows, training):
+        invstd, A = vectors.invstd, vectors.scale
+        dweight = invstd * sum_dz_centered
+        if not training:
+            return BatchNormGrads(dweight, sum_dz, A, None, None)
+        B = (-A.double() * invstd.double() ** 2 * sum_dz_centered.double() / rows).to(A.dtype)
+        K = -A.double() * sum_dz.double() / rows - B.double() * vectors.mean.double()
+        return BatchNormGrads(dweight, sum_dz, A, B, K.to(A.dtype))
+
+    def bn_add_relu_backward_input(
+        self,
+        dy,
+        c,
+        vectors,
+        grads,
+        mask=None,
+        relu=True,
+        shortcut_c=None,
+        shortcut_grads=None,
+        save_dz=False,
+    ):
+        dz = masked_gradient(dy, c, vectors, mask, relu)
+        dc = apply_coefficients(dz, c, grads)
+        if shortcut_c is not None:
+            return dc, apply_coefficients(dz, shortcut_c, shortcut_grads)
+        # without a mask dz may be dy itself, and a returned gradient never shares storage with an argument
+        return dc, (dz.clone() if dz is dy else dz) if save_dz else None
+
+    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding):
+        a = activation(c, scale, shift)
+        y, flat = F.max_pool2d(a, kernel_size, stride, padding, return_indices=True)
+        width = c.shape[3]
+        top = torch.arange(y.shape[2], device=c.device)[:, None] * stride - padding
+        left = torch.arange(y.shape[3], device=c.device) * stride - padding
+        place = (flat // width - top) * kernel_size + (flat % width - left)
+        return y, torch.where(y <= 0, NO_GRADIENT, place).to(torch.uint8)
+
+    def _unpool(self, dy, indices, c, kernel_size, stride, padding):
+        """dz [N, C, H, W] in the accumulation dtype: each window's dy lands on its maximum."""
+        acc = accumulation_dtype(c.dtype)
+        top = torch.arange(dy.shape[2], device=c.device)[:, None] * stride - padding
+        left = torch.arange(dy.shape[3], device=c.device) * stride - padding
+        place = indices.long()
+        flat = (top + place // kernel_size) * c.shape[3] + left + place % kernel_size
+        passes = place != NO_GRADIENT
+        dz = torch.zeros(c.shape, dtype=acc, device=c.device).flatten(2)
+        dz.scatter_add_(2, torch.where(passes, flat, 0).flatten(2), torch.where(passes, dy.to(acc), 0).flatten(2))
+        return dz.view(c.shape)
+
+    def bn_relu_maxpool_backward_reduce(self, dy, indices, c, vectors, kernel_size, stride, padding):
+        return sums(self._unpool(dy, indices, c, kernel_size, stride, padding), c, vectors.mean)
+
+    def bn_relu_maxpool_backward_input(self, dy, indices, c, grads, kernel_size, stride, padding):
+        dc = apply_coefficients(self._unpool(dy, indices, c, kernel_size, stride, padding), c, grads)
+        return torch.empty_like(c).copy_(dc)
+
+    def conv1x1_forward(
+        self,
+        x,
+        weight,
+        bias=None,
+        stride=1,
+        in_scale=None,
+        in_shift=None,
+        scale=None,
+        shift=None,
+        residual=None,
+        residual_scale=None,
+        residual_shift=None,
+        relu=False,
+        save_mask=False,
+        save_stats=False,
+    ):
+        acc = accumulation_dtype(x.dtype)
+        a = x if in_scale is None else activation(x, in_scale, in_shift)
+        conv = F.conv2d(a.to(acc), weight.to(acc), None if bias is None else bias.to(acc), stride)
+        if scale is None:
+            scale, shift = torch.ones_like(conv[0, :, 0, 0]), torch.zeros_like(conv[0, :, 0, 0])
+        z, _ = self.bn_add_relu_forward(
+            conv,
+            scale,
+            shift,
+            None if residual is None else residual.to(acc),
+            residual_scale,
+            residual_shift,
+            relu=False,
+        )
+        y = torch.relu(z.to(x.dtype)) if relu else z.to(x.dtype)
+        mean, var = self.bn_stats(y) if save_stats else (None, None)
+        return Conv1x1Output(y, pack_mask(~(y <= 0)) if save_mask else None, mean, var)
+
+    def gram(self, c, scale, shift):
+        a = rows_by_channels(activation(c, scale, shift)).to(scale.dtype)  # [P, Cin]
+        m = a.mean(0)
+        centered = a - m
+        return m, centered.t() @ centered / a.shape[0]
+
+    def conv1x1_backward_weight(self, dy, mask, c, scale, shift, center=None):
+        dz = dy if mask is None else torch.where(unpack_mask(mask, dy), dy, 0)
+        dz = rows_by_channels(dz).to(scale.dtype)  # [P, Cout]
+        a = rows_by_channels(activation(c, scale, shift)).to(scale.dtype)  # [P, Cin]
+        return dz.t() @ (a if center is None else a - center), dz.sum(0)
+
+    def conv1x1_gram_backward_input(
+        self, dy, mask, c, vectors, weight_dz, weight_a=None, center=None, offset=None
+    ):
+        n, _, h, w = c.shape
+        dz = dy if mask is None else torch.where(unpack_mask(mask, dy), dy, 0)
+        a = rows_by_channels(activation(c, vectors.scale, vectors.shift)).to(weight_dz.dtype)  # [P, Cin]
+        da = rows_by_channels(dz).to(weight_dz.dtype) @ weight_dz  # [P, Cin]
+        if weight_a is not None:
+            da = da + (a - center) @ weight_a + offset
+        dz_below = torch.where(a <= 0, 0, da).to(c.dtype).view(n, h, w, -1).permute(0, 3, 1, 2)
+        return dz_below, *sums(dz_below, c, vectors.mean)
+
+    def conv1x1_backward_input(
+        self, dy, c, vectors, grads, weight, relu=True, shortcut_dy=None, shortcut_mask=None
+    ):
+        acc = vectors.scale.dtype
+        dc = apply_coefficients(masked_gradient(dy, c, vectors, None, relu), c, grads)
+        dx = F.conv_transpose2d(dc.to(acc), weight.to(acc))  # dc W, [N, Cin, H, W]
+        if shortcut_dy is not None:
+            if shortcut_mask is not None:
+                shortcut_dy = torch.where(unpack_mask(shortcut_mask, shortcut_dy), shortcut_dy, 0)
+            dx = dx + shortcut_dy
+        return dx.to(c.dtype), dc
+
+    def conv_bias_add_relu_forward(self, x, weight, bias, residual, relu, stride, padding, dilation, groups):
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        y = y if residual is None else y + residual
+        return torch.relu(y) if relu else y

@@ -1,0 +1,107 @@
+"""Which backend serves a raw op: the only place that chooses, and the only one that reads the environment.
+
+A `Dispatcher` has every raw op as a method; each call goes to the first of its backends whose `supports`
+gives no reason against it. The reference comes last and takes everything.
+
+    FUSEDRES_BACKEND=auto|reference      the default for this process
+    with use_backend("reference"): ...   for a block of code, in this thread
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, cast
+
+from fusedres.backends.reference import ReferenceOps
+from fusedres.errors import BackendUnavailableError
+from fusedres.raw_ops import RAW_OPS, RawOps
+
+ENVIRONMENT_VARIABLE = "FUSEDRES_BACKEND"
+AUTO = "auto"
+
+# fastest first, the reference last
+LOADERS: dict[str, Callable[[], RawOps]] = {"reference": cast(Callable[[], RawOps], ReferenceOps)}
+
+_requested: ContextVar[str | None] = ContextVar("fusedres_backend", default=None)
+
+
+def backend_names() -> tuple[str, ...]:
+    """The names that `backend=` accepts: "auto" and every backend of this installation."""
+    return (AUTO, *LOADERS)
+
+
+def check_backend(name: str) -> None:
+    """Raises BackendUnavailableError unless `name` is one of `backend_names()`."""
+    if name not in backend_names():
+        raise BackendUnavailableError(
+            f"fusedres: backend {name!r} is not available, found {', '.join(backend_names())}. "
+            f"Choose one of those, by argument or by {ENVIRONMENT_VARIABLE}."
+        )
+
+
+class Dispatcher:
+    """Every raw op, each call served by the first backend that supports it.
+
+    Args:
+        backends: in order of preference; the last must support everything.
+    """
+
+    def __init__(self, backends: tuple[RawOps, ...]) -> None:
+        self.backends = backends
+        for op in RAW_OPS:
+            setattr(self, op, partial(self._call, op))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., Any]: ...
+
+    def _call(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        for backend in self.backends[:-1]:
+            if backend.supports(op, *args) is None:
+                return getattr(backend, op)(*args, **kwargs)
+        return getattr(self.backends[-1], op)(*args, **kwargs)
+
+    def explain(self, op: str, *args: Any) -> list[tuple[str, str | None]]:
+        """For one call, each backend in order with its reason against serving it (None: it serves)."""
+        return [(backend.name, backend.supports(op, *args)) for backend in self.backends]
+
+
+@cache
+def _dispatcher(name: str) -> Dispatcher:
+    check_backend(name)
+    names = list(LOADERS) if name == AUTO else list(dict.fromkeys((name, "reference")))
+    return Dispatcher(tuple(LOADERS[n]() for n in names))
+
+
+def dispatcher(name: str = AUTO) -> Dispatcher:
+    """The dispatcher for a requested backend.
+
+    Args:
+        name: a backend, then the reference; "auto" follows `use_backend`, then FUSEDRES_BACKEND, then takes
+            every backend of this installation, fastest first.
+
+    Raises:
+        BackendUnavailableError: the name is unknown or the backend is not installed.
+    """
+    if name == AUTO:
+        name = _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    return _dispatcher(name)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context, in this thread, "auto" means `name`.
+
+    Raises:
+        BackendUnavailableError: the name is unknown or the backend is not installed.
+    """
+    check_backend(name)
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)

@@ -1,0 +1,5 @@
+"""Build entry: all metadata is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
