@@ -13,7 +13,9 @@ from rich.table import Table
 from fusedres import errors, models, patching
 from fusedres.patching.report import COLUMNS, PatchReport
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fused residual blocks for PyTorch ResNets.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Fused residual blocks for PyTorch ResNets."
+)
 console = Console()
 PREFIX = "fusedres:"
 
@@ -21,7 +23,9 @@ PREFIX = "fusedres:"
 def model_by_name(name: str) -> models.ResNet | models.CifarResNet:
     """The model that `fusedres:NAME` names. Raises typer.BadParameter."""
     if not name.startswith(PREFIX):
-        raise typer.BadParameter(f"{name!r} is no known model: write {PREFIX}NAME, for example {PREFIX}resnet50")
+        raise typer.BadParameter(
+            f"{name!r} is no known model: write {PREFIX}NAME, for example {PREFIX}resnet50"
+        )
     try:
         return models.create(name.removeprefix(PREFIX))  # type: ignore[return-value]
     except ValueError as error:
@@ -29,7 +33,9 @@ def model_by_name(name: str) -> models.ResNet | models.CifarResNet:
 
 
 def report_table(report: PatchReport, title: str) -> Table:
-    table = Table(*COLUMNS, title=title, caption=f"matched {len(report.matched)} of {len(report.blocks)} blocks")
+    table = Table(
+        *COLUMNS, title=title, caption=f"matched {len(report.matched)} of {len(report.blocks)} blocks"
+    )
     for block in report.blocks:
         table.add_row(*block.row)
     return table
@@ -56,7 +62,9 @@ def explain(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="folder for curves.png and results.json")] = Path("demo-output"),
+    output: Annotated[Path, typer.Option(help="folder for curves.png and results.json")] = Path(
+        "demo-output"
+    ),
     epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 8,
 ) -> None:
     """Trains two ResNets on handwritten digits, each unpatched and patched, and compares the runs."""

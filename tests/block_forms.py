@@ -28,7 +28,12 @@ def randomize(block: nn.Module, seed: int = 0) -> nn.Module:
         fan_in = conv.weight[0].numel()
         conv.weight.data.copy_(torch.randn(conv.weight.shape, generator=generator) / fan_in**0.5)
     for bn in each_bn(block):
-        for tensor, low in ((bn.weight, 0.5), (bn.bias, -0.5), (bn.running_mean, -0.5), (bn.running_var, 0.5)):
+        for tensor, low in (
+            (bn.weight, 0.5),
+            (bn.bias, -0.5),
+            (bn.running_mean, -0.5),
+            (bn.running_var, 0.5),
+        ):
             if tensor is not None:
                 tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + low)
     return block
@@ -177,7 +182,10 @@ FORMS = [
 ]
 
 RECIPE_FORMS = [
-    (recipe, form) for form in FORMS for recipe in ("separate", "gram") if recipe == "separate" or form.has_gram
+    (recipe, form)
+    for form in FORMS
+    for recipe in ("separate", "gram")
+    if recipe == "separate" or form.has_gram
 ]
 RECIPE_FORM_IDS = [f"{recipe}-{form.name}" for recipe, form in RECIPE_FORMS]
 
@@ -200,7 +208,9 @@ def one_step(block: nn.Module, x: Tensor, dy: Tensor) -> Step:
     return Step(y.detach(), x.grad, gradients, {k: b.clone() for k, b in block.named_buffers()})
 
 
-def tensors_for(form: BlockForm, block: nn.Module, dtype: torch.dtype, batch: int = 3) -> tuple[Tensor, Tensor]:
+def tensors_for(
+    form: BlockForm, block: nn.Module, dtype: torch.dtype, batch: int = 3
+) -> tuple[Tensor, Tensor]:
     """x [batch, cin, size, size] channels_last, and dy like the block's output."""
     torch.manual_seed(1)
     x = torch.randn(batch, form.cin, form.size, form.size, dtype=dtype).to(memory_format=torch.channels_last)

@@ -26,7 +26,9 @@ def plot_curves(results: dict[str, list[Run]], path: Path) -> None:
         for run, (color, line, width) in zip(runs, STYLES, strict=False):
             top.plot(run.losses, line, color=color, linewidth=width, label=run.label)
         for run, (color, _, _) in zip(runs[1:], STYLES[1:], strict=False):
-            bottom.plot(difference(runs[0], run), color=color, linewidth=1, label=f"|{run.label} - {runs[0].label}|")
+            bottom.plot(
+                difference(runs[0], run), color=color, linewidth=1, label=f"|{run.label} - {runs[0].label}|"
+            )
         top.set(title=title, ylabel="training loss", yscale="log")
         bottom.set(xlabel="step", ylabel="distance of the losses", yscale="log")
         for axis in (top, bottom):
