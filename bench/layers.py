@@ -70,7 +70,7 @@ class Network:
 
 
 def read_network(name: str, model: nn.Module, image: tuple[int, int, int]) -> Network:
-    """The table of `model` for images [C, H, W]; a block is a module with convolutions of its own, not the root.
+    """The table of `model` for images [C, H, W]. A block is a non-root module with convolutions of its own.
 
     Raises:
         ValueError: the model has no convolution outside a block, or no block.

@@ -2,8 +2,8 @@
 
     python bench/roofline.py [MODEL] [--batch 256] [--ceilings environment.json] [--launches SCHEDULE]
 
-Each launch of `schedules.py` takes max(bytes / bandwidth, FLOPs / peak): every operand moves once, nothing waits.
-That is arithmetic, not measurement: a floor to hold measured times against.
+Each launch of `schedules.py` takes max(bytes / bandwidth, FLOPs / peak): every operand moves once, nothing
+waits. That is arithmetic, not measurement: a floor to hold measured times against.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a line of a schedule is launched: a convolution (the last one of a block at its join) and its tags."""
+    """Where a line of a schedule is launched: a convolution (at a join, the block's last) and its tags."""
 
     conv: Conv
     tags: frozenset[str]
@@ -210,8 +210,8 @@ def main() -> None:
     network = read_network(args.model, models.create(args.model), (3, side, side))
     machine = machine_from(args.ceilings) if args.ceilings else Machine()
     print(
-        f"{args.model}, batch {args.batch}, {args.element} bytes an element, {machine.bandwidth / 1e12:.2f} TB/s, "
-        f"{machine.peak / 1e12:.0f} TFLOP/s, ridge {machine.ridge:.0f} FLOP/byte"
+        f"{args.model}, batch {args.batch}, {args.element} bytes an element, "
+        f"{machine.bandwidth / 1e12:.2f} TB/s, {machine.peak / 1e12:.0f} TFLOP/s, ridge {machine.ridge:.0f} FLOP/byte"
     )
     if args.launches:
         for launch in launches(network, args.launches, args.batch, args.element, machine):

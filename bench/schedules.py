@@ -1,19 +1,20 @@
 """What each way to run a training step launches: data for `roofline.py`, and nothing else.
 
-A line is (where, kernel, reads, writes, work). `where` is a set of tags that must all hold; a line is launched
-once for every convolution, or once a block (`join`), that has them:
+A line is (where, kernel, reads, writes, work). `where` is a set of tags that must all hold; a line is
+launched once for every convolution, or once a block (`join`), that has them:
 
     conv         every convolution of a block: main (first or upper, inner or last) or shortcut
     1x1 kxk      its kernel;   strided plain: whether it has a stride
-    join         once a block, where the shortcut meets the main branch; c is then the last main convolution's
-    identity projection    the block's shortcut;   opening later, earlier final    the first, the last block
-    stem         the network's first convolution; pool: behind it, where the network pools there, else unpooled
+    join         once a block, where the shortcut meets the main branch; c is then the last convolution's
+    identity projection      the block's shortcut;   opening later, earlier final: the first, the last block
+    stem         the first convolution;   pool: behind it, where the network pools there, else unpooled
 
-Tensors: x, y the block's input and output; in, c, a a convolution's input, raw output, activation; below the raw
-output below it (the size of in); sampled the pixels of in that a strided 1x1 touches; s the projection's raw output;
-w, dw its weight and float32 weight gradient; mask one bit per element of y; d<name> the gradient of <name>, dz where
-it enters BN; at the stem p the pooled output, index8 and index1 its indices in 8 bytes and in 1. `~` marks a second read that finds a small tensor still in the L2 cache.
-Work: conv, the convolution's multiply-adds; gram, the symmetric half of a^T a; square, a product with Cin x Cin.
+Tensors: x, y the block's input and output; in, c, a a convolution's input, raw output, activation; below the
+raw output below it (the size of in); sampled the pixels of in that a strided 1x1 touches; s the projection's
+raw output; w, dw its weight and float32 weight gradient; mask one bit per element of y; d<name> the gradient
+of <name>, dz where it enters BN; at the stem p the pooled output, index8 and index1 its indices in 8 bytes and
+in 1. `~` marks a second read that finds a small tensor still in the L2 cache.
+Work: conv, the convolution's multiply-adds; gram, the symmetric half of a^T a; square, a Cin x Cin product.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ UNFUSED: tuple[Line, ...] = (
     ("join", "add_gradients", "dx dx", "dx", ""),
 )
 
-# pointwise operations and reductions fused by a compiler that sees the whole graph; masks from kept activations
+# pointwise operations and reductions fused by a compiler that sees the whole graph
 INDUCTOR: tuple[Line, ...] = (
     *LIBRARY_FORWARD,
     ("conv", "bn_stats", "c", "", ""),
@@ -107,7 +108,7 @@ FUSED_1X1: tuple[Line, ...] = (
     *WEIGHT_GRADIENT,
 )
 
-# prologues and epilogues everywhere, across blocks: the join in the next 1x1, statistics and sums in epilogues
+# prologues and epilogues everywhere, across blocks: the join in the next convolution, sums in epilogues
 ACROSS_BLOCKS: tuple[Line, ...] = (
     ("first opening", "convolution", "in w", "c", "conv"),
     ("first later", "convolution, the join below in its prologue", "x x w", "x mask_x c", "conv"),

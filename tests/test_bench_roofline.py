@@ -1,4 +1,4 @@
-"""The byte model against the design's table for ResNet-50, batch 256, bfloat16, and against counts by hand."""
+"""The byte model for ResNet-50, batch 256, bfloat16, against the design's table and counts by hand."""
 
 import pytest
 from layers import read_network
@@ -62,7 +62,7 @@ def test_layer_table(resnet50):
 
 
 def test_identity_block_by_hand(resnet50):
-    """layer3.1 at batch 1: narrow tensor n = 256*14*14, wide 4n; tensors moved counted with pencil and paper."""
+    """layer3.1 at batch 1: a narrow tensor is n, a wide one 4n; tensors moved, counted on paper."""
     n, mask = 256 * 14 * 14 * 2, 4 * 256 * 14 * 14 / 8
     weights = 256 * 1024 * 2 + 256 * 256 * 9
     moved = {
@@ -73,8 +73,9 @@ def test_identity_block_by_hand(resnet50):
     # backward: relu 12+3+3, reduce and input 5*(4+1+1), convs 2*(5+2+5), add 12
     eager = 12 + 6 + 12 + 4 + 12 + 8 + 18 + 30 + 24 + 12
     assert moved["unfused"] == eager * n + weights * (2 + 2 + 4)
-    # forward: c1 5, a1 2, c2 2, stats 1, gram 1, c3 1+4+4;  backward: R 1+4, da 1+4+1, a1 2, c2: dc 3, da 2, dw 2,
-    # reduce 2, c1: 1+1+4 in, 4+1 out, dw 5; mask written once, read by R, da and the shortcut
+    # forward: c1 5, a1 2, c2 2, stats 1, gram 1, c3 1+4+4
+    # backward: R 1+4, da 1+4+1, a1 2, c2: dc 3, da 2, dw 2, reduce 2, c1: 1+1+4 in, 4+1 out, dw 5
+    # the mask is written once and read by R, da and the shortcut
     gram = 5 + 2 + 2 + 1 + 1 + 9 + 5 + 6 + 2 + 3 + 2 + 2 + 2 + 11 + 5
     assert moved["gram"] == gram * n + 4 * mask + weights * (2 + 2 + 4)
 
