@@ -211,7 +211,8 @@ def main() -> None:
     machine = machine_from(args.ceilings) if args.ceilings else Machine()
     print(
         f"{args.model}, batch {args.batch}, {args.element} bytes an element, "
-        f"{machine.bandwidth / 1e12:.2f} TB/s, {machine.peak / 1e12:.0f} TFLOP/s, ridge {machine.ridge:.0f} FLOP/byte"
+        f"{machine.bandwidth / 1e12:.2f} TB/s, {machine.peak / 1e12:.0f} TFLOP/s, "
+        f"ridge {machine.ridge:.0f} FLOP/byte"
     )
     if args.launches:
         for launch in launches(network, args.launches, args.batch, args.element, machine):

@@ -12,8 +12,8 @@ launched once for every convolution, or once a block (`join`), that has them:
 Tensors: x, y the block's input and output; in, c, a a convolution's input, raw output, activation; below the
 raw output below it (the size of in); sampled the pixels of in that a strided 1x1 touches; s the projection's
 raw output; w, dw its weight and float32 weight gradient; mask one bit per element of y; d<name> the gradient
-of <name>, dz where it enters BN; at the stem p the pooled output, index8 and index1 its indices in 8 bytes and
-in 1. `~` marks a second read that finds a small tensor still in the L2 cache.
+of <name>, dz where it enters BN; at the stem p the pooled output, index8 and index1 its indices in 8 bytes
+and in 1. `~` marks a second read that finds a small tensor still in the L2 cache.
 Work: conv, the convolution's multiply-adds; gram, the symmetric half of a^T a; square, a Cin x Cin product.
 """
 
