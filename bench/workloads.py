@@ -176,7 +176,8 @@ def training_step(workload: Workload, model: nn.Module, x: Tensor) -> Step:
         return Step(block_step, forward, dict(model.named_parameters()))
 
     labels = torch.arange(workload.batch, device=workload.device) % 10
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    # all of SGD's work, but the weights stay: every round computes the same, and the gate may come any time
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
     def model_step() -> None:
         optimizer.zero_grad()
