@@ -1,4 +1,4 @@
-"""Questions that later kernels hang on: fused Triton 1x1 against cuDNN; wgmma with shifted start addresses."""
+"""Questions later kernels hang on: fused Triton 1x1 against cuDNN, wgmma with shifted start addresses."""
 
 from __future__ import annotations
 
