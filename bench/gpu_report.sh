@@ -21,14 +21,14 @@ while (($#)); do
 done
 ((${#stages[@]})) || stages=(environment baselines probes correctness ops blocks models)
 
-export PYTHONPATH="$root/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1
 if ! "$python" -P -c "import fusedres.triton_kernels" 2>/dev/null; then
   site=${TMPDIR:-/tmp}/fusedres-site
   wheel=$(find "$root/dist" -name 'fusedres-*.whl' 2>/dev/null | sort | tail -n 1)
   if [[ ! -e $site/fusedres ]]; then
     "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$site" "${wheel:-$root}"
   fi
-  export PYTHONPATH="$site:$PYTHONPATH"
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
 status=0

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-STEM = "stem"
+# the four stages of a ResNet for 224 x 224 images: width of a block, height and width of its maps
+STAGE_WIDTHS = (64, 128, 256, 512)
+STAGE_SIDES = (56, 28, 14, 7)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from layers import STAGE_SIDES, STAGE_WIDTHS
 from torch import Tensor
-from workloads import STAGE_SIDES, STAGE_WIDTHS
 
 from fusedres import raw_ops
 from fusedres.backends.reference import ReferenceOps

@@ -43,6 +43,17 @@ def flushed_seconds(run: Callable[[], object], device: torch.device, rounds: int
     return found
 
 
+def interleave(
+    baseline: Callable[[], object], target: Callable[[], object], device: torch.device, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Times of both, taken in turns after two calls each to warm up."""
+    for run in (baseline, target) * 2:
+        run()
+    pairs = [(seconds(baseline, device), seconds(target, device)) for _ in range(rounds)]
+    first, second = zip(*pairs, strict=True)
+    return list(first), list(second)
+
+
 def median(values: list[float]) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
 

@@ -7,6 +7,7 @@ and inputs are equal in all implementations of a workload. Half precision is aut
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from accuracy import assert_as_accurate_as_eager
+from layers import STAGE_SIDES, STAGE_WIDTHS
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
+import fusedres
 from fusedres import models
 from fusedres.models.blocks import BasicBlock, Bottleneck, conv1x1
 
 BASELINE = "eager_channels_last"
-STAGE_WIDTHS = (64, 128, 256, 512)
-STAGE_SIDES = (56, 28, 14, 7)  # height and width of a ResNet stage's blocks, for 224 x 224 images
 
 # implementation: keyword arguments of torch.compile
 COMPILE_OPTIONS: dict[str, dict[str, object]] = {
@@ -103,7 +105,14 @@ class Step:
 
     run: Callable[[], object]
     forward: Callable[[], Tensor]
-    parameters: dict[str, nn.Parameter]
+    model: nn.Module
+
+    def runs_as(self) -> dict[str, int]:
+        """How many blocks ran as which recipe in their last call; empty for an unpatched model."""
+        if isinstance(self.model, OptimizedModule) or not fusedres.is_patched(self.model):
+            return {}
+        blocks = fusedres.report(self.model).blocks
+        return dict(Counter(block.runs_as or block.code or "" for block in blocks))
 
 
 def autocast(workload: Workload) -> AbstractContextManager[object]:
@@ -130,8 +139,6 @@ def implement(model: nn.Module, implementation: str, backend: str) -> nn.Module:
     if implementation in COMPILE_OPTIONS:
         return torch.compile(model, **COMPILE_OPTIONS[implementation])  # type: ignore[call-overload]
     if name in FUSEDRES:
-        import fusedres
-
         fusedres.patch(model, recipe=name.removeprefix("fusedres_"), backend=backend)
     return model
 
@@ -173,7 +180,7 @@ def training_step(workload: Workload, model: nn.Module, x: Tensor) -> Step:
             y = forward()
             y.backward(dy.to(y.dtype))
 
-        return Step(block_step, forward, dict(model.named_parameters()))
+        return Step(block_step, forward, model)
 
     labels = torch.arange(workload.batch, device=workload.device) % 10
     # all of SGD's work, but the weights stay: every round computes the same, and the gate may come any time
@@ -184,7 +191,7 @@ def training_step(workload: Workload, model: nn.Module, x: Tensor) -> Step:
         F.cross_entropy(forward().float(), labels).backward()
         optimizer.step()
 
-    return Step(model_step, forward, dict(model.named_parameters()))
+    return Step(model_step, forward, model)
 
 
 def inference(workload: Workload, model: nn.Module, x: Tensor) -> Step:
@@ -193,7 +200,7 @@ def inference(workload: Workload, model: nn.Module, x: Tensor) -> Step:
         with autocast(workload):
             return model(x)
 
-    return Step(forward, forward, dict(model.named_parameters()))
+    return Step(forward, forward, model)
 
 
 def marked(step: Step) -> Step:
@@ -203,7 +210,7 @@ def marked(step: Step) -> Step:
         torch.compiler.cudagraph_mark_step_begin()
         step.run()
 
-    return Step(run, step.forward, step.parameters)
+    return Step(run, step.forward, step.model)
 
 
 def captured(step: Step) -> Step:
@@ -217,7 +224,7 @@ def captured(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step.run()
-    return Step(graph.replay, step.forward, step.parameters)
+    return Step(graph.replay, step.forward, step.model)
 
 
 def exact_output(workload: Workload) -> Tensor:
@@ -246,6 +253,6 @@ class CorrectnessGate:
         assert_as_accurate_as_eager(found, *self.references[workload], f"{workload.name} {what}")
         if workload.phase == "train":
             step.run()
-            for name, parameter in step.parameters.items():
+            for name, parameter in step.model.named_parameters():
                 grad = parameter.grad
                 assert grad is not None and grad.isfinite().all(), f"{what}: gradient of {name} is {grad}"

@@ -72,17 +72,8 @@ def time_op(settings: Settings, backend: str, shape: Shape, dtype: torch.dtype, 
 def dram_bytes(backend: str, stage: int, name: str) -> dict[str, Any]:
     """Bytes that one call moved to and from DRAM, kernel by kernel, by the hardware's counters."""
     driver = [sys.executable, str(DRIVER), "--backend", backend, "--only", f"^{name}$", "--stage", str(stage)]
-    command = [
-        "ncu",
-        "--clock-control",
-        "none",
-        "--profile-from-start",
-        "off",
-        "--csv",
-        "--metrics",
-        ",".join(METRICS),
-        *driver,
-    ]
+    options = ["--clock-control", "none", "--profile-from-start", "off", "--csv"]
+    command = ["ncu", *options, "--metrics", ",".join(METRICS), *driver]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     table = printed[printed.index('"ID"') :]
     units = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from report import Cell, Settings
-from timing import comparison, seconds
+from timing import comparison, interleave
 from torch.profiler import ProfilerActivity, profile
-from workloads import BASELINE, FUSEDRES, CorrectnessGate, Step, Workload, build, needs_graph
+from workloads import BASELINE, CorrectnessGate, Step, Workload, build, needs_graph
 
 ROUNDS = 30
 SMALL_ROUNDS = 2
@@ -46,15 +47,10 @@ def time_step(settings: Settings, workload: Workload, implementation: str) -> di
     peak = peak_bytes(step, settings.device)
     gate.check(workload, step, implementation)
     baseline = build(workload, BASELINE)
-    for _ in range(3):
-        baseline.run()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(ROUNDS if settings.full else SMALL_ROUNDS):
-        times[0].append(seconds(baseline.run, settings.device))
-        times[1].append(seconds(step.run, settings.device))
-    found = comparison(*times)
+    rounds = ROUNDS if settings.full else SMALL_ROUNDS
+    found = comparison(*interleave(baseline.run, step.run, settings.device, rounds))
     found["images_per_second"] = workload.batch / float(found["seconds"])  # type: ignore[arg-type]
-    return {**found, "peak_bytes": peak}
+    return {**found, "peak_bytes": peak, "runs_as": step.runs_as()}
 
 
 def profile_step(settings: Settings, workload: Workload, implementation: str) -> dict[str, Any]:
@@ -82,20 +78,12 @@ def profile_step(settings: Settings, workload: Workload, implementation: str) ->
     }
 
 
-def requirements(implementation: str) -> tuple[str, ...]:
-    needs: tuple[str, ...] = ("cuda",) if needs_graph(implementation) else ()
-    if implementation.removesuffix("_graph") in FUSEDRES:
-        needs += ("module:fusedres.patching",)
-    return needs
-
-
 def step_cells(
     settings: Settings, workloads: Iterable[Workload], implementations: Iterable[str]
 ) -> list[Cell]:
     """Every workload under every implementation, workload by workload."""
-    implementations = list(implementations)
-    return [
-        Cell(f"{w.name}/{name}", partial(time_step, settings, w, name), requirements(name))
-        for w in workloads
-        for name in implementations
-    ]
+    found = []
+    for workload, name in product(workloads, implementations):
+        needs = ("cuda",) if needs_graph(name) else ()
+        found.append(Cell(f"{workload.name}/{name}", partial(time_step, settings, workload, name), needs))
+    return found
