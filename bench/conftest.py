@@ -18,7 +18,7 @@ def pytest_addoption(parser):
     group.addoption("--dtype", default="float32", help="float32, or autocast to bfloat16 or float16")
     group.addoption("--batch", type=int, help="images a step; the default depends on model and device")
     group.addoption("--backend", default="auto", help="fusedres backend")
-    group.addoption("--rounds", type=int, default=9, help="interleaved rounds a cell")
+    group.addoption("--rounds", type=int, default=7, help="interleaved rounds a cell")
 
 
 def pytest_configure(config):
