@@ -24,9 +24,11 @@ done
 export PYTHONUNBUFFERED=1
 if ! "$python" -P -c "import fusedres.triton_kernels" 2>/dev/null; then
   site=${TMPDIR:-/tmp}/fusedres-site
-  wheel=$(find "$root/dist" -name 'fusedres-*.whl' 2>/dev/null | sort | tail -n 1)
+  wheels=("$root"/dist/fusedres-*.whl)
+  source=$root
+  if [[ -e ${wheels[-1]} ]]; then source=${wheels[-1]}; fi
   if [[ ! -e $site/fusedres ]]; then
-    "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$site" "${wheel:-$root}"
+    "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$site" "$source"
   fi
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi

@@ -210,7 +210,11 @@ def marked(step: Step) -> Step:
         torch.compiler.cudagraph_mark_step_begin()
         step.run()
 
-    return Step(run, step.forward, step.model)
+    def forward() -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return step.forward()
+
+    return Step(run, forward, step.model)
 
 
 def captured(step: Step) -> Step:

@@ -1,5 +1,6 @@
 """The GPU report end to end on the CPU, and what it promises: written at once, resumed, nothing hidden."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -17,15 +18,8 @@ MAY_BE_MISSING = {"cuda", "sm_90", "nvcc", "nvidia-smi", "ncu", "compute-sanitiz
 
 
 def test_every_stage_runs_on_the_cpu(tmp_path):
-    command = [
-        str(ROOT / "bench/gpu_report.sh"),
-        "--output",
-        str(tmp_path),
-        "--device",
-        "cpu",
-        "--size",
-        "small",
-    ]
+    script, options = str(ROOT / "bench/gpu_report.sh"), ["--device", "cpu", "--size", "small"]
+    command = [script, "--output", str(tmp_path), *options]
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -37,6 +31,15 @@ def test_every_stage_runs_on_the_cpu(tmp_path):
         assert set(statuses.values()) <= {report.MEASURED, report.SKIPPED}, statuses
         for cell in cells.values():
             assert set(cell.get("needs", ())) <= MAY_BE_MISSING
+
+
+@pytest.mark.parametrize("stage", report.STAGES)
+@pytest.mark.parametrize("full", [False, True])
+def test_cells_are_listed_without_a_gpu_and_named_once(stage, full, tmp_path):
+    settings = report.Settings(torch.device("cuda"), full, tmp_path)
+    names = [cell.name for cell in importlib.import_module(f"stages.{stage}").cells(settings)]
+    assert names
+    assert len(names) == len(set(names))
 
 
 @pytest.fixture

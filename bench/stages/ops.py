@@ -91,17 +91,17 @@ def cells(settings: Settings) -> list[Cell]:
     else:
         shapes, dtypes = {"small": Shape(*SMALL[0])}, [torch.float32]
     names = [name for name, _, _ in op_cases(Shape(*SMALL[0]), torch.float32, torch.device("cpu"))]
-    own = [backend for backend in LOADERS if backend != "reference"] if settings.full else list(LOADERS)
     timed = [
         Cell(f"{backend}/{name}/{label}", partial(time_op, settings, backend, shape, dtype, name))
-        for backend in own
+        for backend in LOADERS
         for label, shape in shapes.items()
         for dtype in dtypes
         for name in names
     ]
     counted = [
         Cell(f"dram/{backend}/{name}", partial(dram_bytes, backend, 2, name), ("cuda", "ncu"))
-        for backend in own
+        for backend in LOADERS
+        if backend != "reference"
         for name in names
     ]
     return timed + counted
