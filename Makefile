@@ -37,7 +37,7 @@ clean:
 
 # throughput against eager and torch.compile on this machine; OPTIONS="--dtype bfloat16 --batch 16", or -k to choose
 bench: $(STAMP)
-	$(BIN)/pytest bench -q -m headline --benchmark-quiet --benchmark-autosave $(OPTIONS)
+	$(BIN)/pytest bench -q -m headline --rounds 5 --benchmark-quiet --benchmark-autosave $(OPTIONS)
 
 bench-check: $(STAMP)
 	$(BIN)/pytest tests/test_speedup.py -q -m speed
