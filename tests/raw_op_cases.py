@@ -48,7 +48,7 @@ SHAPES = (
     Case("P1", (1, 24, 1, 1)),
     Case("P2", (2, 17, 1, 1)),
     Case("N0", (0, 24, 5, 7)),
-    Case("rows2000", (5, 16, 20, 20)),
+    Case("rows8000", (5, 16, 40, 40)),
 )
 LAYOUTS = tuple(
     Case(layout, (2, channels, 5, 7), layout)
@@ -120,6 +120,9 @@ def cases_of(op: str) -> Iterator[Case]:
         if op in ("bn_scale_shift", "bn_backward_coefficients") and case in LAYOUTS:
             continue
         if "maxpool" in op and min(case.shape[2:]) < 2:
+            continue
+        # eager BN refuses a single row in training, and NaN statistics leave nothing to compare
+        if op == "bn_layer" and (case.special or case.id in ("N0", "P1")):
             continue
         for form in FORMS[op]:
             yield replace(case, form=form)
