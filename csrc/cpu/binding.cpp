@@ -4,6 +4,7 @@
 #include "../checks.h"
 #include "channel_ops.h"
 #include "launch.h"
+#include "memory.h"
 
 namespace fusedres::cpu {
 
@@ -31,6 +32,13 @@ const uint8_t* mask_data(const OptionalTensor& v) { return v ? v->const_data_ptr
 const void* untyped(const OptionalTensor& v) { return v ? v->const_data_ptr() : nullptr; }
 float* written(const Tensor& v) { return v.mutable_data_ptr<float>(); }
 float* written(const OptionalTensor& v) { return v ? written(*v) : nullptr; }
+
+// Uninitialised, like c.
+Tensor new_like(const Tensor& c) {
+  Tensor tensor = torch::stable::empty_like(c);
+  advise_huge_pages(tensor.mutable_data_ptr(), c.numel() * size_of(shape_of(c).dtype));
+  return tensor;
+}
 
 Tensor new_vector(const Tensor& like, int64_t channels) {
   return torch::stable::new_empty(like, {channels}, ScalarType::Float);
@@ -97,7 +105,7 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_forward(Tensor c, Tensor scale, T
   check_vector(op, "residual_shift", residual_shift, shape.channels);
   check_together(op, "residual_scale, residual_shift", residual_scale.has_value(), residual_shift.has_value());
   if (residual_scale && !residual) fail(op, "residual", "None", "a tensor like c", "pass what residual_scale is for");
-  Tensor y = torch::stable::empty_like(c);
+  Tensor y = new_like(c);
   OptionalTensor mask;
   if (save_mask) mask = torch::stable::new_empty(c, {(c.numel() + 7) / 8}, ScalarType::Byte);
   launch_bn_add_relu_forward(shape, c.const_data_ptr(), {data(scale), data(shift)}, untyped(residual),
@@ -177,9 +185,9 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input(
   check_like(op, "shortcut_c", shortcut_c, c);
   const Coefficients shortcut = coefficients_of(op, shortcut_a, shortcut_b, shortcut_k, shape.channels);
   check_together(op, "shortcut_c, shortcut_A", shortcut_c.has_value(), shortcut_a.has_value());
-  Tensor dc = torch::stable::empty_like(c);
+  Tensor dc = new_like(c);
   OptionalTensor dresidual;
-  if (shortcut_c || save_dz) dresidual = torch::stable::empty_like(c);
+  if (shortcut_c || save_dz) dresidual = new_like(c);
   launch_bn_add_relu_backward_input(shape, gradients, main, untyped(shortcut_c), shortcut, dc.mutable_data_ptr(),
                                     dresidual ? dresidual->mutable_data_ptr() : nullptr);
   return {dc, dresidual};
@@ -188,7 +196,7 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input(
 Tensor relu_backward(Tensor dy, Tensor mask) {
   check_activation("relu_backward", "dy", dy);
   check_mask("relu_backward", mask, dy);
-  Tensor dz = torch::stable::empty_like(dy);
+  Tensor dz = new_like(dy);
   launch_relu_backward(shape_of(dy), dy.const_data_ptr(), mask.const_data_ptr<uint8_t>(), dz.mutable_data_ptr());
   return dz;
 }
@@ -233,7 +241,7 @@ Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tenso
   const Window window = window_of(op, c, kernel_size, stride, padding);
   check_pooled(op, dy, indices, c, window);
   const Coefficients main = coefficients_of(op, a, b, k, window.channels);
-  Tensor dc = torch::stable::empty_like(c);
+  Tensor dc = new_like(c);
   launch_bn_relu_maxpool_backward_input(shape_of(c).dtype, c.size(0), window, dy.const_data_ptr(),
                                         indices.const_data_ptr<uint8_t>(), c.const_data_ptr(), main,
                                         dc.mutable_data_ptr());

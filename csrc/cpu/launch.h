@@ -12,6 +12,8 @@ struct Shape {
   int64_t channels;  // C
 };
 
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
 struct Affine {
   const float *scale, *shift;  // null: absent
 };

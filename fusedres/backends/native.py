@@ -1,21 +1,22 @@
-"""The compiled kernels of `csrc/`, as a backend: an adapter from `RawOps` to the operators of `fusedres_native`.
+"""The compiled kernels of `csrc/` as a backend: an adapter from `RawOps` to the operators of `fusedres_native`.
 
 The library is `libfusedres_native.so` beside the package; `load` brings it in. What it does not serve (other
-dtypes, memory formats and devices, ops without a kernel) gets a reason from `supports` and goes to the next backend.
+dtypes, memory formats and devices, ops without a kernel) gets a reason from `supports`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fusedres.errors import BackendUnavailableError
-from fusedres.raw_ops import BatchNormGrads, BatchNormVectors
+from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, RawOps
 
 LIBRARY = Path(__file__).resolve().parent.parent / "libfusedres_native.so"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -51,6 +52,18 @@ def load() -> None:
         )
 
 
+def loaders() -> dict[str, Callable[[], RawOps]]:
+    """{"native": NativeOps} where the library loads, else {}; warns where it is there and does not load."""
+    if not is_built():
+        return {}
+    try:
+        load()
+    except BackendUnavailableError as error:
+        warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+        return {}
+    return {NativeOps.name: cast(Callable[[], RawOps], NativeOps)}
+
+
 def activations_reason(*activations: Tensor | None) -> str | None:
     """Why the kernels do not take these activations together, or None. The first is not None."""
     first = activations[0]
@@ -77,6 +90,32 @@ def vectors_reason(*vectors: Tensor | None) -> str | None:
     return None
 
 
+def forward_reason(c: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *rest: Any):
+    return activations_reason(c, residual)
+
+
+def reduce_reason(dy, c, vectors, mask=None, relu=True, shortcut_c=None, *rest):
+    return activations_reason(c, dy, shortcut_c)
+
+
+def input_reason(dy, c, vectors, grads, mask=None, relu=True, shortcut_c=None, *rest):
+    return activations_reason(c, dy, shortcut_c)
+
+
+REASONS: dict[str, Callable[..., str | None]] = {
+    "bn_stats": activations_reason,
+    "bn_scale_shift": lambda mean, var, weight, bias, eps: vectors_reason(mean, var, weight, bias),
+    "bn_add_relu_forward": forward_reason,
+    "bn_add_relu_backward_reduce": reduce_reason,
+    "bn_backward_coefficients": lambda sum_dz, centered, vectors, *rest: vectors_reason(sum_dz, *vectors),
+    "bn_add_relu_backward_input": input_reason,
+    "relu_backward": lambda dy, mask: activations_reason(dy),
+    "bn_relu_maxpool_forward": lambda c, *rest: activations_reason(c),
+    "bn_relu_maxpool_backward_reduce": lambda dy, indices, c, *rest: activations_reason(c, dy),
+    "bn_relu_maxpool_backward_input": lambda dy, indices, c, *rest: activations_reason(c, dy),
+}
+
+
 class NativeOps:
     """`RawOps` in compiled code."""
 
@@ -85,25 +124,9 @@ class NativeOps:
     def __init__(self) -> None:
         load()
         self._ops = torch.ops.fusedres_native
-        self._reasons: dict[str, Callable[..., str | None]] = {
-            "bn_stats": activations_reason,
-            "bn_scale_shift": lambda mean, var, weight, bias, eps: vectors_reason(mean, var, weight, bias),
-            "bn_add_relu_forward": lambda c, scale, shift, residual=None, *rest: activations_reason(c, residual),
-            "bn_add_relu_backward_reduce": lambda dy, c, vectors, mask=None, relu=True, shortcut_c=None, *rest: (
-                activations_reason(c, dy, shortcut_c)
-            ),
-            "bn_backward_coefficients": lambda sum_dz, centered, vectors, *rest: vectors_reason(sum_dz, *vectors),
-            "bn_add_relu_backward_input": lambda dy, c, v, g, mask=None, relu=True, shortcut_c=None, *rest: (
-                activations_reason(c, dy, shortcut_c)
-            ),
-            "relu_backward": lambda dy, mask: activations_reason(dy),
-            "bn_relu_maxpool_forward": lambda c, *rest: activations_reason(c),
-            "bn_relu_maxpool_backward_reduce": lambda dy, indices, c, *rest: activations_reason(c, dy),
-            "bn_relu_maxpool_backward_input": lambda dy, indices, c, *rest: activations_reason(c, dy),
-        }
 
     def supports(self, op: str, *args: Any) -> str | None:
-        reason = self._reasons.get(op)
+        reason = REASONS.get(op)
         return "no_kernel" if reason is None else reason(*args)
 
     def bn_stats(self, c):
