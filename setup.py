@@ -1,8 +1,8 @@
-"""Build entry: metadata is in pyproject.toml; this adds the compiled library, from csrc/, where it can be built.
+"""Build entry: metadata is in pyproject.toml; this adds the compiled library, from csrc/, where it can be.
 
-    FUSEDRES_BUILD       auto (default): what this machine can build, else a pure package and a line that says why;
-                         cpu or cuda: that, or an error; none: a pure package
-    FUSEDRES_CUDA_ARCHS  such as "80;90": the GPUs to hold code for, in a slim wheel of version +cuXYZ.sm80.sm90
+    FUSEDRES_BUILD       auto (default): what this machine can build, else a pure package and a line that says
+                         why; cpu or cuda: that, or an error; none: a pure package
+    FUSEDRES_CUDA_ARCHS  such as "80;90": the GPUs to hold code for, in a wheel of version +cuXYZ.sm80.sm90
 
 torch is found, never imported: its headers and libraries are all that a build needs.
 """

@@ -7,7 +7,6 @@ import torch
 from raw_op_cases import cases_of
 from raw_op_checks import CHECKS
 
-from fusedres import dispatch
 from fusedres.backends import native
 from fusedres.backends.reference import ReferenceOps
 

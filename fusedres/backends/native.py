@@ -1,4 +1,4 @@
-"""The compiled kernels of `csrc/` as a backend: an adapter from `RawOps` to the operators of `fusedres_native`.
+"""The compiled kernels of `csrc/` as a backend: an adapter from `RawOps` to the ops of `fusedres_native`.
 
 The library is `libfusedres_native.so` beside the package; `load` brings it in. What it does not serve (other
 dtypes, memory formats and devices, ops without a kernel) gets a reason from `supports`.
