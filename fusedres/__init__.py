@@ -1,0 +1,40 @@
+"""fusedres: an existing PyTorch ResNet, patched in place, with fused residual blocks and hand-written backward.
+
+    import fusedres
+    model = fusedres.patch(model)
+    print(fusedres.report(model))
+
+Importing it needs torch alone, touches no GPU and prints nothing.
+"""
+
+from importlib.metadata import version
+
+from fusedres.dispatch import use_backend
+from fusedres.errors import BackendUnavailableError, FusedresError, UnsupportedModelError
+from fusedres.patching import (
+    BlockReport,
+    PatchReport,
+    VerifyReport,
+    is_patched,
+    patch,
+    report,
+    unpatch,
+    verify,
+)
+
+__version__ = version("fusedres")
+
+__all__ = [
+    "BackendUnavailableError",
+    "BlockReport",
+    "FusedresError",
+    "PatchReport",
+    "UnsupportedModelError",
+    "VerifyReport",
+    "is_patched",
+    "patch",
+    "report",
+    "unpatch",
+    "use_backend",
+    "verify",
+]

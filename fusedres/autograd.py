@@ -1,0 +1,137 @@
+"""The torch autograd Function of a residual block: the only place that touches `ctx`.
+
+Forward calls a recipe and saves; backward unpacks and calls it. Under `create_graph=True` backward goes through
+`fusedres.blocks.eager` instead, from the inputs, so that second derivatives are right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedres.backends.reference import unpack_mask
+from fusedres.blocks import RECIPES, eager
+from fusedres.blocks.config import (
+    BlockConfig,
+    BlockNeeds,
+    ConvBNNeeds,
+    ConvBNTensors,
+    Saved,
+)
+from fusedres.dispatch import Dispatcher
+
+FIELDS = len(ConvBNTensors._fields)
+PARAMETERS = len(ConvBNNeeds._fields)  # of FIELDS, those that can want a gradient; the rest are statistics
+FIXED = 5  # config, recipe, ops, x, residual come before the units' tensors
+
+
+def as_units(flat: tuple[Tensor | None, ...]) -> tuple[ConvBNTensors, ...]:
+    return tuple(ConvBNTensors(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS))  # type: ignore[arg-type]
+
+
+def without_autocast(device_type: str) -> torch.autocast:
+    """Recipes choose every dtype themselves; autocast must not cast inside them."""
+    return torch.autocast(device_type, enabled=False)
+
+
+class ResidualBlock(torch.autograd.Function):
+    """One residual block.
+
+    apply(config, recipe, ops, x, residual, *tensors) -> (y, *statistics)
+
+    config, recipe, ops: a BlockConfig, a name in RECIPES, the Dispatcher that serves forward and backward.
+    x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None; tensors: the fields of each
+    ConvBNTensors of `config.units`, one after the other. statistics: the batch's mean and var [C] of each BN
+    in training mode, not differentiable; the caller updates running statistics from them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        config: BlockConfig,
+        recipe: str,
+        ops: Dispatcher,
+        x: Tensor,
+        residual: Tensor | None,
+        *flat: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        units = as_units(flat)
+        with without_autocast(x.device.type):
+            out = RECIPES[recipe].forward(ops, config, x, residual, units, True)
+        assert out.saved is not None
+        ctx.save_for_backward(x, *flat, *out.saved.flatten())
+        ctx.config, ctx.recipe, ctx.ops = config, recipe, ops
+        ctx.layout, ctx.inputs = out.saved.layout, len(flat)
+        ctx.memory_format = (
+            torch.channels_last
+            if out.y.is_contiguous(memory_format=torch.channels_last)
+            else torch.contiguous_format
+        )
+        stats = batch_statistics(config, out.vectors)
+        ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)
+        return out.y, *stats
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+        wanted = ctx.needs_input_grad
+        if dy is None:
+            return (None,) * len(wanted)
+        tensors = ctx.saved_tensors
+        x, flat = tensors[0], tensors[1 : 1 + ctx.inputs]
+        saved = Saved.unflatten(tensors[1 + ctx.inputs :], ctx.layout)
+        if torch.is_grad_enabled():
+            return differentiable_backward(ctx.config, wanted, x, flat, saved.mask, dy)
+        needs = BlockNeeds(
+            wanted[FIXED - 2],
+            wanted[FIXED - 1],
+            tuple(
+                ConvBNNeeds(*wanted[i : i + PARAMETERS]) for i in range(FIXED, len(wanted), FIELDS)
+            ),
+        )
+        dy = dy.contiguous(memory_format=ctx.memory_format)
+        with without_autocast(x.device.type):
+            grads = RECIPES[ctx.recipe].backward(
+                ctx.ops, ctx.config, x, as_units(flat), saved, dy, needs
+            )
+        parameters = [g for unit in grads.units for g in (*unit, None, None)]
+        return None, None, None, grads.x, grads.residual, *parameters
+
+
+def batch_statistics(config: BlockConfig, vectors: tuple[Any, ...]) -> list[Tensor]:
+    """mean, var of each BN that used the batch's, in the order of `config.units`."""
+    return [
+        stat
+        for unit, v in zip(config.units, vectors, strict=True)
+        if unit.training
+        for stat in (v.mean, v.var)
+    ]
+
+
+def differentiable_backward(
+    config: BlockConfig,
+    wanted: tuple[bool, ...],
+    x: Tensor,
+    flat: tuple[Tensor | None, ...],
+    mask: Tensor | None,
+    dy: Tensor,
+) -> tuple[Any, ...]:
+    """The same gradients as a graph: the block once more by torch's own operations, from its inputs.
+
+    The mask of y is the one of forward, so a residual computed elsewhere is not needed again: its gradient is dz.
+    """
+    dz = dy if mask is None else torch.where(unpack_mask(mask, dy), dy, 0)
+    result: list[Tensor | None] = [None] * len(wanted)
+    inputs = {FIXED - 2: x, **dict(enumerate(flat, FIXED))}
+    indices = [i for i in inputs if wanted[i]]
+    if indices:
+        with without_autocast(x.device.type):
+            z = eager.preactivation(config, x, as_units(flat))
+            grads = torch.autograd.grad(z, [inputs[i] for i in indices], dz, create_graph=True)
+        for i, grad in zip(indices, grads, strict=True):
+            result[i] = grad
+    if wanted[FIXED - 1]:
+        result[FIXED - 1] = dz
+    return tuple(result)

@@ -1,0 +1,227 @@
+"""Matches a dataflow expression against the forms that the recipes run.
+
+    block    = Relu(Add(chain, shortcut)) | Relu(Add(shortcut, chain)) | Relu(chain)
+    chain    = BN(Conv(X)) | BN(Conv(Relu(chain))) | BN(Conv(chain))
+    shortcut = X | BN(Conv(X)) | the output of a submodule called with X
+
+Every parameter stands in the expression once. What does not match has a reason code.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fusedres.blocks.config import Shortcut
+from fusedres.patching import dataflow
+from fusedres.patching.dataflow import INPUT, PARAMETER, Dataflow, DryRunError, Node
+from fusedres.patching.plan import BlockPlan, ConvBNNames
+
+CONV, BN, RELU, ADD = "Convolution", "NativeBatchNorm", "Relu", "Add"
+ACTIVATIONS = {
+    "Sigmoid", "Silu", "Gelu", "Elu", "LeakyRelu", "Hardtanh", "Tanh", "Mish", "Hardswish", "Softplus", "Prelu"
+}
+KNOWN = {CONV, BN, RELU, ADD, INPUT, PARAMETER}
+PLAIN = (bool, int, float, str, type(None))
+MAX_CONVS = 4  # of a main path
+
+
+class Unit(NamedTuple):
+    """One BN(Conv(.)) as matched."""
+
+    conv: Node
+    bn: Node
+    relu: bool  # a ReLU follows, inside the chain
+
+
+class Form(NamedTuple):
+    """A matched expression."""
+
+    main: tuple[Unit, ...]
+    shortcut: Shortcut
+    projection: Unit | None
+    path: str | None  # of the shortcut's submodule
+
+
+class NoMatch(Exception):  # noqa: N818 - an answer, not an error
+    """The expression is not a block; `code` says why."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def chain(node: Node | None) -> tuple[Unit, ...] | None:
+    """The units of BN(Conv(... BN(Conv(X)))), from input to output, or None."""
+    units: list[Unit] = []
+    relu = False
+    while node is not None and node.op != INPUT:
+        if node.op == RELU and units and not relu:
+            relu, node = True, node.args[0]
+            continue
+        if node.op != BN or len(units) == MAX_CONVS:
+            return None
+        conv = node.args[0]
+        if conv is None or conv.op != CONV or conv.attributes["transposed"]:
+            return None
+        units.append(Unit(conv, node, relu))
+        relu, node = False, conv.args[0]
+    return tuple(reversed(units)) if node is not None and not relu else None
+
+
+def match(flow: Dataflow) -> Form:
+    """The block's form.
+
+    Raises:
+        NoMatch: the expression is none of the forms.
+    """
+    if flow.root.op != RELU:
+        raise NoMatch(refusal(flow.root))
+    top = flow.root.args[0]
+    assert top is not None
+    if (units := chain(top)) is not None:
+        if len(units) < 2:
+            raise NoMatch("not_residual")
+        return Form(units, Shortcut.NONE, None, None)
+    if top.op != ADD or top.attributes["alpha"] != 1:
+        raise NoMatch(refusal(flow.root))
+    first, second = top.args
+    candidates = [(chain(a), b) for a, b in ((first, second), (second, first))]
+    mains = [(units, other) for units, other in candidates if units and other is not None]
+    if not mains:
+        raise NoMatch(refusal(flow.root))
+    units, other = max(mains, key=lambda pair: len(pair[0]))
+    return joined(flow, top, units, other)
+
+
+def joined(flow: Dataflow, top: Node, units: tuple[Unit, ...], other: Node) -> Form:
+    """The form of an addition, its main path known."""
+    if other.op == INPUT:
+        if flow.input_shape != top.shape:
+            raise NoMatch("not_residual")
+        return Form(units, Shortcut.IDENTITY, None, None)
+    if other.shape != top.shape:
+        raise NoMatch("not_residual")
+    projection = chain(other)
+    if projection is not None and len(projection) == 1:
+        return Form(units, Shortcut.PROJECTION, projection[0], None)
+    path = flow.calls_on_input.get(id(other))
+    if path is None:
+        raise NoMatch("shortcut_not_a_module")
+    return Form(units, Shortcut.TENSOR, None, path)
+
+
+def refusal(root: Node) -> str:
+    """The most telling code for an expression that is no block."""
+    ops = {node.op for node in root.walk()}
+    if ops & ACTIVATIONS:
+        return f"activation_not_relu:{', '.join(sorted(ops & ACTIVATIONS))}"
+    if ops - KNOWN:
+        return f"unsupported_op:{', '.join(sorted(ops - KNOWN))}"
+    return "no_final_relu" if root.op == ADD else "not_residual"
+
+
+def owner(path: str | None, leaf: str) -> str:
+    """The module path of a parameter or buffer that must be called `leaf`."""
+    head, _, name = (path or "").rpartition(".")
+    if name != leaf:
+        raise NoMatch("unsupported_module")
+    return head
+
+
+def parameter(node: Node | None) -> str | None:
+    if node is None:
+        return None
+    if node.op != PARAMETER or node.name is None:
+        raise NoMatch("unsupported_op:weight is computed")
+    return node.name
+
+
+def bn_owner(flow: Dataflow, bn: Node) -> str:
+    """The path of the module a BN node came from: by its weight, its statistics, or the call that returned it."""
+    if weight := parameter(bn.args[1]):
+        return owner(weight, "weight")
+    if running_mean := bn.attributes["running_mean"]:
+        return owner(running_mean, "running_mean")
+    if path := flow.calls.get(id(bn)):
+        return path
+    raise NoMatch("unsupported_module")
+
+
+def names(module: nn.Module, flow: Dataflow, unit: Unit) -> ConvBNNames:
+    """The unit by module paths, its modules' attributes held against the dataflow."""
+    conv_path, bn_path = owner(parameter(unit.conv.args[1]), "weight"), bn_owner(flow, unit.bn)
+    conv, bn = module.get_submodule(conv_path), module.get_submodule(bn_path)
+    if not isinstance(conv, nn.Conv2d) or type(bn) is not nn.BatchNorm2d:
+        raise NoMatch(f"unsupported_module:{type(bn if isinstance(conv, nn.Conv2d) else conv).__name__}")
+    found = tuple(unit.conv.attributes[k] for k in ("stride", "padding", "dilation", "groups"))
+    if found != geometry(conv) or bn.eps != unit.bn.attributes["eps"]:
+        raise NoMatch("unsupported_module")
+    return ConvBNNames(conv_path, bn_path, unit.relu, geometry(conv))
+
+
+def geometry(conv: nn.Conv2d) -> tuple:
+    return conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def structure(module: nn.Module) -> tuple[tuple[str, type], ...]:
+    return tuple((path, type(m)) for path, m in module.named_modules(remove_duplicate=False) if path)
+
+
+def plain_attributes(module: nn.Module) -> tuple[tuple[str, object], ...]:
+    """The block's own flags and numbers: its forward may branch on them."""
+    return tuple((k, v) for k, v in vars(module).items() if k != "training" and isinstance(v, PLAIN))
+
+
+def by_name(form: Form, module: nn.Module, flow: Dataflow) -> tuple:
+    """The form without nodes: what both modes must agree on."""
+    units = form.main if form.projection is None else (*form.main, form.projection)
+    return form.shortcut, form.path, tuple(names(module, flow, unit) for unit in units)
+
+
+def check_parameters(flow: Dataflow, named: tuple[ConvBNNames, ...]) -> None:
+    """Each module belongs to one unit, and no parameter of a unit stands in the expression a second time."""
+    paths = [path for unit in named for path in (unit.conv, unit.bn)]
+    if len(set(paths)) != len(paths):
+        raise NoMatch("shared_module")
+    uses = Counter(
+        arg.name for node in flow.root.walk() for arg in node.args if arg is not None and arg.op == PARAMETER
+    )
+    owned = {name for name in uses if name and name.rpartition(".")[0] in paths}
+    if any(uses[name] > 1 for name in owned):
+        raise NoMatch("shared_module")
+
+
+def plan(module: nn.Module) -> BlockPlan:
+    """The plan of a residual block.
+
+    Raises:
+        NoMatch: the module is none; `code` says why.
+    """
+    channels = [m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)]
+    if not channels:
+        raise NoMatch("not_residual")
+    try:
+        flows = [dataflow.read(module, channels[0], training) for training in (True, False)]
+    except DryRunError as error:
+        raise NoMatch(error.code) from error
+    forms = [match(flow) for flow in flows]
+    shortcut, path, named = by_name(forms[0], module, flows[0])
+    if by_name(forms[1], module, flows[1]) != (shortcut, path, named):
+        raise NoMatch("mode_dependent")
+    check_parameters(flows[0], named)
+    main = len(forms[0].main)
+    main_names = (*named[: main - 1], named[main - 1]._replace(relu=True))
+    projection = named[-1] if shortcut is Shortcut.PROJECTION else None
+    return BlockPlan(main_names, shortcut, projection, path, structure(module), plain_attributes(module))
+
+
+def looks_residual(module: nn.Module) -> bool:
+    """Whether the module is worth a dry run, or a line in the report: not a container, a few convolutions."""
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)):
+        return False
+    convs = sum(isinstance(m, nn.Conv2d) for m in module.modules())
+    return 2 <= convs <= 2 * MAX_CONVS

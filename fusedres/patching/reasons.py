@@ -1,0 +1,47 @@
+"""The stable codes for why a block was left alone or a call ran unfused, each with what to do about it."""
+
+from __future__ import annotations
+
+REASONS: dict[str, str] = {
+    # found when the model is patched
+    "not_residual": "its dataflow is not conv-BN-ReLU chains joined by one addition and a ReLU",
+    "no_final_relu": "it ends in a bare addition (pre-activation form)",
+    "unsupported_op": "its dataflow holds an operation that no recipe covers",
+    "activation_not_relu": "only ReLU is fused",
+    "mode_dependent": "training and evaluation take different paths through its forward",
+    "dry_run_failed": "its forward cannot run on meta tensors",
+    "mutates_input": "its forward changes its input in place",
+    "mutates_module": "its forward stores state on the module",
+    "random": "its forward draws random numbers",
+    "shared_module": "a convolution or BN of it is used elsewhere too",
+    "unsupported_module": "a convolution or BN of it is of a class with behaviour of its own",
+    "shortcut_not_a_module": "its shortcut is computed inline and cannot be called by itself",
+    "instance_forward": "a forward was set on an instance",
+    "script_or_graph_module": "it is a ScriptModule or GraphModule",
+    "excluded": "left out by include or exclude",
+    # found when it is called
+    "disabled": "inside fusedres.disabled()",
+    "no_faster_recipe": "nothing measured is faster here; force one with recipe=",
+    "no_1x1_expansion": "gram needs a last 1x1 convolution that expands at least twofold; runs separate",
+    "signature": "called with more than one positional tensor",
+    "tensor_subclass": "the input or a parameter is not a plain tensor",
+    "tracing": "traced, scripted, exported or transformed by torch.func: the original forward runs",
+    "forward_ad": "forward-mode differentiation: the original forward runs",
+    "hooks": "a hook is registered on a submodule, or globally on all modules",
+    "module_replaced": "a submodule was replaced or changed its class; patch again",
+    "attribute_changed": "a plain attribute of the block changed since patching; patch again",
+    "geometry_changed": "a convolution's stride, padding or dilation no longer fits the shortcut",
+    "input_rank": "the input is not [N, C, H, W]",
+    "input_channels": "the input's channels are not those of the first convolution",
+    "empty_batch": "the batch has no elements",
+    "single_value_per_channel": "one value per channel in training mode: the original forward raises",
+    "dtype": "unsupported or mixed dtypes",
+    "device": "input and parameters are on different devices, or on an unsupported one",
+    "layout_nchw": "NCHW on CUDA is slower fused: model.to(memory_format=torch.channels_last), inputs too",
+}
+
+
+def describe(code: str) -> str:
+    """The sentence of a code; codes may carry a detail after a colon."""
+    head, _, detail = code.partition(":")
+    return f"{REASONS[head]} ({detail})" if detail else REASONS[head]

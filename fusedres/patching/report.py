@@ -1,0 +1,68 @@
+"""What was matched, what runs, and why not: the report of a model, as an object and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fusedres.patching.reasons import describe
+
+PENDING = "not called yet"
+COLUMNS = ("block", "class", "form", "matched", "runs as", "reason")
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One residual block, or a module that looks like one.
+
+    matched: it is patched (in a dry run: would be). runs_as: the recipe of its last call, None before the first.
+    code: the stable reason code for not being matched or for not running as `recipe`; see
+    `fusedres.patching.reasons.REASONS`.
+    """
+
+    name: str
+    class_name: str
+    form: str
+    matched: bool
+    recipe: str | None
+    backend: str | None
+    runs_as: str | None
+    code: str | None
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        runs_as = (self.runs_as or PENDING) if self.matched else "-"
+        why = "" if self.code is None else f"{self.code.partition(':')[0]}: {describe(self.code)}"
+        return self.name, self.class_name, self.form, "yes" if self.matched else "no", runs_as, why
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """Every residual block of a model. `print(report)` shows a table; true if any block is matched."""
+
+    blocks: tuple[BlockReport, ...]
+
+    @property
+    def matched(self) -> tuple[BlockReport, ...]:
+        return tuple(block for block in self.blocks if block.matched)
+
+    @property
+    def skipped(self) -> tuple[BlockReport, ...]:
+        return tuple(block for block in self.blocks if not block.matched)
+
+    def __bool__(self) -> bool:
+        return bool(self.matched)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data: {"matched": int, "total": int, "blocks": [...]}."""
+        return {
+            "matched": len(self.matched),
+            "total": len(self.blocks),
+            "blocks": [asdict(block) for block in self.blocks],
+        }
+
+    def __str__(self) -> str:
+        rows = [COLUMNS, *(block.row for block in self.blocks)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"matched {len(self.matched)} of {len(self.blocks)} blocks"])
