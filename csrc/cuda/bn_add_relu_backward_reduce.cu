@@ -117,7 +117,7 @@ cudaError_t bn_add_relu_backward_reduce(const BnAddReluBackwardReduce& args, con
                                      args.shortcut_mean);
   return for_dtype(args.shape.dtype, [&](auto type) {
     return for_flag(packets, [&](auto by_packet) {
-      return for_flag(args.shortcut_c != nullptr, [&](auto projection) {
+      return for_flag(args.shortcut_sum != nullptr, [&](auto projection) {
         using T = typename decltype(type)::type;
         return launch_reduce<T, by_packet ? kPacket : 1, projection>(args, workspace, limits, stream);
       });

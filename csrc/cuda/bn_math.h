@@ -16,9 +16,9 @@ __device__ __forceinline__ bool passes(float rounded) { return !(rounded <= 0.f)
 // scale*c + shift, which every backward kernel reads anyway.
 enum class Gate { kBits, kSign };
 
-// dc = A*dz + B*c + K
+// dc = A*dz + B*c + K. The product is rounded by itself: with one row it is exactly -K, and dc is 0.
 __device__ __forceinline__ float apply_coefficients(float dz, float c, float A, float B, float K, bool training) {
-  return training ? fmaf(A, dz, affine(c, B, K)) : A * dz;
+  return training ? __fadd_rn(__fmul_rn(A, dz), affine(c, B, K)) : A * dz;
 }
 
 __device__ inline double parameter(const Parameter& p, int64_t channel, double absent) {

@@ -28,7 +28,10 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     float best[V];
     Packet<uint8_t, V> index;
 #pragma unroll
-    for (int i = 0; i < V; i++) best[i] = -INFINITY;
+    for (int i = 0; i < V; i++) {
+      best[i] = -INFINITY;
+      index.value[i] = kNoGradient;
+    }
 #pragma unroll 1
     for (int place_y = 0; place_y < window.kernel; place_y++) {
       const int64_t y = out.y * window.stride - window.padding + place_y;

@@ -1,4 +1,5 @@
-// Batch statistics: shifted sums per thread, then merges of (mean, M2, count) by Chan, Golub & LeVeque 1983.
+// Batch statistics: shifted sums per thread, then merges of (mean, M2, count) by Chan, Golub & LeVeque 1983. The
+// merged means are relative to the first row of c, so that they keep their digits where mean/std is large.
 #include "bn_math.h"
 #include "launch.h"
 #include "tile_reduce.h"
@@ -8,7 +9,7 @@ namespace fusedres::cuda {
 namespace {
 constexpr int kUnroll16 = 4;
 constexpr int kBlocksPerMultiprocessor = 2;
-template <int V> constexpr int kValues = 2 * V + 1;  // mean [V], M2 [V], count
+template <int V> constexpr int kValues = 2 * V + 1;  // mean - first row [V], M2 [V], count
 }  // namespace
 
 template <int V> struct MomentMerge {
@@ -54,10 +55,11 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
           }
         });
     const float n = float(rows);
+    const Packet<T, V> reference = load_channels<T, V>(c, l2_policy(true));
 #pragma unroll
     for (int i = 0; i < V; i++) {
       const float mean = sum[i] / n, m2 = square[i] - sum[i] * mean;
-      acc[i] = shift[i] + mean;
+      acc[i] = shift[i] - to_float(reference.value[i]) + mean;
       acc[V + i] = m2 < 0.f ? 0.f : m2;
     }
     acc[2 * V] = n;
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
   reduce_tile<V>(acc, shared, workspace, plan, MomentMerge<V>(), [&](int64_t channel, auto moment) {
     const float var = moment(1) / float(plan.rows);
     // an infinity makes the mean NaN too, as torch's Welford does; so do no rows at all
-    const float mean = isnan(var) ? var : moment(0);
+    const float mean = isnan(var) ? var : to_float(static_cast<const T*>(args.c)[channel]) + moment(0);
     args.mean[channel] = mean;
     args.var[channel] = var;
     if (args.scale_shift.scale != nullptr) scale_shift_of_channel(args.scale_shift, channel, mean, var);

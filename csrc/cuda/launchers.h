@@ -104,11 +104,11 @@ struct BnAddReluBackwardReduce {
   const float* mean;           // [C]
   const float* scale;          // [C], read if the sign of scale*c + shift is the mask
   const float* shift;          // [C]
-  const void* shortcut_c;      // [P, C] or null
-  const float* shortcut_mean;  // [C], with shortcut_c
+  const void* shortcut_c;      // [P, C], with shortcut_sum
+  const float* shortcut_mean;  // [C], with shortcut_sum
   float* sum_dz;               // [C]
   float* sum_dz_centered;      // [C] sum dz*(c - mean)
-  float* shortcut_sum;         // [C] sum dz*(shortcut_c - shortcut_mean), with shortcut_c
+  float* shortcut_sum;         // [C] sum dz*(shortcut_c - shortcut_mean), or null: no projection
   // computed by the last block of the same launch if .dweight is set; .channels and the sums are not looked at
   BnBackwardCoefficients coefficients;
   BnBackwardCoefficients shortcut_coefficients;
@@ -138,6 +138,15 @@ struct BnAddReluBackwardInput {
   void* dresidual;             // [P, C]: the projection's gradient with shortcut_c, dz without; null: none
 };
 cudaError_t bn_add_relu_backward_input(const BnAddReluBackwardInput& args, cudaStream_t stream);
+
+struct ReluBackward {
+  Dtype dtype;
+  int64_t numel;
+  const void* dy;       // [numel]
+  const uint8_t* mask;  // [ceil(numel / 8)]
+  void* dz;             // [numel] dy where the mask has a bit, else 0
+};
+cudaError_t relu_backward(const ReluBackward& args, cudaStream_t stream);
 
 // ------------------------------------------------------------------------------------------ stem
 
