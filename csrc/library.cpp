@@ -3,6 +3,24 @@
 // Python and every torch from there on.
 #include <torch/csrc/stable/library.h>
 
+#include "cuda_archs.h"
+#include "cpu/kernels.h"
+
+namespace {
+
+std::string cuda_archs() { return fusedres::cuda_archs(); }
+
+bool cuda_archs_cover(std::string archs, int64_t major, int64_t minor) {
+  return fusedres::archs_cover(archs, static_cast<int>(major), static_cast<int>(minor));
+}
+
+std::string cpu_capability() {
+  const fusedres::cpu::Kernels* kernels = fusedres::cpu::kernels();
+  return kernels == nullptr ? "none" : kernels->name;
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def("bn_stats(Tensor c) -> (Tensor mean, Tensor var)");
   m.def(
@@ -32,5 +50,15 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tensor A, Tensor? B, Tensor? K,"
       " int kernel_size, int stride, int padding) -> Tensor");
+  // the instruction set in use; "none" below AVX2
   m.def("cpu_capability() -> str");
+  // what the binary holds GPU code for, such as "80;90;120+PTX"; "" without CUDA
+  m.def("cuda_archs() -> str");
+  m.def("cuda_archs_cover(str archs, int major, int minor) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+  m.impl("cuda_archs_cover", TORCH_BOX(&cuda_archs_cover));
 }

@@ -42,7 +42,8 @@ def check_bn_relu_maxpool_forward(ops: Any, case: Case) -> None:
     assert_accurate(y, F.max_pool2d(eager, *pool), F.max_pool2d(exact, *pool), "y")
     # the window's order and ties: exactly torch's pooling of the backend's own activation
     own_y, own_indices = pooled(ops.bn_add_relu_forward(c, v.scale, v.shift)[0], *pool)
-    torch.testing.assert_close(y, own_y, rtol=0, atol=0, equal_nan=True, check_stride=False)
+    same = (y == own_y) | (y.isnan() & own_y.isnan())  # the bits of a NaN are free
+    assert same.all(), "y is not the maximum of the activation"
     assert torch.equal(indices, own_indices), "indices are not torch's, or not 255 exactly where y <= 0"
 
 

@@ -248,8 +248,6 @@ Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tenso
   return dc;
 }
 
-std::string cpu_capability() { return kernels() == nullptr ? "none" : kernels()->name; }
-
 }  // namespace
 
 }  // namespace fusedres::cpu
@@ -266,8 +264,4 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("bn_relu_maxpool_forward", TORCH_BOX(&bn_relu_maxpool_forward));
   m.impl("bn_relu_maxpool_backward_reduce", TORCH_BOX(&bn_relu_maxpool_backward_reduce));
   m.impl("bn_relu_maxpool_backward_input", TORCH_BOX(&bn_relu_maxpool_backward_input));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&fusedres::cpu::cpu_capability));
 }
