@@ -42,6 +42,10 @@ class AnyPythonWheel(bdist_wheel):
 
 
 class NativeDistribution(Distribution):
+    def parse_config_files(self, *args: object, **kwargs: object) -> None:
+        super().parse_config_files(*args, **kwargs)
+        self.metadata.version += native_build.local_version(PLAN)
+
     def has_ext_modules(self) -> bool:
         return PLAN.native
 

@@ -110,4 +110,38 @@ inline void check_together(const char* op, const char* name, bool first, bool se
   if (first != second) fail(op, name, "given in part", "both or neither", "pass the pair");
 }
 
+// A pooling window, and that c [N, C, H, W] holds at least one.
+inline void check_window(const char* op, const Tensor& c, int64_t kernel_size, int64_t stride, int64_t padding) {
+  if (kernel_size < 1 || kernel_size > 15 || stride < 1 || padding < 0 || padding > kernel_size / 2) {
+    std::ostringstream found;
+    found << "kernel_size " << kernel_size << ", stride " << stride << ", padding " << padding;
+    fail(op, "the window", found.str(), "kernel_size 1 to 15, stride >= 1, padding <= kernel_size/2",
+         "use backend='reference'");
+  }
+  if (c.size(2) + 2 * padding < kernel_size || c.size(3) + 2 * padding < kernel_size) {
+    fail(op, "c", sizes_of(c), "at least one window", "pass a larger image");
+  }
+}
+
+// dy and indices [N, C, height, width], the pooled size, for c [N, C, H, W].
+inline void check_pooled(const char* op, const Tensor& dy, const Tensor& indices, const Tensor& c, int64_t height,
+                         int64_t width) {
+  check_channels_last(op, "dy", dy);
+  check_device(op, "dy", dy, c.is_cuda());
+  check_like(op, "indices", indices, dy, ScalarType::Byte);
+  if (dy.scalar_type() != c.scalar_type()) {
+    fail(op, "dy", dtype_name(dy.scalar_type()), dtype_name(c.scalar_type()), "pass tensors of one dtype");
+  }
+  if (dy.size(0) != c.size(0) || dy.size(1) != c.size(1) || dy.size(2) != height || dy.size(3) != width) {
+    fail(op, "dy", sizes_of(dy), "the shape of the pooled output", "pass the gradient of y");
+  }
+}
+
+// Uninitialised [N, C, height, width] in channels_last on c's device.
+inline Tensor new_pooled(const Tensor& c, int64_t height, int64_t width, ScalarType dtype) {
+  const int64_t sizes[] = {c.size(0), c.size(1), height, width};
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), dtype, std::nullopt, c.device(),
+                              std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
 }  // namespace fusedres

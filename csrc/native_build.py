@@ -63,10 +63,13 @@ def plan(build: str, archs: str | None) -> Plan:
             raise SystemExit(f"fusedres: FUSEDRES_BUILD={build} needs {missing}.")
         return Plan(reason=f"pure package (reference and Triton backends): {missing} not found")
     missing = missing_for_cuda()
-    if build == "cpu" or missing:
-        if build == "cuda":
-            raise SystemExit(f"fusedres: FUSEDRES_BUILD=cuda needs {missing}.")
-        return Plan(native=True, reason="" if build == "cpu" else f"no CUDA kernels: {missing} not found")
+    if build == "cuda" and missing:
+        raise SystemExit(f"fusedres: FUSEDRES_BUILD=cuda needs {missing}.")
+    if build == "auto" and (missing or not torch_has_cuda()):
+        why = f"{missing} not found" if missing else "torch is a CPU build, use FUSEDRES_BUILD=cuda for them"
+        return Plan(native=True, reason=f"no CUDA kernels: {why}")
+    if build == "cpu":
+        return Plan(native=True)
     chosen = tuple(re.split(r"[;, ]+", (archs or DEFAULT_ARCHS).strip()))
     if not all(re.fullmatch(r"\d{2,3}a?", arch) for arch in chosen):
         raise SystemExit(f"fusedres: FUSEDRES_CUDA_ARCHS is {archs!r}, needed numbers such as '80;90'.")
@@ -96,6 +99,34 @@ def nvcc() -> str | None:
     return shutil.which(str(Path(home) / "bin/nvcc")) if home else shutil.which("nvcc")
 
 
+def cuda_home() -> Path:
+    """The toolkit's folder; nvcc may be a link or a wrapper, so it is asked."""
+    found = subprocess.run([nvcc(), "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False)
+    return Path(re.search(r"TOP=(.*)", found.stderr).group(1).strip()).resolve()
+
+
+def cuda_version() -> str:
+    """Such as "130"."""
+    found = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True)
+    return "".join(re.search(r"release (\d+)\.(\d+)", found.stdout).groups())
+
+
+def arch_names(plan: Plan) -> str:
+    """What the binary says of itself: "80;90" for a slim one, "80;...;120+PTX" for the default."""
+    return ";".join(plan.archs) + ("" if plan.slim else "+PTX")
+
+
+def local_version(plan: Plan) -> str:
+    """ "+cu130.sm90" for a slim build, "" otherwise."""
+    return f"+cu{cuda_version()}." + ".".join(f"sm{arch}" for arch in plan.archs) if plan.slim else ""
+
+
+def nvcc_archs(plan: Plan) -> list[str]:
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in plan.archs]
+    newest = plan.archs[-1]
+    return flags if plan.slim else [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
 def cuda_sources() -> tuple[str, ...]:
     files = [p for suffix in ("*.cu", "*.cpp") for p in (SOURCES / "cuda").glob(suffix)]
     return tuple(sorted(str(p.relative_to(SOURCES)) for p in files))
@@ -106,14 +137,25 @@ def torch_folder() -> Path | None:
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
-def compile_command(source: str, target: Path) -> list[str]:
-    torch = torch_folder()
-    includes = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}"]
+def torch_has_cuda() -> bool:
+    version = (torch_folder() / "version.py").read_text()
+    return re.search(r"^cuda\b.*= *['\"]", version, re.MULTILINE) is not None
+
+
+def compile_command(plan: Plan, source: str, target: Path) -> list[str]:
+    files = ["-c", str(SOURCES / source), "-o", str(target)]
+    if source.endswith(".cu"):
+        return [nvcc(), "-std=c++17", "-O3", *nvcc_archs(plan), "-Xcompiler", ",".join(HIDDEN), *files]
+    defines = [f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}"]
+    includes = ["-isystem", str(torch_folder() / "include")]
+    if plan.cuda:
+        defines += ["-DUSE_CUDA", f'-DFUSEDRES_CUDA_ARCHS="{arch_names(plan)}"']
+        includes += ["-isystem", str(cuda_home() / "include")]
     flags = INSTRUCTION_SETS.get(source, ())
-    return [compiler(), *COMMON, *flags, *includes, "-c", str(SOURCES / source), "-o", str(target)]
+    return [compiler(), *COMMON, *flags, *includes, *defines, *files]
 
 
-def link_command(objects: list[Path], target: Path) -> list[str]:
+def link_command(plan: Plan, objects: list[Path], target: Path) -> list[str]:
     libraries = [
         "-L",
         str(torch_folder() / "lib"),
@@ -121,6 +163,8 @@ def link_command(objects: list[Path], target: Path) -> list[str]:
         "-ltorch_cpu",
         "-Wl,--exclude-libs,ALL",
     ]
+    if plan.cuda:
+        libraries += ["-L", str(cuda_home() / "lib64"), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     return [compiler(), "-shared", *map(str, objects), *libraries, "-o", str(target)]
 
 
@@ -129,9 +173,10 @@ def build(plan: Plan, folder: Path, target: Path) -> None:
     folder, target = folder.resolve(), target.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    objects = {folder / (source.replace("/", "_") + ".o"): source for source in CPU_SOURCES}
-    compiles = {o: compile_command(source, o) for o, source in objects.items()}
-    link = link_command(list(objects), target)
+    sources = (*CPU_SOURCES, "cuda_binding.cpp", *cuda_sources()) if plan.cuda else CPU_SOURCES
+    objects = {folder / (source.replace("/", "_") + ".o"): source for source in sources}
+    compiles = {o: compile_command(plan, source, o) for o, source in objects.items()}
+    link = link_command(plan, list(objects), target)
     ninja = shutil.which("ninja")
     if ninja is None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -45,29 +45,11 @@ Tensor new_vector(const Tensor& like, int64_t channels) {
 }
 
 Window window_of(const char* op, const Tensor& c, int64_t kernel_size, int64_t stride, int64_t padding) {
-  if (kernel_size < 1 || kernel_size > 15 || stride < 1 || padding < 0 || padding > kernel_size / 2) {
-    fail(op, "the window", "out of range", "kernel_size 1 to 15, stride >= 1, padding <= kernel_size/2",
-         "use backend='reference'");
-  }
+  check_window(op, c, kernel_size, stride, padding);
   Window w{kernel_size, stride, padding, c.size(1), c.size(2), c.size(3), 0, 0};
   w.out_height = (w.height + 2 * padding - kernel_size) / stride + 1;
   w.out_width = (w.width + 2 * padding - kernel_size) / stride + 1;
-  if (w.height + 2 * padding < kernel_size || w.width + 2 * padding < kernel_size) {
-    fail(op, "c", sizes_of(c), "at least one window", "pass a larger image");
-  }
   return w;
-}
-
-void check_pooled(const char* op, const Tensor& dy, const Tensor& indices, const Tensor& c, const Window& w) {
-  check_activation(op, "dy", dy);
-  check_like(op, "indices", indices, dy, ScalarType::Byte);
-  if (dy.scalar_type() != c.scalar_type()) {
-    fail(op, "dy", dtype_name(dy.scalar_type()), dtype_name(c.scalar_type()), "pass tensors of one dtype");
-  }
-  if (dy.size(0) != c.size(0) || dy.size(1) != w.channels || dy.size(2) != w.out_height ||
-      dy.size(3) != w.out_width) {
-    fail(op, "dy", sizes_of(dy), "the shape of the pooled output", "pass the gradient of y");
-  }
 }
 
 std::tuple<Tensor, Tensor> bn_stats(Tensor c) {
@@ -208,13 +190,8 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_forward(Tensor c, Tensor scale, Tenso
   const Window window = window_of(op, c, kernel_size, stride, padding);
   check_vector(op, "scale", scale, window.channels);
   check_vector(op, "shift", shift, window.channels);
-  const auto format = torch::headeronly::MemoryFormat::ChannelsLast;
-  const int64_t sizes[] = {c.size(0), window.channels, window.out_height, window.out_width};
-  const auto pooled = [&](ScalarType dtype) {
-    return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), dtype, std::nullopt, c.device(),
-                                std::nullopt, format);
-  };
-  Tensor y = pooled(c.scalar_type()), indices = pooled(ScalarType::Byte);
+  Tensor y = new_pooled(c, window.out_height, window.out_width, c.scalar_type());
+  Tensor indices = new_pooled(c, window.out_height, window.out_width, ScalarType::Byte);
   launch_bn_relu_maxpool_forward(shape_of(c).dtype, c.size(0), window, c.const_data_ptr(), {data(scale), data(shift)},
                                  y.mutable_data_ptr(), indices.mutable_data_ptr<uint8_t>());
   return {y, indices};
@@ -225,7 +202,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce(Tensor dy, Tensor ind
   const char* op = "bn_relu_maxpool_backward_reduce";
   check_activation(op, "c", c);
   const Window window = window_of(op, c, kernel_size, stride, padding);
-  check_pooled(op, dy, indices, c, window);
+  check_pooled(op, dy, indices, c, window.out_height, window.out_width);
   check_vector(op, "mean", mean, window.channels);
   Tensor sum = new_vector(c, window.channels), centered = new_vector(c, window.channels);
   launch_bn_relu_maxpool_backward_reduce(shape_of(c).dtype, c.size(0), window, dy.const_data_ptr(),
@@ -239,7 +216,7 @@ Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tenso
   const char* op = "bn_relu_maxpool_backward_input";
   check_activation(op, "c", c);
   const Window window = window_of(op, c, kernel_size, stride, padding);
-  check_pooled(op, dy, indices, c, window);
+  check_pooled(op, dy, indices, c, window.out_height, window.out_width);
   const Coefficients main = coefficients_of(op, a, b, k, window.channels);
   Tensor dc = new_like(c);
   launch_bn_relu_maxpool_backward_input(shape_of(c).dtype, c.size(0), window, dy.const_data_ptr(),
