@@ -17,7 +17,7 @@ template <class F>
 inline void for_groups(float* partial, double* totals, int64_t length, int64_t begin, int64_t end, F group) {
   for (int64_t block = begin; block < end; block += kFlush) {
     const int64_t stop = block + kFlush < end ? block + kFlush : end;
-    for (int64_t i = 0; i < length; i += kWidth) store<false>(partial + i, zero());
+    for (int64_t i = 0; i < length; i += kWidth) store(partial + i, zero());
     int64_t row = block;
     for (; row + kGroup <= stop; row += kGroup) group(row, Constant<kGroup>{});
     for (; row < stop; ++row) group(row, Constant<int64_t{1}>{});
@@ -40,8 +40,8 @@ void stats_rows(const StatsArgs& args, int64_t begin, int64_t end) {
         s = s + d;
         q = fma(d, d, q);
       }
-      store<false>(sum + i, s);
-      store<false>(squares + i, q);
+      store(sum + i, s);
+      store(squares + i, q);
     }
   });
 }
@@ -50,7 +50,7 @@ void bn_stats(const StatsArgs& args, int64_t begin, int64_t end) {
   with(args.dtype, [&](auto t) { stats_rows<typename decltype(t)::type>(args, begin, end); });
 }
 
-template <class T, Residual form, bool with_relu, bool with_mask, bool stream>
+template <class T, Residual form, bool with_relu, bool with_mask>
 void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end) {
   const int64_t period = args.period;
   for (int64_t row = begin; row < end; ++row) {
@@ -65,7 +65,7 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end) {
       }
       z = rounded<T>(z);
       if constexpr (with_mask) pack_bits(args.mask + (row * period + i) / 8, positive_or_nan(z));
-      store<stream>(y + i, with_relu ? relu(z) : z);
+      store(y + i, with_relu ? relu(z) : z);
     }
   }
 }
@@ -75,15 +75,11 @@ void bn_add_relu_forward(const ForwardArgs& args, int64_t begin, int64_t end) {
     with(args.form, [&](auto form) {
       with(args.relu, [&](auto relu) {
         with(args.mask != nullptr, [&](auto mask) {
-          with(args.stream, [&](auto stream) {
-            forward_rows<typename decltype(t)::type, form.value, relu.value, mask.value, stream.value>(
-                args, begin, end);
-          });
+          forward_rows<typename decltype(t)::type, form.value, relu.value, mask.value>(args, begin, end);
         });
       });
     });
   });
-  if (args.stream) fence();
 }
 
 // dz of kWidth elements from dy, and from the mask or the rounded scale*c + shift.
@@ -119,9 +115,9 @@ void backward_reduce_rows(const BackwardReduceArgs& args, int64_t begin, int64_t
           h = fma(dz, c2 - load(args.shortcut_mean + i), h);
         }
       }
-      store<false>(sum + i, s);
-      store<false>(centered + i, k);
-      if constexpr (with_shortcut) store<false>(shortcut + i, h);
+      store(sum + i, s);
+      store(centered + i, k);
+      if constexpr (with_shortcut) store(shortcut + i, h);
     }
   });
 }
@@ -144,7 +140,7 @@ inline Float coefficients_at(const Coefficients& v, Float dz, Float c, int64_t i
 
 enum class Second { none, dz, shortcut };  // what goes to dresidual
 
-template <class T, Gradient gradient, Second second, bool frozen, bool frozen_shortcut, bool stream>
+template <class T, Gradient gradient, Second second, bool frozen, bool frozen_shortcut>
 void backward_input_rows(const BackwardInputArgs& args, int64_t begin, int64_t end) {
   const int64_t period = args.period;
   for (int64_t row = begin; row < end; ++row) {
@@ -157,26 +153,26 @@ void backward_input_rows(const BackwardInputArgs& args, int64_t begin, int64_t e
     for (int64_t i = 0; i < period; i += kWidth) {
       const Float c_i = load(c + i);
       const Float dz = gradient_at<T, gradient>(args, dy, c_i, row, i);
-      store<stream>(dc + i, rounded<T>(coefficients_at<frozen>(args.main, dz, c_i, i)));
-      if constexpr (second == Second::dz) store<stream>(dresidual + i, dz);
+      store(dc + i, rounded<T>(coefficients_at<frozen>(args.main, dz, c_i, i)));
+      if constexpr (second == Second::dz) store(dresidual + i, dz);
       if constexpr (second == Second::shortcut) {
         const Float dc2 = coefficients_at<frozen_shortcut>(args.shortcut, dz, load(shortcut_c + i), i);
-        store<stream>(dresidual + i, rounded<T>(dc2));
+        store(dresidual + i, rounded<T>(dc2));
       }
     }
   }
 }
 
-template <class T, Gradient gradient, bool frozen, bool stream>
+template <class T, Gradient gradient, bool frozen>
 void backward_input_second(const BackwardInputArgs& args, int64_t begin, int64_t end) {
   if (args.dresidual == nullptr) {
-    return backward_input_rows<T, gradient, Second::none, frozen, false, stream>(args, begin, end);
+    return backward_input_rows<T, gradient, Second::none, frozen, false>(args, begin, end);
   }
   if (args.shortcut_c == nullptr) {
-    return backward_input_rows<T, gradient, Second::dz, frozen, false, stream>(args, begin, end);
+    return backward_input_rows<T, gradient, Second::dz, frozen, false>(args, begin, end);
   }
   with(args.shortcut.b == nullptr, [&](auto frozen_shortcut) {
-    backward_input_rows<T, gradient, Second::shortcut, frozen, frozen_shortcut.value, stream>(args, begin, end);
+    backward_input_rows<T, gradient, Second::shortcut, frozen, frozen_shortcut.value>(args, begin, end);
   });
 }
 
@@ -184,14 +180,10 @@ void bn_add_relu_backward_input(const BackwardInputArgs& args, int64_t begin, in
   with(args.dtype, [&](auto t) {
     with(args.gradient, [&](auto gradient) {
       with(args.main.b == nullptr, [&](auto frozen) {
-        with(args.stream, [&](auto stream) {
-          backward_input_second<typename decltype(t)::type, gradient.value, frozen.value, stream.value>(
-              args, begin, end);
-        });
+        backward_input_second<typename decltype(t)::type, gradient.value, frozen.value>(args, begin, end);
       });
     });
   });
-  if (args.stream) fence();
 }
 
 void relu_backward(const MaskArgs& args, int64_t begin, int64_t end) {
@@ -199,7 +191,7 @@ void relu_backward(const MaskArgs& args, int64_t begin, int64_t end) {
     using T = typename decltype(t)::type;
     for (int64_t i = begin * args.period; i < end * args.period; i += kWidth) {
       const Float dz = select(unpack_bits(args.mask + i / 8), load(static_cast<const T*>(args.dy) + i));
-      store<false>(static_cast<T*>(args.dz) + i, dz);
+      store(static_cast<T*>(args.dz) + i, dz);
     }
   });
 }

@@ -25,7 +25,7 @@ struct StatsArgs {
 struct ForwardArgs {
   Dtype dtype;
   Residual form;
-  bool relu, stream;
+  bool relu;
   const void* c;                // [rows, period]
   const float *scale, *shift;   // [period]
   const void* residual;         // [rows, period] or null
@@ -55,7 +55,6 @@ struct Coefficients {
 struct BackwardInputArgs {
   Dtype dtype;
   Gradient gradient;
-  bool stream;
   const void *dy, *c;           // [rows, period]
   const uint8_t* mask;          // [rows, period/8] or null
   const float *scale, *shift;   // [period]

@@ -32,11 +32,6 @@ std::vector<float> sampled_mean(const Shape& shape, const void* c) {
   return mean;
 }
 
-bool streams(const Period& period, const void* output) {
-  const int64_t bytes = period.rows * period.length * period.element;
-  return bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(output) % 64 == 0;
-}
-
 Gradient gradient_of(const Gradients& gradients) {
   if (gradients.mask != nullptr) return Gradient::mask;
   return gradients.relu ? Gradient::sign : Gradient::plain;
@@ -83,13 +78,12 @@ void launch_bn_add_relu_forward(const Shape& shape, const void* c, Affine affine
   const Residual form = residual == nullptr ? Residual::none
                         : scale2.empty()    ? Residual::identity
                                             : Residual::projection;
-  ForwardArgs args{shape.dtype, form, relu, streams(period, y), c, scale.data(), shift.data(), residual,
+  ForwardArgs args{shape.dtype, form, relu, c, scale.data(), shift.data(), residual,
                    pointer(scale2), pointer(shift2), y, mask, period.length};
   parallel_chunks(count_chunks(period.rows, period.length), period.rows,
                   [&](int64_t, int64_t begin, int64_t end) { kernels()->bn_add_relu_forward(args, begin, end); });
   if (period.tail == 0) return;
   Tail tail(period);
-  args.stream = false;
   args.c = tail.in(c);
   args.residual = tail.in(residual);
   args.y = tail.out(y);
@@ -138,7 +132,7 @@ void launch_bn_add_relu_backward_input(const Shape& shape, const Gradients& grad
   const Period period(shape);
   const std::vector<float> scale = period.repeat(gradients.affine.scale), shift = period.repeat(gradients.affine.shift);
   const RepeatedCoefficients first(period, main), second(period, shortcut);
-  BackwardInputArgs args{shape.dtype, gradient_of(gradients), streams(period, dc), gradients.dy, gradients.c,
+  BackwardInputArgs args{shape.dtype, gradient_of(gradients), gradients.dy, gradients.c,
                          gradients.mask, pointer(scale), pointer(shift), first.get(), shortcut_c,
                          second.get(), dc, dresidual, period.length};
   parallel_chunks(count_chunks(period.rows, period.length), period.rows, [&](int64_t, int64_t begin, int64_t end) {
@@ -146,7 +140,6 @@ void launch_bn_add_relu_backward_input(const Shape& shape, const Gradients& grad
   });
   if (period.tail == 0) return;
   Tail tail(period);
-  args.stream = false;
   args.dy = tail.in(gradients.dy);
   args.c = tail.in(gradients.c);
   args.mask = tail.in_mask(gradients.mask);

@@ -21,9 +21,9 @@ inline Float load_lanes(const T* p, int64_t lanes) {
 
 template <class T>
 inline void store_lanes(T* p, Float v, int64_t lanes) {
-  if (lanes >= kWidth) return store<false>(p, v);
+  if (lanes >= kWidth) return store(p, v);
   T lane[kWidth];
-  store<false>(lane, v);
+  store(lane, v);
   for (int64_t i = 0; i < lanes; ++i) p[i] = lane[i];
 }
 
@@ -119,7 +119,7 @@ void pool_backward_rows(const PoolBackwardArgs& args, int64_t begin, int64_t end
   for (int64_t row = begin; row < end; ++row) {
     const Covering rows(row % w.height, w.out_height, w);
     if constexpr (sums) {
-      for (int64_t i = 0; i < 2 * padded; i += kWidth) store<false>(args.partial + i, zero());
+      for (int64_t i = 0; i < 2 * padded; i += kWidth) store(args.partial + i, zero());
     }
     for (int64_t x = 0; x < w.width; ++x) {
       const int64_t at = (row * w.width + x) * w.channels;
@@ -127,8 +127,8 @@ void pool_backward_rows(const PoolBackwardArgs& args, int64_t begin, int64_t end
         const Float c = load_lanes(static_cast<const T*>(args.c) + at + i, w.channels - i);
         const Float dz = gather<T>(args, row / w.height, row % w.height, x, rows, i);
         if constexpr (sums) {
-          store<false>(sum + i, load(sum + i) + dz);
-          store<false>(centered + i, fma(dz, c - load(args.mean + i), load(centered + i)));
+          store(sum + i, load(sum + i) + dz);
+          store(centered + i, fma(dz, c - load(args.mean + i), load(centered + i)));
         } else {
           const Float a = load(args.main.a + i);
           const Float dc = frozen ? a * dz : fma(a, dz, fma(load(args.main.b + i), c, load(args.main.k + i)));

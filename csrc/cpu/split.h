@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cstring>
 #include <numeric>
 #include <vector>
@@ -13,7 +14,6 @@ namespace fusedres::cpu {
 
 constexpr int64_t kShortestPeriod = 128;       // elements; shorter inner loops cost more than they do
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
-inline const int64_t kStreamBytes = getenv("SB") ? atoll(getenv("SB"))<<20 : int64_t{32} << 20;  // an output of at least this size is not read from a cache
 
 // The flat array of rows x channels as `rows` of `period` elements and a `tail` that is shorter than one.
 struct Period {

@@ -61,18 +61,12 @@ inline Float load(const BFloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-// `v` as `rounded` gave it. Stream: past the caches; p aligned to the vector.
-template <bool Stream>
-inline void store(float* p, Float v) {
-  Stream ? _mm256_stream_ps(p, v) : _mm256_storeu_ps(p, v);
-}
-template <bool Stream>
+// `v` as `rounded` gave it.
+inline void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
 inline void store(BFloat16* p, Float v) {
   const Int high = _mm256_srli_epi32(_mm256_castps_si256(v), 16);
   const Int packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-  __m128i* target = reinterpret_cast<__m128i*>(p);
-  const __m128i half = _mm256_castsi256_si128(packed);
-  Stream ? _mm_stream_si128(target, half) : _mm_storeu_si128(target, half);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 
 inline Int load_bytes(const uint8_t* p) {
@@ -90,7 +84,5 @@ inline void add_to_double(double* sums, Float v) {
   _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), low));
   _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
 }
-
-inline void fence() { _mm_sfence(); }
 
 }  // namespace

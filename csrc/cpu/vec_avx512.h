@@ -59,16 +59,11 @@ inline Float load(const BFloat16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// `v` as `rounded` gave it. Stream: past the caches; p aligned to the vector.
-template <bool Stream>
-inline void store(float* p, Float v) {
-  Stream ? _mm512_stream_ps(p, v) : _mm512_storeu_ps(p, v);
-}
-template <bool Stream>
+// `v` as `rounded` gave it.
+inline void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
 inline void store(BFloat16* p, Float v) {
   const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16));
-  __m256i* target = reinterpret_cast<__m256i*>(p);
-  Stream ? _mm256_stream_si256(target, half) : _mm256_storeu_si256(target, half);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
 }
 
 inline Int load_bytes(const uint8_t* p) {
@@ -85,7 +80,5 @@ inline void add_to_double(double* sums, Float v) {
   _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
   _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
 }
-
-inline void fence() { _mm_sfence(); }
 
 }  // namespace

@@ -19,7 +19,10 @@ from fusedres.errors import BackendUnavailableError
 from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, RawOps
 
 LIBRARY = Path(__file__).resolve().parent.parent / "libfusedres_native.so"
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def is_built() -> bool:
@@ -64,13 +67,28 @@ def loaders() -> dict[str, Callable[[], RawOps]]:
     return {NativeOps.name: cast(Callable[[], RawOps], NativeOps)}
 
 
+@cache
+def device_reason(device: torch.device) -> str | None:
+    """Why the library does not run on this device, or None."""
+    if device.type == "cpu":
+        return None
+    archs = torch.ops.fusedres_native.cuda_archs()
+    if device.type != "cuda" or not archs:
+        return f"device_{device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.ops.fusedres_native.cuda_archs_cover(archs, *capability):
+        return None
+    return "no_code_for_sm_{}{}".format(*capability)
+
+
 def activations_reason(*activations: Tensor | None) -> str | None:
     """Why the kernels do not take these activations together, or None. The first is not None."""
     first = activations[0]
     assert first is not None
-    if first.device.type != "cpu":
-        return f"device_{first.device.type}"
-    if first.dtype not in DTYPES:
+    reason = device_reason(first.device)
+    if reason is not None:
+        return reason
+    if first.dtype not in DTYPES[first.device.type]:
         return f"dtype_{str(first.dtype).removeprefix('torch.')}"
     for t in activations:
         if t is None:
@@ -82,11 +100,16 @@ def activations_reason(*activations: Tensor | None) -> str | None:
     return None if first.shape[1] else "no_channels"
 
 
-def vectors_reason(*vectors: Tensor | None) -> str | None:
+def vectors_reason(first: Tensor, *others: Tensor | None) -> str | None:
     """Why the kernels do not take these channel vectors, or None."""
-    for v in vectors:
-        if v is not None and not (v.dtype == torch.float32 and v.device.type == "cpu" and v.is_contiguous()):
-            return "vector_not_float32_cpu"
+    reason = device_reason(first.device)
+    if reason is not None:
+        return reason
+    for v in (first, *others):
+        if v is not None and not (
+            v.dtype == torch.float32 and v.device == first.device and v.is_contiguous()
+        ):
+            return "vector_not_float32"
     return None
 
 
