@@ -3,7 +3,7 @@
 A `Dispatcher` has every raw op as a method; each call goes to the first of its backends whose `supports`
 gives no reason against it. The reference comes last and takes everything.
 
-    FUSEDRES_BACKEND=auto|reference      the default for this process
+    FUSEDRES_BACKEND=auto|native|reference      the default for this process
     with use_backend("reference"): ...   for a block of code, in this thread
 """
 
@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
+from fusedres.backends import native
 from fusedres.backends.reference import ReferenceOps
 from fusedres.errors import BackendUnavailableError
 from fusedres.raw_ops import RAW_OPS, RawOps
@@ -23,8 +24,14 @@ from fusedres.raw_ops import RAW_OPS, RawOps
 ENVIRONMENT_VARIABLE = "FUSEDRES_BACKEND"
 AUTO = "auto"
 
-# fastest first, the reference last
-LOADERS: dict[str, Callable[[], RawOps]] = {"reference": cast(Callable[[], RawOps], ReferenceOps)}
+# fastest first, the reference last; a backend that this installation or machine does not have is absent
+LOADERS: dict[str, Callable[[], RawOps]] = {
+    **native.loaders(),
+    "reference": cast(Callable[[], RawOps], ReferenceOps),
+}
+
+# for a backend that is absent: raises BackendUnavailableError with the reason
+REQUIREMENTS: dict[str, Callable[[], None]] = {"native": native.load}
 
 _requested: ContextVar[str | None] = ContextVar("fusedres_backend", default=None)
 
@@ -37,6 +44,8 @@ def backend_names() -> tuple[str, ...]:
 def check_backend(name: str) -> None:
     """Raises BackendUnavailableError unless `name` is one of `backend_names()`."""
     if name not in backend_names():
+        if name in REQUIREMENTS:
+            REQUIREMENTS[name]()
         raise BackendUnavailableError(
             f"fusedres: backend {name!r} is not available, found {', '.join(backend_names())}. "
             f"Choose one of those, by argument or by {ENVIRONMENT_VARIABLE}."

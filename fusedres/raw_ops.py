@@ -11,8 +11,8 @@ Symbols
     dz           the gradient where it enters BN: `where(y <= 0, 0, dy)`, a select and never a product
 
 Memory format
-    Activations have logical shape [N, C, H, W]. Outputs take the memory format of the first activation
-    argument. The native and Triton backends need channels_last ("NHWC": a row's C values lie side by side);
+    Activations have logical shape [N, C, H, W]. An output takes the memory format of the tensor it is the
+    gradient of, or else of `c`, `x` or `dy`, in this order. The native and Triton backends need channels_last ("NHWC": a row's C values lie side by side);
     the reference takes any.
 
 Dtypes

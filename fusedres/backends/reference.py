@@ -63,7 +63,7 @@ def apply_coefficients(dz: Tensor, c: Tensor, grads: BatchNormGrads) -> Tensor:
     dc = dz.to(grads.A.dtype) * per_channel(grads.A)
     if grads.B is not None and grads.K is not None:
         dc = dc + affine(c, grads.B, grads.K)
-    return dc.to(c.dtype)
+    return torch.empty_like(c).copy_(dc)
 
 
 def sums(dz: Tensor, c: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,11 +144,11 @@ class ReferenceOps:
         dc = apply_coefficients(dz, c, grads)
         if shortcut_c is not None:
             return dc, apply_coefficients(dz, shortcut_c, shortcut_grads)
-        # without a mask dz may be dy itself, and a returned gradient never shares storage with an argument
-        return dc, (dz.clone() if dz is dy else dz) if save_dz else None
+        # a copy: without a mask dz may be dy itself, and no output shares storage with an argument
+        return dc, torch.empty_like(c).copy_(dz) if save_dz else None
 
     def relu_backward(self, dy, mask):
-        return torch.where(unpack_mask(mask, dy), dy, 0)
+        return torch.empty_like(dy).copy_(torch.where(unpack_mask(mask, dy), dy, 0))
 
     def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding):
         a = activation(c, scale, shift)
@@ -177,8 +177,7 @@ class ReferenceOps:
         return sums(self._unpool(dy, indices, c, kernel_size, stride, padding), c, vectors.mean)
 
     def bn_relu_maxpool_backward_input(self, dy, indices, c, grads, kernel_size, stride, padding):
-        dc = apply_coefficients(self._unpool(dy, indices, c, kernel_size, stride, padding), c, grads)
-        return torch.empty_like(c).copy_(dc)
+        return apply_coefficients(self._unpool(dy, indices, c, kernel_size, stride, padding), c, grads)
 
     def conv1x1_forward(
         self,

@@ -1,0 +1,147 @@
+// What every op asks of its arguments. A failed check throws; the text says op, argument, found, needed, fix.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace fusedres {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+[[noreturn]] inline void fail(const char* op, const char* name, const std::string& found, const std::string& needed,
+                              const char* fix) {
+  throw std::runtime_error(std::string("fusedres ") + op + ": " + name + " is " + found + ", needed " + needed +
+                           "; " + fix + ".");
+}
+
+inline std::string sizes_of(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i == 0 ? "" : ", ") << t.size(i);
+  text << ']';
+  return text.str();
+}
+
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Byte: return "uint8";
+    default: return "dtype number " + std::to_string(static_cast<int>(dtype));
+  }
+}
+
+// Dense NHWC; a dimension of size 1 may have any stride.
+inline bool is_channels_last(const Tensor& t) {
+  int64_t expected = 1;
+  if (t.numel() == 0) return true;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& t, bool cuda) {
+  if (t.is_cuda() != cuda || t.is_cpu() == cuda) {
+    fail(op, name, "on another device", cuda ? "a CUDA tensor" : "a CPU tensor",
+         "move every argument to the device of the first");
+  }
+}
+
+inline void check_channels_last(const char* op, const char* name, const Tensor& t) {
+  if (t.dim() != 4) fail(op, name, sizes_of(t), "[N, C, H, W]", "pass a batch of images");
+  if (!is_channels_last(t)) {
+    fail(op, name, "not channels_last", "dense channels_last memory",
+         "call .contiguous(memory_format=torch.channels_last)");
+  }
+}
+
+// A tensor like another: size, dtype, memory format, device.
+inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like, ScalarType dtype) {
+  check_channels_last(op, name, t);
+  check_device(op, name, t, like.is_cuda());
+  if (sizes_of(t) != sizes_of(like)) fail(op, name, sizes_of(t), sizes_of(like), "pass tensors of one shape");
+  if (t.scalar_type() != dtype) {
+    fail(op, name, dtype_name(t.scalar_type()), dtype_name(dtype), "pass tensors of one dtype");
+  }
+}
+inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  check_like(op, name, t, like, like.scalar_type());
+}
+inline void check_like(const char* op, const char* name, const OptionalTensor& t, const Tensor& like) {
+  if (t) check_like(op, name, *t, like);
+}
+
+// A float32 vector of `channels`.
+inline void check_vector(const char* op, const char* name, const Tensor& v, int64_t channels) {
+  if (v.scalar_type() != ScalarType::Float) {
+    fail(op, name, dtype_name(v.scalar_type()), "float32", "channel vectors have the accumulation dtype");
+  }
+  if (v.dim() != 1 || v.size(0) != channels || !v.is_contiguous()) {
+    fail(op, name, sizes_of(v), "contiguous [" + std::to_string(channels) + "]", "pass one value a channel");
+  }
+}
+inline void check_vector(const char* op, const char* name, const OptionalTensor& v, int64_t channels) {
+  if (v) check_vector(op, name, *v, channels);
+}
+
+inline void check_mask(const char* op, const Tensor& mask, const Tensor& like) {
+  const int64_t bytes = (like.numel() + 7) / 8;
+  if (mask.scalar_type() != ScalarType::Byte || mask.dim() != 1 || mask.size(0) != bytes || !mask.is_contiguous()) {
+    fail(op, "mask", dtype_name(mask.scalar_type()) + " " + sizes_of(mask), "uint8 [" + std::to_string(bytes) + "]",
+         "pass the mask of bn_add_relu_forward");
+  }
+}
+inline void check_mask(const char* op, const OptionalTensor& mask, const Tensor& like) {
+  if (mask) check_mask(op, *mask, like);
+}
+
+inline void check_together(const char* op, const char* name, bool first, bool second) {
+  if (first != second) fail(op, name, "given in part", "both or neither", "pass the pair");
+}
+
+// A pooling window, and that c [N, C, H, W] holds at least one.
+inline void check_window(const char* op, const Tensor& c, int64_t kernel_size, int64_t stride, int64_t padding) {
+  if (kernel_size < 1 || kernel_size > 15 || stride < 1 || padding < 0 || padding > kernel_size / 2) {
+    std::ostringstream found;
+    found << "kernel_size " << kernel_size << ", stride " << stride << ", padding " << padding;
+    fail(op, "the window", found.str(), "kernel_size 1 to 15, stride >= 1, padding <= kernel_size/2",
+         "use backend='reference'");
+  }
+  if (c.size(2) + 2 * padding < kernel_size || c.size(3) + 2 * padding < kernel_size) {
+    fail(op, "c", sizes_of(c), "at least one window", "pass a larger image");
+  }
+}
+
+// dy and indices [N, C, height, width], the pooled size, for c [N, C, H, W].
+inline void check_pooled(const char* op, const Tensor& dy, const Tensor& indices, const Tensor& c, int64_t height,
+                         int64_t width) {
+  check_channels_last(op, "dy", dy);
+  check_device(op, "dy", dy, c.is_cuda());
+  check_like(op, "indices", indices, dy, ScalarType::Byte);
+  if (dy.scalar_type() != c.scalar_type()) {
+    fail(op, "dy", dtype_name(dy.scalar_type()), dtype_name(c.scalar_type()), "pass tensors of one dtype");
+  }
+  if (dy.size(0) != c.size(0) || dy.size(1) != c.size(1) || dy.size(2) != height || dy.size(3) != width) {
+    fail(op, "dy", sizes_of(dy), "the shape of the pooled output", "pass the gradient of y");
+  }
+}
+
+// Uninitialised [N, C, height, width] in channels_last on c's device.
+inline Tensor new_pooled(const Tensor& c, int64_t height, int64_t width, ScalarType dtype) {
+  const int64_t sizes[] = {c.size(0), c.size(1), height, width};
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), dtype, std::nullopt, c.device(),
+                              std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+}  // namespace fusedres

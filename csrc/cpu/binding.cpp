@@ -1,0 +1,244 @@
+// fusedres_native on the CPU: checks the arguments, allocates the results, calls the launchers.
+#include <torch/csrc/stable/library.h>
+
+#include "../checks.h"
+#include "channel_ops.h"
+#include "launch.h"
+#include "memory.h"
+
+namespace fusedres::cpu {
+
+namespace {
+
+void check_activation(const char* op, const char* name, const Tensor& c) {
+  if (kernels() == nullptr) fail(op, "this processor", "without AVX2", "AVX2 and FMA", "use backend='reference'");
+  check_device(op, name, c, false);
+  check_channels_last(op, name, c);
+  const ScalarType dtype = c.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16) {
+    fail(op, name, dtype_name(dtype), "float32 or bfloat16", "convert it, or use backend='reference'");
+  }
+  if (c.size(1) == 0) fail(op, name, sizes_of(c), "at least one channel", "use backend='reference'");
+}
+
+Shape shape_of(const Tensor& c) {
+  const Dtype dtype = c.scalar_type() == ScalarType::Float ? Dtype::float32 : Dtype::bfloat16;
+  return {dtype, c.numel() / c.size(1), c.size(1)};
+}
+
+const float* data(const Tensor& v) { return v.const_data_ptr<float>(); }
+const float* data(const OptionalTensor& v) { return v ? data(*v) : nullptr; }
+const uint8_t* mask_data(const OptionalTensor& v) { return v ? v->const_data_ptr<uint8_t>() : nullptr; }
+const void* untyped(const OptionalTensor& v) { return v ? v->const_data_ptr() : nullptr; }
+float* written(const Tensor& v) { return v.mutable_data_ptr<float>(); }
+float* written(const OptionalTensor& v) { return v ? written(*v) : nullptr; }
+
+// Uninitialised, like c.
+Tensor new_like(const Tensor& c) {
+  Tensor tensor = torch::stable::empty_like(c);
+  advise_huge_pages(tensor.mutable_data_ptr(), c.numel() * size_of(shape_of(c).dtype));
+  return tensor;
+}
+
+Tensor new_vector(const Tensor& like, int64_t channels) {
+  return torch::stable::new_empty(like, {channels}, ScalarType::Float);
+}
+
+Window window_of(const char* op, const Tensor& c, int64_t kernel_size, int64_t stride, int64_t padding) {
+  check_window(op, c, kernel_size, stride, padding);
+  Window w{kernel_size, stride, padding, c.size(1), c.size(2), c.size(3), 0, 0};
+  w.out_height = (w.height + 2 * padding - kernel_size) / stride + 1;
+  w.out_width = (w.width + 2 * padding - kernel_size) / stride + 1;
+  return w;
+}
+
+std::tuple<Tensor, Tensor> bn_stats(Tensor c) {
+  check_activation("bn_stats", "c", c);
+  const Shape shape = shape_of(c);
+  Tensor mean = new_vector(c, shape.channels), var = new_vector(c, shape.channels);
+  launch_bn_stats(shape, c.const_data_ptr(), written(mean), written(var));
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> scale_shift(Tensor mean, Tensor var, OptionalTensor weight, OptionalTensor bias,
+                                               double eps) {
+  const char* op = "bn_scale_shift";
+  const int64_t channels = mean.numel();
+  check_vector(op, "mean", mean, channels);
+  check_vector(op, "var", var, channels);
+  check_vector(op, "weight", weight, channels);
+  check_vector(op, "bias", bias, channels);
+  Tensor invstd = new_vector(mean, channels), scale = new_vector(mean, channels), shift = new_vector(mean, channels);
+  bn_scale_shift({data(mean), data(var), data(weight), data(bias), written(invstd), written(scale), written(shift)},
+                 eps, channels);
+  return {invstd, scale, shift};
+}
+
+std::tuple<Tensor, OptionalTensor> bn_add_relu_forward(Tensor c, Tensor scale, Tensor shift, OptionalTensor residual,
+                                                       OptionalTensor residual_scale, OptionalTensor residual_shift,
+                                                       bool relu, bool save_mask) {
+  const char* op = "bn_add_relu_forward";
+  check_activation(op, "c", c);
+  const Shape shape = shape_of(c);
+  check_vector(op, "scale", scale, shape.channels);
+  check_vector(op, "shift", shift, shape.channels);
+  check_like(op, "residual", residual, c);
+  check_vector(op, "residual_scale", residual_scale, shape.channels);
+  check_vector(op, "residual_shift", residual_shift, shape.channels);
+  check_together(op, "residual_scale, residual_shift", residual_scale.has_value(), residual_shift.has_value());
+  if (residual_scale && !residual) fail(op, "residual", "None", "a tensor like c", "pass what residual_scale is for");
+  Tensor y = new_like(c);
+  OptionalTensor mask;
+  if (save_mask) mask = torch::stable::new_empty(c, {(c.numel() + 7) / 8}, ScalarType::Byte);
+  launch_bn_add_relu_forward(shape, c.const_data_ptr(), {data(scale), data(shift)}, untyped(residual),
+                             {data(residual_scale), data(residual_shift)}, relu, y.mutable_data_ptr(),
+                             mask ? mask->mutable_data_ptr<uint8_t>() : nullptr);
+  return {y, mask};
+}
+
+Gradients gradients_of(const char* op, const Tensor& dy, const Tensor& c, const Tensor& scale, const Tensor& shift,
+                       const OptionalTensor& mask, bool relu) {
+  check_activation(op, "c", c);
+  check_like(op, "dy", dy, c);
+  check_vector(op, "scale", scale, c.size(1));
+  check_vector(op, "shift", shift, c.size(1));
+  check_mask(op, mask, c);
+  return {dy.const_data_ptr(), c.const_data_ptr(), mask_data(mask), relu, {data(scale), data(shift)}};
+}
+
+std::tuple<Tensor, Tensor, OptionalTensor> bn_add_relu_backward_reduce(Tensor dy, Tensor c, Tensor mean, Tensor scale,
+                                                                       Tensor shift, OptionalTensor mask, bool relu,
+                                                                       OptionalTensor shortcut_c,
+                                                                       OptionalTensor shortcut_mean) {
+  const char* op = "bn_add_relu_backward_reduce";
+  const Gradients gradients = gradients_of(op, dy, c, scale, shift, mask, relu);
+  const Shape shape = shape_of(c);
+  check_vector(op, "mean", mean, shape.channels);
+  check_like(op, "shortcut_c", shortcut_c, c);
+  check_vector(op, "shortcut_mean", shortcut_mean, shape.channels);
+  check_together(op, "shortcut_c, shortcut_mean", shortcut_c.has_value(), shortcut_mean.has_value());
+  Tensor sum = new_vector(c, shape.channels), centered = new_vector(c, shape.channels);
+  OptionalTensor shortcut;
+  if (shortcut_c) shortcut = new_vector(c, shape.channels);
+  launch_bn_add_relu_backward_reduce(shape, gradients, data(mean), untyped(shortcut_c), data(shortcut_mean),
+                                     written(sum), written(centered), written(shortcut));
+  return {sum, centered, shortcut};
+}
+
+std::tuple<Tensor, OptionalTensor, OptionalTensor> backward_coefficients(Tensor sum_dz, Tensor sum_dz_centered,
+                                                                         Tensor mean, Tensor invstd, Tensor scale,
+                                                                         int64_t rows, bool training) {
+  const char* op = "bn_backward_coefficients";
+  const int64_t channels = sum_dz.numel();
+  check_vector(op, "sum_dz", sum_dz, channels);
+  check_vector(op, "sum_dz_centered", sum_dz_centered, channels);
+  check_vector(op, "mean", mean, channels);
+  check_vector(op, "invstd", invstd, channels);
+  check_vector(op, "scale", scale, channels);
+  Tensor dweight = new_vector(mean, channels);
+  OptionalTensor b, k;
+  if (training) {
+    b = new_vector(mean, channels);
+    k = new_vector(mean, channels);
+  }
+  bn_backward_coefficients({data(sum_dz), data(sum_dz_centered), data(mean), data(invstd), data(scale),
+                            written(dweight), written(b), written(k)},
+                           rows, channels);
+  return {dweight, b, k};
+}
+
+Coefficients coefficients_of(const char* op, const OptionalTensor& a, const OptionalTensor& b, const OptionalTensor& k,
+                             int64_t channels) {
+  check_vector(op, "A", a, channels);
+  check_vector(op, "B", b, channels);
+  check_vector(op, "K", k, channels);
+  check_together(op, "B, K", b.has_value(), k.has_value());
+  return {data(a), data(b), data(k)};
+}
+
+std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input(
+    Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor a, OptionalTensor b, OptionalTensor k, OptionalTensor mask,
+    bool relu, OptionalTensor shortcut_c, OptionalTensor shortcut_a, OptionalTensor shortcut_b,
+    OptionalTensor shortcut_k, bool save_dz) {
+  const char* op = "bn_add_relu_backward_input";
+  const Gradients gradients = gradients_of(op, dy, c, scale, shift, mask, relu);
+  const Shape shape = shape_of(c);
+  const Coefficients main = coefficients_of(op, a, b, k, shape.channels);
+  check_like(op, "shortcut_c", shortcut_c, c);
+  const Coefficients shortcut = coefficients_of(op, shortcut_a, shortcut_b, shortcut_k, shape.channels);
+  check_together(op, "shortcut_c, shortcut_A", shortcut_c.has_value(), shortcut_a.has_value());
+  Tensor dc = new_like(c);
+  OptionalTensor dresidual;
+  if (shortcut_c || save_dz) dresidual = new_like(c);
+  launch_bn_add_relu_backward_input(shape, gradients, main, untyped(shortcut_c), shortcut, dc.mutable_data_ptr(),
+                                    dresidual ? dresidual->mutable_data_ptr() : nullptr);
+  return {dc, dresidual};
+}
+
+Tensor relu_backward(Tensor dy, Tensor mask) {
+  check_activation("relu_backward", "dy", dy);
+  check_mask("relu_backward", mask, dy);
+  Tensor dz = new_like(dy);
+  launch_relu_backward(shape_of(dy), dy.const_data_ptr(), mask.const_data_ptr<uint8_t>(), dz.mutable_data_ptr());
+  return dz;
+}
+
+std::tuple<Tensor, Tensor> bn_relu_maxpool_forward(Tensor c, Tensor scale, Tensor shift, int64_t kernel_size,
+                                                   int64_t stride, int64_t padding) {
+  const char* op = "bn_relu_maxpool_forward";
+  check_activation(op, "c", c);
+  const Window window = window_of(op, c, kernel_size, stride, padding);
+  check_vector(op, "scale", scale, window.channels);
+  check_vector(op, "shift", shift, window.channels);
+  Tensor y = new_pooled(c, window.out_height, window.out_width, c.scalar_type());
+  Tensor indices = new_pooled(c, window.out_height, window.out_width, ScalarType::Byte);
+  launch_bn_relu_maxpool_forward(shape_of(c).dtype, c.size(0), window, c.const_data_ptr(), {data(scale), data(shift)},
+                                 y.mutable_data_ptr(), indices.mutable_data_ptr<uint8_t>());
+  return {y, indices};
+}
+
+std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce(Tensor dy, Tensor indices, Tensor c, Tensor mean,
+                                                           int64_t kernel_size, int64_t stride, int64_t padding) {
+  const char* op = "bn_relu_maxpool_backward_reduce";
+  check_activation(op, "c", c);
+  const Window window = window_of(op, c, kernel_size, stride, padding);
+  check_pooled(op, dy, indices, c, window.out_height, window.out_width);
+  check_vector(op, "mean", mean, window.channels);
+  Tensor sum = new_vector(c, window.channels), centered = new_vector(c, window.channels);
+  launch_bn_relu_maxpool_backward_reduce(shape_of(c).dtype, c.size(0), window, dy.const_data_ptr(),
+                                         indices.const_data_ptr<uint8_t>(), c.const_data_ptr(), data(mean),
+                                         written(sum), written(centered));
+  return {sum, centered};
+}
+
+Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tensor a, OptionalTensor b,
+                                      OptionalTensor k, int64_t kernel_size, int64_t stride, int64_t padding) {
+  const char* op = "bn_relu_maxpool_backward_input";
+  check_activation(op, "c", c);
+  const Window window = window_of(op, c, kernel_size, stride, padding);
+  check_pooled(op, dy, indices, c, window.out_height, window.out_width);
+  const Coefficients main = coefficients_of(op, a, b, k, window.channels);
+  Tensor dc = new_like(c);
+  launch_bn_relu_maxpool_backward_input(shape_of(c).dtype, c.size(0), window, dy.const_data_ptr(),
+                                        indices.const_data_ptr<uint8_t>(), c.const_data_ptr(), main,
+                                        dc.mutable_data_ptr());
+  return dc;
+}
+
+}  // namespace
+
+}  // namespace fusedres::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
+  using namespace fusedres::cpu;
+  m.impl("bn_stats", TORCH_BOX(&bn_stats));
+  m.impl("bn_scale_shift", TORCH_BOX(&scale_shift));
+  m.impl("bn_add_relu_forward", TORCH_BOX(&bn_add_relu_forward));
+  m.impl("bn_add_relu_backward_reduce", TORCH_BOX(&bn_add_relu_backward_reduce));
+  m.impl("bn_backward_coefficients", TORCH_BOX(&backward_coefficients));
+  m.impl("bn_add_relu_backward_input", TORCH_BOX(&bn_add_relu_backward_input));
+  m.impl("relu_backward", TORCH_BOX(&relu_backward));
+  m.impl("bn_relu_maxpool_forward", TORCH_BOX(&bn_relu_maxpool_forward));
+  m.impl("bn_relu_maxpool_backward_reduce", TORCH_BOX(&bn_relu_maxpool_backward_reduce));
+  m.impl("bn_relu_maxpool_backward_input", TORCH_BOX(&bn_relu_maxpool_backward_input));
+}

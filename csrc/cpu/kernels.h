@@ -1,0 +1,124 @@
+// The CPU kernels' interface: plain structs and functions, no torch, no C++ library, so that a file compiled for
+// AVX-512 leaves no inline function behind that the linker could pick for an older processor.
+//
+// Tensors are NHWC, dense: a flat array of P*C elements. `period` is a multiple of C and of the vector width; the
+// flat array is walked in rows of `period` elements, and every channel vector is repeated to that length.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedres::cpu {
+
+enum class Dtype { float32, bfloat16 };
+enum class Residual { none, identity, projection };
+enum class Gradient { plain, mask, sign };  // where dz comes from: dy; dy and mask; dy and the sign of scale*c + shift
+
+struct StatsArgs {
+  Dtype dtype;
+  const void* c;         // [rows, period]
+  const float* shift;    // [period], about the mean: what is summed is c - shift
+  float* partial;        // [2, period], scratch
+  double* sums;          // [2, period]: += sum d, sum d*d with d = c - shift
+  int64_t period;
+};
+
+struct ForwardArgs {
+  Dtype dtype;
+  Residual form;
+  bool relu;
+  const void* c;                // [rows, period]
+  const float *scale, *shift;   // [period]
+  const void* residual;         // [rows, period] or null
+  const float *residual_scale, *residual_shift;  // [period] or null
+  void* y;                      // [rows, period]
+  uint8_t* mask;                // [rows, period/8] or null
+  int64_t period;
+};
+
+struct BackwardReduceArgs {
+  Dtype dtype;
+  Gradient gradient;
+  const void *dy, *c;           // [rows, period]
+  const uint8_t* mask;          // [rows, period/8] or null
+  const float *mean, *scale, *shift;  // [period]
+  const void* shortcut_c;       // [rows, period] or null
+  const float* shortcut_mean;   // [period] or null
+  float* partial;               // [3, period], scratch
+  double* sums;                 // [3, period]: += sum dz, sum dz*(c - mean), sum dz*(shortcut_c - shortcut_mean)
+  int64_t period;
+};
+
+struct Coefficients {
+  const float *a, *b, *k;       // [period]; b and k null: frozen statistics
+};
+
+struct BackwardInputArgs {
+  Dtype dtype;
+  Gradient gradient;
+  const void *dy, *c;           // [rows, period]
+  const uint8_t* mask;          // [rows, period/8] or null
+  const float *scale, *shift;   // [period]
+  Coefficients main;
+  const void* shortcut_c;       // [rows, period] or null
+  Coefficients shortcut;
+  void* dc;                     // [rows, period]
+  void* dresidual;              // [rows, period] or null: dz, or the shortcut's dc if shortcut_c is given
+  int64_t period;
+};
+
+struct MaskArgs {
+  Dtype dtype;
+  const void* dy;               // [rows, period]
+  const uint8_t* mask;          // [rows, period/8]
+  void* dz;                     // [rows, period]
+  int64_t period;
+};
+
+struct Window {
+  int64_t kernel_size, stride, padding;
+  int64_t channels, height, width;       // of c
+  int64_t out_height, out_width;         // of y
+};
+
+struct PoolForwardArgs {
+  Dtype dtype;
+  Window window;
+  const void* c;                // [N, height, width, channels]
+  const float *scale, *shift;   // [channels], padded to the vector width
+  void* y;                      // [N, out_height, out_width, channels]
+  uint8_t* indices;             // like y
+};
+
+struct PoolBackwardArgs {
+  Dtype dtype;
+  Window window;
+  const void *dy, *c;
+  const uint8_t* indices;
+  const float* mean;            // [channels], padded; for the sums
+  Coefficients main;            // padded; for dc
+  void* dc;                     // like c, or null: only the sums
+  float* partial;               // [2, channels], padded, scratch
+  double* sums;                 // [2, channels], padded: += sum dz, sum dz*(c - mean)
+};
+
+// One set of kernels, compiled for one instruction set. Each walks rows [begin, end): of `period` elements, or,
+// for pooling, of y in the forward and of c in the backward.
+struct Kernels {
+  const char* name;
+  int64_t width;  // floats a vector
+  void (*bn_stats)(const StatsArgs&, int64_t begin, int64_t end);
+  void (*bn_add_relu_forward)(const ForwardArgs&, int64_t begin, int64_t end);
+  void (*bn_add_relu_backward_reduce)(const BackwardReduceArgs&, int64_t begin, int64_t end);
+  void (*bn_add_relu_backward_input)(const BackwardInputArgs&, int64_t begin, int64_t end);
+  void (*relu_backward)(const MaskArgs&, int64_t begin, int64_t end);
+  void (*bn_relu_maxpool_forward)(const PoolForwardArgs&, int64_t begin, int64_t end);
+  void (*bn_relu_maxpool_backward)(const PoolBackwardArgs&, int64_t begin, int64_t end);
+};
+
+extern const Kernels avx2_kernels;
+extern const Kernels avx512_kernels;
+
+// The best set for this processor, at most what ATEN_CPU_CAPABILITY (torch's own switch) allows; null below AVX2.
+const Kernels* kernels();
+
+}  // namespace fusedres::cpu

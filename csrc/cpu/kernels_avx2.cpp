@@ -1,0 +1,21 @@
+// Compiled with this instruction set's flags; see kernels.h on what may not be included here.
+#include "vec_avx2.h"
+
+#include "bn_kernels.h"
+#include "pool_kernels.h"
+
+namespace fusedres::cpu {
+
+const Kernels avx2_kernels = {
+    "avx2",
+    kWidth,
+    ::bn_stats,
+    ::bn_add_relu_forward,
+    ::bn_add_relu_backward_reduce,
+    ::bn_add_relu_backward_input,
+    ::relu_backward,
+    ::bn_relu_maxpool_forward,
+    ::bn_relu_maxpool_backward,
+};
+
+}  // namespace fusedres::cpu

@@ -1,0 +1,62 @@
+#include <algorithm>
+
+#include "launch.h"
+#include "split.h"
+
+namespace fusedres::cpu {
+
+namespace {
+
+int64_t padded_channels(const Window& window) {
+  const int64_t width = kernels()->width;
+  return (window.channels + width - 1) / width * width;
+}
+
+// [channels] -> [padded]; null stays null
+std::vector<float> padded(const Window& window, const float* vector) {
+  std::vector<float> values(vector == nullptr ? 0 : padded_channels(window));
+  if (vector != nullptr) std::copy(vector, vector + window.channels, values.begin());
+  return values;
+}
+
+}  // namespace
+
+void launch_bn_relu_maxpool_forward(Dtype dtype, int64_t batch, const Window& window, const void* c, Affine affine,
+                                    void* y, uint8_t* indices) {
+  const std::vector<float> scale = padded(window, affine.scale), shift = padded(window, affine.shift);
+  const PoolForwardArgs args{dtype, window, c, scale.data(), shift.data(), y, indices};
+  const int64_t rows = batch * window.out_height;
+  parallel_chunks(count_chunks(rows, window.width * window.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
+    kernels()->bn_relu_maxpool_forward(args, begin, end);
+  });
+}
+
+void launch_bn_relu_maxpool_backward_reduce(Dtype dtype, int64_t batch, const Window& window, const void* dy,
+                                            const uint8_t* indices, const void* c, const float* mean,
+                                            float* sum_dz, float* sum_centered) {
+  const std::vector<float> center = padded(window, mean);
+  const int64_t rows = batch * window.height, chunks = count_chunks(rows, window.width * window.channels);
+  PartialSums partial(chunks, 2, padded_channels(window));
+  parallel_chunks(chunks, rows, [&](int64_t chunk, int64_t begin, int64_t end) {
+    const PoolBackwardArgs args{dtype, window, dy, c, indices, center.data(), {}, nullptr,
+                                partial.scratch(chunk), partial.sums(chunk)};
+    kernels()->bn_relu_maxpool_backward(args, begin, end);
+  });
+  for (int64_t j = 0; j < window.channels; ++j) {
+    sum_dz[j] = static_cast<float>(partial.total(0, j, padded_channels(window)));
+    sum_centered[j] = static_cast<float>(partial.total(1, j, padded_channels(window)));
+  }
+}
+
+void launch_bn_relu_maxpool_backward_input(Dtype dtype, int64_t batch, const Window& window, const void* dy,
+                                           const uint8_t* indices, const void* c, Coefficients main, void* dc) {
+  const std::vector<float> a = padded(window, main.a), b = padded(window, main.b), k = padded(window, main.k);
+  const PoolBackwardArgs args{dtype, window, dy, c, indices, nullptr, {pointer(a), pointer(b), pointer(k)}, dc,
+                              nullptr, nullptr};
+  const int64_t rows = batch * window.height;
+  parallel_chunks(count_chunks(rows, window.width * window.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
+    kernels()->bn_relu_maxpool_backward(args, begin, end);
+  });
+}
+
+}  // namespace fusedres::cpu

@@ -1,0 +1,84 @@
+// Sixteen floats: the same functions as vec_avx2.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+using Float = __m512;
+using Int = __m512i;
+using Keep = __mmask16;
+constexpr int64_t kWidth = 16;
+
+inline Float zero() { return _mm512_setzero_ps(); }
+inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+inline Float select(Keep keep, Float v) { return _mm512_maskz_mov_ps(keep, v); }
+inline Float select(Keep keep, Float yes, Float no) { return _mm512_mask_blend_ps(keep, no, yes); }
+inline Int select(Keep keep, Int yes, Int no) { return _mm512_mask_blend_epi32(keep, no, yes); }
+inline Keep either(Keep a, Keep b) { return static_cast<Keep>(a | b); }
+
+// maxps gives its second operand if one is NaN: relu(NaN) stays NaN
+inline Float relu(Float v) { return _mm512_max_ps(zero(), v); }
+inline Keep positive_or_nan(Float v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ); }
+inline Keep greater(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline Keep is_nan(Float v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
+inline Keep equal(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a, b); }
+inline Int set_int(int v) { return _mm512_set1_epi32(v); }
+
+inline Keep unpack_bits(const uint8_t* mask) { return static_cast<Keep>(mask[0] | mask[1] << 8); }
+inline void pack_bits(uint8_t* mask, Keep keep) {
+  mask[0] = static_cast<uint8_t>(keep);
+  mask[1] = static_cast<uint8_t>(keep >> 8);
+}
+
+// The value as T stores it; BFloat16: nearest even, NaN to the NaN that torch writes.
+template <class T>
+inline Float rounded(Float v);
+template <>
+inline Float rounded<float>(Float v) {
+  return v;
+}
+template <>
+inline Float rounded<BFloat16>(Float v) {
+  const Int bits = _mm512_castps_si512(v);
+  const Int odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set_int(1));
+  const Int up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, set_int(0x7fff)));
+  const Int high = _mm512_and_si512(up, set_int(static_cast<int>(0xffff0000)));
+  return select(is_nan(v), _mm512_castsi512_ps(set_int(0x7fc00000)), _mm512_castsi512_ps(high));
+}
+
+inline Float load(const float* p) { return _mm512_loadu_ps(p); }
+inline Float load(const BFloat16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+// `v` as `rounded` gave it.
+inline void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
+inline void store(BFloat16* p, Float v) {
+  const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+}
+
+inline Int load_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store_bytes(uint8_t* p, Int v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+}
+
+// sums[i] += v[i]
+inline void add_to_double(double* sums, Float v) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
+  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+}
+
+}  // namespace

@@ -1,0 +1,64 @@
+// The schemas of fusedres_native: the raw ops of fusedres/raw_ops.py with named tuples taken apart. The device
+// folders register their kernels for them. Built against the stable C ABI of torch 2.10: one file serves every
+// Python and every torch from there on.
+#include <torch/csrc/stable/library.h>
+
+#include "cuda_archs.h"
+#include "cpu/kernels.h"
+
+namespace {
+
+std::string cuda_archs() { return fusedres::cuda_archs(); }
+
+bool cuda_archs_cover(std::string archs, int64_t major, int64_t minor) {
+  return fusedres::archs_cover(archs, static_cast<int>(major), static_cast<int>(minor));
+}
+
+std::string cpu_capability() {
+  const fusedres::cpu::Kernels* kernels = fusedres::cpu::kernels();
+  return kernels == nullptr ? "none" : kernels->name;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fusedres_native, m) {
+  m.def("bn_stats(Tensor c) -> (Tensor mean, Tensor var)");
+  m.def(
+      "bn_scale_shift(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps)"
+      " -> (Tensor invstd, Tensor scale, Tensor shift)");
+  m.def(
+      "bn_add_relu_forward(Tensor c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
+      " Tensor? residual_shift, bool relu, bool save_mask) -> (Tensor y, Tensor? mask)");
+  m.def(
+      "bn_add_relu_backward_reduce(Tensor dy, Tensor c, Tensor mean, Tensor scale, Tensor shift, Tensor? mask,"
+      " bool relu, Tensor? shortcut_c, Tensor? shortcut_mean)"
+      " -> (Tensor sum_dz, Tensor sum_dz_centered, Tensor? sum_dz_shortcut)");
+  m.def(
+      "bn_backward_coefficients(Tensor sum_dz, Tensor sum_dz_centered, Tensor mean, Tensor invstd, Tensor scale,"
+      " int rows, bool training) -> (Tensor dweight, Tensor? B, Tensor? K)");
+  m.def(
+      "bn_add_relu_backward_input(Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor A, Tensor? B, Tensor? K,"
+      " Tensor? mask, bool relu, Tensor? shortcut_c, Tensor? shortcut_A, Tensor? shortcut_B, Tensor? shortcut_K,"
+      " bool save_dz) -> (Tensor dc, Tensor? dresidual)");
+  m.def("relu_backward(Tensor dy, Tensor mask) -> Tensor");
+  m.def(
+      "bn_relu_maxpool_forward(Tensor c, Tensor scale, Tensor shift, int kernel_size, int stride, int padding)"
+      " -> (Tensor y, Tensor indices)");
+  m.def(
+      "bn_relu_maxpool_backward_reduce(Tensor dy, Tensor indices, Tensor c, Tensor mean, int kernel_size,"
+      " int stride, int padding) -> (Tensor sum_dz, Tensor sum_dz_centered)");
+  m.def(
+      "bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tensor A, Tensor? B, Tensor? K,"
+      " int kernel_size, int stride, int padding) -> Tensor");
+  // the instruction set in use; "none" below AVX2
+  m.def("cpu_capability() -> str");
+  // what the binary holds GPU code for, such as "80;90;120+PTX"; "" without CUDA
+  m.def("cuda_archs() -> str");
+  m.def("cuda_archs_cover(str archs, int major, int minor) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+  m.impl("cuda_archs_cover", TORCH_BOX(&cuda_archs_cover));
+}

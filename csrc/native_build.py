@@ -1,0 +1,208 @@
+"""How the native library is compiled: which parts this machine can build, and the commands, through ninja.
+
+Used by setup.py. Imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent
+CPU_SOURCES = (
+    "library.cpp",
+    "cpu/binding.cpp",
+    "cpu/channel_ops.cpp",
+    "cpu/kernels.cpp",
+    "cpu/kernels_avx2.cpp",
+    "cpu/kernels_avx512.cpp",
+    "cpu/launch_bn.cpp",
+    "cpu/launch_pool.cpp",
+)
+DEFAULT_ARCHS = "80;86;89;90;100;120"
+TORCH_FLOOR = "0x020a000000000000"  # 2.10
+HIDDEN = ("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
+COMMON = ("-std=c++17", "-O3", *HIDDEN, "-Wall", "-Wextra")
+# the last two: false alarms inside GCC's own AVX-512 headers
+INSTRUCTION_SETS = {
+    "cpu/kernels_avx2.cpp": ("-mavx2", "-mfma"),
+    "cpu/kernels_avx512.cpp": (
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to build. `reason` says why something was left out, "" if nothing was."""
+
+    native: bool = False
+    cuda: bool = False
+    archs: tuple[str, ...] = ()
+    slim: bool = False
+    reason: str = ""
+
+
+def plan(build: str, archs: str | None) -> Plan:
+    """The plan for FUSEDRES_BUILD and FUSEDRES_CUDA_ARCHS; SystemExit where it cannot be met."""
+    if build not in ("auto", "cpu", "cuda", "none"):
+        raise SystemExit(f"fusedres: FUSEDRES_BUILD is {build!r}, needed auto, cpu, cuda or none.")
+    if build == "none":
+        return Plan(reason="pure package: FUSEDRES_BUILD=none")
+    missing = missing_for_cpu()
+    if missing:
+        if build != "auto":
+            raise SystemExit(f"fusedres: FUSEDRES_BUILD={build} needs {missing}.")
+        return Plan(reason=f"pure package (reference and Triton backends): {missing} not found")
+    missing = missing_for_cuda()
+    if build == "cuda" and missing:
+        raise SystemExit(f"fusedres: FUSEDRES_BUILD=cuda needs {missing}.")
+    if build == "auto" and (missing or not torch_has_cuda()):
+        why = f"{missing} not found" if missing else "torch is a CPU build, use FUSEDRES_BUILD=cuda for them"
+        return Plan(native=True, reason=f"no CUDA kernels: {why}")
+    if build == "cpu":
+        return Plan(native=True)
+    chosen = tuple(re.split(r"[;, ]+", (archs or DEFAULT_ARCHS).strip()))
+    if not all(re.fullmatch(r"\d{2,3}a?", arch) for arch in chosen):
+        raise SystemExit(f"fusedres: FUSEDRES_CUDA_ARCHS is {archs!r}, needed numbers such as '80;90'.")
+    return Plan(native=True, cuda=True, archs=chosen, slim=bool(archs))
+
+
+def missing_for_cpu() -> str:
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return "Linux on x86-64"
+    if shutil.which(compiler()) is None:
+        return f"a C++ compiler ({compiler()})"
+    return "" if torch_folder() else "torch (install it first, then use --no-build-isolation)"
+
+
+def missing_for_cuda() -> str:
+    if not cuda_sources():
+        return "csrc/cuda"
+    return "" if nvcc() else "nvcc"
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(str(Path(home) / "bin/nvcc")) if home else shutil.which("nvcc")
+
+
+def cuda_home() -> Path:
+    """The toolkit's folder; nvcc may be a link or a wrapper, so it is asked."""
+    found = subprocess.run([nvcc(), "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False)
+    return Path(re.search(r"TOP=(.*)", found.stderr).group(1).strip()).resolve()
+
+
+def cuda_version() -> str:
+    """Such as "130"."""
+    found = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True)
+    return "".join(re.search(r"release (\d+)\.(\d+)", found.stdout).groups())
+
+
+def arch_names(plan: Plan) -> str:
+    """What the binary says of itself: "80;90" for a slim one, "80;...;120+PTX" for the default."""
+    return ";".join(plan.archs) + ("" if plan.slim else "+PTX")
+
+
+def local_version(plan: Plan) -> str:
+    """ "+cu130.sm90" for a slim build, "" otherwise."""
+    return f"+cu{cuda_version()}." + ".".join(f"sm{arch}" for arch in plan.archs) if plan.slim else ""
+
+
+def nvcc_archs(plan: Plan) -> list[str]:
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in plan.archs]
+    newest = plan.archs[-1]
+    return flags if plan.slim else [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def cuda_sources() -> tuple[str, ...]:
+    files = [p for suffix in ("*.cu", "*.cpp") for p in (SOURCES / "cuda").glob(suffix)]
+    return tuple(sorted(str(p.relative_to(SOURCES)) for p in files))
+
+
+def torch_folder() -> Path | None:
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def torch_has_cuda() -> bool:
+    version = (torch_folder() / "version.py").read_text()
+    return re.search(r"^cuda\b.*= *['\"]", version, re.MULTILINE) is not None
+
+
+def compile_command(plan: Plan, source: str, target: Path) -> list[str]:
+    files = ["-c", str(SOURCES / source), "-o", str(target)]
+    if source.endswith(".cu"):
+        return [nvcc(), "-std=c++17", "-O3", *nvcc_archs(plan), "-Xcompiler", ",".join(HIDDEN), *files]
+    defines = [f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}"]
+    includes = ["-isystem", str(torch_folder() / "include")]
+    if plan.cuda:
+        defines += ["-DUSE_CUDA", f'-DFUSEDRES_CUDA_ARCHS="{arch_names(plan)}"']
+        includes += ["-isystem", str(cuda_home() / "include")]
+    flags = INSTRUCTION_SETS.get(source, ())
+    return [compiler(), *COMMON, *flags, *includes, *defines, *files]
+
+
+def link_command(plan: Plan, objects: list[Path], target: Path) -> list[str]:
+    libraries = [
+        "-L",
+        str(torch_folder() / "lib"),
+        "-Wl,--no-as-needed",
+        "-ltorch_cpu",
+        "-Wl,--exclude-libs,ALL",
+    ]
+    if plan.cuda:
+        libraries += ["-L", str(cuda_home() / "lib64"), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return [compiler(), "-shared", *map(str, objects), *libraries, "-o", str(target)]
+
+
+def build(plan: Plan, folder: Path, target: Path) -> None:
+    """Compiles what `plan` names in `folder` and links it to `target`."""
+    folder, target = folder.resolve(), target.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sources = (*CPU_SOURCES, "cuda_binding.cpp", *cuda_sources()) if plan.cuda else CPU_SOURCES
+    objects = {folder / (source.replace("/", "_") + ".o"): source for source in sources}
+    compiles = {o: compile_command(plan, source, o) for o, source in objects.items()}
+    link = link_command(plan, list(objects), target)
+    ninja = shutil.which("ninja")
+    if ninja is None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda command: subprocess.run(command, check=True), compiles.values()))
+        subprocess.run(link, check=True)
+        return
+    (folder / "build.ninja").write_text(ninja_file(compiles, objects, link, target))
+    subprocess.run([ninja, "-C", str(folder)], check=True)
+
+
+def escaped(path: object) -> str:
+    """A path in a build statement."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def shell(command: list[str]) -> str:
+    return " ".join("'" + part.replace("'", "'\\''") + "'" for part in command).replace("$", "$$")
+
+
+def ninja_file(
+    compiles: dict[Path, list[str]], sources: dict[Path, str], link: list[str], target: Path
+) -> str:
+    lines = ["rule run", "  command = $line", "rule compile", "  command = $line -MMD -MF $out.d"]
+    lines += ["  depfile = $out.d", "  deps = gcc"]
+    for output, command in compiles.items():
+        lines += [f"build {escaped(output)}: compile {escaped(SOURCES / sources[output])}"]
+        lines += [f"  line = {shell(command)}"]
+    lines += [f"build {escaped(target)}: run {' '.join(map(escaped, compiles))}", f"  line = {shell(link)}"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,223 @@
+"""The compiled kernels of `csrc/` as a backend: an adapter from `RawOps` to the ops of `fusedres_native`.
+
+The library is `libfusedres_native.so` beside the package; `load` brings it in. What it does not serve (other
+dtypes, memory formats and devices, ops without a kernel) gets a reason from `supports`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fusedres.errors import BackendUnavailableError
+from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, RawOps
+
+LIBRARY = Path(__file__).resolve().parent.parent / "libfusedres_native.so"
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def is_built() -> bool:
+    """Whether this installation has the compiled library, loadable or not."""
+    return LIBRARY.is_file()
+
+
+@cache
+def load() -> None:
+    """Loads the library, once; after this `torch.ops.fusedres_native` has the operators.
+
+    Raises:
+        BackendUnavailableError: it is not there, or not loadable with this torch or on this processor.
+    """
+    if not is_built():
+        raise BackendUnavailableError(
+            f"fusedres: the native backend needs {LIBRARY}, which is not there. "
+            "Install a wheel that has it, or build from source with g++ (FUSEDRES_BUILD=cpu pip install .)."
+        )
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        raise BackendUnavailableError(
+            f"fusedres: {LIBRARY} does not load with torch {torch.__version__}: {error}. "
+            "Reinstall fusedres for this torch, or use backend='reference'."
+        ) from error
+    if torch.ops.fusedres_native.cpu_capability() == "none":
+        raise BackendUnavailableError(
+            "fusedres: the native backend needs a processor with AVX2 and FMA. Use backend='reference'."
+        )
+
+
+def loaders() -> dict[str, Callable[[], RawOps]]:
+    """{"native": NativeOps} where the library loads, else {}; warns where it is there and does not load."""
+    if not is_built():
+        return {}
+    try:
+        load()
+    except BackendUnavailableError as error:
+        warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+        return {}
+    return {NativeOps.name: cast(Callable[[], RawOps], NativeOps)}
+
+
+@cache
+def device_reason(device: torch.device) -> str | None:
+    """Why the library does not run on this device, or None."""
+    if device.type == "cpu":
+        return None
+    archs = torch.ops.fusedres_native.cuda_archs()
+    if device.type != "cuda" or not archs:
+        return f"device_{device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.ops.fusedres_native.cuda_archs_cover(archs, *capability):
+        return None
+    return "no_code_for_sm_{}{}".format(*capability)
+
+
+def activations_reason(*activations: Tensor | None) -> str | None:
+    """Why the kernels do not take these activations together, or None. The first is not None."""
+    first = activations[0]
+    assert first is not None
+    reason = device_reason(first.device)
+    if reason is not None:
+        return reason
+    if first.dtype not in DTYPES[first.device.type]:
+        return f"dtype_{str(first.dtype).removeprefix('torch.')}"
+    for t in activations:
+        if t is None:
+            continue
+        if t.dim() != 4 or t.dtype != first.dtype or t.device != first.device:
+            return "arguments_differ"
+        if not t.is_contiguous(memory_format=torch.channels_last):
+            return "layout_not_channels_last"
+    return None if first.shape[1] else "no_channels"
+
+
+def vectors_reason(first: Tensor, *others: Tensor | None) -> str | None:
+    """Why the kernels do not take these channel vectors, or None."""
+    reason = device_reason(first.device)
+    if reason is not None:
+        return reason
+    for v in (first, *others):
+        if v is not None and not (
+            v.dtype == torch.float32 and v.device == first.device and v.is_contiguous()
+        ):
+            return "vector_not_float32"
+    return None
+
+
+def forward_reason(c: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *rest: Any):
+    return activations_reason(c, residual)
+
+
+def reduce_reason(dy, c, vectors, mask=None, relu=True, shortcut_c=None, *rest):
+    return activations_reason(c, dy, shortcut_c)
+
+
+def input_reason(dy, c, vectors, grads, mask=None, relu=True, shortcut_c=None, *rest):
+    return activations_reason(c, dy, shortcut_c)
+
+
+REASONS: dict[str, Callable[..., str | None]] = {
+    "bn_stats": activations_reason,
+    "bn_scale_shift": lambda mean, var, weight, bias, eps: vectors_reason(mean, var, weight, bias),
+    "bn_add_relu_forward": forward_reason,
+    "bn_add_relu_backward_reduce": reduce_reason,
+    "bn_backward_coefficients": lambda sum_dz, centered, vectors, *rest: vectors_reason(sum_dz, *vectors),
+    "bn_add_relu_backward_input": input_reason,
+    "relu_backward": lambda dy, mask: activations_reason(dy),
+    "bn_relu_maxpool_forward": lambda c, *rest: activations_reason(c),
+    "bn_relu_maxpool_backward_reduce": lambda dy, indices, c, *rest: activations_reason(c, dy),
+    "bn_relu_maxpool_backward_input": lambda dy, indices, c, *rest: activations_reason(c, dy),
+}
+
+
+class NativeOps:
+    """`RawOps` in compiled code."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        load()
+        self._ops = torch.ops.fusedres_native
+
+    def supports(self, op: str, *args: Any) -> str | None:
+        reason = REASONS.get(op)
+        return "no_kernel" if reason is None else reason(*args)
+
+    def bn_stats(self, c):
+        return self._ops.bn_stats(c)
+
+    def bn_scale_shift(self, mean, var, weight, bias, eps):
+        return BatchNormVectors(mean, var, *self._ops.bn_scale_shift(mean, var, weight, bias, eps))
+
+    def bn_add_relu_forward(
+        self,
+        c,
+        scale,
+        shift,
+        residual=None,
+        residual_scale=None,
+        residual_shift=None,
+        relu=True,
+        save_mask=False,
+    ):
+        return self._ops.bn_add_relu_forward(
+            c, scale, shift, residual, residual_scale, residual_shift, relu, save_mask
+        )
+
+    def bn_add_relu_backward_reduce(
+        self, dy, c, vectors, mask=None, relu=True, shortcut_c=None, shortcut_mean=None
+    ):
+        v = vectors
+        return self._ops.bn_add_relu_backward_reduce(
+            dy, c, v.mean, v.scale, v.shift, mask, relu, shortcut_c, shortcut_mean
+        )
+
+    def bn_backward_coefficients(self, sum_dz, sum_dz_centered, vectors, rows, training):
+        v = vectors
+        dweight, B, K = self._ops.bn_backward_coefficients(
+            sum_dz, sum_dz_centered, v.mean, v.invstd, v.scale, rows, training
+        )
+        return BatchNormGrads(dweight, sum_dz, v.scale, B, K)
+
+    def bn_add_relu_backward_input(
+        self,
+        dy,
+        c,
+        vectors,
+        grads,
+        mask=None,
+        relu=True,
+        shortcut_c=None,
+        shortcut_grads=None,
+        save_dz=False,
+    ):
+        v, g = vectors, grads
+        shortcut = (None, None, None) if shortcut_grads is None else shortcut_grads[2:]
+        return self._ops.bn_add_relu_backward_input(
+            dy, c, v.scale, v.shift, g.A, g.B, g.K, mask, relu, shortcut_c, *shortcut, save_dz
+        )
+
+    def relu_backward(self, dy, mask):
+        return self._ops.relu_backward(dy, mask)
+
+    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding):
+        return self._ops.bn_relu_maxpool_forward(c, scale, shift, kernel_size, stride, padding)
+
+    def bn_relu_maxpool_backward_reduce(self, dy, indices, c, vectors, kernel_size, stride, padding):
+        return self._ops.bn_relu_maxpool_backward_reduce(
+            dy, indices, c, vectors.mean, kernel_size, stride, padding
+        )
+
+    def bn_relu_maxpool_backward_input(self, dy, indices, c, grads, kernel_size, stride, padding):
+        return self._ops.bn_relu_maxpool_backward_input(
+            dy, indices, c, grads.A, grads.B, grads.K, kernel_size, stride, padding
+        )

@@ -1,0 +1,170 @@
+// The launchers of csrc/cuda as a Python module, for tests: addresses as integers, one class an argument struct.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../csrc/cuda/launchers.h"
+#include "../csrc/cuda/plan.h"
+#include "../csrc/host_emulator/scheduler.h"
+
+namespace py = pybind11;
+using namespace fusedres::cuda;
+
+namespace {
+
+// A field that holds an address.
+template <class Struct, class Field> void address(py::class_<Struct>& cls, const char* name, Field Struct::*field) {
+  cls.def_property(
+      name, [field](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*field); },
+      [field](Struct& s, uintptr_t value) { s.*field = reinterpret_cast<Field>(value); });
+}
+
+#define VALUE(Struct, name) .def_readwrite(#name, &Struct::name)
+#define ADDRESS(cls, Struct, name) address(cls, #name, &Struct::name)
+
+void bind_vectors(py::module_& m) {
+  py::enum_<Dtype>(m, "Dtype")
+      .value("float16", Dtype::kFloat16)
+      .value("bfloat16", Dtype::kBFloat16)
+      .value("float32", Dtype::kFloat32)
+      .value("float64", Dtype::kFloat64);
+  py::class_<Shape>(m, "Shape").def(py::init<>()) VALUE(Shape, dtype) VALUE(Shape, rows) VALUE(Shape, channels);
+  py::class_<Workspace> workspace(m, "Workspace");
+  workspace.def(py::init<>()) VALUE(Workspace, bytes) VALUE(Workspace, counters_are_zero);
+  ADDRESS(workspace, Workspace, data);
+  py::class_<Parameter> parameter(m, "Parameter");
+  parameter.def(py::init<>()) VALUE(Parameter, dtype);
+  ADDRESS(parameter, Parameter, data);
+  py::class_<Coefficients> coefficients(m, "Coefficients");
+  coefficients.def(py::init<>());
+  ADDRESS(coefficients, Coefficients, A);
+  ADDRESS(coefficients, Coefficients, B);
+  ADDRESS(coefficients, Coefficients, K);
+
+  using S = BnScaleShift;
+  py::class_<S> scale_shift(m, "BnScaleShift");
+  scale_shift.def(py::init<>()) VALUE(S, channels) VALUE(S, weight) VALUE(S, bias) VALUE(S, eps);
+  ADDRESS(scale_shift, S, mean), ADDRESS(scale_shift, S, var), ADDRESS(scale_shift, S, invstd);
+  ADDRESS(scale_shift, S, scale), ADDRESS(scale_shift, S, shift);
+  using C = BnBackwardCoefficients;
+  py::class_<C> backward(m, "BnBackwardCoefficients");
+  backward.def(py::init<>()) VALUE(C, channels) VALUE(C, rows);
+  ADDRESS(backward, C, sum_dz), ADDRESS(backward, C, sum_dz_centered), ADDRESS(backward, C, mean);
+  ADDRESS(backward, C, invstd), ADDRESS(backward, C, scale), ADDRESS(backward, C, dweight);
+  ADDRESS(backward, C, B), ADDRESS(backward, C, K);
+}
+
+void bind_bn(py::module_& m) {
+  py::class_<BnStats> stats(m, "BnStats");
+  stats.def(py::init<>()) VALUE(BnStats, shape) VALUE(BnStats, scale_shift);
+  ADDRESS(stats, BnStats, c), ADDRESS(stats, BnStats, mean), ADDRESS(stats, BnStats, var);
+  using F = BnAddReluForward;
+  py::class_<F> forward(m, "BnAddReluForward");
+  forward.def(py::init<>()) VALUE(F, shape) VALUE(F, relu);
+  ADDRESS(forward, F, c), ADDRESS(forward, F, scale), ADDRESS(forward, F, shift), ADDRESS(forward, F, residual);
+  ADDRESS(forward, F, residual_scale), ADDRESS(forward, F, residual_shift), ADDRESS(forward, F, y);
+  ADDRESS(forward, F, mask);
+  using R = BnAddReluBackwardReduce;
+  py::class_<R> reduce(m, "BnAddReluBackwardReduce");
+  reduce.def(py::init<>()) VALUE(R, shape) VALUE(R, relu) VALUE(R, coefficients) VALUE(R, shortcut_coefficients);
+  ADDRESS(reduce, R, dy), ADDRESS(reduce, R, c), ADDRESS(reduce, R, mask), ADDRESS(reduce, R, mean);
+  ADDRESS(reduce, R, scale), ADDRESS(reduce, R, shift), ADDRESS(reduce, R, shortcut_c);
+  ADDRESS(reduce, R, shortcut_mean), ADDRESS(reduce, R, sum_dz), ADDRESS(reduce, R, sum_dz_centered);
+  ADDRESS(reduce, R, shortcut_sum);
+  using I = BnAddReluBackwardInput;
+  py::class_<I> input(m, "BnAddReluBackwardInput");
+  input.def(py::init<>()) VALUE(I, shape) VALUE(I, relu) VALUE(I, grads) VALUE(I, shortcut_grads);
+  ADDRESS(input, I, dy), ADDRESS(input, I, c), ADDRESS(input, I, mask), ADDRESS(input, I, scale);
+  ADDRESS(input, I, shift), ADDRESS(input, I, shortcut_c), ADDRESS(input, I, dc), ADDRESS(input, I, dresidual);
+  using B = ReluBackward;
+  py::class_<B> relu(m, "ReluBackward");
+  relu.def(py::init<>()) VALUE(B, dtype) VALUE(B, numel);
+  ADDRESS(relu, B, dy), ADDRESS(relu, B, mask), ADDRESS(relu, B, dz);
+}
+
+void bind_stem(py::module_& m) {
+  using P = Pooling;
+  py::class_<P>(m, "Pooling").def(py::init<>()) VALUE(P, dtype) VALUE(P, batch) VALUE(P, height) VALUE(P, width)
+      VALUE(P, channels) VALUE(P, kernel_size) VALUE(P, stride) VALUE(P, padding);
+  using F = BnReluMaxpoolForward;
+  py::class_<F> forward(m, "BnReluMaxpoolForward");
+  forward.def(py::init<>()) VALUE(F, pooling);
+  ADDRESS(forward, F, c), ADDRESS(forward, F, scale), ADDRESS(forward, F, shift), ADDRESS(forward, F, y);
+  ADDRESS(forward, F, indices);
+  using R = BnReluMaxpoolBackwardReduce;
+  py::class_<R> reduce(m, "BnReluMaxpoolBackwardReduce");
+  reduce.def(py::init<>()) VALUE(R, pooling) VALUE(R, coefficients);
+  ADDRESS(reduce, R, dy), ADDRESS(reduce, R, indices), ADDRESS(reduce, R, c), ADDRESS(reduce, R, mean);
+  ADDRESS(reduce, R, sum_dz), ADDRESS(reduce, R, sum_dz_centered);
+  using I = BnReluMaxpoolBackwardInput;
+  py::class_<I> input(m, "BnReluMaxpoolBackwardInput");
+  input.def(py::init<>()) VALUE(I, pooling) VALUE(I, grads);
+  ADDRESS(input, I, dy), ADDRESS(input, I, indices), ADDRESS(input, I, c), ADDRESS(input, I, dc);
+}
+
+template <class Args> void launcher(py::module_& m, const char* name, cudaError_t (*launch)(const Args&, cudaStream_t)) {
+  m.def(name, [launch](const Args& args) { return int(launch(args, nullptr)); });
+}
+
+template <class Args>
+void launcher(py::module_& m, const char* name, cudaError_t (*launch)(const Args&, const Workspace&, cudaStream_t)) {
+  m.def(name, [launch](const Args& args, const Workspace& workspace) { return int(launch(args, workspace, nullptr)); });
+}
+
+void bind_plans(py::module_& m) {
+  py::class_<PacketPlan>(m, "PacketPlan")
+      .def_readonly("packets", &PacketPlan::packets)
+      .def_readonly("blocks", &PacketPlan::blocks)
+      .def_readonly("threads", &PacketPlan::threads)
+      .def_readonly("kept", &PacketPlan::kept)
+      .def_readonly("fixed_channels", &PacketPlan::fixed_channels)
+      .def("stride", &PacketPlan::stride)
+      .def("first", &PacketPlan::first)
+      .def("backwards", &PacketPlan::backwards)
+      .def("first_channel", &PacketPlan::first_channel);
+  m.def("plan_packets", [](int64_t numel, int64_t channels, int blocks, bool aligned, int multiprocessors) {
+    return plan_packets({numel, channels, blocks, 2, aligned}, {multiprocessors, 50 << 20});
+  });
+  py::class_<TilePlan>(m, "TilePlan")
+      .def_readonly("chunks", &TilePlan::chunks)
+      .def_readonly("groups", &TilePlan::groups)
+      .def_readonly("lanes", &TilePlan::lanes)
+      .def_readonly("tile_rows", &TilePlan::tile_rows)
+      .def_readonly("vector", &TilePlan::vector)
+      .def_readonly("kept", &TilePlan::kept)
+      .def("threads", &TilePlan::threads)
+      .def("row_stride", &TilePlan::row_stride)
+      .def("first_row", &TilePlan::first_row)
+      .def("first_channel", &TilePlan::first_channel)
+      .def("rows_of_thread", &TilePlan::rows_of_thread)
+      .def("workspace_bytes", &TilePlan::workspace_bytes);
+  m.def("plan_tiles", [](int64_t rows, int64_t channels, int vector, int unroll, int blocks, int multiprocessors) {
+    return plan_tiles({rows, channels, vector, unroll, blocks, 2}, {multiprocessors, 50 << 20});
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FUSEDRES_MODULE, m) {
+  bind_vectors(m);
+  bind_bn(m);
+  bind_stem(m);
+  bind_plans(m);
+  launcher(m, "bn_scale_shift", bn_scale_shift);
+  launcher(m, "bn_backward_coefficients", bn_backward_coefficients);
+  launcher(m, "bn_stats", bn_stats);
+  launcher(m, "bn_add_relu_forward", bn_add_relu_forward);
+  launcher(m, "bn_add_relu_backward_reduce", bn_add_relu_backward_reduce);
+  launcher(m, "bn_add_relu_backward_input", bn_add_relu_backward_input);
+  launcher(m, "relu_backward", relu_backward);
+  launcher(m, "bn_relu_maxpool_forward", bn_relu_maxpool_forward);
+  launcher(m, "bn_relu_maxpool_backward_reduce", bn_relu_maxpool_backward_reduce);
+  launcher(m, "bn_relu_maxpool_backward_input", bn_relu_maxpool_backward_input);
+  m.def("bn_stats_workspace", bn_stats_workspace);
+  m.def("bn_add_relu_backward_reduce_workspace", bn_add_relu_backward_reduce_workspace);
+  m.def("bn_relu_maxpool_backward_reduce_workspace", bn_relu_maxpool_backward_reduce_workspace);
+  m.def("seed", [](unsigned seed) { fusedres::emulator::state().random.seed(seed); });
+  m.def("set_device", [](int multiprocessors, int l2_bytes) {
+    fusedres::emulator::state().device = {multiprocessors, l2_bytes};
+  });
+  m.def("run_only_blocks", [](std::vector<unsigned> blocks) { fusedres::emulator::state().only_blocks = blocks; });
+}

@@ -1,0 +1,116 @@
+"""Builds csrc/cuda for the host: the emulator instead of CUDA, a Python module instead of torch's registry.
+
+A build is kept in build/cuda_host/<variant> and redone by ninja where a source changed. Variants: plain, and the
+two sanitizers, whose modules load only into a Python that preloads the sanitizer (`environment`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+ROOT = Path(__file__).parent.parent
+BUILDS = ROOT / "build" / "cuda_host"
+FLAGS = {
+    "plain": "-O1",
+    "address": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer",
+    "thread": "-O1 -g1 -fsanitize=thread",
+}
+PRELOAD = {"plain": (), "address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
+WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-maybe-uninitialized"
+RULES = """\
+rule compile
+  command = {compiler} -std=c++17 -MMD -MF $out.d {warnings} {flags} -ffp-contract=off -fPIC -fvisibility=hidden {includes} \
+-DFUSEDRES_MODULE={module} -x c++ -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {compiler} -shared {flags} $in -o $out
+"""
+
+
+def cuda_include() -> Path | None:
+    """The folder of cuda_runtime_api.h and cuda_bf16.h, of a toolkit or of NVIDIA's packages; None: none here."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    homes += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
+    candidates = [Path(home) / "include" for home in homes if home]
+    candidates += [Path(p) / "nvidia" / "cu13" / "include" for p in sys.path]
+    return next((c for c in candidates if (c / "cuda_bf16.h").exists()), None)
+
+
+def build(variant: str, sources: Path = ROOT / "csrc", name: str | None = None, only: str = "") -> Path:
+    """The module's path.
+
+    Args:
+        variant: a key of FLAGS.
+        sources: a folder like csrc/; with `only`, one whose other files are those of csrc/.
+        name: of the build folder, the variant's by default.
+        only: an op; all else is taken, compiled, from the variant's own build.
+    """
+    folder = BUILDS / (name or variant)
+    folder.mkdir(parents=True, exist_ok=True)
+    module = "fusedres_cuda_host_" + (name or variant).replace("/", "_").replace("-", "_")
+    include = cuda_include()
+    assert include is not None, "no CUDA headers"
+    includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} -isystem {include}"
+    rules = RULES.format(
+        compiler=shutil.which("g++"),
+        warnings=WARNINGS,
+        flags=FLAGS[variant],
+        includes=includes,
+        module=module,
+    )
+    lines, objects = [], []
+    units = [*sorted((sources / "cuda").glob("*.cu")), sources / "host_emulator" / "runtime.cpp"]
+    for unit in [u for u in units if not only or u.stem == only]:
+        objects.append(f"{unit.stem}.o")
+        lines.append(f"build {unit.stem}.o: compile {escape(unit)}")
+    objects.append("binding.o")
+    lines.append(f"build binding.o: compile {escape(ROOT / 'tests' / 'cuda_host_binding.cpp')}")
+    if only:  # first come, first linked: the op's own templates win over those of the other objects
+        objects += [str(escape(BUILDS / variant / f"{u.stem}.o")) for u in units if u.stem != only]
+    lines.append(f"build {module}.so: link {' '.join(objects)}")
+    text = rules + "\n".join(lines) + "\n"
+    script = folder / "build.ninja"
+    if not script.exists() or script.read_text() != text:
+        script.write_text(text)
+    done = subprocess.run(["ninja", "--quiet", "-C", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, f"host build {folder} failed:\n{done.stdout}{done.stderr}"
+    return folder / f"{module}.so"
+
+
+def escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def environment(variant: str) -> dict[str, str]:
+    """For a Python that loads a module of this variant."""
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={lib}"], capture_output=True, text=True, check=True).stdout.strip()
+        for lib in PRELOAD[variant]
+    ]
+    return {
+        **os.environ,
+        "LD_PRELOAD": ":".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }

@@ -1,0 +1,224 @@
+"""The host build of the CUDA kernels as a backend: `HostCudaOps` has the `RawOps` methods that csrc/cuda has."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedres.raw_ops import BatchNormGrads, BatchNormVectors
+
+DTYPES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+CHANNELS_LAST = torch.channels_last
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous(memory_format=CHANNELS_LAST)
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+class HostCudaOps:
+    """
+    Args:
+        module: a host build, from `cuda_host_build.load`.
+        fold: the channel vectors of `bn_stats` and of the reductions' coefficients come from the last block of
+            the same launch; kept in `folded` after each call.
+    """
+
+    name = "cuda-host"
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def supports(self, op: str, *args: object) -> str | None:
+        return None
+
+    def _args(self, struct: str, **fields: Any) -> Any:
+        args = getattr(self.module, struct)()
+        for name, value in fields.items():
+            setattr(args, name, address(value) if value is None or isinstance(value, Tensor) else value)
+        return args
+
+    def _shape(self, c: Tensor) -> Any:
+        n, channels, h, w = c.shape
+        return self._args("Shape", dtype=self._dtype(c), rows=n * h * w, channels=channels)
+
+    def _dtype(self, c: Tensor) -> Any:
+        return getattr(self.module.Dtype, DTYPES[c.dtype])
+
+    def _parameter(self, p: Tensor | None) -> Any:
+        dtype = self.module.Dtype.float32 if p is None else self._dtype(p)
+        return self._args("Parameter", data=p, dtype=dtype)
+
+    def _pooling(self, c: Tensor, kernel_size: int, stride: int, padding: int) -> Any:
+        n, channels, h, w = c.shape
+        sizes = {"batch": n, "channels": channels, "height": h, "width": w}
+        window = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+        return self._args("Pooling", dtype=self._dtype(c), **sizes, **window)
+
+    def _launch(self, op: str, args: Any, *workspace: Any) -> None:
+        error = getattr(self.module, op)(args, *workspace)
+        assert error == 0, f"{op}: CUDA error {error}"
+
+    def _reduce(self, op: str, args: Any, shape: Any) -> None:
+        """Launches with a workspace of exactly the size asked for, full of rubbish."""
+        size = getattr(self.module, f"{op}_workspace")(shape)
+        memory = torch.full((size,), 0xA5, dtype=torch.uint8)
+        workspace = self._args("Workspace", data=memory, bytes=size, counters_are_zero=False)
+        self._launch(op, args, workspace)
+        workspace.counters_are_zero = True  # as the first launch has to leave them
+        self._launch(op, args, workspace)
+
+    # ---------------------------------------------------------------- batch normalisation
+
+    def bn_stats(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        c = dense(c)
+        mean, var = (torch.empty(c.shape[1]) for _ in range(2))
+        shape = self._shape(c)
+        self._reduce("bn_stats", self._args("BnStats", shape=shape, c=c, mean=mean, var=var), shape)
+        return mean, var
+
+    def _scale_shift(self, mean, var, weight, bias, eps) -> tuple[Any, BatchNormVectors]:
+        invstd, scale, shift = (torch.empty_like(mean) for _ in range(3))
+        parameters = {"weight": self._parameter(weight), "bias": self._parameter(bias), "eps": eps}
+        outputs = {"invstd": invstd, "scale": scale, "shift": shift}
+        args = self._args("BnScaleShift", channels=len(mean), mean=mean, var=var, **parameters, **outputs)
+        return args, BatchNormVectors(mean, var, invstd, scale, shift)
+
+    def bn_scale_shift(self, mean, var, weight, bias, eps) -> BatchNormVectors:
+        args, vectors = self._scale_shift(mean, var, weight, bias, eps)
+        self._launch("bn_scale_shift", args)
+        return vectors
+
+    def bn_stats_scale_shift(self, c, weight, bias, eps) -> BatchNormVectors:
+        """`bn_stats` and `bn_scale_shift` in one launch."""
+        c = dense(c)
+        mean, var = (torch.empty(c.shape[1]) for _ in range(2))
+        fold, vectors = self._scale_shift(mean, var, weight, bias, eps)
+        shape = self._shape(c)
+        args = self._args("BnStats", shape=shape, c=c, mean=mean, var=var, scale_shift=fold)
+        self._reduce("bn_stats", args, shape)
+        return vectors
+
+    def bn_add_relu_forward(
+        self, c, scale, shift, residual=None, residual_scale=None, residual_shift=None, relu=True, save_mask=False
+    ) -> tuple[Tensor, Tensor | None]:
+        c, residual = dense(c), dense(residual)
+        y = torch.empty_like(c)
+        mask = torch.empty(-(-c.numel() // 8), dtype=torch.uint8) if save_mask else None
+        side = {"residual": residual, "residual_scale": residual_scale, "residual_shift": residual_shift}
+        main = {"shape": self._shape(c), "c": c, "scale": scale, "shift": shift, "relu": relu}
+        self._launch("bn_add_relu_forward", self._args("BnAddReluForward", **main, **side, y=y, mask=mask))
+        return y, mask
+
+    def _coefficients(self, sum_dz, centered, vectors, rows, training) -> tuple[Any, BatchNormGrads]:
+        dweight = torch.empty_like(sum_dz)
+        B, K = (torch.empty_like(sum_dz) if training else None for _ in range(2))
+        forward = {"mean": vectors.mean, "invstd": vectors.invstd, "scale": vectors.scale}
+        sums = {"sum_dz": sum_dz, "sum_dz_centered": centered, "rows": rows, "channels": len(sum_dz)}
+        args = self._args("BnBackwardCoefficients", **sums, **forward, dweight=dweight, B=B, K=K)
+        return args, BatchNormGrads(dweight, sum_dz, vectors.scale, B, K)
+
+    def bn_backward_coefficients(self, sum_dz, sum_dz_centered, vectors, rows, training) -> BatchNormGrads:
+        args, grads = self._coefficients(sum_dz, sum_dz_centered, vectors, rows, training)
+        self._launch("bn_backward_coefficients", args)
+        return grads
+
+    def _backward_reduce(self, dy, c, vectors, mask, relu, shortcut_c, shortcut_mean, **folded):
+        dy, c, shortcut_c = dense(dy), dense(c), dense(shortcut_c)
+        sum_dz, centered = (torch.empty(c.shape[1]) for _ in range(2))
+        side = None if shortcut_c is None else torch.empty(c.shape[1])
+        shape = self._shape(c)
+        inputs = {"dy": dy, "c": c, "mask": mask, "relu": relu, "shortcut_c": shortcut_c, "shape": shape}
+        needed = {"mean": vectors.mean, "scale": vectors.scale, "shift": vectors.shift}
+        made = {"sum_dz": sum_dz, "sum_dz_centered": centered, "shortcut_sum": side}
+        struct = "BnAddReluBackwardReduce"
+        args = self._args(struct, **inputs, **needed, **made, shortcut_mean=shortcut_mean, **folded)
+        self._reduce("bn_add_relu_backward_reduce", args, shape)
+        return sum_dz, centered, side
+
+    def bn_add_relu_backward_reduce(
+        self, dy, c, vectors, mask=None, relu=True, shortcut_c=None, shortcut_mean=None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self._backward_reduce(dy, c, vectors, mask, relu, shortcut_c, shortcut_mean)
+
+    def bn_add_relu_backward_reduce_coefficients(
+        self, dy, c, vectors, mask, rows, shortcut_c=None, shortcut_vectors=None
+    ) -> tuple[BatchNormGrads, BatchNormGrads | None]:
+        """`bn_add_relu_backward_reduce` and `bn_backward_coefficients`, of a projection too, in one launch."""
+        zero = torch.zeros(c.shape[1])  # the struct's sums are not looked at
+        args, grads = self._coefficients(zero, zero, vectors, rows, True)
+        folded, side = {"coefficients": args}, None
+        if shortcut_c is not None:
+            folded["shortcut_coefficients"], side = self._coefficients(zero, zero, shortcut_vectors, rows, True)
+        shortcut_mean = None if shortcut_c is None else shortcut_vectors.mean
+        sums = self._backward_reduce(dy, c, vectors, mask, True, shortcut_c, shortcut_mean, **folded)
+        return grads._replace(dbias=sums[0]), None if side is None else side._replace(dbias=sums[0])
+
+    def bn_add_relu_backward_input(
+        self, dy, c, vectors, grads, mask=None, relu=True, shortcut_c=None, shortcut_grads=None, save_dz=False
+    ) -> tuple[Tensor, Tensor | None]:
+        dy, c, shortcut_c = dense(dy), dense(c), dense(shortcut_c)
+        dc = torch.empty_like(c)
+        dresidual = torch.empty_like(c) if save_dz or shortcut_c is not None else None
+        inputs = {"dy": dy, "c": c, "mask": mask, "relu": relu, "shortcut_c": shortcut_c}
+        needed = {"scale": vectors.scale, "shift": vectors.shift, "grads": self._grads(grads)}
+        made = {"dc": dc, "dresidual": dresidual, "shortcut_grads": self._grads(shortcut_grads)}
+        struct = "BnAddReluBackwardInput"
+        self._launch("bn_add_relu_backward_input", self._args(struct, shape=self._shape(c), **inputs, **needed, **made))
+        return dc, dresidual
+
+    def _grads(self, grads: BatchNormGrads | None) -> Any:
+        if grads is None:
+            return self._args("Coefficients")
+        return self._args("Coefficients", A=grads.A, B=grads.B, K=grads.K)
+
+    def relu_backward(self, dy: Tensor, mask: Tensor) -> Tensor:
+        dy = dense(dy)
+        dz = torch.empty_like(dy)
+        args = self._args("ReluBackward", dtype=self._dtype(dy), numel=dy.numel(), dy=dy, mask=mask, dz=dz)
+        self._launch("relu_backward", args)
+        return dz
+
+    # ---------------------------------------------------------------- stem
+
+    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding) -> tuple[Tensor, Tensor]:
+        c = dense(c)
+        n, channels, h, w = c.shape
+        shape = (n, channels, *((size + 2 * padding - kernel_size) // stride + 1 for size in (h, w)))
+        y = torch.empty(shape, dtype=c.dtype, memory_format=CHANNELS_LAST)
+        indices = torch.empty(shape, dtype=torch.uint8, memory_format=CHANNELS_LAST)
+        pooling = self._pooling(c, kernel_size, stride, padding)
+        vectors = {"scale": scale, "shift": shift}
+        args = self._args("BnReluMaxpoolForward", pooling=pooling, c=c, **vectors, y=y, indices=indices)
+        self._launch("bn_relu_maxpool_forward", args)
+        return y, indices
+
+    def bn_relu_maxpool_backward_reduce(
+        self, dy, indices, c, vectors, kernel_size, stride, padding
+    ) -> tuple[Tensor, Tensor]:
+        dy, indices, c = dense(dy), dense(indices), dense(c)
+        sum_dz, centered = (torch.empty(c.shape[1]) for _ in range(2))
+        pooling = self._pooling(c, kernel_size, stride, padding)
+        inputs = {"pooling": pooling, "dy": dy, "indices": indices, "c": c, "mean": vectors.mean}
+        args = self._args("BnReluMaxpoolBackwardReduce", **inputs, sum_dz=sum_dz, sum_dz_centered=centered)
+        self._reduce("bn_relu_maxpool_backward_reduce", args, pooling)
+        return sum_dz, centered
+
+    def bn_relu_maxpool_backward_input(self, dy, indices, c, grads, kernel_size, stride, padding) -> Tensor:
+        dy, indices, c = dense(dy), dense(indices), dense(c)
+        dc = torch.empty_like(c)
+        inputs = {"pooling": self._pooling(c, kernel_size, stride, padding), "dy": dy, "indices": indices, "c": c}
+        args = self._args("BnReluMaxpoolBackwardInput", **inputs, grads=self._grads(grads), dc=dc)
+        self._launch("bn_relu_maxpool_backward_input", args)
+        return dc

@@ -1,0 +1,70 @@
+"""What setup.py decides to build, from the environment and from what the machine has."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "native_build.py"
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """The build module on a machine that has everything."""
+    spec = importlib.util.spec_from_file_location("native_build", SOURCE)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "native_build", module)
+    spec.loader.exec_module(module)
+    for name in ("missing_for_cpu", "missing_for_cuda"):
+        monkeypatch.setattr(module, name, lambda: "")
+    monkeypatch.setattr(module, "torch_has_cuda", lambda: True)
+    monkeypatch.setattr(module, "cuda_version", lambda: "130")
+    return module
+
+
+def test_auto_builds_all_that_it_can(build):
+    plan = build.plan("auto", None)
+    assert plan.native and plan.cuda and not plan.slim and not plan.reason
+    assert build.arch_names(plan) == "80;86;89;90;100;120+PTX" and build.local_version(plan) == ""
+    assert build.nvcc_archs(plan)[-1] == "-gencode=arch=compute_120,code=compute_120"
+
+
+def test_slim(build):
+    plan = build.plan("auto", "80;90")
+    assert plan.slim and build.arch_names(plan) == "80;90" and build.local_version(plan) == "+cu130.sm80.sm90"
+    assert all("code=sm_" in flag for flag in build.nvcc_archs(plan))
+
+
+def test_auto_without_a_compiler_is_pure_and_says_why(build, monkeypatch):
+    monkeypatch.setattr(build, "missing_for_cpu", lambda: "a C++ compiler (g++)")
+    plan = build.plan("auto", None)
+    assert not plan.native and "a C++ compiler (g++) not found" in plan.reason
+    for wanted in ("cpu", "cuda"):
+        with pytest.raises(SystemExit, match=rf"FUSEDRES_BUILD={wanted} needs a C\+\+ compiler"):
+            build.plan(wanted, None)
+
+
+def test_auto_without_nvcc_or_with_a_cpu_torch_has_no_cuda(build, monkeypatch):
+    monkeypatch.setattr(build, "torch_has_cuda", lambda: False)
+    plan = build.plan("auto", None)
+    assert plan.native and not plan.cuda and "torch is a CPU build" in plan.reason
+    assert build.plan("cuda", None).cuda
+    monkeypatch.setattr(build, "missing_for_cuda", lambda: "nvcc")
+    assert "nvcc not found" in build.plan("auto", None).reason
+    with pytest.raises(SystemExit, match="FUSEDRES_BUILD=cuda needs nvcc"):
+        build.plan("cuda", None)
+
+
+def test_none_and_unknown_values(build):
+    assert not build.plan("none", None).native
+    with pytest.raises(SystemExit, match="needed auto, cpu, cuda or none"):
+        build.plan("gpu", None)
+    with pytest.raises(SystemExit, match="needed numbers such as"):
+        build.plan("cuda", "hopper")
+
+
+def test_ninja_file_of_a_path_with_spaces(build, tmp_path):
+    folder = tmp_path / "with space"
+    target = folder / "x.o"
+    text = build.ninja_file({target: ["g++", "it's"]}, {target: "library.cpp"}, ["ld"], folder / "lib.so")
+    assert f"build {str(target).replace(' ', '$ ')}: compile" in text and "'it'\\''s'" in text

@@ -1,0 +1,259 @@
+"""The compiled library itself: what it refuses, what it needs from outside, and how it fails."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fusedres.backends import native
+from fusedres.errors import BackendUnavailableError
+
+pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+
+STABLE = re.compile(r"^(aoti_torch_|torch_)\w+$")
+CUDA = re.compile(r"^(lib(torch_cuda|cudart|cuda)\b)")
+
+
+def image(channels=8, dtype=torch.float32, size=4):
+    return torch.randn(2, channels, size, size).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def ops():
+    native.load()
+    return torch.ops.fusedres_native
+
+
+v = torch.ones(8)
+BAD_CALLS = {
+    "rank": ("bn_stats", lambda c: (c[0],), r"bn_stats: c is \[8, 4, 4\], needed \[N, C, H, W\]; "),
+    "dtype": ("bn_stats", lambda c: (c.half(),), "c is float16, needed float32 or bfloat16; convert"),
+    "layout": ("bn_stats", lambda c: (c.contiguous(),), "c is not channels_last, needed dense channels_last"),
+    "slice": ("bn_stats", lambda c: (c[:, ::2],), "c is not channels_last"),
+    "overlap": ("bn_stats", lambda c: (c[:, :, :1, :1].expand(2, 8, 4, 4),), "c is not channels_last"),
+    "no channels": ("bn_stats", lambda c: (c[:, :0],), "at least one channel"),
+    "vector length": (
+        "bn_add_relu_forward",
+        lambda c: (c, v[:7], v, None, None, None, True, False),
+        r"scale is \[7\], needed contiguous \[8\]; pass one value a channel",
+    ),
+    "vector dtype": (
+        "bn_add_relu_forward",
+        lambda c: (c, v.double(), v, None, None, None, True, False),
+        "scale is float64, needed float32",
+    ),
+    "vector stride": (
+        "bn_add_relu_forward",
+        lambda c: (c, torch.ones(16)[::2], v, None, None, None, True, False),
+        r"scale is \[8\], needed contiguous \[8\]",
+    ),
+    "residual shape": (
+        "bn_add_relu_forward",
+        lambda c: (c, v, v, image(8, size=3), None, None, True, False),
+        r"residual is \[2, 8, 3, 3\], needed \[2, 8, 4, 4\]",
+    ),
+    "residual dtype": (
+        "bn_add_relu_forward",
+        lambda c: (c, v, v, c.bfloat16(), None, None, True, False),
+        "residual is bfloat16, needed float32",
+    ),
+    "residual layout": (
+        "bn_add_relu_forward",
+        lambda c: (c, v, v, c.contiguous(), None, None, True, False),
+        "residual is not channels_last",
+    ),
+    "half a pair": (
+        "bn_add_relu_forward",
+        lambda c: (c, v, v, c, v, None, True, False),
+        "residual_scale, residual_shift is given in part, needed both or neither",
+    ),
+    "scale of no residual": (
+        "bn_add_relu_forward",
+        lambda c: (c, v, v, None, v, v, True, False),
+        "residual is None, needed a tensor like c",
+    ),
+    "mask length": (
+        "bn_add_relu_backward_reduce",
+        lambda c: (c, c, v, v, v, torch.zeros(31, dtype=torch.uint8), True, None, None),
+        r"mask is uint8 \[31\], needed uint8 \[32\]",
+    ),
+    "mask dtype": ("relu_backward", lambda c: (c, torch.zeros(32)), r"mask is float32 \[32\], needed uint8"),
+    "dy shape": (
+        "bn_add_relu_backward_reduce",
+        lambda c: (image(9), c, v, v, v, None, True, None, None),
+        r"dy is \[2, 9, 4, 4\], needed \[2, 8, 4, 4\]",
+    ),
+    "shortcut without mean": (
+        "bn_add_relu_backward_reduce",
+        lambda c: (c, c, v, v, v, None, True, c, None),
+        "shortcut_c, shortcut_mean is given in part",
+    ),
+    "B without K": (
+        "bn_add_relu_backward_input",
+        lambda c: (c, c, v, v, v, v, None, None, True, None, None, None, None, False),
+        "B, K is given in part",
+    ),
+    "shortcut without A": (
+        "bn_add_relu_backward_input",
+        lambda c: (c, c, v, v, v, v, v, None, True, c, None, None, None, False),
+        "shortcut_c, shortcut_A is given in part",
+    ),
+    "var length": ("bn_scale_shift", lambda c: (v, v[:3], None, None, 1e-5), r"var is \[3\], needed"),
+    "sum length": (
+        "bn_backward_coefficients",
+        lambda c: (v, v[:3], v, v, v, 1, True),
+        r"sum_dz_centered is \[3\], needed",
+    ),
+    "padding": (
+        "bn_relu_maxpool_forward",
+        lambda c: (c, v, v, 3, 2, 2),
+        "padding 2, needed kernel_size 1 to 15",
+    ),
+    "stride": ("bn_relu_maxpool_forward", lambda c: (c, v, v, 3, 0, 1), "stride 0, padding 1, needed"),
+    "window": ("bn_relu_maxpool_forward", lambda c: (c, v, v, 7, 2, 0), "needed at least one window"),
+    "pooled shape": (
+        "bn_relu_maxpool_backward_reduce",
+        lambda c: (c, c.to(torch.uint8), c, v, 3, 2, 1),
+        r"dy is \[2, 8, 4, 4\], needed the shape of the pooled output",
+    ),
+    "indices dtype": (
+        "bn_relu_maxpool_backward_input",
+        lambda c: (image(size=2), image(size=2), c, v, v, v, 3, 2, 1),
+        "indices is float32, needed uint8",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_CALLS)
+def test_refuses(ops, what):
+    op, arguments, message = BAD_CALLS[what]
+    with pytest.raises(RuntimeError, match=message) as caught:
+        getattr(ops, op)(*arguments(image()))
+    assert f"fusedres {op}: " in str(caught.value)
+
+
+def test_supports_says_why():
+    backend, c = native.NativeOps(), image()
+    assert backend.supports("bn_stats", c) is None
+    assert backend.supports("bn_stats", c.half()) == "dtype_float16"
+    assert backend.supports("bn_stats", c.double()) == "dtype_float64"
+    assert backend.supports("bn_stats", c.contiguous()) == "layout_not_channels_last"
+    assert backend.supports("bn_stats", c.to("meta")) == "device_meta"
+    assert backend.supports("bn_add_relu_forward", c, v, v, c.bfloat16()) == "arguments_differ"
+    assert backend.supports("bn_scale_shift", v, v, v.half(), v, 1e-5) == "vector_not_float32"
+    assert backend.supports("gram", c, v, v) == "no_kernel"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_repeat_bitwise_for_a_thread_count(ops, threads, dtype):
+    c = image(24, dtype, size=128)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first = ops.bn_stats(c)
+        assert all(torch.equal(a, b) for _ in range(5) for a, b in zip(first, ops.bn_stats(c), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def readelf(*arguments):
+    return subprocess.run(
+        ["readelf", *arguments, str(native.LIBRARY)], capture_output=True, text=True, check=True
+    )
+
+
+def test_needs_nothing_but_libtorch_cpu():
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", readelf("-d").stdout)
+    allowed = {
+        "libtorch_cpu.so",
+        "libstdc++.so.6",
+        "libm.so.6",
+        "libgcc_s.so.1",
+        "libc.so.6",
+        "ld-linux-x86-64.so.2",
+    }
+    assert "libtorch_cpu.so" in needed
+    assert set(needed) - allowed - {"libdl.so.2", "librt.so.1", "libpthread.so.0"} == set()
+
+
+def symbols(undefined):
+    """Names of the dynamic symbols, without versions."""
+    rows = [line.split() for line in readelf("--dyn-syms", "-W").stdout.splitlines()]
+    rows = [row for row in rows if len(row) >= 8 and row[0].rstrip(":").isdigit()]
+    return {row[7].split("@")[0] for row in rows if (row[6] == "UND") == undefined and row[3] != "NOTYPE"}
+
+
+def test_uses_only_the_stable_abi():
+    wanted = symbols(undefined=True)
+    assert not {s for s in wanted if re.match(r"_?Py[A-Z_]", s)}, "Python symbols"
+    assert not {s for s in wanted if re.match(r"_Z\w*(2at|3c10|5torch)", s)}, "C++ symbols of libtorch"
+    torch_symbols = {s for s in wanted if "torch" in s}
+    assert torch_symbols and all(STABLE.match(s) for s in torch_symbols)
+
+
+def test_exports_nothing_of_ours():
+    assert not {s for s in symbols(undefined=False) if "fusedres" in s}
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+
+
+BROKEN = """
+import pathlib, tempfile
+from fusedres.backends import native
+broken = pathlib.Path(tempfile.mkdtemp()) / "libfusedres_native.so"
+broken.write_bytes(b"not a library")
+native.LIBRARY = broken
+native.load.cache_clear()
+"""
+
+
+def test_a_broken_library_is_one_warning_and_the_fallback():
+    """The loader warns once, and asking for the backend by name says what is wrong."""
+    done = run_python(
+        BROKEN + "import warnings\nwith warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n    assert native.loaders() == {}\n"
+        "assert len(caught) == 1 and 'does not load' in str(caught[0].message), caught\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_broken_library_asked_for_by_name(monkeypatch, tmp_path):
+    from fusedres import dispatch
+
+    broken = tmp_path / "libfusedres_native.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(native, "LIBRARY", broken)
+    monkeypatch.delitem(dispatch.LOADERS, "native")
+    native.load.cache_clear()
+    try:
+        with pytest.raises(BackendUnavailableError, match="does not load with torch"):
+            dispatch.check_backend("native")
+        monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+        with pytest.raises(BackendUnavailableError, match="is not there"):
+            dispatch.check_backend("native")
+    finally:
+        native.load.cache_clear()
+
+
+def test_a_processor_without_avx2_has_no_native_backend():
+    code = "from fusedres import dispatch\nassert 'native' not in dispatch.LOADERS"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={"PATH": "/usr/bin", "ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_archs_cover(ops):
+    cover = ops.cuda_archs_cover
+    assert cover("80;90", 8, 0) and cover("80;90", 8, 9) and cover("80;90", 9, 0)
+    assert not cover("80;90", 7, 5) and not cover("80;90", 10, 0) and not cover("86", 8, 0)
+    assert cover("80;90+PTX", 12, 0) and not cover("100+PTX", 9, 0) and not cover("", 9, 0)
