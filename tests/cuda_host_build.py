@@ -61,7 +61,9 @@ def build(variant: str, sources: Path = ROOT / "csrc", name: str | None = None, 
     module = "fusedres_cuda_host_" + (name or variant).replace("/", "_").replace("-", "_")
     include = cuda_include()
     assert include is not None, "no CUDA headers"
-    includes = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} -isystem {include}"
+    includes = (
+        f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} -isystem {include}"
+    )
     rules = RULES.format(
         compiler=shutil.which("g++"),
         warnings=WARNINGS,
@@ -103,7 +105,9 @@ def load(path: Path) -> ModuleType:
 def environment(variant: str) -> dict[str, str]:
     """For a Python that loads a module of this variant."""
     libraries = [
-        subprocess.run(["g++", f"-print-file-name={lib}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={lib}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for lib in PRELOAD[variant]
     ]
     return {
