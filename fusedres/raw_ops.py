@@ -12,8 +12,8 @@ Symbols
 
 Memory format
     Activations have logical shape [N, C, H, W]. An output takes the memory format of the tensor it is the
-    gradient of, or else of `c`, `x` or `dy`, in this order. The native and Triton backends need channels_last ("NHWC": a row's C values lie side by side);
-    the reference takes any.
+    gradient of, or else of `c`, `x` or `dy`, in this order. The native and Triton backends need channels_last
+    ("NHWC": a row's C values lie side by side); the reference takes any.
 
 Dtypes
     Activations and convolution weights: float16, bfloat16, float32, float64, one dtype per call.

@@ -217,9 +217,14 @@ def backward(
     top = expansion_backward(ops, config, units[last], saved, dy, needs.units[last], needs.below(last))
     unit_grads = [top.parameters]
     da, sums = top.dz_below, top.sums_below
-    # the gradient of an identity is added by the first convolution's input gradient, where that is a plain 1x1
-    joined = needs.x and config.shortcut is Shortcut.IDENTITY and is_plain_1x1(config.main[0], units[0])
-    joined = joined and last > 1
+    dx_shortcut, projection_grads = None, None
+    if config.projection is not None:
+        dx_shortcut, projection_grads = projection_backward(ops, config, x, units[-1], saved, dy, needs)
+    # the shortcut's gradient is added by the first convolution's input gradient, where that is a plain 1x1
+    identity = config.shortcut is Shortcut.IDENTITY
+    joined = needs.x and last > 1 and is_plain_1x1(config.main[0], units[0])
+    joined = joined and (identity or dx_shortcut is not None)
+    shortcut_grad = (dy, saved.mask) if identity else (dx_shortcut, None)
     for i in reversed(range(last)):
         if da is None:
             unit_grads.append(ConvBNGrads(None, None, None, None))
@@ -227,7 +232,7 @@ def backward(
         unit, t, c, v = config.main[i], units[i], saved.convs[i], saved.vectors[i]
         assert c is not None
         if i == 0 and joined:
-            da, grads = joined_input_gradient(ops, da, x, c, v, unit, t, needs.units[0], dy, saved.mask)
+            da, grads = joined_input_gradient(ops, da, x, c, v, unit, t, needs.units[0], *shortcut_grad)
         else:
             a = x if i == 0 else remade_activation(ops, config, saved, i - 1)
             da, grads = conv_bn_backward(ops, da, a, c, v, unit, t, needs.units[i], needs.below(i), sums)
@@ -236,11 +241,11 @@ def backward(
     unit_grads.reverse()
 
     dx, dresidual = da, None
-    if config.projection is not None:
-        dx_shortcut, grads = projection_backward(ops, config, x, units[-1], saved, dy, needs)
-        unit_grads.append(grads)
-        dx = dx if dx is None or dx_shortcut is None else dx.add_(dx_shortcut)
-    elif config.shortcut is Shortcut.IDENTITY and needs.x and not joined:
+    if projection_grads is not None:
+        unit_grads.append(projection_grads)
+        if dx is not None and dx_shortcut is not None and not joined:
+            dx = dx.add_(dx_shortcut)
+    elif identity and needs.x and not joined:
         assert dx is not None
         dx = dx.add_(dy if saved.mask is None else ops.relu_backward(dy, saved.mask))
     elif config.shortcut is Shortcut.TENSOR and needs.residual:
@@ -263,13 +268,15 @@ def joined_input_gradient(
     unit: ConvBNConfig,
     t: ConvBNTensors,
     needs: ConvBNNeeds,
-    dy: Tensor,
-    mask: Tensor | None,
+    shortcut_dy: Tensor | None,
+    shortcut_mask: Tensor | None,
 ) -> tuple[Tensor, ConvBNGrads]:
-    """Backward of relu(BN(conv1x1(x))) and of the identity shortcut in one product: dx, parameter gradients."""
+    """Backward of relu(BN(conv1x1(x))), plus the shortcut's gradient, in one product: dx, parameter gradients."""
     sums = ops.bn_add_relu_backward_reduce(da, c, v, relu=unit.relu)[:2]
     grads = ops.bn_backward_coefficients(*sums, v, rows(c), unit.training)
-    dx, dc = ops.conv1x1_backward_input(da, c, v, grads, t.weight.to(x.dtype), unit.relu, dy, mask)
+    dx, dc = ops.conv1x1_backward_input(
+        da, c, v, grads, t.weight.to(x.dtype), unit.relu, shortcut_dy, shortcut_mask
+    )
     _, dweight, dbias = convolution_backward(dc, x, unit, t, needs, False)
     return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs))
 
