@@ -2,14 +2,17 @@
 
 from fusedres.patching.api import is_patched, patch, report, unpatch
 from fusedres.patching.report import BlockReport, PatchReport
+from fusedres.patching.scoped import disabled, patched
 from fusedres.patching.verify import VerifyReport, verify
 
 __all__ = [
     "BlockReport",
     "PatchReport",
     "VerifyReport",
+    "disabled",
     "is_patched",
     "patch",
+    "patched",
     "report",
     "unpatch",
     "verify",

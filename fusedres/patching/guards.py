@@ -5,6 +5,7 @@ What a recipe cannot reproduce exactly goes to the original forward. Nothing is 
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fusedres.nn.running_stats import uses_batch_statistics
 from fusedres.patching.plan import BlockPlan, ConvBNNames, Plan, StemPlan
 from fusedres.raw_ops import ACTIVATION_DTYPES
 
+DISABLED: ContextVar[bool] = ContextVar("fusedres_disabled", default=False)
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 DEVICES = ("cpu", "cuda")
 
@@ -164,6 +166,8 @@ def unfit_shapes(block: nn.Module, plan: Plan, x: Tensor) -> str | None:
 
 def refusal(block: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The reason code for running this call by the original forward, or None."""
+    if DISABLED.get():
+        return "disabled"
     if (reason := transformed()) is not None:
         return reason
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):

@@ -8,6 +8,7 @@ live in one plain attribute of the instance.
 from __future__ import annotations
 
 import copyreg
+import logging
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
@@ -23,7 +24,9 @@ from fusedres.nn.residual_block import ConvBN, compute_dtype, read_block, run, w
 from fusedres.nn.stem import stem_block
 from fusedres.patching import guards
 from fusedres.patching.plan import BlockPlan, ConvBNNames, Plan, StemPlan
+from fusedres.patching.reasons import describe
 
+logger = logging.getLogger("fusedres")
 STATE = "_fusedres"
 BASE = "__fusedres_base__"
 
@@ -39,6 +42,12 @@ class BlockState:
     reason: str | None = None  # why runs_as is not what was asked for
 
 
+@cache
+def log_once(class_name: str, recipe: str, code: str) -> None:
+    """One line per class, recipe and code in a process; `report` has them per block."""
+    logger.info("%s runs %s: %s: %s", class_name, recipe, code.partition(":")[0], describe(code))
+
+
 def conv_bn(block: nn.Module, names: ConvBNNames) -> ConvBN:
     return ConvBN(block.get_submodule(names.conv), block.get_submodule(names.bn), names.relu)  # type: ignore[arg-type]
 
@@ -46,13 +55,16 @@ def conv_bn(block: nn.Module, names: ConvBNNames) -> ConvBN:
 def call(module: nn.Module, state: BlockState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One call of a patched method: fused if nothing speaks against it, else by the original method."""
     plan = state.plan
+    if torch.compiler.is_compiling():  # Inductor fuses the original; opaque ops would stop it
+        return getattr(base_class(module), plan.method)(module, *args, **kwargs)
     reason = guards.refusal(module, plan, args, kwargs)
     recipe, y = UNFUSED, None
     if reason is None:
         fused = fused_stem if isinstance(plan, StemPlan) and plan.pool is not None else fused_block
         recipe, reason, y = fused(module, state, args[0])
-    if not torch.compiler.is_compiling():
-        state.runs_as, state.reason = recipe, reason
+    state.runs_as, state.reason = recipe, reason
+    if reason is not None:
+        log_once(base_class(module).__qualname__, recipe, reason)
     if recipe == UNFUSED:
         return getattr(base_class(module), plan.method)(module, *args, **kwargs)
     return y
@@ -99,6 +111,13 @@ def patched_class(base: type, method: str) -> Any:
             return (rebuild, (base, method), *made[2:])
         return made
 
+    def prepare_scriptable(self: nn.Module) -> nn.Module:
+        """What torch.jit.script compiles instead: the same module as it was before patching."""
+        plain = base.__new__(base)
+        plain.__dict__.update({k: v for k, v in vars(self).items() if k != STATE})
+        plain.__dict__["_modules"] = dict(self._modules)
+        return plain
+
     patched: Any = type(
         base.__name__,
         (base,),
@@ -107,6 +126,7 @@ def patched_class(base: type, method: str) -> Any:
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "__reduce_ex__": reduce_ex,
+            "__prepare_scriptable__": prepare_scriptable,
             method: replacement,
             BASE: base,
         },
