@@ -6,6 +6,7 @@ Forward calls a recipe and saves; backward unpacks and calls it. Under `create_g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ from fusedres.raw_ops import BatchNormVectors
 
 FIELDS = len(ConvBNTensors._fields)
 PARAMETERS = len(ConvBNNeeds._fields)  # of FIELDS, those that can want a gradient; the rest are statistics
-FIXED = 5  # config, recipe, ops, x, residual come before the units' tensors
+FIXED = 6  # config, recipe, ops, observe, x, residual come before the units' tensors
+STEM_X = 3  # config, ops, observe come before x
+Observer = Callable[[tuple[BatchNormVectors, ...]], None]
 
 
 def as_units(flat: tuple[Tensor | None, ...]) -> tuple[ConvBNTensors, ...]:
@@ -47,12 +50,13 @@ def memory_format(y: Tensor) -> torch.memory_format:
 class ResidualBlock(torch.autograd.Function):
     """One residual block.
 
-    apply(config, recipe, ops, x, residual, *tensors) -> (y, *statistics)
+    apply(config, recipe, ops, observe, x, residual, *tensors) -> y
 
     config, recipe, ops: a BlockConfig, a name in RECIPES, the Dispatcher that serves forward and backward.
+    observe: called with the vectors of every BN before anything is saved, to move running statistics (later would
+    be too late: a checkpoint stops its second forward at the last tensor saved).
     x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None; tensors: the fields of each
-    ConvBNTensors of `config.units`, one after the other. statistics: the batch's mean and var [C] of each BN
-    in training mode, not differentiable; the caller updates running statistics from them.
+    ConvBNTensors of `config.units`, one after the other.
     """
 
     @staticmethod
@@ -61,25 +65,25 @@ class ResidualBlock(torch.autograd.Function):
         config: BlockConfig,
         recipe: str,
         ops: Dispatcher,
+        observe: Observer,
         x: Tensor,
         residual: Tensor | None,
         *flat: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         units = as_units(flat)
         with without_autocast(x.device.type):
             out = RECIPES[recipe].forward(ops, config, x, residual, units, True)
         assert out.saved is not None
+        observe(out.vectors)
         ctx.save_for_backward(x, *flat, *out.saved.flatten())
         ctx.config, ctx.recipe, ctx.ops = config, recipe, ops
         ctx.layout, ctx.inputs = out.saved.layout, len(flat)
         ctx.memory_format = memory_format(out.y)
-        stats = batch_statistics(config, out.vectors)
-        ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
-        return out.y, *stats
+        return out.y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         wanted = ctx.needs_input_grad
         if dy is None:
             return (None,) * len(wanted)
@@ -97,17 +101,7 @@ class ResidualBlock(torch.autograd.Function):
         with without_autocast(x.device.type):
             grads = RECIPES[ctx.recipe].backward(ctx.ops, ctx.config, x, as_units(flat), saved, dy, needs)
         parameters = [g for unit in grads.units for g in (*unit, None, None)]
-        return None, None, None, grads.x, grads.residual, *parameters
-
-
-def batch_statistics(config: BlockConfig, vectors: tuple[Any, ...]) -> list[Tensor]:
-    """mean, var of each BN that used the batch's, in the order of `config.units`."""
-    return [
-        stat
-        for unit, v in zip(config.units, vectors, strict=True)
-        if unit.training
-        for stat in (v.mean, v.var)
-    ]
+        return None, None, None, None, grads.x, grads.residual, *parameters
 
 
 def differentiable_backward(
@@ -140,34 +134,33 @@ def differentiable_backward(
 class ConvBNReLUMaxPool(torch.autograd.Function):
     """The stem of a ResNet.
 
-    apply(config, ops, x, *tensors) -> (y, *statistics)
+    apply(config, ops, observe, x, *tensors) -> y
 
-    config: a StemConfig; x [N, Cin, H, W]; tensors: the fields of one ConvBNTensors. statistics: the batch's mean
-    and var [C] in training mode, not differentiable.
+    config: a StemConfig; observe: as for `ResidualBlock`; x [N, Cin, H, W]; tensors: the fields of one
+    ConvBNTensors.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, config: StemConfig, ops: Dispatcher, x: Tensor, *flat: Tensor | None
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, config: StemConfig, ops: Dispatcher, observe: Observer, x: Tensor, *flat: Tensor | None
+    ) -> Tensor:
         with without_autocast(x.device.type):
             y, saved = stem.forward(ops, config, x, ConvBNTensors(*flat))  # type: ignore[arg-type]
+        observe((saved.vectors,))
         ctx.save_for_backward(x, *flat, saved.c, *saved.vectors, saved.indices)
         ctx.config, ctx.ops, ctx.memory_format = config, ops, memory_format(y)
-        stats = saved.vectors[:2] if config.unit.training else ()
-        ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
-        return y, *stats
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         wanted = ctx.needs_input_grad
         if dy is None:
             return (None,) * len(wanted)
         x, *rest = ctx.saved_tensors
         t, (c, *vectors, indices) = ConvBNTensors(*rest[:FIELDS]), rest[FIELDS:]
         if torch.is_grad_enabled():
-            inputs = dict(enumerate((x, *t), 2))
+            inputs = dict(enumerate((x, *t), STEM_X))
             chosen = [i for i in inputs if wanted[i]]
             with without_autocast(x.device.type):
                 y = stem.differentiable(ctx.config, x, t)
@@ -178,6 +171,13 @@ class ConvBNReLUMaxPool(torch.autograd.Function):
         dy = dy.contiguous(memory_format=ctx.memory_format)
         with without_autocast(x.device.type):
             dx, unit = stem.backward(
-                ctx.ops, ctx.config, x, t, saved, dy, ConvBNNeeds(*wanted[3 : 3 + PARAMETERS]), wanted[2]
+                ctx.ops,
+                ctx.config,
+                x,
+                t,
+                saved,
+                dy,
+                ConvBNNeeds(*wanted[STEM_X + 1 :][:PARAMETERS]),
+                wanted[STEM_X],
             )
-        return None, None, dx, *unit, None, None
+        return None, None, None, dx, *unit, None, None

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from accuracy import assert_same_float64
+from spellings import FunctionalReLU
 from torch import nn
 
 import fusedres
@@ -38,6 +39,13 @@ def pair():
     torch.manual_seed(0)
     plain = cifar_resnet(20).double().eval()
     return plain, fusedres.patch(copy.deepcopy(plain), recipe="separate")
+
+
+def test_scripting_finds_the_names_that_the_original_forward_uses():
+    plain = FunctionalReLU().eval()
+    fused = fusedres.patch(copy.deepcopy(plain), recipe="separate")
+    x = torch.randn(2, 16, 6, 6)
+    assert torch.equal(torch.jit.script(fused)(x), plain(x))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

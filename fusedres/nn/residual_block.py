@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedres.autograd import ResidualBlock, batch_statistics, without_autocast
+from fusedres.autograd import ResidualBlock, without_autocast
 from fusedres.blocks import RECIPES
 from fusedres.blocks.choice import UNFUSED, Choice, choose
 from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, Shortcut, output_size
 from fusedres.dispatch import AUTO, Dispatcher, dispatcher
 from fusedres.nn.running_stats import update_running_stats, uses_batch_statistics
+from fusedres.raw_ops import BatchNormVectors
 
 
 class ConvBN(NamedTuple):
@@ -91,30 +92,30 @@ def wants_gradient(call: BlockCall) -> bool:
 def run(call: BlockCall, recipe: str, ops: Dispatcher) -> Tensor:
     """y of the block, by that recipe; running statistics are updated."""
     config, tensors, norms, x, residual = call
+
+    def observe(vectors: tuple[BatchNormVectors, ...]) -> None:
+        for i, (unit, bn, v) in enumerate(zip(config.units, norms, vectors, strict=True)):
+            if unit.training:
+                update_running_stats(bn, v.mean, v.var, unit_rows(call, i))
+
     if wants_gradient(call):
         flat = [t for unit in tensors for t in unit]
-        y, *stats = ResidualBlock.apply(config, recipe, ops, x, residual, *flat)
-    else:
-        with torch.no_grad(), without_autocast(x.device.type):
-            out = RECIPES[recipe].forward(ops, config, x, residual, tensors, False)
-        y, stats = out.y, batch_statistics(config, out.vectors)
-    moments = iter(stats)
-    for i, (unit, bn) in enumerate(zip(config.units, norms, strict=True)):
-        if unit.training:
-            update_running_stats(bn, next(moments), next(moments), unit_rows(call, y, i))
-    return y
+        return ResidualBlock.apply(config, recipe, ops, observe, x, residual, *flat)
+    with torch.no_grad(), without_autocast(x.device.type):
+        out = RECIPES[recipe].forward(ops, config, x, residual, tensors, False)
+    observe(out.vectors)
+    return out.y
 
 
-def unit_rows(call: BlockCall, y: Tensor, index: int) -> int:
-    """P of the unit's output: spatial sizes follow from x through the strides of the main path."""
-    config = call.config
-    if config.projection is not None and index == len(config.main):
-        return y.shape[0] * y.shape[2] * y.shape[3]
+def unit_rows(call: BlockCall, index: int) -> int:
+    """P of the unit's output: spatial sizes follow from x through the strides of its path."""
+    units = list(zip(call.config.units, call.tensors, strict=True))
+    path = units[index:] if index == len(call.config.main) else units[: index + 1]
     size = (call.x.shape[2], call.x.shape[3])
-    for unit, t in zip(config.main[: index + 1], call.tensors, strict=False):
+    for unit, t in path:
         kernel = (t.weight.shape[2], t.weight.shape[3])
         size = output_size(size, kernel, unit.stride, unit.padding, unit.dilation)
-    return y.shape[0] * size[0] * size[1]
+    return call.x.shape[0] * size[0] * size[1]
 
 
 def residual_block(

@@ -12,6 +12,7 @@ from fusedres.blocks.stem import StemConfig
 from fusedres.dispatch import AUTO, Dispatcher, dispatcher
 from fusedres.nn.residual_block import ConvBN, compute_dtype, read_conv_bn
 from fusedres.nn.running_stats import update_running_stats
+from fusedres.raw_ops import BatchNormVectors
 
 
 def single(value: int | tuple[int, ...]) -> int | None:
@@ -50,16 +51,17 @@ def stem_block(x: Tensor, unit: ConvBN, pool: nn.MaxPool2d, *, backend: str | Di
     x = x.to(compute_dtype(x))
     config, tensors = read_conv_bn(unit)
     stem_config = StemConfig(config, *(single(v) for v in (pool.kernel_size, pool.stride, pool.padding)))  # type: ignore[arg-type]
-    wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-    if wants:
-        y, *stats = ConvBNReLUMaxPool.apply(stem_config, ops, x, *tensors)
-    else:
-        with torch.no_grad(), without_autocast(x.device.type):
-            y, saved = stem.forward(ops, stem_config, x, tensors)
-        stats = saved.vectors[:2]
-    if config.training:
-        kernel = (unit.conv.weight.shape[2], unit.conv.weight.shape[3])
-        size = (x.shape[2], x.shape[3])
-        h, w = output_size(size, kernel, config.stride, config.padding, config.dilation)
-        update_running_stats(unit.bn, stats[0], stats[1], x.shape[0] * h * w)
+
+    def observe(vectors: tuple[BatchNormVectors, ...]) -> None:
+        if config.training:
+            kernel = (unit.conv.weight.shape[2], unit.conv.weight.shape[3])
+            size = (x.shape[2], x.shape[3])
+            h, w = output_size(size, kernel, config.stride, config.padding, config.dilation)
+            update_running_stats(unit.bn, vectors[0].mean, vectors[0].var, x.shape[0] * h * w)
+
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
+        return ConvBNReLUMaxPool.apply(stem_config, ops, observe, x, *tensors)
+    with torch.no_grad(), without_autocast(x.device.type):
+        y, saved = stem.forward(ops, stem_config, x, tensors)
+    observe((saved.vectors,))
     return y

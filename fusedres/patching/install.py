@@ -11,6 +11,7 @@ import copyreg
 import logging
 from dataclasses import dataclass
 from functools import cache, wraps
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -52,8 +53,9 @@ def conv_bn(block: nn.Module, names: ConvBNNames) -> ConvBN:
     return ConvBN(block.get_submodule(names.conv), block.get_submodule(names.bn), names.relu)  # type: ignore[arg-type]
 
 
-def call(module: nn.Module, state: BlockState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One call of a patched method: fused if nothing speaks against it, else by the original method."""
+    state: BlockState = vars(module)[STATE]
     plan = state.plan
     if torch.compiler.is_compiling():  # Inductor fuses the original; opaque ops would stop it
         return getattr(base_class(module), plan.method)(module, *args, **kwargs)
@@ -101,22 +103,21 @@ def fused_stem(model: nn.Module, state: BlockState, x: Tensor) -> tuple[str, str
 def patched_class(base: type, method: str) -> Any:
     """The subclass that a module of class `base` is given, with that method replaced."""
 
-    @wraps(getattr(base, method))
-    def replacement(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return call(self, vars(self)[STATE], args, kwargs)
+    original, fused_or_not = getattr(base, method), call
+
+    def template(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return fused_or_not(self, args, kwargs)
+
+    # torch.jit.script compiles the source of the original, which `wraps` points to, with the names that are global
+    # here: they must be the original's
+    code, closure = template.__code__, template.__closure__
+    replacement = wraps(original)(FunctionType(code, original.__globals__, method, None, closure))
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         made = super(patched, self).__reduce_ex__(protocol)
         if made[0] is copyreg.__newobj__ and made[1] == (patched,):  # type: ignore[attr-defined]
             return (rebuild, (base, method), *made[2:])
         return made
-
-    def prepare_scriptable(self: nn.Module) -> nn.Module:
-        """What torch.jit.script compiles instead: the same module as it was before patching."""
-        plain = base.__new__(base)
-        plain.__dict__.update({k: v for k, v in vars(self).items() if k != STATE})
-        plain.__dict__["_modules"] = dict(self._modules)
-        return plain
 
     patched: Any = type(
         base.__name__,
@@ -126,7 +127,6 @@ def patched_class(base: type, method: str) -> Any:
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "__reduce_ex__": reduce_ex,
-            "__prepare_scriptable__": prepare_scriptable,
             method: replacement,
             BASE: base,
         },
