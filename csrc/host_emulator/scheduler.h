@@ -140,7 +140,7 @@ inline void add_block(unsigned number) {
   s.resident.push_back(std::move(block));
 }
 
-inline void run_resident_blocks() {
+FUSEDRES_UNINSTRUMENTED inline void run_resident_blocks() {
   State& s = state();
   std::vector<Thread*> running;
   for (auto& block : s.resident)
