@@ -105,7 +105,9 @@ def load(path: Path) -> ModuleType:
 def environment(variant: str) -> dict[str, str]:
     """For a Python that loads a module of this variant."""
     libraries = [
-        subprocess.run(["g++", f"-print-file-name={lib}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={lib}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for lib in PRELOAD[variant]
     ]
     return {

@@ -86,7 +86,9 @@ class HostCudaOps:
         c = dense(c)
         mean, var = (torch.empty(c.shape[1]) for _ in range(2))
         shape = self._shape(c)
-        self._reduce("bn_stats", self._args("BnStats", shape=shape, c=c, mean=mean, var=var), shape, (mean, var))
+        self._reduce(
+            "bn_stats", self._args("BnStats", shape=shape, c=c, mean=mean, var=var), shape, (mean, var)
+        )
         return mean, var
 
     def _scale_shift(self, mean, var, weight, bias, eps) -> tuple[Any, BatchNormVectors]:
@@ -112,7 +114,15 @@ class HostCudaOps:
         return vectors
 
     def bn_add_relu_forward(
-        self, c, scale, shift, residual=None, residual_scale=None, residual_shift=None, relu=True, save_mask=False
+        self,
+        c,
+        scale,
+        shift,
+        residual=None,
+        residual_scale=None,
+        residual_shift=None,
+        relu=True,
+        save_mask=False,
     ) -> tuple[Tensor, Tensor | None]:
         c, residual = dense(c), dense(residual)
         y = torch.empty_like(c)
@@ -161,7 +171,9 @@ class HostCudaOps:
         args, grads = self._coefficients(zero, zero, vectors, rows, True)
         folded, side = {"coefficients": args}, None
         if shortcut_c is not None:
-            folded["shortcut_coefficients"], side = self._coefficients(zero, zero, shortcut_vectors, rows, True)
+            folded["shortcut_coefficients"], side = self._coefficients(
+                zero, zero, shortcut_vectors, rows, True
+            )
         shortcut_mean = None if shortcut_c is None else shortcut_vectors.mean
         sums = self._backward_reduce(dy, c, vectors, mask, True, shortcut_c, shortcut_mean, **folded)
         return grads._replace(dbias=sums[0]), None if side is None else side._replace(dbias=sums[0])
@@ -176,7 +188,9 @@ class HostCudaOps:
         needed = {"scale": vectors.scale, "shift": vectors.shift, "grads": self._grads(grads)}
         made = {"dc": dc, "dresidual": dresidual, "shortcut_grads": self._grads(shortcut_grads)}
         struct = "BnAddReluBackwardInput"
-        self._launch("bn_add_relu_backward_input", self._args(struct, shape=self._shape(c), **inputs, **needed, **made))
+        self._launch(
+            "bn_add_relu_backward_input", self._args(struct, shape=self._shape(c), **inputs, **needed, **made)
+        )
         return dc, dresidual
 
     def _grads(self, grads: BatchNormGrads | None) -> Any:
@@ -219,7 +233,12 @@ class HostCudaOps:
     def bn_relu_maxpool_backward_input(self, dy, indices, c, grads, kernel_size, stride, padding) -> Tensor:
         dy, indices, c = dense(dy), dense(indices), dense(c)
         dc = torch.empty_like(c)
-        inputs = {"pooling": self._pooling(c, kernel_size, stride, padding), "dy": dy, "indices": indices, "c": c}
+        inputs = {
+            "pooling": self._pooling(c, kernel_size, stride, padding),
+            "dy": dy,
+            "indices": indices,
+            "c": c,
+        }
         args = self._args("BnReluMaxpoolBackwardInput", **inputs, grads=self._grads(grads), dc=dc)
         self._launch("bn_relu_maxpool_backward_input", args)
         return dc

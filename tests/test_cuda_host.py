@@ -22,7 +22,10 @@ OPS = [op for op in CHECKS if op != "conv_bias_add_relu_forward"]
 CASES = [
     pytest.param(op, case, id=f"{op}-{case}")
     for op in OPS
-    for case in (*cases_of(op), *(replace(c, form=f) for c in GROUPS for f in {x.form: 0 for x in cases_of(op)}))
+    for case in (
+        *cases_of(op),
+        *(replace(c, form=f) for c in GROUPS for f in {x.form: 0 for x in cases_of(op)}),
+    )
     if case.layout in ("channels_last", "offset")  # the binding makes others dense
 ]
 

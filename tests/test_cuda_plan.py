@@ -40,10 +40,14 @@ def test_tiles_visit_every_row_and_channel_once(host, channels, vector):
         return
     for rows in (0, 1, 5, 300):
         plan = host.plan_tiles(rows, channels, vector, 2, 2, 7)
-        first_rows = [plan.first_row(g, t) for g in range(plan.groups) for t in range(0, plan.threads(), plan.lanes)]
+        first_rows = [
+            plan.first_row(g, t) for g in range(plan.groups) for t in range(0, plan.threads(), plan.lanes)
+        ]
         visited = [r for first in first_rows for r in range(first, rows, plan.row_stride())]
         assert sorted(visited) == list(range(rows))
-        assert [plan.rows_of_thread(f) for f in first_rows] == [len(range(f, rows, plan.row_stride())) for f in first_rows]
+        assert [plan.rows_of_thread(f) for f in first_rows] == [
+            len(range(f, rows, plan.row_stride())) for f in first_rows
+        ]
         starts = [plan.first_channel(c, lane) for c in range(plan.chunks) for lane in range(plan.lanes)]
         assert [s for s in starts if s < channels] == list(range(0, channels, vector))
 
@@ -58,7 +62,9 @@ def test_beyond_two_to_the_31_elements(host, rows, channels):
         plan = host.plan_packets(numel, channels, 4, aligned, 132)
         assert plan.packets == -(-numel // 8) and 0 < plan.blocks < 2**31 and 0 < plan.threads <= 1024
         steps = (plan.packets - 1) // plan.stride()
-        last = plan.first((plan.packets - 1) % plan.stride() // plan.threads, (plan.packets - 1) % plan.threads)
+        last = plan.first(
+            (plan.packets - 1) % plan.stride() // plan.threads, (plan.packets - 1) % plan.threads
+        )
         assert last + steps * plan.stride() == plan.packets - 1 and plan.backwards(plan.packets - 1) == 0
         if plan.fixed_channels:
             assert plan.stride() * 8 % channels == 0
@@ -74,7 +80,9 @@ def test_beyond_two_to_the_31_elements(host, rows, channels):
         assert total >= rows > total - plan.row_stride()
 
 
-@pytest.mark.parametrize(("rows", "channels"), [(256 * 56 * 56, 256), (256 * 56 * 56, 64), (256 * 7 * 7, 2048)])
+@pytest.mark.parametrize(
+    ("rows", "channels"), [(256 * 56 * 56, 256), (256 * 56 * 56, 64), (256 * 7 * 7, 2048)]
+)
 def test_partials_are_at_most_five_percent_of_the_tensor(host, rows, channels):
     plan = host.plan_tiles(rows, channels, 8, 4, 2, 132)
     assert plan.workspace_bytes(17) <= 0.05 * rows * channels * 2

@@ -1,7 +1,6 @@
 """The host build of the CUDA kernels under sanitizers, and bugs planted in it, each caught by its own test."""
 
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,11 +26,15 @@ def run(module: Path, variant: str, *ops: str) -> tuple[int, str]:
 
 def run_with_bug(name: str, bug: PlantedBug) -> tuple[int, str]:
     folder = cuda_host_build.BUILDS / "bugs" / name
-    shutil.copytree(cuda_host_build.ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
-    file = folder / "csrc" / "cuda" / bug.file
-    text = file.read_text()
-    assert text.count(bug.found) == 1, f"{bug.file}: the place for {name} is not there exactly once"
-    file.write_text(text.replace(bug.found, bug.planted))
+    source = cuda_host_build.ROOT / "csrc"
+    for file in (*(source / "cuda").iterdir(), *(source / "host_emulator").iterdir()):
+        text, copy = file.read_text(), folder / file.relative_to(source.parent)
+        if file.name == bug.file:
+            assert text.count(bug.found) == 1, f"{bug.file}: the place for {name} is not there exactly once"
+            text = text.replace(bug.found, bug.planted)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not copy.exists() or copy.read_text() != text:  # else there is nothing to compile again
+            copy.write_text(text)
     module = cuda_host_build.build(bug.variant, folder / "csrc", f"bugs/{name}", bug.op)
     return run(module, bug.variant, bug.op)
 
