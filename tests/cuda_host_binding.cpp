@@ -144,7 +144,7 @@ void bind_plans(py::module_& m) {
 
 }  // namespace
 
-PYBIND11_MODULE(FUSEDRES_MODULE, m) {
+PYBIND11_MODULE(fusedres_cuda_host, m) {
   bind_vectors(m);
   bind_bn(m);
   bind_stem(m);

@@ -19,21 +19,22 @@ import pybind11
 
 ROOT = Path(__file__).parent.parent
 BUILDS = ROOT / "build" / "cuda_host"
+MODULE = "fusedres_cuda_host"
 FLAGS = {
     "plain": "-O1",
-    "address": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer",
+    "address": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,vptr,object-size -fno-sanitize-recover=undefined",
     "thread": "-O1 -g1 -fsanitize=thread",
 }
 PRELOAD = {"plain": (), "address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-maybe-uninitialized"
-RULES = """\
+SCRIPT = """\
 rule compile
-  command = {compiler} -std=c++17 -MMD -MF $out.d {warnings} {flags} -ffp-contract=off -fPIC -fvisibility=hidden {includes} \
--DFUSEDRES_MODULE={module} -x c++ -c $in -o $out
+  command = g++ -std=c++17 -MMD -MF $out.d {warnings} {flags} -ffp-contract=off -fPIC -fvisibility=hidden \
+{includes} -x c++ -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
-  command = {compiler} -shared {flags} $in -o $out
+  command = g++ -shared {flags} $in -o $out
 """
 
 
@@ -52,42 +53,41 @@ def build(variant: str, sources: Path = ROOT / "csrc", name: str | None = None, 
 
     Args:
         variant: a key of FLAGS.
-        sources: a folder like csrc/; with `only`, one whose other files are those of csrc/.
+        sources: a folder like csrc/.
         name: of the build folder, the variant's by default.
-        only: an op; all else is taken, compiled, from the variant's own build.
+        only: an op to compile from `sources`; all else is linked from the variant's own build.
     """
+    units = [*sorted((sources / "cuda").glob("*.cu")), sources / "host_emulator" / "runtime.cpp"]
+    here = [u for u in units if not only or u.stem == only]
+    lines = [f"build {u.stem}.o: compile {escape(u)}" for u in here]
+    # first come, first linked: the op's own templates win over those of the other objects
+    objects = [f"{u.stem}.o" for u in here]
+    objects += [escape(BUILDS / variant / f"{u.stem}.o") for u in units if u not in here]
+    lines.append(f"build {MODULE}.so: link {' '.join(objects)} {escape(build_binding())}")
     folder = BUILDS / (name or variant)
-    folder.mkdir(parents=True, exist_ok=True)
-    module = "fusedres_cuda_host_" + (name or variant).replace("/", "_").replace("-", "_")
+    run_ninja(folder, FLAGS[variant], lines)
+    return folder / f"{MODULE}.so"
+
+
+def build_binding() -> Path:
+    """The binding's object file, the same for all variants."""
+    run_ninja(BUILDS, "-O0", [f"build binding.o: compile {escape(ROOT / 'tests' / 'cuda_host_binding.cpp')}"])
+    return BUILDS / "binding.o"
+
+
+def run_ninja(folder: Path, flags: str, lines: list[str]) -> None:
     include = cuda_include()
     assert include is not None, "no CUDA headers"
-    includes = (
-        f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')} -isystem {include}"
-    )
-    rules = RULES.format(
-        compiler=shutil.which("g++"),
-        warnings=WARNINGS,
-        flags=FLAGS[variant],
-        includes=includes,
-        module=module,
-    )
-    lines, objects = [], []
-    units = [*sorted((sources / "cuda").glob("*.cu")), sources / "host_emulator" / "runtime.cpp"]
-    for unit in [u for u in units if not only or u.stem == only]:
-        objects.append(f"{unit.stem}.o")
-        lines.append(f"build {unit.stem}.o: compile {escape(unit)}")
-    objects.append("binding.o")
-    lines.append(f"build binding.o: compile {escape(ROOT / 'tests' / 'cuda_host_binding.cpp')}")
-    if only:  # first come, first linked: the op's own templates win over those of the other objects
-        objects += [str(escape(BUILDS / variant / f"{u.stem}.o")) for u in units if u.stem != only]
-    lines.append(f"build {module}.so: link {' '.join(objects)}")
-    text = rules + "\n".join(lines) + "\n"
+    paths = (pybind11.get_include(), sysconfig.get_path("include"), include)
+    includes = " ".join(f"-isystem '{p}'" for p in paths)
+    text = SCRIPT.format(warnings=WARNINGS, flags=flags, includes=includes) + "\n".join(lines) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
     script = folder / "build.ninja"
     if not script.exists() or script.read_text() != text:
         script.write_text(text)
-    done = subprocess.run(["ninja", "--quiet", "-C", str(folder)], capture_output=True, text=True)
+    command = ["ninja", "--quiet", "-j", str(os.cpu_count()), "-C", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"host build {folder} failed:\n{done.stdout}{done.stderr}"
-    return folder / f"{module}.so"
 
 
 def escape(path: Path) -> str:
@@ -95,7 +95,7 @@ def escape(path: Path) -> str:
 
 
 def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(MODULE, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

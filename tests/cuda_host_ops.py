@@ -31,8 +31,6 @@ class HostCudaOps:
     """
     Args:
         module: a host build, from `cuda_host_build.load`.
-        fold: the channel vectors of `bn_stats` and of the reductions' coefficients come from the last block of
-            the same launch; kept in `folded` after each call.
     """
 
     name = "cuda-host"
@@ -70,13 +68,16 @@ class HostCudaOps:
         error = getattr(self.module, op)(args, *workspace)
         assert error == 0, f"{op}: CUDA error {error}"
 
-    def _reduce(self, op: str, args: Any, shape: Any) -> None:
-        """Launches with a workspace of exactly the size asked for, full of rubbish."""
+    def _reduce(self, op: str, args: Any, shape: Any, outputs: tuple[Tensor | None, ...]) -> None:
+        """Launches twice: with a workspace of exactly the size asked for, full of rubbish, and with what is left."""
         size = getattr(self.module, f"{op}_workspace")(shape)
         memory = torch.full((size,), 0xA5, dtype=torch.uint8)
         workspace = self._args("Workspace", data=memory, bytes=size, counters_are_zero=False)
         self._launch(op, args, workspace)
         workspace.counters_are_zero = True  # as the first launch has to leave them
+        for output in outputs:
+            if output is not None:
+                output.fill_(float("nan"))
         self._launch(op, args, workspace)
 
     # ---------------------------------------------------------------- batch normalisation
@@ -85,7 +86,9 @@ class HostCudaOps:
         c = dense(c)
         mean, var = (torch.empty(c.shape[1]) for _ in range(2))
         shape = self._shape(c)
-        self._reduce("bn_stats", self._args("BnStats", shape=shape, c=c, mean=mean, var=var), shape)
+        self._reduce(
+            "bn_stats", self._args("BnStats", shape=shape, c=c, mean=mean, var=var), shape, (mean, var)
+        )
         return mean, var
 
     def _scale_shift(self, mean, var, weight, bias, eps) -> tuple[Any, BatchNormVectors]:
@@ -107,7 +110,7 @@ class HostCudaOps:
         fold, vectors = self._scale_shift(mean, var, weight, bias, eps)
         shape = self._shape(c)
         args = self._args("BnStats", shape=shape, c=c, mean=mean, var=var, scale_shift=fold)
-        self._reduce("bn_stats", args, shape)
+        self._reduce("bn_stats", args, shape, vectors)
         return vectors
 
     def bn_add_relu_forward(
@@ -152,7 +155,7 @@ class HostCudaOps:
         made = {"sum_dz": sum_dz, "sum_dz_centered": centered, "shortcut_sum": side}
         struct = "BnAddReluBackwardReduce"
         args = self._args(struct, **inputs, **needed, **made, shortcut_mean=shortcut_mean, **folded)
-        self._reduce("bn_add_relu_backward_reduce", args, shape)
+        self._reduce("bn_add_relu_backward_reduce", args, shape, (sum_dz, centered, side))
         return sum_dz, centered, side
 
     def bn_add_relu_backward_reduce(
@@ -224,7 +227,7 @@ class HostCudaOps:
         pooling = self._pooling(c, kernel_size, stride, padding)
         inputs = {"pooling": pooling, "dy": dy, "indices": indices, "c": c, "mean": vectors.mean}
         args = self._args("BnReluMaxpoolBackwardReduce", **inputs, sum_dz=sum_dz, sum_dz_centered=centered)
-        self._reduce("bn_relu_maxpool_backward_reduce", args, pooling)
+        self._reduce("bn_relu_maxpool_backward_reduce", args, pooling, (sum_dz, centered))
         return sum_dz, centered
 
     def bn_relu_maxpool_backward_input(self, dy, indices, c, grads, kernel_size, stride, padding) -> Tensor:

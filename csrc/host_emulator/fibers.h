@@ -76,26 +76,32 @@ __attribute__((naked, noinline)) inline void swap_stacks(void** /*save*/, void* 
       "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
 }
 
-// Stacks are kept for later fibers: a launch has thousands of them.
-class Stacks {
+// Finished fibers are kept for later threads, of which a launch has thousands. What ThreadSanitizer remembers of
+// a fiber's earlier life is ordered before the later one anyway: by the end of that launch, or of that block.
+class Fibers {
  public:
-  char* take() {
+  Fiber take() {
     if (free_.empty()) {
       void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (memory == MAP_FAILED) {
         std::perror("fusedres emulator: no memory for a fiber's stack");
         std::abort();
       }
-      free_.push_back(static_cast<char*>(memory));
+      Fiber fiber;
+      fiber.stack = static_cast<char*>(memory);
+#if defined(__SANITIZE_THREAD__)
+      fiber.thread_sanitizer = __tsan_create_fiber(0);
+#endif
+      free_.push_back(fiber);
     }
-    char* stack = free_.back();
+    Fiber fiber = free_.back();
     free_.pop_back();
-    return stack;
+    return fiber;
   }
-  void give_back(char* stack) { free_.push_back(stack); }
+  void give_back(const Fiber& fiber) { free_.push_back(fiber); }
 
  private:
-  std::vector<char*> free_;
+  std::vector<Fiber> free_;
 };
 
 // The stack that launch() was called on, as AddressSanitizer reports it.
@@ -104,23 +110,12 @@ struct CallerStack {
   size_t size = 0;
 };
 
-inline void start(Fiber& fiber, Stacks& stacks, void (*entry)()) {
-  fiber.stack = stacks.take();
+inline void prepare(Fiber& fiber, void (*entry)()) {
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
   *--top = nullptr;  // where a return from entry would go
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; i++) *--top = nullptr;  // the registers that swap_stacks pops
   fiber.stack_pointer = top;
-#if defined(__SANITIZE_THREAD__)
-  fiber.thread_sanitizer = __tsan_create_fiber(0);
-#endif
-}
-
-inline void finish(Fiber& fiber, Stacks& stacks) {
-#if defined(__SANITIZE_THREAD__)
-  __tsan_destroy_fiber(fiber.thread_sanitizer);
-#endif
-  stacks.give_back(fiber.stack);
 }
 
 // First thing on a new fiber.

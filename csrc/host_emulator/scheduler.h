@@ -55,7 +55,7 @@ struct State {
   std::vector<unsigned> only_blocks;  // not empty: run these alone, for tests of huge launches
   Thread caller;
   Thread* current = nullptr;
-  Stacks stacks;
+  Fibers fibers;
   CallerStack caller_stack;
   char begin = 0, end = 0, fence = 0;  // orders: launch to threads, threads to launch, __threadfence
   Device device;
@@ -135,12 +135,13 @@ inline void add_block(unsigned number) {
     Thread& thread = block->threads[i];
     thread.block = block.get();
     thread.index = uint3{i, 0, 0};
-    start(thread, s.stacks, run_thread);
+    static_cast<Fiber&>(thread) = s.fibers.take();
+    prepare(thread, run_thread);
   }
   s.resident.push_back(std::move(block));
 }
 
-inline void run_resident_blocks() {
+FUSEDRES_UNINSTRUMENTED inline void run_resident_blocks() {
   State& s = state();
   std::vector<Thread*> running;
   for (auto& block : s.resident)
@@ -166,7 +167,7 @@ inline void remove_blocks() {
       if (thread.barriers != block->threads[0].barriers)
         fail("threads of one block executed different numbers of __syncthreads");
   for (auto& block : s.resident)
-    for (Thread& thread : block->threads) finish(thread, s.stacks);
+    for (Thread& thread : block->threads) s.fibers.give_back(thread);
   s.resident.clear();
 }
 

@@ -1,0 +1,142 @@
+"""Bugs to plant in csrc/cuda, one at a time, each with what has to catch it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class PlantedBug(NamedTuple):
+    op: str  # that is compiled and checked
+    file: str  # of csrc/cuda
+    found: str  # text that stands there exactly once
+    planted: str
+    variant: str  # of the host build
+    caught_by: str  # in what the run prints
+
+
+RACE = "ThreadSanitizer: data race"
+OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
+WRONG = "AssertionError"
+
+BUGS = {
+    "missing_barrier": PlantedBug(
+        "bn_stats",
+        "tile_reduce.h",
+        "    __syncthreads();\n    if (row < rows - half) {",
+        "    if (row < rows - half) {",
+        "thread",
+        RACE,
+    ),
+    "barrier_in_divergent_code": PlantedBug(
+        "bn_stats",
+        "tile_reduce.h",
+        "    __syncthreads();\n    rows = half;",
+        "    if (row < rows - half) __syncthreads();\n    rows = half;",
+        "plain",
+        "__syncthreads",
+    ),
+    "missing_fence_before_the_counter": PlantedBug(
+        "bn_stats",
+        "tile_reduce.h",
+        "  __threadfence();\n  FUSEDRES_SHARED",
+        "  FUSEDRES_SHARED",
+        "thread",
+        RACE,
+    ),
+    "missing_fence_after_the_counter": PlantedBug(
+        "bn_stats",
+        "tile_reduce.h",
+        "  __threadfence();\n  if (threadIdx.x == 0) atomicExch",
+        "  if (threadIdx.x == 0) atomicExch",
+        "thread",
+        RACE,
+    ),
+    "counter_left_behind": PlantedBug(
+        "bn_stats",
+        "tile_reduce.h",
+        "  if (threadIdx.x == 0) atomicExch(counter, 0u);\n",
+        "",
+        "plain",
+        WRONG,
+    ),
+    "merge_in_order_of_arrival": PlantedBug(
+        "bn_stats",
+        "tile_reduce.h",
+        "partials + int64_t(group) * plan.partial_floats(N);",
+        "partials + int64_t((group + int(blockIdx.y)) % plan.groups) * plan.partial_floats(N);",
+        "plain",
+        WRONG,
+    ),
+    "uninitialised_shared_memory": PlantedBug(
+        "bn_stats",
+        "tile_reduce.h",
+        "if (row >= half && row < rows) {",
+        "if (row > half && row < rows) {",
+        "plain",
+        WRONG,
+    ),
+    "write_past_shared_memory": PlantedBug(
+        "bn_stats",
+        "tile_reduce.h",
+        "Values * kTileThreads / 2;",
+        "Values * kTileThreads / 4;",
+        "address",
+        OVERFLOW,
+    ),
+    "read_past_the_last_row": PlantedBug(
+        "bn_stats",
+        "bn_stats.cu",
+        "me.row, plan.row_stride(), plan.rows,",
+        "me.row, plan.row_stride(), plan.rows + 1,",
+        "address",
+        OVERFLOW,
+    ),
+    "misaligned_vector_load": PlantedBug(
+        "bn_stats",
+        "bn_stats.cu",
+        "shape.channels % kPacket == 0 && aligned_to_16(args.c);",
+        "shape.channels % kPacket == 0;",
+        "plain",
+        "misaligned vector access",
+    ),
+    "store_off_by_one": PlantedBug(
+        "bn_add_relu_forward",
+        "bn_add_relu_forward.cu",
+        "args.mask[packet] =",
+        "args.mask[packet + 1] =",
+        "address",
+        OVERFLOW,
+    ),
+    "wrong_tail_mask": PlantedBug(
+        "bn_add_relu_forward",
+        "walk.h",
+        "(1u << left) - 1u",
+        "(1u << (left - 1)) - 1u",
+        "plain",
+        WRONG,
+    ),
+    "relu_drops_nan": PlantedBug(
+        "bn_add_relu_forward",
+        "bn_math.h",
+        "return !(rounded <= 0.f);",
+        "return rounded > 0.f;",
+        "plain",
+        WRONG,
+    ),
+    "index_in_32_bits": PlantedBug(
+        "relu_backward",
+        "walk.h",
+        "  const int64_t first = packet * kPacket;\n  if constexpr (kFixed) {\n    return",
+        "  const int first = int(packet * kPacket);\n  if constexpr (kFixed) {\n    return",
+        "plain",
+        "exit",  # a crash or wrong values, by what lies 4 GiB below
+    ),
+    "pooling_window_too_wide": PlantedBug(
+        "bn_relu_maxpool_backward_input",
+        "pooling.h",
+        "in_window_x >= window.kernel",
+        "in_window_x > window.kernel",
+        "plain",
+        WRONG,
+    ),
+}

@@ -1,0 +1,89 @@
+"""Launch geometry: every element is visited once, whatever the size, and no index or grid overflows."""
+
+import cuda_host_build
+import pytest
+
+pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="no CUDA headers here")
+
+CHANNELS = (1, 3, 8, 17, 24, 64, 256, 1000, 2048, 8 * 251)
+
+
+@pytest.fixture(scope="module")
+def host():
+    return cuda_host_build.load(cuda_host_build.build("plain"))
+
+
+@pytest.mark.parametrize("multiprocessors", (1, 7, 132))
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_packets_are_visited_once_and_channels_stay_fixed(host, channels, multiprocessors):
+    for rows in (1, 5, 300):
+        numel = rows * channels
+        plan = host.plan_packets(numel, channels, 2, True, multiprocessors)
+        visited = []
+        for block in range(plan.blocks):
+            for thread in range(plan.threads):
+                first = plan.first(block, thread)
+                mine = [plan.backwards(step) for step in range(first, plan.packets, plan.stride())]
+                visited += mine
+                if plan.fixed_channels:
+                    assert len({plan.first_channel(packet) for packet in mine}) <= 1
+            if plan.first(block, 0) >= plan.packets:
+                break
+        assert sorted(visited) == list(range(-(-numel // 8)))
+        assert not plan.fixed_channels or channels % 8 == 0
+
+
+@pytest.mark.parametrize("vector", (1, 8))
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_tiles_visit_every_row_and_channel_once(host, channels, vector):
+    if channels % vector:
+        return
+    for rows in (0, 1, 5, 300):
+        plan = host.plan_tiles(rows, channels, vector, 2, 2, 7)
+        first_rows = [
+            plan.first_row(g, t) for g in range(plan.groups) for t in range(0, plan.threads(), plan.lanes)
+        ]
+        visited = [r for first in first_rows for r in range(first, rows, plan.row_stride())]
+        assert sorted(visited) == list(range(rows))
+        assert [plan.rows_of_thread(f) for f in first_rows] == [
+            len(range(f, rows, plan.row_stride())) for f in first_rows
+        ]
+        starts = [plan.first_channel(c, lane) for c in range(plan.chunks) for lane in range(plan.lanes)]
+        assert [s for s in starts if s < channels] == list(range(0, channels, vector))
+
+
+HUGE = [(2**31 + 5, 1), (2**28 + 1, 8), (2**22, 2048), (3 * 2**33, 64), (5, 2**31), (2**36, 24)]
+
+
+@pytest.mark.parametrize(("rows", "channels"), HUGE)
+def test_beyond_two_to_the_31_elements(host, rows, channels):
+    numel = rows * channels
+    for aligned in (True, False):
+        plan = host.plan_packets(numel, channels, 4, aligned, 132)
+        assert plan.packets == -(-numel // 8) and 0 < plan.blocks < 2**31 and 0 < plan.threads <= 1024
+        steps = (plan.packets - 1) // plan.stride()
+        last = plan.first(
+            (plan.packets - 1) % plan.stride() // plan.threads, (plan.packets - 1) % plan.threads
+        )
+        assert last + steps * plan.stride() == plan.packets - 1 and plan.backwards(plan.packets - 1) == 0
+        if plan.fixed_channels:
+            assert plan.stride() * 8 % channels == 0
+    for vector in (1, 8):
+        if channels % vector:
+            continue
+        plan = host.plan_tiles(rows, channels, vector, 2, 2, 132)
+        assert 0 < plan.chunks < 2**31 and 0 < plan.groups <= 65535 and 0 < plan.threads() <= 1024
+        assert plan.chunks * plan.lanes * vector >= channels > plan.first_channel(plan.chunks - 1, 0)
+        per_thread = [plan.rows_of_thread(plan.first_row(g, 0)) for g in (0, plan.groups - 1)]
+        assert 0 <= per_thread[0] - per_thread[1] <= 1
+        total = plan.rows_of_thread(plan.first_row(0, 0)) * plan.row_stride()
+        assert total >= rows > total - plan.row_stride()
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels"), [(256 * 56 * 56, 256), (256 * 56 * 56, 64), (256 * 7 * 7, 2048)]
+)
+def test_partials_are_at_most_five_percent_of_the_tensor(host, rows, channels):
+    plan = host.plan_tiles(rows, channels, 8, 4, 2, 132)
+    assert plan.workspace_bytes(17) <= 0.05 * rows * channels * 2
+    assert plan.chunks * plan.groups >= 132, "a multiprocessor without work"

@@ -1,0 +1,65 @@
+"""The host build of the CUDA kernels under sanitizers, and bugs planted in it, each caught by its own test."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cuda_host_build
+import pytest
+from cuda_planted_bugs import BUGS, PlantedBug
+from raw_op_checks import CHECKS
+
+pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="no CUDA headers here")
+
+OPS = [op for op in CHECKS if op not in ("conv_bias_add_relu_forward", "bn_layer")]
+RUN = Path(__file__).parent / "cuda_host_run.py"
+
+
+def run(module: Path, variant: str, *ops: str) -> tuple[int, str]:
+    command = [sys.executable, "-W", "ignore", str(RUN), str(module), *ops]
+    environment = cuda_host_build.environment(variant)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    return done.returncode, f"{done.stdout}\n{done.stderr}\nexit {done.returncode}"
+
+
+def run_with_bug(name: str, bug: PlantedBug) -> tuple[int, str]:
+    folder = cuda_host_build.BUILDS / "bugs" / name
+    source = cuda_host_build.ROOT / "csrc"
+    for file in (*(source / "cuda").iterdir(), *(source / "host_emulator").iterdir()):
+        text, copy = file.read_text(), folder / file.relative_to(source.parent)
+        if file.name == bug.file:
+            assert text.count(bug.found) == 1, f"{bug.file}: the place for {name} is not there exactly once"
+            text = text.replace(bug.found, bug.planted)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not copy.exists() or copy.read_text() != text:  # else there is nothing to compile again
+            copy.write_text(text)
+    module = cuda_host_build.build(bug.variant, folder / "csrc", f"bugs/{name}", bug.op)
+    return run(module, bug.variant, bug.op)
+
+
+@pytest.fixture(scope="module")
+def clean():
+    """(exit status, output) of all ops on each variant."""
+    modules = {variant: cuda_host_build.build(variant) for variant in cuda_host_build.FLAGS}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(modules, pool.map(lambda v: run(modules[v], v, *OPS), modules), strict=True))
+
+
+@pytest.fixture(scope="module")
+def planted(clean):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(BUGS, pool.map(run_with_bug, BUGS, BUGS.values()), strict=True))
+
+
+@pytest.mark.parametrize("variant", cuda_host_build.FLAGS)
+def test_every_kernel_is_clean(clean, variant):
+    status, output = clean[variant]
+    assert status == 0 and "passed" in output, output[-6000:]
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_caught(planted, name):
+    status, output = planted[name]
+    assert status != 0 and BUGS[name].caught_by in output, output[-3000:]
