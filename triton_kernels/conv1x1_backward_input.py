@@ -1,0 +1,73 @@
+"""BN backward as the prologue of a 1x1 convolution's input gradient, the shortcut's gradient in its epilogue."""
+
+import triton
+import triton.language as tl
+
+from fusedres.triton_kernels.elementwise import scale_shift_relu, select_by_mask
+
+
+@triton.jit
+def conv1x1_backward_input_kernel(
+    dy,  # [P, COUT], gradient of the activation
+    c,  # [P, COUT], raw output of this convolution
+    scale,  # [COUT] or None: no ReLU, dz = dy
+    shift,
+    A,  # [COUT], dc = A*dz + B*c + K
+    B,  # [COUT] or None with K: frozen statistics
+    K,
+    weight,  # [COUT, CIN]
+    shortcut_dy,  # [P, CIN] or None
+    shortcut_mask,  # packed bits over shortcut_dy, or None
+    dx,  # [P, CIN]
+    dc,  # [P, COUT], side output
+    P,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (CIN + BN - 1) // BN
+    row_tile = tl.program_id(0) // column_tiles
+    column_tile = tl.program_id(0) % column_tiles
+    row = tl.arange(0, BM)[:, None]
+    n = column_tile * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    valid = row_tile * BM + row < P  # [BM, 1]
+    valid_n = n < CIN
+    base = row_tile.to(tl.int64) * BM
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, COUT, BK):
+        valid_k = k0 + k < COUT
+        keep = valid & valid_k[None, :]
+        place = row * COUT + (k0 + k)[None, :]  # [BM, BK]
+        dz = tl.load(dy + base * COUT + place, mask=keep, other=0.0)
+        grad = dz.to(tl.float32)
+        if scale is not None or B is not None:
+            ck = tl.load(c + base * COUT + place, mask=keep, other=0.0)
+        if scale is not None:
+            s = tl.load(scale + k0 + k, mask=valid_k, other=0.0)
+            b = tl.load(shift + k0 + k, mask=valid_k, other=0.0)
+            grad = tl.where(scale_shift_relu(ck, s, b) <= 0, 0.0, grad)
+        grad = grad * tl.load(A + k0 + k, mask=valid_k, other=0.0)[None, :]
+        if B is not None:
+            slope = tl.load(B + k0 + k, mask=valid_k, other=0.0)
+            level = tl.load(K + k0 + k, mask=valid_k, other=0.0)
+            grad += tl.fma(ck.to(tl.float32), slope[None, :], level[None, :])
+        grad = grad.to(dc.dtype.element_ty)
+        # every column tile makes the same dc; the first one writes it
+        tl.store(dc + base * COUT + place, grad, mask=keep & (column_tile == 0))
+        w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
+        w = tl.load(weight + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
+        acc = tl.dot(grad, w, acc, input_precision=PRECISION)
+
+    place = row * CIN + n[None, :]  # [BM, BN]
+    keep = valid & valid_n[None, :]
+    if shortcut_dy is not None:
+        side = tl.load(shortcut_dy + base * CIN + place, mask=keep, other=0.0)
+        if shortcut_mask is not None:
+            side = select_by_mask(side, shortcut_mask + base // 8 * CIN, place, keep)
+        acc += side.to(tl.float32)
+    tl.store(dx + base * CIN + place, acc.to(dx.dtype.element_ty), mask=keep)

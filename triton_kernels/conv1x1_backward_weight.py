@@ -1,0 +1,63 @@
+"""Raw weight gradient `R = dz^T a` of a 1x1 convolution in float32, both operands made in the prologue."""
+
+import triton
+import triton.language as tl
+
+from fusedres.triton_kernels.elementwise import scale_shift_relu, select_by_mask
+
+
+@triton.jit
+def conv1x1_backward_weight_kernel(
+    dy,  # [P, COUT]
+    mask,  # packed bits of y, or None: dz = dy
+    c,  # [P, CIN]
+    scale,  # [CIN], a = relu(scale*c + shift)
+    shift,
+    center,  # [CIN] or None: a is taken as it is
+    partial_r,  # [ceil(P / ROWS), COUT, CIN]
+    partial_dbias,  # [ceil(P / ROWS), COUT]
+    P,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (CIN + BN - 1) // BN
+    tiles: tl.constexpr = (COUT + BM - 1) // BM * column_tiles
+    # the tiles of one split run side by side: dy and c come from L2 for all but the first
+    split = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    o = (tile // column_tiles) * BM + tl.arange(0, BM)
+    i = (tile % column_tiles) * BN + tl.arange(0, BN)
+    row = tl.arange(0, BK)[:, None]
+    valid_o = (o < COUT)[None, :]
+    valid_i = (i < CIN)[None, :]
+    s = tl.load(scale + i, mask=i < CIN, other=0.0)
+    b = tl.load(shift + i, mask=i < CIN, other=0.0)
+    base = split.to(tl.int64) * ROWS
+    left = P - split * ROWS
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    dbias = tl.zeros((BM,), tl.float32)
+    for r0 in range(0, ROWS, BK):
+        valid = r0 + row < left  # [BK, 1]
+        dy_place = (r0 + row) * COUT + o[None, :]  # [BK, BM]
+        dz = tl.load(dy + base * COUT + dy_place, mask=valid & valid_o, other=0.0)
+        if mask is not None:
+            dz = select_by_mask(dz, mask + base // 8 * COUT, dy_place, valid & valid_o)
+        a_place = (r0 + row) * CIN + i[None, :]  # [BK, BN]
+        a = tl.load(c + base * CIN + a_place, mask=valid & valid_i, other=0.0)
+        a = scale_shift_relu(a, s, b)
+        if center is not None:
+            m = tl.load(center + i, mask=i < CIN, other=0.0)
+            a = (a.to(tl.float32) - m[None, :]).to(c.dtype.element_ty)
+        acc = tl.dot(tl.trans(dz), a, acc, input_precision=PRECISION)
+        dbias += tl.sum(dz.to(tl.float32), 0)
+
+    place = (split.to(tl.int64) * COUT + o[:, None]) * CIN + i[None, :]
+    tl.store(partial_r + place, acc, mask=(o < COUT)[:, None] & valid_i)
+    first = tile % column_tiles == 0
+    tl.store(partial_dbias + split * COUT + o, dbias, mask=(o < COUT) & first)

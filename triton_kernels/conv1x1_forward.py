@@ -1,0 +1,94 @@
+"""1x1 convolution as a GEMM over NHWC rows, with a BN+ReLU prologue and a statistics or BN+add+ReLU epilogue."""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedres.triton_kernels.elementwise import pack_bits, relu, scale_shift_relu, tile_moments
+
+
+@triton.jit
+def conv1x1_forward_kernel(
+    x,  # [N, H, W, CIN]
+    weight,  # [COUT, CIN]
+    bias,  # [COUT] or None
+    in_scale,  # [CIN] or None: no prologue
+    in_shift,
+    scale,  # [COUT] or None: raw output
+    shift,
+    residual,  # [P, COUT] or None
+    residual_scale,  # [COUT] or None: the residual as it is
+    residual_shift,
+    y,  # [P, COUT]
+    mask,  # [P, COUT // 8] or None
+    tile_mean,  # [ceil(P / BM), COUT] or None
+    tile_m2,
+    P,
+    H,
+    W,
+    H_OUT,
+    W_OUT,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    # column tiles of one row tile run side by side, so that x comes from L2 for all but the first
+    column_tiles: tl.constexpr = (COUT + BN - 1) // BN
+    row_tile = tl.program_id(0) // column_tiles
+    rows = row_tile * BM + tl.arange(0, BM)
+    n = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    valid = rows < P
+    valid_n = n < COUT
+    if STRIDE == 1:
+        x_row = rows
+    else:
+        image_line = rows // W_OUT
+        line = (image_line // H_OUT) * H + (image_line % H_OUT) * STRIDE
+        x_row = line * W + (rows % W_OUT) * STRIDE
+    x_tile = x + x_row.to(tl.int64)[:, None] * CIN + k[None, :]  # [BM, BK]
+    w_tile = weight + n[None, :] * CIN + k[:, None]  # [BK, BN]
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, CIN, BK):
+        valid_k = k0 + k < CIN
+        a = tl.load(x_tile + k0, mask=valid[:, None] & valid_k[None, :], other=0.0)
+        w = tl.load(w_tile + k0, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
+        if in_scale is not None:
+            s = tl.load(in_scale + k0 + k, mask=valid_k, other=0.0)
+            b = tl.load(in_shift + k0 + k, mask=valid_k, other=0.0)
+            a = scale_shift_relu(a, s, b)
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+
+    base = row_tile.to(tl.int64) * BM * COUT  # of the output tile; offsets inside it fit 32 bits
+    inside = tl.arange(0, BM)[:, None] * COUT + n[None, :]  # [BM, BN]
+    keep = valid[:, None] & valid_n[None, :]
+    if bias is not None:
+        acc += tl.load(bias + n, mask=valid_n, other=0.0).to(tl.float32)[None, :]
+    if scale is not None:
+        s = tl.load(scale + n, mask=valid_n, other=0.0)
+        acc = tl.fma(acc, s[None, :], tl.load(shift + n, mask=valid_n, other=0.0)[None, :])
+    if residual is not None:
+        r = tl.load(residual + base + inside, mask=keep, other=0.0).to(tl.float32)
+        if residual_scale is not None:
+            s = tl.load(residual_scale + n, mask=valid_n, other=0.0)
+            r = tl.fma(r, s[None, :], tl.load(residual_shift + n, mask=valid_n, other=0.0)[None, :])
+        acc += r
+    if RELU:
+        acc = relu(acc)
+    out = acc.to(y.dtype.element_ty)
+    tl.store(y + base + inside, out, mask=keep)
+    if mask is not None:
+        columns = (tl.program_id(0) % column_tiles) * (BN // 8) + tl.arange(0, BN // 8)
+        byte = tl.arange(0, BM)[:, None] * (COUT // 8) + columns[None, :]
+        keep_byte = valid[:, None] & (columns < COUT // 8)[None, :]
+        tl.store(mask + base // 8 + byte, pack_bits(out, BM, BN), mask=keep_byte)
+    if tile_mean is not None:
+        mean, m2 = tile_moments(out, valid, tl.minimum(P - row_tile * BM, BM))
+        tl.store(tile_mean + row_tile * COUT + n, mean, mask=valid_n)
+        tl.store(tile_m2 + row_tile * COUT + n, m2, mask=valid_n)

@@ -1,0 +1,81 @@
+"""Input gradient of a 1x1 convolution under BN whose output was never stored (the Gram identity's backward)."""
+
+import triton
+import triton.language as tl
+
+from fusedres.triton_kernels.elementwise import scale_shift_relu, select_by_mask
+
+
+@triton.jit
+def conv1x1_gram_backward_input_kernel(
+    dy,  # [P, COUT]
+    mask,  # packed bits of y, or None: dz = dy
+    c,  # [P, CIN], raw output of the layer below
+    mean,  # [CIN], of c
+    scale,  # [CIN], BN below: a = relu(scale*c + shift)
+    shift,
+    weight_dz,  # [COUT, CIN] in dy's dtype
+    weight_a,  # [CIN, CIN] in dy's dtype, or None with center and offset: frozen statistics
+    center,  # [CIN]
+    offset,  # [CIN]
+    dz_below,  # [P, CIN]
+    tile_sums,  # [ceil(P / BM), 2, CIN]: sum dz_below, sum dz_below*(c - mean)
+    P,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BK_A: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (CIN + BN - 1) // BN
+    row_tile = tl.program_id(0) // column_tiles
+    row = tl.arange(0, BM)[:, None]
+    n = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    valid = row_tile * BM + row < P  # [BM, 1]
+    valid_n = n < CIN
+    base = row_tile.to(tl.int64) * BM
+    dy_tile = dy + base * COUT
+    c_tile = c + base * CIN
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, COUT, BK):
+        valid_k = k0 + k < COUT
+        place = row * COUT + (k0 + k)[None, :]  # [BM, BK]
+        dz = tl.load(dy_tile + place, mask=valid & valid_k[None, :], other=0.0)
+        if mask is not None:
+            # BM is a multiple of 8, so a tile starts at bit 0 of a byte for any channel count
+            dz = select_by_mask(dz, mask + base // 8 * COUT, place, valid & valid_k[None, :])
+        w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
+        w = tl.load(weight_dz + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
+        acc = tl.dot(dz, w, acc, input_precision=PRECISION)
+
+    if weight_a is not None:
+        k = tl.arange(0, BK_A)
+        for k0 in range(0, CIN, BK_A):
+            valid_k = k0 + k < CIN
+            ck = tl.load(c_tile + row * CIN + (k0 + k)[None, :], mask=valid & valid_k[None, :], other=0.0)
+            s = tl.load(scale + k0 + k, mask=valid_k, other=0.0)
+            b = tl.load(shift + k0 + k, mask=valid_k, other=0.0)
+            m = tl.load(center + k0 + k, mask=valid_k, other=0.0)
+            a = (scale_shift_relu(ck, s, b).to(tl.float32) - m[None, :]).to(c.dtype.element_ty)
+            w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK_A, BN]
+            w = tl.load(weight_a + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
+            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        acc += tl.load(offset + n, mask=valid_n, other=0.0)[None, :]
+
+    keep = valid & valid_n[None, :]
+    place = row * CIN + n[None, :]  # [BM, BN]
+    cn = tl.load(c_tile + place, mask=keep, other=0.0)
+    s = tl.load(scale + n, mask=valid_n, other=0.0)
+    b = tl.load(shift + n, mask=valid_n, other=0.0)
+    dz = tl.where(scale_shift_relu(cn, s, b) <= 0, 0.0, acc).to(dz_below.dtype.element_ty)
+    tl.store(dz_below + base * CIN + place, dz, mask=keep)
+    dz = tl.where(keep, dz.to(tl.float32), 0.0)
+    m = tl.load(mean + n, mask=valid_n, other=0.0)
+    centered = tl.where(keep, cn.to(tl.float32) - m[None, :], 0.0)
+    sums = tile_sums + row_tile * 2 * CIN + n
+    tl.store(sums, tl.sum(dz, 0), mask=valid_n)
+    tl.store(sums + CIN, tl.sum(dz * centered, 0), mask=valid_n)

@@ -1,0 +1,83 @@
+"""First two moments of an activation made in the prologue: `m = E[a]` and the centred `S = E[(a-m)(a-m)^T]`."""
+
+import triton
+import triton.language as tl
+
+from fusedres.triton_kernels.elementwise import scale_shift_relu, tile_moments
+
+
+@triton.jit
+def gram_reference_kernel(
+    c,  # [P, CIN]
+    scale,  # [CIN]
+    shift,
+    reference,  # [CIN] float32, out: a value to subtract from a before squares are formed
+    P,
+    CIN: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i = tl.program_id(0) * BN + tl.arange(0, BN)
+    valid_i = i < CIN
+    step = tl.arange(0, SAMPLE)
+    count = tl.minimum(P, SAMPLE)
+    row = step.to(tl.int64) * (P // count)
+    valid = step < count
+    a = tl.load(c + row[:, None] * CIN + i[None, :], mask=valid[:, None] & valid_i[None, :], other=0.0)
+    s = tl.load(scale + i, mask=valid_i, other=0.0)
+    b = tl.load(shift + i, mask=valid_i, other=0.0)
+    mean, m2 = tile_moments(scale_shift_relu(a, s, b), valid, count)
+    # Beyond 8 standard deviations a and its mean lie within a factor of 2, so that the difference is exact
+    # in a's own dtype (Sterbenz); below that the float32 products of a itself lose little to cancellation.
+    far = mean * mean * count > 64.0 * m2
+    rounded = mean.to(c.dtype.element_ty).to(tl.float32)
+    tl.store(reference + i, tl.where(far, rounded, 0.0), mask=valid_i)
+
+
+@triton.jit
+def gram_kernel(
+    c,  # [P, CIN]
+    scale,  # [CIN], a = relu(scale*c + shift)
+    shift,
+    reference,  # [CIN]
+    partial_products,  # [splits, CIN, CIN], upper triangle of tiles: sum a'^T a', a' = a - reference
+    partial_sums,  # [splits, CIN]: sum a'
+    P,
+    CIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    tiles: tl.constexpr = (CIN + BN - 1) // BN
+    split = tl.program_id(0) // (tiles * tiles)
+    tile_i = tl.program_id(0) % (tiles * tiles) // tiles
+    tile_j = tl.program_id(0) % tiles
+    if tile_j < tile_i:  # S is symmetric
+        return
+    i = tile_i * BN + tl.arange(0, BN)
+    j = tile_j * BN + tl.arange(0, BN)
+    row = tl.arange(0, BK)[:, None]
+    si, sj = tl.load(scale + i, mask=i < CIN, other=0.0), tl.load(scale + j, mask=j < CIN, other=0.0)
+    bi, bj = tl.load(shift + i, mask=i < CIN, other=0.0), tl.load(shift + j, mask=j < CIN, other=0.0)
+    ri = tl.load(reference + i, mask=i < CIN, other=0.0)
+    rj = tl.load(reference + j, mask=j < CIN, other=0.0)
+    tile = c + split.to(tl.int64) * ROWS * CIN
+    left = P - split * ROWS
+
+    # float64, because a difference of large numbers follows: S = sum a'a'^T/P - E[a']E[a']^T
+    products = tl.zeros((BN, BN), tl.float64)
+    sums = tl.zeros((BN,), tl.float64)
+    for r0 in range(0, ROWS, BK):
+        valid = r0 + row < left  # [BK, 1]
+        ci = tl.load(tile + (r0 + row) * CIN + i[None, :], mask=valid & (i < CIN)[None, :], other=0.0)
+        cj = tl.load(tile + (r0 + row) * CIN + j[None, :], mask=valid & (j < CIN)[None, :], other=0.0)
+        ai = tl.where(valid, scale_shift_relu(ci, si, bi).to(tl.float32) - ri[None, :], 0.0)
+        aj = tl.where(valid, scale_shift_relu(cj, sj, bj).to(tl.float32) - rj[None, :], 0.0)
+        sums += tl.sum(ai, 0).to(tl.float64)
+        left_operand = tl.trans(ai.to(c.dtype.element_ty))
+        products += tl.dot(left_operand, aj.to(c.dtype.element_ty), input_precision=PRECISION).to(tl.float64)
+
+    place = (split.to(tl.int64) * CIN + i[:, None]) * CIN + j[None, :]
+    tl.store(partial_products + place, products.to(tl.float32), mask=(i < CIN)[:, None] & (j < CIN)[None, :])
+    tl.store(partial_sums + split * CIN + i, sums.to(tl.float32), mask=(i < CIN) & (tile_i == tile_j))
