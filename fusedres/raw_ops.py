@@ -11,8 +11,8 @@ Symbols
     dz           the gradient where it enters BN: `where(y <= 0, 0, dy)`, a select and never a product
 
 Memory format
-    Activations have logical shape [N, C, H, W]. Outputs take the memory format of the first activation
-    argument. The native and Triton backends need channels_last ("NHWC": a row's C values lie side by side);
+    Activations have logical shape [N, C, H, W]. An output takes the memory format of the tensor it is the
+    gradient of, or else of `c`, `x` or `dy`, in this order. The native and Triton backends need channels_last ("NHWC": a row's C values lie side by side);
     the reference takes any.
 
 Dtypes
@@ -27,7 +27,7 @@ Mask
     of the tensor in NHWC order. A set bit means the gradient passes: `not (y <= 0)`, so NaN passes, as in torch.
 
 Kernels are pure: they never write an argument and never update running statistics.
-Formulas: Ioffe & Szegedy 2015 (batch normalisation); the Gram identity is derived in the README's mathematics.
+Formulas: Ioffe & Szegedy 2015 (batch normalisation); the Gram identity is derived in `fusedres.blocks.gram`.
 """
 
 from __future__ import annotations
@@ -174,6 +174,9 @@ class RawOps(Protocol):
         (shortcut_c and shortcut_grads given), dz itself if `save_dz` (the identity: the shortcut's gradient
         *is* dz), else None. dz as in `bn_add_relu_backward_reduce`.
         """
+
+    def relu_backward(self, dy: Tensor, mask: Tensor) -> Tensor:
+        """`dz = where(mask, dy, 0)`, like dy [N, C, H, W]: the gradient of a shortcut by itself."""
 
     # ---------------------------------------------------------------- stem
 

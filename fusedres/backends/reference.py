@@ -63,7 +63,7 @@ def apply_coefficients(dz: Tensor, c: Tensor, grads: BatchNormGrads) -> Tensor:
     dc = dz.to(grads.A.dtype) * per_channel(grads.A)
     if grads.B is not None and grads.K is not None:
         dc = dc + affine(c, grads.B, grads.K)
-    return dc.to(c.dtype)
+    return torch.empty_like(c).copy_(dc)
 
 
 def sums(dz: Tensor, c: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,8 +144,11 @@ class ReferenceOps:
         dc = apply_coefficients(dz, c, grads)
         if shortcut_c is not None:
             return dc, apply_coefficients(dz, shortcut_c, shortcut_grads)
-        # without a mask dz may be dy itself, and a returned gradient never shares storage with an argument
-        return dc, (dz.clone() if dz is dy else dz) if save_dz else None
+        # a copy: without a mask dz may be dy itself, and no output shares storage with an argument
+        return dc, torch.empty_like(c).copy_(dz) if save_dz else None
+
+    def relu_backward(self, dy, mask):
+        return torch.empty_like(dy).copy_(torch.where(unpack_mask(mask, dy), dy, 0))
 
     def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding):
         a = activation(c, scale, shift)
@@ -172,8 +175,7 @@ class ReferenceOps:
         return sums(self._unpool(dy, indices, c, kernel_size, stride, padding), c, vectors.mean)
 
     def bn_relu_maxpool_backward_input(self, dy, indices, c, grads, kernel_size, stride, padding):
-        dc = apply_coefficients(self._unpool(dy, indices, c, kernel_size, stride, padding), c, grads)
-        return torch.empty_like(c).copy_(dc)
+        return apply_coefficients(self._unpool(dy, indices, c, kernel_size, stride, padding), c, grads)
 
     def conv1x1_forward(
         self,
@@ -217,7 +219,7 @@ class ReferenceOps:
         return m, centered.t() @ centered / a.shape[0]
 
     def conv1x1_backward_weight(self, dy, mask, c, scale, shift, center=None):
-        dz = dy if mask is None else torch.where(unpack_mask(mask, dy), dy, 0)
+        dz = dy if mask is None else self.relu_backward(dy, mask)
         dz = rows_by_channels(dz).to(scale.dtype)  # [P, Cout]
         a = rows_by_channels(activation(c, scale, shift)).to(scale.dtype)  # [P, Cin]
         return dz.t() @ (a if center is None else a - center), dz.sum(0)
@@ -226,7 +228,7 @@ class ReferenceOps:
         self, dy, mask, c, vectors, weight_dz, weight_a=None, center=None, offset=None
     ):
         n, _, h, w = c.shape
-        dz = dy if mask is None else torch.where(unpack_mask(mask, dy), dy, 0)
+        dz = dy if mask is None else self.relu_backward(dy, mask)
         a = rows_by_channels(activation(c, vectors.scale, vectors.shift)).to(weight_dz.dtype)  # [P, Cin]
         da = rows_by_channels(dz).to(weight_dz.dtype) @ weight_dz  # [P, Cin]
         if weight_a is not None:
@@ -242,7 +244,7 @@ class ReferenceOps:
         dx = F.conv_transpose2d(dc.to(acc), weight.to(acc))  # dc W, [N, Cin, H, W]
         if shortcut_dy is not None:
             if shortcut_mask is not None:
-                shortcut_dy = torch.where(unpack_mask(shortcut_mask, shortcut_dy), shortcut_dy, 0)
+                shortcut_dy = self.relu_backward(shortcut_dy, shortcut_mask)
             dx = dx + shortcut_dy
         return dx.to(c.dtype), dc
 

@@ -1,0 +1,154 @@
+"""One residual block as data: what is constant in a call, and the tensors of each convolution and its BN.
+
+    y = relu(BN(conv(... relu(BN(conv(x))) ...)) + shortcut)
+
+`BlockConfig` describes it; `main` runs from the input to the output. The shortcut is absent (a plain block), the
+input itself, a projection (one convolution and its BN), or a tensor computed elsewhere.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres.raw_ops import BatchNormVectors
+
+
+class Shortcut(Enum):
+    NONE = "none"  # a plain block
+    IDENTITY = "identity"  # x
+    PROJECTION = "projection"  # BN(conv(x)), applied in the join: both BNs in one pass
+    TENSOR = "tensor"  # any other expression of x, evaluated before the block runs
+
+
+class ConvBNConfig(NamedTuple):
+    """One convolution and its BN: constants of a call."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    eps: float
+    training: bool  # normalise with batch statistics; else with the given mean and var
+    relu: bool  # ReLU after the BN (in the last of the main path: after the addition)
+
+
+class ConvBNTensors(NamedTuple):
+    """One convolution and its BN: its tensors, None where the module has none.
+
+    weight [Cout, Cin/groups, kh, kw], conv_bias [Cout]; bn_weight, bn_bias [Cout]; mean, var [Cout]: frozen
+    statistics, None when the batch's are used.
+    """
+
+    weight: Tensor
+    conv_bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+
+
+class ConvBNNeeds(NamedTuple):
+    """Which parameters of one convolution and its BN want a gradient; also the gradients themselves."""
+
+    weight: bool
+    conv_bias: bool
+    bn_weight: bool
+    bn_bias: bool
+
+    @property
+    def any(self) -> bool:
+        return any(self)
+
+
+class ConvBNGrads(NamedTuple):
+    """Gradients of one convolution and its BN, None where none was wanted."""
+
+    weight: Tensor | None
+    conv_bias: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+
+
+class BlockConfig(NamedTuple):
+    """One block: constants of a call. `projection` is given with Shortcut.PROJECTION only."""
+
+    main: tuple[ConvBNConfig, ...]
+    shortcut: Shortcut
+    projection: ConvBNConfig | None
+    dtype: torch.dtype  # of activations; convolution parameters are cast to it
+
+    @property
+    def units(self) -> tuple[ConvBNConfig, ...]:
+        """main, then the projection."""
+        return self.main if self.projection is None else (*self.main, self.projection)
+
+
+class BlockNeeds(NamedTuple):
+    """Which inputs of the block want a gradient; `units` as in `BlockConfig.units`."""
+
+    x: bool
+    residual: bool
+    units: tuple[ConvBNNeeds, ...]
+
+    def below(self, index: int) -> bool:
+        """Whether anything before main[index] wants a gradient: must one flow out of its convolution?"""
+        return self.x or any(unit.any for unit in self.units[:index])
+
+
+class Saved(NamedTuple):
+    """What forward keeps for backward, besides the inputs.
+
+    activations: inputs of main[1:] (recipe separate); convs: raw convolution outputs, as `units` (recipe gram
+    has none for the last of main); vectors: as `units`; moments: m and S (recipe gram, batch statistics).
+    """
+
+    activations: tuple[Tensor, ...]
+    convs: tuple[Tensor | None, ...]
+    vectors: tuple[BatchNormVectors, ...]
+    mask: Tensor | None
+    moments: tuple[Tensor, Tensor] | None
+
+    def flatten(self) -> tuple[Tensor | None, ...]:
+        """All of it in one tuple, for save_for_backward."""
+        vectors = tuple(v for vectors in self.vectors for v in vectors)
+        return (*self.activations, *self.convs, *vectors, self.mask, *(self.moments or ()))
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """Numbers of activations and of units: what `unflatten` needs."""
+        return len(self.activations), len(self.convs)
+
+    @staticmethod
+    def unflatten(tensors: tuple[Tensor | None, ...], layout: tuple[int, int]) -> Saved:
+        activations, units = layout
+        fields = len(BatchNormVectors._fields)
+        starts = (0, activations, activations + units, activations + units + units * fields)
+        vectors = tensors[starts[2] : starts[3]]
+        mask, *moments = tensors[starts[3] :]
+        return Saved(
+            tensors[: starts[1]],  # type: ignore[arg-type]
+            tensors[starts[1] : starts[2]],
+            tuple(BatchNormVectors(*vectors[i * fields : (i + 1) * fields]) for i in range(units)),  # type: ignore[arg-type]
+            mask,
+            (moments[0], moments[1]) if moments else None,  # type: ignore[arg-type]
+        )
+
+
+class BlockOutput(NamedTuple):
+    """Result of a recipe's forward; saved is None if no gradient was asked for."""
+
+    y: Tensor
+    vectors: tuple[BatchNormVectors, ...]  # as `units`: mean and var feed the running statistics
+    saved: Saved | None
+
+
+class BlockGrads(NamedTuple):
+    """Result of a recipe's backward; `units` as in `BlockConfig.units`."""
+
+    x: Tensor | None
+    residual: Tensor | None
+    units: tuple[ConvBNGrads, ...]

@@ -1,0 +1,294 @@
+"""Recipe `gram`: the raw output of a bottleneck's last convolution never exists.
+
+A 1x1 convolution is linear, so the statistics of its output follow from the first two moments of its input:
+with c = a W^T + b, m = E[a], S = E[(a-m)(a-m)^T],
+
+    mean = W m + b,    var = diag(W S W^T)
+
+and the convolution applies BN, addition and ReLU as it writes y. Backward, training, with dz = where(y <= 0, 0, dy)
+and Rc = dz^T (a - m):
+
+    dbias = sum dz,  dweight = invstd*rowsum(Rc*W),  A = scale,  B = -scale*invstd*dweight/P
+    dW = A[:,None]*Rc + B[:,None]*(W (P*S)),  db = 0
+    da = dz (A[:,None]*W) + (a - m) (W^T (B[:,None]*W)) - (A*dbias/P) W
+
+Keeps, besides x: the raw outputs of the other convolutions and one mask bit per element of y; activations are made
+again in backward. An identity bottleneck in a chain keeps x4 c1 c2 mask = 6.25 narrow tensors in bf16.
+The Cin x Cin products are in float64: they are small, and no TF32 setting reaches them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres.blocks.config import (
+    BlockConfig,
+    BlockGrads,
+    BlockNeeds,
+    BlockOutput,
+    ConvBNConfig,
+    ConvBNGrads,
+    ConvBNNeeds,
+    ConvBNTensors,
+    Saved,
+    Shortcut,
+)
+from fusedres.blocks.conv_bn import (
+    bn_parameter_grads,
+    conv_bn_backward,
+    conv_bn_forward,
+    convolution_backward,
+    like_parameter,
+    normalization,
+    rows,
+)
+from fusedres.dispatch import Dispatcher
+from fusedres.raw_ops import BatchNormVectors
+
+
+def unsuitable(config: BlockConfig, units: tuple[ConvBNTensors, ...]) -> str | None:
+    """Why this block has no Gram form, as a reason code, or None: it must end BN, ReLU, conv1x1 expanding twofold."""
+    if len(config.main) < 2 or not config.main[-2].relu:
+        return "no_1x1_expansion"
+    cout, cin, *_ = units[len(config.main) - 1].weight.shape
+    expands = is_plain_1x1(config.main[-1], units[len(config.main) - 1]) and cout >= 2 * cin
+    return None if expands else "no_1x1_expansion"
+
+
+def is_plain_1x1(unit: ConvBNConfig, t: ConvBNTensors) -> bool:
+    """A 1x1 convolution without stride, padding or groups: a plain matrix product."""
+    pointwise = t.weight.shape[2:] == (1, 1) and unit.groups == 1
+    return pointwise and unit.stride == (1, 1) and unit.padding == (0, 0)
+
+
+def expansion_weight(t: ConvBNTensors, dtype: torch.dtype) -> Tensor:
+    """W [Cout, Cin] in float64, of the values rounded to `dtype` that the product uses."""
+    return t.weight.flatten(1).to(dtype).double()
+
+
+def expansion_bias(t: ConvBNTensors, dtype: torch.dtype) -> Tensor | None:
+    return None if t.conv_bias is None else t.conv_bias.to(dtype)
+
+
+def output_moments(
+    t: ConvBNTensors, m: Tensor, s: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """mean and var [Cout] of c = a W^T + b, from the moments m [Cin], S [Cin, Cin] of a."""
+    w = expansion_weight(t, dtype)
+    mean = w @ m.double()
+    if t.conv_bias is not None:
+        mean = mean + t.conv_bias.to(dtype)
+    var = ((w @ s.double()) * w).sum(1).clamp_(min=0)
+    return mean.to(m.dtype), var.to(m.dtype)
+
+
+def unit_forward(
+    ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors
+) -> tuple[Tensor, BatchNormVectors]:
+    """c and its BN's vectors; a plain 1x1 convolution brings its statistics along."""
+    if not (unit.training and is_plain_1x1(unit, t)):
+        return conv_bn_forward(ops, x, unit, t)
+    out = ops.conv1x1_forward(x, t.weight.to(x.dtype), expansion_bias(t, x.dtype), save_stats=True)
+    return out.y, normalization(ops, unit, t, (out.mean, out.var), out.y)
+
+
+def forward(
+    ops: Dispatcher,
+    config: BlockConfig,
+    x: Tensor,
+    residual: Tensor | None,
+    units: tuple[ConvBNTensors, ...],
+    save: bool,
+) -> BlockOutput:
+    """y [N, Cout, H', W'] from x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None."""
+    last = len(config.main) - 1
+    convs, vectors = [], []
+    a = x
+    for i in range(last):
+        c, v = unit_forward(ops, a, config.main[i], units[i])
+        convs.append(c)
+        vectors.append(v)
+        if i < last - 1:
+            a, _ = ops.bn_add_relu_forward(c, v.scale, v.shift, relu=config.main[i].relu)
+    unit, t = config.main[last], units[last]
+    moments = ops.gram(c, v.scale, v.shift) if unit.training else None
+    stats = None if moments is None else output_moments(t, *moments, x.dtype)
+    vectors.append(normalization(ops, unit, t, stats, c))
+
+    residual_scale = residual_shift = None
+    projected = None
+    if config.projection is not None:
+        residual, v_shortcut = unit_forward(ops, x, config.projection, units[-1])
+        projected = residual
+        vectors.append(v_shortcut)
+        residual_scale, residual_shift = v_shortcut.scale, v_shortcut.shift
+    elif config.shortcut is Shortcut.IDENTITY:
+        residual = x
+    out = ops.conv1x1_forward(
+        c,
+        t.weight.to(x.dtype),
+        expansion_bias(t, x.dtype),
+        in_scale=v.scale,
+        in_shift=v.shift,
+        scale=vectors[last].scale,
+        shift=vectors[last].shift,
+        residual=residual,
+        residual_scale=residual_scale,
+        residual_shift=residual_shift,
+        relu=unit.relu,
+        save_mask=save and unit.relu,
+    )
+    if not save:
+        return BlockOutput(out.y, tuple(vectors), None)
+    raw = (*convs, None) if projected is None else (*convs, None, projected)
+    return BlockOutput(out.y, tuple(vectors), Saved((), raw, tuple(vectors), out.mask, moments))
+
+
+class ExpansionGrads(NamedTuple):
+    """Gradients of the last convolution and its BN, and of what lies below it."""
+
+    parameters: ConvBNGrads
+    sum_dz: Tensor  # [Cout]
+    dz_below: Tensor | None  # [N, Cin, H, W], through the ReLU below
+    sums_below: tuple[Tensor, Tensor] | None  # [Cin] each: for the BN below
+
+
+def expansion_backward(
+    ops: Dispatcher,
+    config: BlockConfig,
+    t: ConvBNTensors,
+    saved: Saved,
+    dy: Tensor,
+    needs: ConvBNNeeds,
+    need_da: bool,
+) -> ExpansionGrads:
+    """Backward of BN(a W^T + b) without c, see the head of this file. dy [N, Cout, H, W]."""
+    last = len(config.main) - 1
+    unit, below, v = config.main[last], saved.vectors[last - 1], saved.vectors[last]
+    c_below = saved.convs[last - 1]
+    assert c_below is not None
+    w, count = expansion_weight(t, c_below.dtype), rows(c_below)
+    m, s = saved.moments if saved.moments is not None else (None, None)
+    r, sum_dz = ops.conv1x1_backward_weight(dy, saved.mask, c_below, below.scale, below.shift, m)
+    r = r.double()
+    sum_centered = (r * w).sum(1)  # sum dz*(c - mean) [Cout]
+    if not unit.training:
+        bias = 0 if t.conv_bias is None else t.conv_bias.to(c_below.dtype)
+        sum_centered = sum_centered + (bias - v.mean.double()) * sum_dz.double()
+    grads = ops.bn_backward_coefficients(sum_dz, sum_centered.to(sum_dz.dtype), v, count, unit.training)
+    A = grads.A.double()
+    dw = A[:, None] * r
+    weight_a = offset = None
+    if unit.training:
+        B = grads.B.double()
+        dw = dw + B[:, None] * (w @ (s.double() * count))
+        weight_a = (w.t() @ (B[:, None] * w)).to(m.dtype)
+        offset = (-(A * sum_dz.double() / count) @ w).to(m.dtype)
+    db = (torch.zeros_like(A) if unit.training else A * sum_dz.double()) if needs.conv_bias else None
+    parameters = ConvBNGrads(
+        like_parameter(dw, t.weight) if needs.weight else None,
+        None if db is None else like_parameter(db, t.conv_bias),  # type: ignore[arg-type]
+        *bn_parameter_grads(grads, t, needs),
+    )
+    if not need_da:
+        return ExpansionGrads(parameters, sum_dz, None, None)
+    weight_dz = (A[:, None] * w).to(below.scale.dtype)
+    dz_below, *sums = ops.conv1x1_gram_backward_input(
+        dy, saved.mask, c_below, below, weight_dz, weight_a, m, offset
+    )
+    return ExpansionGrads(parameters, sum_dz, dz_below, tuple(sums))
+
+
+def backward(
+    ops: Dispatcher,
+    config: BlockConfig,
+    x: Tensor,
+    units: tuple[ConvBNTensors, ...],
+    saved: Saved,
+    dy: Tensor,
+    needs: BlockNeeds,
+) -> BlockGrads:
+    """Gradients of everything that `needs` names, from dy like y."""
+    last = len(config.main) - 1
+    top = expansion_backward(ops, config, units[last], saved, dy, needs.units[last], needs.below(last))
+    unit_grads = [top.parameters]
+    da, sums = top.dz_below, top.sums_below
+    # the gradient of an identity is added by the first convolution's input gradient, where that is a plain 1x1
+    joined = needs.x and config.shortcut is Shortcut.IDENTITY and is_plain_1x1(config.main[0], units[0])
+    joined = joined and last > 1
+    for i in reversed(range(last)):
+        if da is None:
+            unit_grads.append(ConvBNGrads(None, None, None, None))
+            continue
+        unit, t, c, v = config.main[i], units[i], saved.convs[i], saved.vectors[i]
+        assert c is not None
+        if i == 0 and joined:
+            da, grads = joined_input_gradient(ops, da, x, c, v, unit, t, needs.units[0], dy, saved.mask)
+        else:
+            a = x if i == 0 else remade_activation(ops, config, saved, i - 1)
+            da, grads = conv_bn_backward(
+                ops, da, a, c, v, unit, t, needs.units[i], needs.below(i), sums
+            )
+        unit_grads.append(grads)
+        sums = None
+    unit_grads.reverse()
+
+    dx, dresidual = da, None
+    if config.projection is not None:
+        dx_shortcut, grads = projection_backward(ops, config, x, units[-1], saved, dy, needs)
+        unit_grads.append(grads)
+        dx = dx if dx is None else dx.add_(dx_shortcut)
+    elif config.shortcut is Shortcut.IDENTITY and needs.x and not joined:
+        assert dx is not None
+        dx = dx.add_(dy if saved.mask is None else ops.relu_backward(dy, saved.mask))
+    elif config.shortcut is Shortcut.TENSOR and needs.residual:
+        dresidual = dy.clone() if saved.mask is None else ops.relu_backward(dy, saved.mask)
+    return BlockGrads(dx, dresidual, tuple(unit_grads))
+
+
+def remade_activation(ops: Dispatcher, config: BlockConfig, saved: Saved, index: int) -> Tensor:
+    """The activation after main[index], which forward did not keep."""
+    v = saved.vectors[index]
+    return ops.bn_add_relu_forward(saved.convs[index], v.scale, v.shift, relu=config.main[index].relu)[0]
+
+
+def joined_input_gradient(
+    ops: Dispatcher,
+    da: Tensor,
+    x: Tensor,
+    c: Tensor,
+    v: BatchNormVectors,
+    unit: ConvBNConfig,
+    t: ConvBNTensors,
+    needs: ConvBNNeeds,
+    dy: Tensor,
+    mask: Tensor | None,
+) -> tuple[Tensor, ConvBNGrads]:
+    """Backward of relu(BN(conv1x1(x))) and of the identity shortcut in one product: dx, parameter gradients."""
+    sums = ops.bn_add_relu_backward_reduce(da, c, v, relu=unit.relu)[:2]
+    grads = ops.bn_backward_coefficients(*sums, v, rows(c), unit.training)
+    dx, dc = ops.conv1x1_backward_input(da, c, v, grads, t.weight.to(x.dtype), unit.relu, dy, mask)
+    _, dweight, dbias = convolution_backward(dc, x, unit, t, needs, False)
+    return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs))
+
+
+def projection_backward(
+    ops: Dispatcher,
+    config: BlockConfig,
+    x: Tensor,
+    t: ConvBNTensors,
+    saved: Saved,
+    dy: Tensor,
+    needs: BlockNeeds,
+) -> tuple[Tensor | None, ConvBNGrads]:
+    """dx and the parameter gradients of a projection shortcut."""
+    unit, c, v = config.projection, saved.convs[-1], saved.vectors[-1]
+    assert unit is not None and c is not None
+    sums = ops.bn_add_relu_backward_reduce(dy, c, v, saved.mask, False)[:2]
+    grads = ops.bn_backward_coefficients(*sums, v, rows(c), unit.training)
+    dc, _ = ops.bn_add_relu_backward_input(dy, c, v, grads, saved.mask, False)
+    dx, dweight, dbias = convolution_backward(dc, x, unit, t, needs.units[-1], needs.x)
+    return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs.units[-1]))

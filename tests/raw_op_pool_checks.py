@@ -1,0 +1,108 @@
+"""Checks of the stem's raw ops and of inference convolutions, for any backend; see `raw_op_checks`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from raw_op_cases import Case, Inputs, bits
+from raw_op_harness import assert_accurate, assert_input_gradient, assert_sums, eager_affine, row, run
+from torch import Tensor
+
+NO_GRADIENT = 255
+
+
+def pool_of(case: Case) -> tuple[int, int, int]:
+    """kernel_size, stride, padding from a form such as "3x3s2p1"."""
+    kernel, rest = case.form.removesuffix("_frozen").split("x")
+    return int(kernel), int(rest[2]), int(rest[4])
+
+
+def pooled(a: Tensor, kernel_size: int, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    """torch's max-pooling and, from its flat indices, the place in the window, 255 where y <= 0."""
+    y, flat = F.max_pool2d(a, kernel_size, stride, padding, return_indices=True)
+    rows = torch.arange(y.shape[2], device=a.device)[:, None] * stride - padding
+    columns = torch.arange(y.shape[3], device=a.device) * stride - padding
+    place = (flat // a.shape[3] - rows) * kernel_size + flat % a.shape[3] - columns
+    return y, torch.where(y <= 0, NO_GRADIENT, place).to(torch.uint8)
+
+
+def check_bn_relu_maxpool_forward(ops: Any, case: Case) -> None:
+    inputs, pool = Inputs(case), pool_of(case)
+    c = inputs.c()
+    v = inputs.vectors(c)
+    y, indices = run(ops, "bn_relu_maxpool_forward", inputs, c, v.scale, v.shift, *pool)
+    eager = eager_affine(c, v.scale, v.shift).relu()
+    exact = (c.double() * row(v.scale) + row(v.shift)).relu()
+    assert y.dtype == case.dtype and indices.dtype == torch.uint8
+    if c.numel() == 0:
+        assert y.numel() == indices.numel() == 0
+        return
+    assert_accurate(y, F.max_pool2d(eager, *pool), F.max_pool2d(exact, *pool), "y")
+    # the window's order and ties: exactly torch's pooling of the backend's own activation
+    own_y, own_indices = pooled(ops.bn_add_relu_forward(c, v.scale, v.shift)[0], *pool)
+    assert torch.equal(bits(y.contiguous()), bits(own_y.contiguous())), (
+        "y is not the maximum of the activation"
+    )
+    assert torch.equal(indices, own_indices), "indices are not torch's, or not 255 exactly where y <= 0"
+
+
+def pool_backward_parts(inputs: Inputs) -> tuple[Any, ...]:
+    """dy, indices, c, vectors, and dz as eager makes it and exactly, by autograd through max_pool2d."""
+    c = inputs.c()
+    v = inputs.vectors(c, frozen="frozen" in inputs.case.form)
+    a = eager_affine(c, v.scale, v.shift).relu()
+    pool = pool_of(inputs.case)
+    if c.numel() == 0:
+        n, channels = c.shape[:2]
+        height, width = ((size + 2 * pool[2] - pool[0]) // pool[1] + 1 for size in c.shape[2:])
+        y = c.new_empty((n, channels, height, width))
+        return inputs.dy(y.shape), y.to(torch.uint8), c, v, c, c.double()
+    y, indices = pooled(a, *pool)
+    dy = inputs.dy(y.shape)
+    passing = torch.where(indices == NO_GRADIENT, 0, dy)
+    both = []
+    for dtype in (inputs.case.dtype, torch.float64):
+        leaf = a.detach().to(dtype).requires_grad_()
+        (dz,) = torch.autograd.grad(F.max_pool2d(leaf, *pool), leaf, passing.to(dtype))
+        both.append(dz)
+    return dy, indices, c, v, *both
+
+
+def check_bn_relu_maxpool_backward_reduce(ops: Any, case: Case) -> None:
+    inputs = Inputs(case)
+    dy, indices, c, v, dz, dz64 = pool_backward_parts(inputs)
+    found = run(ops, "bn_relu_maxpool_backward_reduce", inputs, dy, indices, c, v, *pool_of(case))
+    assert_sums(found, dz, dz64, c, v.mean)
+
+
+def check_bn_relu_maxpool_backward_input(ops: Any, case: Case) -> None:
+    inputs = Inputs(case)
+    dy, indices, c, v, dz, dz64 = pool_backward_parts(inputs)
+    grads = inputs.grads(v, c.numel() // c.shape[1], frozen="frozen" in case.form)
+    dc = run(ops, "bn_relu_maxpool_backward_input", inputs, dy, indices, c, grads, *pool_of(case))
+    assert_input_gradient(dc, dz, dz64, c, grads, "dc")
+
+
+def check_conv_bias_add_relu_forward(ops: Any, case: Case) -> None:
+    inputs, form = Inputs(case), case.form
+    x = inputs.c()
+    channels = case.shape[1]
+    groups = next(g for g in (4, 3, 1) if channels % g == 0) if form == "groups" else 1
+    kernel = 3 if form in ("3x3s2", "groups", "dilation") else 1
+    stride, dilation = (2, 2) if form == "3x3s2" else (1, 1), (2, 2) if form == "dilation" else (1, 1)
+    padding = (dilation[0] * (kernel // 2),) * 2
+    shape = (2 * channels if groups == 1 else channels, channels // groups, kernel, kernel)
+    weight = (inputs.random(shape) / (shape[1] * kernel**2) ** 0.5).to(case.device, case.dtype)
+    bias = inputs.vector(inputs.random(shape[:1]), case.dtype) if "bias" in form or kernel == 3 else None
+    where = stride, padding, dilation, groups
+    plain = F.conv2d(x, weight, bias, *where)
+    residual = inputs.activation(plain.shape) if "identity" in form or kernel == 3 else None
+    relu = form != "no_relu"
+    y = run(ops, "conv_bias_add_relu_forward", inputs, x, weight, bias, residual, relu, *where)
+    exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), *where)
+    eager, exact = (plain, exact) if residual is None else (plain + residual, exact + residual.double())
+    if relu:
+        eager, exact = eager.relu(), exact.relu()
+    assert_accurate(y, eager, exact, "y")
