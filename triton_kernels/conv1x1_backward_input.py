@@ -2,11 +2,13 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import scale_shift_relu, select_by_mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def conv1x1_backward_input_kernel(
     dy,  # [P, COUT], gradient of the activation
     c,  # [P, COUT], raw output of this convolution
@@ -71,3 +73,51 @@ def conv1x1_backward_input_kernel(
             side = select_by_mask(side, shortcut_mask + base // 8 * CIN, place, keep)
         acc += side.to(tl.float32)
     tl.store(dx + base * CIN + place, acc.to(dx.dtype.element_ty), mask=keep)
+
+
+def conv1x1_backward_input(
+    dy: Tensor,
+    c: Tensor,
+    activation: tuple[Tensor, Tensor] | None,
+    coefficients: tuple[Tensor, Tensor | None, Tensor | None],
+    weight: Tensor,
+    shortcut_dy: Tensor | None = None,
+    shortcut_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dx [N, Cin, H, W] and dc [N, Cout, H, W]; dy and c like dc, not empty.
+
+    Args:
+        activation: scale and shift of the ReLU between dy and c, None without one.
+        coefficients: A, B, K of `dc = A*dz + B*c + K`.
+    """
+    n, cout, height, width = c.shape
+    cin = weight.shape[1]
+    dx, dc = layout.empty((n, cin, height, width), c), layout.empty(tuple(c.shape), c)
+    scale, shift = activation if activation is not None else (None, None)
+    A, B, K = coefficients
+    tile = tiles.output_tile(tiles.CONV1X1_BACKWARD_INPUT, cin)
+    total = layout.rows(c)
+    conv1x1_backward_input_kernel[(triton.cdiv(total, tile.bm) * triton.cdiv(cin, tile.bn),)](
+        layout.nhwc(dy),
+        layout.nhwc(c),
+        scale,
+        shift,
+        A,
+        B,
+        K,
+        weight.reshape(cout, cin).contiguous(),
+        None if shortcut_dy is None else layout.nhwc(shortcut_dy),
+        shortcut_mask,
+        dx,
+        dc,
+        total,
+        CIN=cin,
+        COUT=cout,
+        PRECISION=layout.precision(c),
+        BM=tile.bm,
+        BN=tile.bn,
+        BK=tile.bk,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return dx, dc

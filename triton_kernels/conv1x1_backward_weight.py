@@ -1,12 +1,16 @@
 """Raw weight gradient `R = dz^T a` of a 1x1 convolution in float32, both operands made in the prologue."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import scale_shift_relu, select_by_mask
+from fusedres.triton_kernels.merge import merge_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def conv1x1_backward_weight_kernel(
     dy,  # [P, COUT]
     mask,  # packed bits of y, or None: dz = dy
@@ -42,7 +46,7 @@ def conv1x1_backward_weight_kernel(
 
     acc = tl.zeros((BM, BN), tl.float32)
     dbias = tl.zeros((BM,), tl.float32)
-    for r0 in range(0, ROWS, BK):
+    for r0 in range(0, tl.minimum(left, ROWS), BK):
         valid = r0 + row < left  # [BK, 1]
         dy_place = (r0 + row) * COUT + o[None, :]  # [BK, BM]
         dz = tl.load(dy + base * COUT + dy_place, mask=valid & valid_o, other=0.0)
@@ -61,3 +65,45 @@ def conv1x1_backward_weight_kernel(
     tl.store(partial_r + place, acc, mask=(o < COUT)[:, None] & valid_i)
     first = tile % column_tiles == 0
     tl.store(partial_dbias + split * COUT + o, dbias, mask=(o < COUT) & first)
+
+
+def conv1x1_backward_weight(
+    dy: Tensor,
+    mask: Tensor | None,
+    c: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    center: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`Rc = dz^T (a - center)` [Cout, Cin] and dbias [Cout] in float32; dy [N, Cout, H, W], c [N, Cin, H, W]."""
+    cout, cin, total = dy.shape[1], c.shape[1], layout.rows(c)
+    # bfloat16 would round a - center to 8 bits, where dz*a is exact in float32; there the float64 merge subtracts
+    early = c.dtype != torch.bfloat16
+    tile = tiles.weight_tile(cout, cin)
+    split_rows = tiles.weight_rows(cin)
+    splits = triton.cdiv(total, split_rows)
+    partial_r = layout.empty((splits, cout, cin), c, torch.float32)
+    partial_dbias = layout.empty((splits, cout), c, torch.float32)
+    conv1x1_backward_weight_kernel[(splits * triton.cdiv(cout, tile.bm) * triton.cdiv(cin, tile.bn),)](
+        layout.nhwc(dy),
+        mask,
+        layout.nhwc(c),
+        scale,
+        shift,
+        center if early else None,
+        partial_r,
+        partial_dbias,
+        total,
+        CIN=cin,
+        COUT=cout,
+        PRECISION=layout.precision(c),
+        ROWS=split_rows,
+        BM=tile.bm,
+        BN=tile.bn,
+        BK=tile.bk,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    dbias = merge_sums(partial_dbias)
+    outer = None if early or center is None else (dbias, center)
+    return merge_sums(partial_r, outer), dbias

@@ -3,11 +3,15 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import pack_bits, relu, scale_shift_relu, tile_moments
+from fusedres.triton_kernels.merge import merge_moments
+from fusedres.triton_kernels.relu_backward import relu_mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "H", "W", "H_OUT", "W_OUT"])
 def conv1x1_forward_kernel(
     x,  # [N, H, W, CIN]
     weight,  # [COUT, CIN]
@@ -90,5 +94,72 @@ def conv1x1_forward_kernel(
         tl.store(mask + base // 8 + byte, pack_bits(out, BM, BN), mask=keep_byte)
     if tile_mean is not None:
         mean, m2 = tile_moments(out, valid, tl.minimum(P - row_tile * BM, BM))
-        tl.store(tile_mean + row_tile * COUT + n, mean, mask=valid_n)
-        tl.store(tile_m2 + row_tile * COUT + n, m2, mask=valid_n)
+        tl.store(tile_mean + row_tile.to(tl.int64) * COUT + n, mean, mask=valid_n)
+        tl.store(tile_m2 + row_tile.to(tl.int64) * COUT + n, m2, mask=valid_n)
+
+
+def conv1x1_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    in_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+    relu: bool = False,
+    save_mask: bool = False,
+    save_stats: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y [N, Cout, H', W'], its packed mask, its mean and variance [Cout]; x [N, Cin, H, W], not empty."""
+    n, cin, height, width = x.shape
+    cout = weight.shape[0]
+    h_out, w_out = (height - 1) // stride + 1, (width - 1) // stride + 1
+    y = layout.empty((n, cout, h_out, w_out), x)
+    total = layout.rows(y)
+    tile = tiles.output_tile(tiles.CONV1X1_FORWARD, cout)
+    row_tiles = triton.cdiv(total, tile.bm)
+    # a row's bits end at a byte only where cout is a multiple of 8; else they are packed from y
+    mask = layout.empty((y.numel() // 8,), x, torch.uint8) if save_mask and cout % 8 == 0 else None
+    tile_mean, tile_m2 = (
+        layout.empty((row_tiles, cout), x, torch.float32) if save_stats else None for _ in range(2)
+    )
+    conv1x1_forward_kernel[(row_tiles * triton.cdiv(cout, tile.bn),)](
+        layout.nhwc(x),
+        weight.reshape(cout, cin).contiguous(),
+        bias,
+        in_scale,
+        in_shift,
+        scale,
+        shift,
+        None if residual is None else layout.nhwc(residual),
+        residual_scale,
+        residual_shift,
+        y,
+        mask,
+        tile_mean,
+        tile_m2,
+        total,
+        height,
+        width,
+        h_out,
+        w_out,
+        CIN=cin,
+        COUT=cout,
+        STRIDE=stride,
+        RELU=relu,
+        PRECISION=layout.precision(x),
+        BM=tile.bm,
+        BN=tile.bn,
+        BK=tile.bk,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if save_mask and mask is None:
+        mask = relu_mask(y)
+    if tile_mean is None or tile_m2 is None:
+        return y, mask, None, None
+    return y, mask, *merge_moments(tile_mean, tile_m2, total, tile.bm)

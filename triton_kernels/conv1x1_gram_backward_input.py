@@ -1,12 +1,16 @@
 """Input gradient of a 1x1 convolution under BN whose output was never stored (the Gram identity's backward)."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import scale_shift_relu, select_by_mask
+from fusedres.triton_kernels.merge import merge_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def conv1x1_gram_backward_input_kernel(
     dy,  # [P, COUT]
     mask,  # packed bits of y, or None: dz = dy
@@ -27,7 +31,6 @@ def conv1x1_gram_backward_input_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    BK_A: tl.constexpr,
 ):
     column_tiles: tl.constexpr = (CIN + BN - 1) // BN
     row_tile = tl.program_id(0) // column_tiles
@@ -53,15 +56,14 @@ def conv1x1_gram_backward_input_kernel(
         acc = tl.dot(dz, w, acc, input_precision=PRECISION)
 
     if weight_a is not None:
-        k = tl.arange(0, BK_A)
-        for k0 in range(0, CIN, BK_A):
+        for k0 in range(0, CIN, BK):
             valid_k = k0 + k < CIN
             ck = tl.load(c_tile + row * CIN + (k0 + k)[None, :], mask=valid & valid_k[None, :], other=0.0)
             s = tl.load(scale + k0 + k, mask=valid_k, other=0.0)
             b = tl.load(shift + k0 + k, mask=valid_k, other=0.0)
             m = tl.load(center + k0 + k, mask=valid_k, other=0.0)
             a = (scale_shift_relu(ck, s, b).to(tl.float32) - m[None, :]).to(c.dtype.element_ty)
-            w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK_A, BN]
+            w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
             w = tl.load(weight_a + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
         acc += tl.load(offset + n, mask=valid_n, other=0.0)[None, :]
@@ -76,6 +78,58 @@ def conv1x1_gram_backward_input_kernel(
     dz = tl.where(keep, dz.to(tl.float32), 0.0)
     m = tl.load(mean + n, mask=valid_n, other=0.0)
     centered = tl.where(keep, cn.to(tl.float32) - m[None, :], 0.0)
-    sums = tile_sums + row_tile * 2 * CIN + n
+    sums = tile_sums + row_tile.to(tl.int64) * 2 * CIN + n
     tl.store(sums, tl.sum(dz, 0), mask=valid_n)
     tl.store(sums + CIN, tl.sum(dz * centered, 0), mask=valid_n)
+
+
+def conv1x1_gram_backward_input(
+    dy: Tensor,
+    mask: Tensor | None,
+    c: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight_dz: Tensor,
+    weight_a: Tensor | None = None,
+    center: Tensor | None = None,
+    offset: Tensor | None = None,
+    dz_mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz_below [N, Cin, H, W] and its two sums [Cin]; dy [N, Cout, H, W], c like dz_below, not empty."""
+    cout, cin = weight_dz.shape
+    total = layout.rows(c)
+    rounded = weight_dz.to(c.dtype)
+    if offset is not None and dz_mean is not None:
+        # The rounded weights times the mean of dz would shift every row alike, and so add up in the sums.
+        error = weight_dz.double() - rounded.double()
+        offset = (offset.double() + dz_mean.double() @ error).to(offset.dtype)
+    tile = tiles.output_tile(tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin)
+    row_tiles = triton.cdiv(total, tile.bm)
+    dz_below = layout.empty(tuple(c.shape), c)
+    tile_sums = layout.empty((row_tiles, 2, cin), c, torch.float32)
+    conv1x1_gram_backward_input_kernel[(row_tiles * triton.cdiv(cin, tile.bn),)](
+        layout.nhwc(dy),
+        mask,
+        layout.nhwc(c),
+        mean,
+        scale,
+        shift,
+        rounded.contiguous(),
+        None if weight_a is None else weight_a.to(c.dtype).contiguous(),
+        center,
+        offset,
+        dz_below,
+        tile_sums,
+        total,
+        CIN=cin,
+        COUT=cout,
+        PRECISION=layout.precision(c),
+        BM=tile.bm,
+        BN=tile.bn,
+        BK=tile.bk,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    sums = merge_sums(tile_sums)
+    return dz_below, sums[0], sums[1]

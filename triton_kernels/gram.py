@@ -1,12 +1,16 @@
 """First two moments of an activation made in the prologue: `m = E[a]` and the centred `S = E[(a-m)(a-m)^T]`."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import scale_shift_relu, tile_moments
+from fusedres.triton_kernels.merge import merge_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def gram_reference_kernel(
     c,  # [P, CIN]
     scale,  # [CIN]
@@ -34,7 +38,7 @@ def gram_reference_kernel(
     tl.store(reference + i, tl.where(far, rounded, 0.0), mask=valid_i)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def gram_kernel(
     c,  # [P, CIN]
     scale,  # [CIN], a = relu(scale*c + shift)
@@ -68,7 +72,7 @@ def gram_kernel(
     # float64, because a difference of large numbers follows: S = sum a'a'^T/P - E[a']E[a']^T
     products = tl.zeros((BN, BN), tl.float64)
     sums = tl.zeros((BN,), tl.float64)
-    for r0 in range(0, ROWS, BK):
+    for r0 in range(0, tl.minimum(left, ROWS), BK):
         valid = r0 + row < left  # [BK, 1]
         ci = tl.load(tile + (r0 + row) * CIN + i[None, :], mask=valid & (i < CIN)[None, :], other=0.0)
         cj = tl.load(tile + (r0 + row) * CIN + j[None, :], mask=valid & (j < CIN)[None, :], other=0.0)
@@ -81,3 +85,75 @@ def gram_kernel(
     place = (split.to(tl.int64) * CIN + i[:, None]) * CIN + j[None, :]
     tl.store(partial_products + place, products.to(tl.float32), mask=(i < CIN)[:, None] & (j < CIN)[None, :])
     tl.store(partial_sums + split * CIN + i, sums.to(tl.float32), mask=(i < CIN) & (tile_i == tile_j))
+
+
+@triton.jit(do_not_specialize=["P"])
+def gram_finish_kernel(
+    products,  # [CIN, CIN] float64, upper triangle of tiles
+    sums,  # [CIN] float64: sum (a - reference)
+    reference,  # [CIN]
+    m,  # [CIN], out
+    S,  # [CIN, CIN], out
+    P,
+    CIN: tl.constexpr,
+    BN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    upper = i // BN <= j // BN
+    product = tl.load(products + tl.where(upper, i * CIN + j, j * CIN + i), mask=j < CIN, other=0.0)
+    di = tl.load(sums + i) / P
+    dj = tl.load(sums + j, mask=j < CIN, other=0.0) / P
+    # d - d is 0, or NaN where a channel has an Inf: its deviations from the mean are NaN
+    second = product / P - di * dj + (di - di) + (dj - dj)
+    tl.store(S + i * CIN + j, second.to(S.dtype.element_ty), mask=j < CIN)
+    mean = tl.load(reference + j, mask=j < CIN, other=0.0).to(tl.float64) + dj
+    tl.store(m + j, mean.to(m.dtype.element_ty), mask=(j < CIN) & (i == 0))
+
+
+def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """m [Cin] and S [Cin, Cin] in float32 of `a = relu(scale*c + shift)`, rounded; c [N, Cin, H, W], not empty."""
+    c = layout.nhwc(c)
+    cin, total = c.shape[1], layout.rows(c)
+    reference = layout.empty((cin,), c, torch.float32)
+    columns = tiles.GRAM_SAMPLE_COLUMNS
+    gram_reference_kernel[(triton.cdiv(cin, columns),)](
+        c, scale, shift, reference, total, CIN=cin, SAMPLE=tiles.GRAM_SAMPLE, BN=columns, num_warps=4
+    )
+    tile = tiles.output_tile(tiles.GRAM, cin)
+    split_rows = tiles.gram_rows(cin, tile.bn)
+    splits, column_tiles = triton.cdiv(total, split_rows), triton.cdiv(cin, tile.bn)
+    products = layout.empty((splits, cin, cin), c, torch.float32)
+    sums = layout.empty((splits, cin), c, torch.float32)
+    gram_kernel[(splits * column_tiles**2,)](
+        c,
+        scale,
+        shift,
+        reference,
+        products,
+        sums,
+        total,
+        CIN=cin,
+        PRECISION=layout.precision(c),
+        ROWS=split_rows,
+        BN=tile.bn,
+        BK=tile.bk,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    m, S = layout.empty((cin,), c, torch.float32), layout.empty((cin, cin), c, torch.float32)
+    block = 128
+    gram_finish_kernel[(cin, triton.cdiv(cin, block))](
+        merge_sums(products, dtype=torch.float64),
+        merge_sums(sums, dtype=torch.float64),
+        reference,
+        m,
+        S,
+        total,
+        CIN=cin,
+        BN=tile.bn,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return m, S
