@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 from fusedres.backends.reference import ReferenceOps
@@ -23,8 +24,18 @@ from fusedres.raw_ops import RAW_OPS, RawOps
 ENVIRONMENT_VARIABLE = "FUSEDRES_BACKEND"
 AUTO = "auto"
 
+
+def _load_triton() -> RawOps:
+    from fusedres.backends.triton import TritonOps
+
+    return cast(RawOps, TritonOps())
+
+
 # fastest first, the reference last
-LOADERS: dict[str, Callable[[], RawOps]] = {"reference": cast(Callable[[], RawOps], ReferenceOps)}
+LOADERS: dict[str, Callable[[], RawOps]] = {
+    **({"triton": _load_triton} if find_spec("triton") else {}),
+    "reference": cast(Callable[[], RawOps], ReferenceOps),
+}
 
 _requested: ContextVar[str | None] = ContextVar("fusedres_backend", default=None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from raw_op_cases import Case, Inputs
 from torch import Tensor
 

@@ -96,13 +96,12 @@ def check_gram(ops: Any, case: Conv1x1Case) -> None:
     rows = as_rows(a).shape[0]
     assert m.dtype == S.dtype == inputs.acc
 
-    def moments(a: Tensor) -> tuple[Tensor, Tensor]:
-        centered = a - a.mean(0)
+    def moments(a: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        centered = (a - a.mean(0)).to(dtype).to(a.dtype)  # products take the activation dtype
         return a.mean(0), centered.t() @ centered / rows
 
-    for what, actual, eager, exact in zip(
-        ("m", "S"), (m, S), moments(as_rows(a).to(inputs.acc)), moments(as_rows(a).double()), strict=True
-    ):
+    both = moments(as_rows(a).to(inputs.acc), case.dtype), moments(as_rows(a).double(), torch.float64)
+    for what, actual, eager, exact in zip(("m", "S"), (m, S), *both, strict=True):
         finite = exact.isfinite()
         assert torch.equal(actual.isfinite(), finite), f"{what}: NaN or Inf was lost"
         assert_accurate(actual[finite], eager[finite], exact[finite], what)

@@ -2,10 +2,9 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout, tiles
-from fusedres.triton_kernels.elementwise import load_vector, masked_gradient
+from fusedres.triton_kernels.elementwise import affine, load_vector, masked_gradient
+from torch import Tensor
 
 Coefficients = tuple[Tensor, Tensor | None, Tensor | None]  # A, B, K
 
@@ -13,9 +12,9 @@ Coefficients = tuple[Tensor, Tensor | None, Tensor | None]  # A, B, K
 @triton.jit
 def apply_coefficients(dz, c, A, B, K, i, C: tl.constexpr):
     """A*dz + B*c + K in float32; dz and c [R, C], vectors at columns i, B and K None: A*dz."""
-    grad = dz.to(tl.float32) * load_vector(A, i, C)[None, :]
+    grad = dz.to(tl.float32) * load_vector(A, i, C)
     if B is not None:
-        grad += tl.fma(c.to(tl.float32), load_vector(B, i, C)[None, :], load_vector(K, i, C)[None, :])
+        grad += affine(c, B, K, i, C)
     return grad
 
 
@@ -50,7 +49,7 @@ def bn_add_relu_backward_input_kernel(
     dz = tl.load(dy + base + place, mask=valid, other=0.0)
     ct = tl.load(c + base + place, mask=valid, other=0.0)
     bits = None if mask is None else mask + base // 8
-    dz = masked_gradient(dz, ct, bits, place, valid, load_vector(scale, i, C), load_vector(shift, i, C))
+    dz = masked_gradient(dz, ct, bits, place, valid, scale, shift, i, C)
     tl.store(dc + base + place, apply_coefficients(dz, ct, A, B, K, i, C).to(dc.dtype.element_ty), mask=valid)
     if dresidual is not None:
         if shortcut_c is not None:

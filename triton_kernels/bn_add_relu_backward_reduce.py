@@ -3,11 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout, tiles
-from fusedres.triton_kernels.elementwise import load_vector, masked_gradient
+from fusedres.triton_kernels.elementwise import column_sums, load_vector, masked_gradient
 from fusedres.triton_kernels.merge import merge_sums
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -38,15 +37,15 @@ def bn_add_relu_backward_reduce_kernel(
     ct = tl.load(c + base + place, mask=valid, other=0.0)
     # ROWS is a multiple of 8, so a tile starts at bit 0 of a byte for any channel count
     bits = None if mask is None else mask + base // 8
-    dz = masked_gradient(dz, ct, bits, place, valid, load_vector(scale, i, C), load_vector(shift, i, C)).to(tl.float32)
+    dz = masked_gradient(dz, ct, bits, place, valid, scale, shift, i, C).to(tl.float32)
     sums = tile_sums + row_tile * SUMS * C + i
-    tl.store(sums, tl.sum(dz, 0), mask=i < C)
-    centered = tl.where(valid, ct.to(tl.float32) - load_vector(mean, i, C)[None, :], 0.0)
-    tl.store(sums + C, tl.sum(dz * centered, 0), mask=i < C)
+    tl.store(sums, column_sums(dz, ROWS), mask=i < C)
+    centered = tl.where(valid, ct.to(tl.float32) - load_vector(mean, i, C), 0.0)
+    tl.store(sums + C, column_sums(dz * centered, ROWS), mask=i < C)
     if shortcut_c is not None:
         st = tl.load(shortcut_c + base + place, mask=valid, other=0.0).to(tl.float32)
-        centered = tl.where(valid, st - load_vector(shortcut_mean, i, C)[None, :], 0.0)
-        tl.store(sums + 2 * C, tl.sum(dz * centered, 0), mask=i < C)
+        centered = tl.where(valid, st - load_vector(shortcut_mean, i, C), 0.0)
+        tl.store(sums + 2 * C, column_sums(dz * centered, ROWS), mask=i < C)
 
 
 def bn_add_relu_backward_reduce(

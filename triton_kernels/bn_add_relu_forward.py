@@ -3,10 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout, tiles
-from fusedres.triton_kernels.elementwise import load_vector, pack_bits, relu
+from fusedres.triton_kernels.elementwise import affine, pack_bits, relu
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -33,13 +32,10 @@ def bn_add_relu_forward_kernel(
     place = row * WIDTH + column[None, :]  # [ROWS, COLUMNS]
     valid = (column < WIDTH)[None, :] & (place < N - base)
     i = column % C
-    z = tl.load(c + base + place, mask=valid, other=0.0).to(tl.float32)
-    z = tl.fma(z, load_vector(scale, i, C)[None, :], load_vector(shift, i, C)[None, :])
+    z = affine(tl.load(c + base + place, mask=valid, other=0.0), scale, shift, i, C)
     if residual is not None:
-        r = tl.load(residual + base + place, mask=valid, other=0.0).to(tl.float32)
-        if residual_scale is not None:
-            r = tl.fma(r, load_vector(residual_scale, i, C)[None, :], load_vector(residual_shift, i, C)[None, :])
-        z += r
+        r = tl.load(residual + base + place, mask=valid, other=0.0)
+        z += r.to(tl.float32) if residual_scale is None else affine(r, residual_scale, residual_shift, i, C)
     if RELU:
         z = relu(z)
     out = z.to(y.dtype.element_ty)

@@ -3,12 +3,11 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.bn_add_relu_backward_input import Coefficients, apply_coefficients
-from fusedres.triton_kernels.elementwise import load_vector, scale_shift_relu
+from fusedres.triton_kernels.elementwise import activation, column_sums, load_vector
 from fusedres.triton_kernels.merge import merge_sums
+from torch import Tensor
 
 NO_GRADIENT = tl.constexpr(255)  # index of a window whose maximum is not positive
 
@@ -38,7 +37,6 @@ def bn_relu_maxpool_forward_kernel(
     image = row // W_OUT // H_OUT
     top = row // W_OUT % H_OUT * STRIDE - PADDING
     left = row % W_OUT * STRIDE - PADDING
-    s, b = load_vector(scale, i, C), load_vector(shift, i, C)
     best = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
     place = tl.zeros((ROWS, COLUMNS), tl.int32)
     for kh in tl.static_range(KERNEL):
@@ -47,7 +45,7 @@ def bn_relu_maxpool_forward_kernel(
             inside = (row < P) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
             keep = inside[:, None] & (i < C)[None, :]
             source = ((image * H + h) * W + w).to(tl.int64)[:, None] * C + i[None, :]
-            a = scale_shift_relu(tl.load(c + source, mask=keep, other=0.0), s, b).to(tl.float32)
+            a = activation(tl.load(c + source, mask=keep, other=0.0), scale, shift, i, C).to(tl.float32)
             # torch's order: the first maximum, but the last NaN
             better = keep & ((a > best) | (a != a))
             best = tl.where(better, a, best)
@@ -127,10 +125,10 @@ def bn_relu_maxpool_backward_kernel(
     target = row.to(tl.int64)[:, None] * C + i[None, :]
     ct = tl.load(c + target, mask=keep, other=0.0)
     if tile_sums is not None:
-        centered = tl.where(keep, ct.to(tl.float32) - load_vector(mean, i, C)[None, :], 0.0)
+        centered = tl.where(keep, ct.to(tl.float32) - load_vector(mean, i, C), 0.0)
         sums = tile_sums + row_tile.to(tl.int64) * 2 * C + i
-        tl.store(sums, tl.sum(dz, 0), mask=i < C)
-        tl.store(sums + C, tl.sum(dz * centered, 0), mask=i < C)
+        tl.store(sums, column_sums(dz, ROWS), mask=i < C)
+        tl.store(sums + C, column_sums(dz * centered, ROWS), mask=i < C)
     if dc is not None:
         tl.store(dc + target, apply_coefficients(dz, ct, A, B, K, i, C).to(dc.dtype.element_ty), mask=keep)
 

@@ -3,11 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import tile_moments
 from fusedres.triton_kernels.merge import merge_moments
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -27,7 +26,7 @@ def bn_stats_kernel(
     left = P - row_tile * ROWS
     keep = (row < left)[:, None] & (i < C)[None, :]
     tile = tl.load(c + row_tile.to(tl.int64) * ROWS * C + row[:, None] * C + i[None, :], mask=keep, other=0.0)
-    mean, m2 = tile_moments(tile, row < left, tl.minimum(left, ROWS))
+    mean, m2 = tile_moments(tile, row < left, tl.minimum(left, ROWS), ROWS)
     tl.store(tile_mean + row_tile.to(tl.int64) * C + i, mean, mask=i < C)
     tl.store(tile_m2 + row_tile.to(tl.int64) * C + i, m2, mask=i < C)
 

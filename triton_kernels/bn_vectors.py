@@ -2,15 +2,16 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout
+from torch import Tensor
 
 BLOCK = 128
 
 
 @triton.jit
-def bn_scale_shift_kernel(mean, var, weight, bias, invstd, scale, shift, C: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr):
+def bn_scale_shift_kernel(
+    mean, var, weight, bias, invstd, scale, shift, C: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr
+):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = i < C
     inv = 1.0 / tl.sqrt(tl.load(var + i, mask=keep, other=1.0).to(tl.float64) + EPS)
@@ -72,6 +73,17 @@ def bn_backward_coefficients(
     dweight = layout.empty((channels,), sum_dz)
     B, K = (layout.empty((channels,), sum_dz) if training else None for _ in range(2))
     bn_backward_coefficients_kernel[(triton.cdiv(channels, BLOCK),)](
-        sum_dz, sum_dz_centered, mean, invstd, scale, dweight, B, K, rows, C=channels, BLOCK=BLOCK, num_warps=4
+        sum_dz,
+        sum_dz_centered,
+        mean,
+        invstd,
+        scale,
+        dweight,
+        B,
+        K,
+        rows,
+        C=channels,
+        BLOCK=BLOCK,
+        num_warps=4,
     )
     return dweight, B, K

@@ -2,10 +2,9 @@
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout, tiles
-from fusedres.triton_kernels.elementwise import scale_shift_relu, select_by_mask
+from fusedres.triton_kernels.elementwise import activation, affine, load_vector, select_by_mask
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -39,6 +38,8 @@ def conv1x1_backward_input_kernel(
     valid = row_tile * BM + row < P  # [BM, 1]
     valid_n = n < CIN
     base = row_tile.to(tl.int64) * BM
+    # every column tile makes the same dc; the first one writes it
+    written_rows = tl.where(column_tile == 0, P - row_tile * BM, 0)
 
     acc = tl.zeros((BM, BN), tl.float32)
     for k0 in range(0, COUT, BK):
@@ -50,17 +51,12 @@ def conv1x1_backward_input_kernel(
         if scale is not None or B is not None:
             ck = tl.load(c + base * COUT + place, mask=keep, other=0.0)
         if scale is not None:
-            s = tl.load(scale + k0 + k, mask=valid_k, other=0.0)
-            b = tl.load(shift + k0 + k, mask=valid_k, other=0.0)
-            grad = tl.where(scale_shift_relu(ck, s, b) <= 0, 0.0, grad)
-        grad = grad * tl.load(A + k0 + k, mask=valid_k, other=0.0)[None, :]
+            grad = tl.where(activation(ck, scale, shift, k0 + k, COUT) <= 0, 0.0, grad)
+        grad = grad * load_vector(A, k0 + k, COUT)
         if B is not None:
-            slope = tl.load(B + k0 + k, mask=valid_k, other=0.0)
-            level = tl.load(K + k0 + k, mask=valid_k, other=0.0)
-            grad += tl.fma(ck.to(tl.float32), slope[None, :], level[None, :])
+            grad += affine(ck, B, K, k0 + k, COUT)
         grad = grad.to(dc.dtype.element_ty)
-        # every column tile makes the same dc; the first one writes it
-        tl.store(dc + base * COUT + place, grad, mask=keep & (column_tile == 0))
+        tl.store(dc + base * COUT + place, grad, mask=(row < written_rows) & valid_k[None, :])
         w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
         w = tl.load(weight + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
         acc = tl.dot(grad, w, acc, input_precision=PRECISION)

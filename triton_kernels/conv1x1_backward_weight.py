@@ -3,11 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout, tiles
-from fusedres.triton_kernels.elementwise import scale_shift_relu, select_by_mask
+from fusedres.triton_kernels.elementwise import activation, load_vector, select_by_mask
 from fusedres.triton_kernels.merge import merge_sums
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -39,8 +38,6 @@ def conv1x1_backward_weight_kernel(
     row = tl.arange(0, BK)[:, None]
     valid_o = (o < COUT)[None, :]
     valid_i = (i < CIN)[None, :]
-    s = tl.load(scale + i, mask=i < CIN, other=0.0)
-    b = tl.load(shift + i, mask=i < CIN, other=0.0)
     base = split.to(tl.int64) * ROWS
     left = P - split * ROWS
 
@@ -54,17 +51,16 @@ def conv1x1_backward_weight_kernel(
             dz = select_by_mask(dz, mask + base // 8 * COUT, dy_place, valid & valid_o)
         a_place = (r0 + row) * CIN + i[None, :]  # [BK, BN]
         a = tl.load(c + base * CIN + a_place, mask=valid & valid_i, other=0.0)
-        a = scale_shift_relu(a, s, b)
+        a = activation(a, scale, shift, i, CIN)
         if center is not None:
-            m = tl.load(center + i, mask=i < CIN, other=0.0)
-            a = (a.to(tl.float32) - m[None, :]).to(c.dtype.element_ty)
+            a = (a.to(tl.float32) - load_vector(center, i, CIN)).to(c.dtype.element_ty)
         acc = tl.dot(tl.trans(dz), a, acc, input_precision=PRECISION)
         dbias += tl.sum(dz.to(tl.float32), 0)
 
     place = (split.to(tl.int64) * COUT + o[:, None]) * CIN + i[None, :]
     tl.store(partial_r + place, acc, mask=(o < COUT)[:, None] & valid_i)
-    first = tile % column_tiles == 0
-    tl.store(partial_dbias + split * COUT + o, dbias, mask=(o < COUT) & first)
+    written = tl.where(tile % column_tiles == 0, COUT, 0)  # by the first column tile
+    tl.store(partial_dbias + split.to(tl.int64) * COUT + o, dbias, mask=o < written)
 
 
 def conv1x1_backward_weight(

@@ -3,12 +3,11 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout, tiles
-from fusedres.triton_kernels.elementwise import pack_bits, relu, scale_shift_relu, tile_moments
+from fusedres.triton_kernels.elementwise import activation, affine, load_vector, pack_bits, relu, tile_moments
 from fusedres.triton_kernels.merge import merge_moments
 from fusedres.triton_kernels.relu_backward import relu_mask
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["P", "H", "W", "H_OUT", "W_OUT"])
@@ -64,25 +63,21 @@ def conv1x1_forward_kernel(
         a = tl.load(x_tile + k0, mask=valid[:, None] & valid_k[None, :], other=0.0)
         w = tl.load(w_tile + k0, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
         if in_scale is not None:
-            s = tl.load(in_scale + k0 + k, mask=valid_k, other=0.0)
-            b = tl.load(in_shift + k0 + k, mask=valid_k, other=0.0)
-            a = scale_shift_relu(a, s, b)
+            a = activation(a, in_scale, in_shift, k0 + k, CIN)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
 
     base = row_tile.to(tl.int64) * BM * COUT  # of the output tile; offsets inside it fit 32 bits
     inside = tl.arange(0, BM)[:, None] * COUT + n[None, :]  # [BM, BN]
     keep = valid[:, None] & valid_n[None, :]
     if bias is not None:
-        acc += tl.load(bias + n, mask=valid_n, other=0.0).to(tl.float32)[None, :]
+        acc += load_vector(bias, n, COUT).to(tl.float32)
     if scale is not None:
-        s = tl.load(scale + n, mask=valid_n, other=0.0)
-        acc = tl.fma(acc, s[None, :], tl.load(shift + n, mask=valid_n, other=0.0)[None, :])
+        acc = affine(acc, scale, shift, n, COUT)
     if residual is not None:
-        r = tl.load(residual + base + inside, mask=keep, other=0.0).to(tl.float32)
-        if residual_scale is not None:
-            s = tl.load(residual_scale + n, mask=valid_n, other=0.0)
-            r = tl.fma(r, s[None, :], tl.load(residual_shift + n, mask=valid_n, other=0.0)[None, :])
-        acc += r
+        r = tl.load(residual + base + inside, mask=keep, other=0.0)
+        acc += (
+            r.to(tl.float32) if residual_scale is None else affine(r, residual_scale, residual_shift, n, COUT)
+        )
     if RELU:
         acc = relu(acc)
     out = acc.to(y.dtype.element_ty)
@@ -93,7 +88,7 @@ def conv1x1_forward_kernel(
         keep_byte = valid[:, None] & (columns < COUT // 8)[None, :]
         tl.store(mask + base // 8 + byte, pack_bits(out, BM, BN), mask=keep_byte)
     if tile_mean is not None:
-        mean, m2 = tile_moments(out, valid, tl.minimum(P - row_tile * BM, BM))
+        mean, m2 = tile_moments(out, valid, tl.minimum(P - row_tile * BM, BM), BM)
         tl.store(tile_mean + row_tile.to(tl.int64) * COUT + n, mean, mask=valid_n)
         tl.store(tile_m2 + row_tile.to(tl.int64) * COUT + n, m2, mask=valid_n)
 

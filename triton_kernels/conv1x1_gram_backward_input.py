@@ -3,11 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout, tiles
-from fusedres.triton_kernels.elementwise import scale_shift_relu, select_by_mask
+from fusedres.triton_kernels.elementwise import activation, column_sums, load_vector, select_by_mask
 from fusedres.triton_kernels.merge import merge_sums
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -59,28 +58,23 @@ def conv1x1_gram_backward_input_kernel(
         for k0 in range(0, CIN, BK):
             valid_k = k0 + k < CIN
             ck = tl.load(c_tile + row * CIN + (k0 + k)[None, :], mask=valid & valid_k[None, :], other=0.0)
-            s = tl.load(scale + k0 + k, mask=valid_k, other=0.0)
-            b = tl.load(shift + k0 + k, mask=valid_k, other=0.0)
-            m = tl.load(center + k0 + k, mask=valid_k, other=0.0)
-            a = (scale_shift_relu(ck, s, b).to(tl.float32) - m[None, :]).to(c.dtype.element_ty)
+            a = activation(ck, scale, shift, k0 + k, CIN).to(tl.float32) - load_vector(center, k0 + k, CIN)
+            a = a.to(c.dtype.element_ty)
             w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
             w = tl.load(weight_a + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
-        acc += tl.load(offset + n, mask=valid_n, other=0.0)[None, :]
+        acc += load_vector(offset, n, CIN)
 
     keep = valid & valid_n[None, :]
     place = row * CIN + n[None, :]  # [BM, BN]
     cn = tl.load(c_tile + place, mask=keep, other=0.0)
-    s = tl.load(scale + n, mask=valid_n, other=0.0)
-    b = tl.load(shift + n, mask=valid_n, other=0.0)
-    dz = tl.where(scale_shift_relu(cn, s, b) <= 0, 0.0, acc).to(dz_below.dtype.element_ty)
+    dz = tl.where(activation(cn, scale, shift, n, CIN) <= 0, 0.0, acc).to(dz_below.dtype.element_ty)
     tl.store(dz_below + base * CIN + place, dz, mask=keep)
     dz = tl.where(keep, dz.to(tl.float32), 0.0)
-    m = tl.load(mean + n, mask=valid_n, other=0.0)
-    centered = tl.where(keep, cn.to(tl.float32) - m[None, :], 0.0)
+    centered = tl.where(keep, cn.to(tl.float32) - load_vector(mean, n, CIN), 0.0)
     sums = tile_sums + row_tile.to(tl.int64) * 2 * CIN + n
-    tl.store(sums, tl.sum(dz, 0), mask=valid_n)
-    tl.store(sums + CIN, tl.sum(dz * centered, 0), mask=valid_n)
+    tl.store(sums, column_sums(dz, BM), mask=valid_n)
+    tl.store(sums + CIN, column_sums(dz * centered, BM), mask=valid_n)
 
 
 def conv1x1_gram_backward_input(

@@ -11,10 +11,21 @@ def relu(z):
 
 
 @triton.jit
-def scale_shift_relu(c, scale, shift):
-    """The activation `relu(scale*c + shift)`, rounded to c's dtype: c [R, C], scale and shift [C]."""
-    z = tl.fma(c.to(tl.float32), scale[None, :], shift[None, :])
-    return relu(z).to(c.dtype)
+def load_vector(vector, i, size):
+    """Elements i of a channel vector as a row [1, C], 0 beyond its end."""
+    return tl.load(vector + i, mask=i < size, other=0.0)[None, :]
+
+
+@triton.jit
+def affine(c, scale, shift, i, size):
+    """`scale*c + shift` in float32: c [R, C], elements i of two channel vectors."""
+    return tl.fma(c.to(tl.float32), load_vector(scale, i, size), load_vector(shift, i, size))
+
+
+@triton.jit
+def activation(c, scale, shift, i, size):
+    """`relu(scale*c + shift)`, rounded to c's dtype: c [R, C], elements i of two channel vectors."""
+    return relu(affine(c, scale, shift, i, size)).to(c.dtype)
 
 
 @triton.jit
@@ -25,21 +36,15 @@ def select_by_mask(dy, mask, element, valid):
 
 
 @triton.jit
-def masked_gradient(dy, c, mask, element, valid, scale, shift):
-    """dz of tiles dy and c [R, C]: by `mask` if given, else by the sign of the activation if `scale` is, else dy."""
+def masked_gradient(dy, c, mask, element, valid, scale, shift, i, size):
+    """dz of tiles dy and c [R, C]: by `mask` if given, else by the activation's sign if `scale` is, else dy."""
     if mask is not None:
-        return select_by_mask(dy, mask, element, valid)
-    if scale is not None:
-        return tl.where(scale_shift_relu(c, scale, shift) <= 0, 0.0, dy).to(dy.dtype)
-    return dy
-
-
-@triton.jit
-def load_vector(vector, i, size):
-    """Elements i of a channel vector, 0 beyond its end; None where there is none."""
-    if vector is None:
-        return None
-    return tl.load(vector + i, mask=i < size, other=0.0)
+        dz = select_by_mask(dy, mask, element, valid)
+    elif scale is not None:
+        dz = tl.where(activation(c, scale, shift, i, size) <= 0, 0.0, dy).to(dy.dtype)
+    else:
+        dz = dy
+    return dz
 
 
 @triton.jit
@@ -51,13 +56,16 @@ def pack_bits(y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def tile_moments(y, valid, count):
-    """Mean and M2 = sum (y - mean)^2 of a tile's columns: y [R, C], valid [R], count = number of valid rows.
+def column_sums(x, ROWS: tl.constexpr):
+    """Sums [C] of the columns of x [ROWS, C], in two steps, so that no float32 sum has more than 16 terms a step."""
+    groups = x.reshape(ROWS // 16, 16, x.shape[1])
+    return tl.sum(tl.sum(groups, 1), 0)
 
-    The corrected two-pass algorithm (Chan, Golub & LeVeque 1983): what the deviations sum to is the mean's own error.
-    """
+
+@triton.jit
+def tile_moments(y, valid, count, ROWS: tl.constexpr):
+    """Mean and M2 = sum (y - mean)^2 of a tile's columns: y [ROWS, C], valid [ROWS], count = number of valid rows."""
     y = tl.where(valid[:, None], y.to(tl.float32), 0.0)
-    mean = tl.sum(y, 0) / count
+    mean = column_sums(y, ROWS) / count
     deviation = tl.where(valid[:, None], y - mean[None, :], 0.0)
-    error = tl.sum(deviation, 0)
-    return mean + error / count, tl.sum(deviation * deviation, 0) - error * error / count
+    return mean, column_sums(deviation * deviation, ROWS)

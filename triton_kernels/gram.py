@@ -3,11 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout, tiles
-from fusedres.triton_kernels.elementwise import scale_shift_relu, tile_moments
+from fusedres.triton_kernels.elementwise import activation, load_vector, tile_moments
 from fusedres.triton_kernels.merge import merge_sums
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -28,12 +27,12 @@ def gram_reference_kernel(
     row = step.to(tl.int64) * (P // count)
     valid = step < count
     a = tl.load(c + row[:, None] * CIN + i[None, :], mask=valid[:, None] & valid_i[None, :], other=0.0)
-    s = tl.load(scale + i, mask=valid_i, other=0.0)
-    b = tl.load(shift + i, mask=valid_i, other=0.0)
-    mean, m2 = tile_moments(scale_shift_relu(a, s, b), valid, count)
-    # Beyond 8 standard deviations a and its mean lie within a factor of 2, so that the difference is exact
-    # in a's own dtype (Sterbenz); below that the float32 products of a itself lose little to cancellation.
-    far = mean * mean * count > 64.0 * m2
+    mean, m2 = tile_moments(activation(a, scale, shift, i, CIN), valid, count, SAMPLE)
+    # A 16-bit a and a mean of more than 4 standard deviations mostly lie within a factor of 2, where the difference
+    # is exact in a's dtype (Sterbenz); below that, the float32 products of a itself lose little to cancellation.
+    far = mean * mean * count > 16.0 * m2
+    if c.dtype.element_ty == tl.float32:
+        far = mean == mean
     rounded = mean.to(c.dtype.element_ty).to(tl.float32)
     tl.store(reference + i, tl.where(far, rounded, 0.0), mask=valid_i)
 
@@ -62,10 +61,7 @@ def gram_kernel(
     i = tile_i * BN + tl.arange(0, BN)
     j = tile_j * BN + tl.arange(0, BN)
     row = tl.arange(0, BK)[:, None]
-    si, sj = tl.load(scale + i, mask=i < CIN, other=0.0), tl.load(scale + j, mask=j < CIN, other=0.0)
-    bi, bj = tl.load(shift + i, mask=i < CIN, other=0.0), tl.load(shift + j, mask=j < CIN, other=0.0)
-    ri = tl.load(reference + i, mask=i < CIN, other=0.0)
-    rj = tl.load(reference + j, mask=j < CIN, other=0.0)
+    ri, rj = load_vector(reference, i, CIN), load_vector(reference, j, CIN)
     tile = c + split.to(tl.int64) * ROWS * CIN
     left = P - split * ROWS
 
@@ -76,15 +72,16 @@ def gram_kernel(
         valid = r0 + row < left  # [BK, 1]
         ci = tl.load(tile + (r0 + row) * CIN + i[None, :], mask=valid & (i < CIN)[None, :], other=0.0)
         cj = tl.load(tile + (r0 + row) * CIN + j[None, :], mask=valid & (j < CIN)[None, :], other=0.0)
-        ai = tl.where(valid, scale_shift_relu(ci, si, bi).to(tl.float32) - ri[None, :], 0.0)
-        aj = tl.where(valid, scale_shift_relu(cj, sj, bj).to(tl.float32) - rj[None, :], 0.0)
+        ai = tl.where(valid, activation(ci, scale, shift, i, CIN).to(tl.float32) - ri, 0.0)
+        aj = tl.where(valid, activation(cj, scale, shift, j, CIN).to(tl.float32) - rj, 0.0)
         sums += tl.sum(ai, 0).to(tl.float64)
         left_operand = tl.trans(ai.to(c.dtype.element_ty))
         products += tl.dot(left_operand, aj.to(c.dtype.element_ty), input_precision=PRECISION).to(tl.float64)
 
     place = (split.to(tl.int64) * CIN + i[:, None]) * CIN + j[None, :]
+    written = tl.where(tile_i == tile_j, CIN, 0)  # by the diagonal tiles
     tl.store(partial_products + place, products.to(tl.float32), mask=(i < CIN)[:, None] & (j < CIN)[None, :])
-    tl.store(partial_sums + split * CIN + i, sums.to(tl.float32), mask=(i < CIN) & (tile_i == tile_j))
+    tl.store(partial_sums + split * CIN + i, sums.to(tl.float32), mask=i < written)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -96,20 +93,18 @@ def gram_finish_kernel(
     S,  # [CIN, CIN], out
     P,
     CIN: tl.constexpr,
-    BN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    upper = i // BN <= j // BN
-    product = tl.load(products + tl.where(upper, i * CIN + j, j * CIN + i), mask=j < CIN, other=0.0)
+    product = tl.load(products + tl.where(i <= j, i * CIN + j, j * CIN + i), mask=j < CIN, other=0.0)
     di = tl.load(sums + i) / P
     dj = tl.load(sums + j, mask=j < CIN, other=0.0) / P
     # d - d is 0, or NaN where a channel has an Inf: its deviations from the mean are NaN
     second = product / P - di * dj + (di - di) + (dj - dj)
     tl.store(S + i * CIN + j, second.to(S.dtype.element_ty), mask=j < CIN)
     mean = tl.load(reference + j, mask=j < CIN, other=0.0).to(tl.float64) + dj
-    tl.store(m + j, mean.to(m.dtype.element_ty), mask=(j < CIN) & (i == 0))
+    tl.store(m + j, mean.to(m.dtype.element_ty), mask=j < tl.where(i == 0, CIN, 0))
 
 
 def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +147,6 @@ def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         S,
         total,
         CIN=cin,
-        BN=tile.bn,
         BLOCK=block,
         num_warps=4,
     )

@@ -11,7 +11,11 @@ def rows(x: Tensor) -> int:
 
 def nhwc(x: Tensor) -> Tensor:
     """x [N, C, H, W] with the C values of a position side by side and positions dense; a copy where they are not."""
-    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous(memory_format=torch.channels_last)
+    return (
+        x
+        if x.is_contiguous(memory_format=torch.channels_last)
+        else x.contiguous(memory_format=torch.channels_last)
+    )
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -3,13 +3,12 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout
 from fusedres.triton_kernels.tiles import MERGE_ROWS
+from torch import Tensor
 
-BLOCK_ROWS = 32
-BLOCK_COLUMNS = 32
+BLOCK_ROWS = 16
+BLOCK_COLUMNS = 128
 
 
 @triton.jit(do_not_specialize=["T", "W"])
@@ -28,7 +27,7 @@ def merge_sums_kernel(
     w = tl.program_id(0) * BC + tl.arange(0, BC)
     first = tl.program_id(1) * SPAN
     sums = tl.zeros((BC,), tl.float64)
-    for t0 in range(0, SPAN, BT):
+    for t0 in range(0, tl.minimum(SPAN, T - first), BT):
         t = first + t0 + tl.arange(0, BT)
         keep = (t < T)[:, None] & (w < W)[None, :]
         part = tl.load(partials + t.to(tl.int64)[:, None] * W + w[None, :], mask=keep, other=0.0)
@@ -57,7 +56,7 @@ def merge_moments_kernel(
     first = tl.program_id(1) * SPAN
     total = tl.zeros((BC,), tl.float64)
     squares = tl.zeros((BC,), tl.float64)
-    for t0 in range(0, SPAN, BT):
+    for t0 in range(0, tl.minimum(SPAN, T - first), BT):
         t = first + t0 + tl.arange(0, BT)
         keep = (t < T)[:, None] & (i < C)[None, :]
         place = t.to(tl.int64)[:, None] * C + i[None, :]
@@ -137,5 +136,7 @@ def merge_moments(tile_mean: Tensor, tile_m2: Tensor, total: int, tile_rows: int
     if groups > 1:
         power_sums = merge_sums(power_sums, dtype=torch.float64)
     mean, var = (layout.empty((channels,), tile_mean) for _ in range(2))
-    finish_moments_kernel[(triton.cdiv(channels, 128),)](power_sums, mean, var, total, channels, BC=128, num_warps=4)
+    finish_moments_kernel[(triton.cdiv(channels, 128),)](
+        power_sums, mean, var, total, channels, BC=128, num_warps=4
+    )
     return mean, var

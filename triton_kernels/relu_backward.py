@@ -3,10 +3,9 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fusedres.triton_kernels import layout
 from fusedres.triton_kernels.elementwise import pack_bits, select_by_mask
+from torch import Tensor
 
 BLOCK_BYTES = 128  # 1024 elements a program: 8 a thread, one 16-byte load of a 2-byte dtype
 

@@ -80,7 +80,11 @@ class TritonOps:
         reason = self._device_reason(tensor)
         if reason is not None or tensor.dim() != 4:
             return reason
-        if any(isinstance(t, Tensor) and t.dim() == 4 and t.dtype != tensor.dtype for t in args if t is not tensor):
+        if any(
+            isinstance(t, Tensor) and t.dim() == 4 and t.dtype != tensor.dtype
+            for t in args
+            if t is not tensor
+        ):
             mixed = {t.dtype for t in args if isinstance(t, Tensor) and t.dim() == 4} - {torch.uint8}
             if len(mixed) > 1:
                 return "mixed_dtypes"
@@ -91,7 +95,9 @@ class TritonOps:
         if tensor.numel() // tensor.shape[1] > MAX_ROWS:
             return "too_many_rows"
         # TF32 would round a and W differently in the statistics than in the product
-        return "float32_product" if op in PRODUCTS and tensor.is_cuda and tensor.dtype == torch.float32 else None
+        return (
+            "float32_product" if op in PRODUCTS and tensor.is_cuda and tensor.dtype == torch.float32 else None
+        )
 
     def _device_reason(self, tensor: Tensor) -> str | None:
         if tensor.dtype not in DTYPES:
