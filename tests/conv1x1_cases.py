@@ -43,6 +43,7 @@ VALUES = (
     Conv1x1Case("bias30", (3, 24, 9, 9), bias_before=30.0),
     Conv1x1Case("bias1000", (3, 24, 9, 9), bias_before=1000.0),
     Conv1x1Case("dy_mean1", (3, 24, 9, 9), dy_mean=1.0),
+    Conv1x1Case("dy_mean1_P1100", (2, 16, 22, 25), cout=24, dy_mean=1.0),
     Conv1x1Case("dy_mean1_bias30", (3, 24, 9, 9), dy_mean=1.0, bias_before=30.0),
     Conv1x1Case("dy_mean1_bias1000", (3, 24, 9, 9), dy_mean=1.0, bias_before=1000.0),
     Conv1x1Case("zero_gamma", (2, 24, 5, 7), zero_gamma=True),

@@ -12,7 +12,7 @@ from torch import Tensor
 @triton.jit(do_not_specialize=["P"])
 def bn_stats_kernel(
     c,  # [P, C]
-    tile_mean,  # [ceil(P / ROWS), C]
+    tile_mean,  # [ceil(P / ROWS), C] float64
     tile_m2,
     P,
     C: tl.constexpr,
@@ -35,7 +35,7 @@ def bn_stats(c: Tensor) -> tuple[Tensor, Tensor]:
     """mean and biased variance [C] in float32 of c [N, C, H, W], not empty."""
     channels, total = c.shape[1], layout.rows(c)
     row_tiles = triton.cdiv(total, tiles.REDUCTION_ROWS)
-    tile_mean, tile_m2 = (layout.empty((row_tiles, channels), c, torch.float32) for _ in range(2))
+    tile_mean, tile_m2 = (layout.empty((row_tiles, channels), c, t) for t in (torch.float64, torch.float32))
     bn_stats_kernel[(row_tiles * triton.cdiv(channels, tiles.REDUCTION_COLUMNS),)](
         layout.nhwc(c),
         tile_mean,

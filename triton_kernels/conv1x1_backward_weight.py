@@ -8,6 +8,9 @@ from fusedres.triton_kernels.elementwise import activation, load_vector, select_
 from fusedres.triton_kernels.merge import merge_sums
 from torch import Tensor
 
+# bfloat16 would round a - center to 8 bits, where dz*a is exact in float32: there the float64 merge subtracts
+EARLY_CENTER = (torch.float16, torch.float32)
+
 
 @triton.jit(do_not_specialize=["P"])
 def conv1x1_backward_weight_kernel(
@@ -73,8 +76,7 @@ def conv1x1_backward_weight(
 ) -> tuple[Tensor, Tensor]:
     """`Rc = dz^T (a - center)` [Cout, Cin] and dbias [Cout] in float32; dy [N, Cout, H, W], c [N, Cin, H, W]."""
     cout, cin, total = dy.shape[1], c.shape[1], layout.rows(c)
-    # bfloat16 would round a - center to 8 bits, where dz*a is exact in float32; there the float64 merge subtracts
-    early = c.dtype != torch.bfloat16
+    early = c.dtype in EARLY_CENTER
     tile = tiles.weight_tile(cout, cin)
     split_rows = tiles.weight_rows(cin)
     splits = triton.cdiv(total, split_rows)

@@ -24,7 +24,7 @@ def conv1x1_forward_kernel(
     residual_shift,
     y,  # [P, COUT]
     mask,  # [P, COUT // 8] or None
-    tile_mean,  # [ceil(P / BM), COUT] or None
+    tile_mean,  # [ceil(P / BM), COUT] float64, or None
     tile_m2,
     P,
     H,
@@ -120,7 +120,8 @@ def conv1x1_forward(
     # a row's bits end at a byte only where cout is a multiple of 8; else they are packed from y
     mask = layout.empty((y.numel() // 8,), x, torch.uint8) if save_mask and cout % 8 == 0 else None
     tile_mean, tile_m2 = (
-        layout.empty((row_tiles, cout), x, torch.float32) if save_stats else None for _ in range(2)
+        layout.empty((row_tiles, cout), x, dtype) if save_stats else None
+        for dtype in (torch.float64, torch.float32)
     )
     conv1x1_forward_kernel[(row_tiles * triton.cdiv(cout, tile.bn),)](
         layout.nhwc(x),

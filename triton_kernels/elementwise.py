@@ -64,8 +64,14 @@ def column_sums(x, ROWS: tl.constexpr):
 
 @triton.jit
 def tile_moments(y, valid, count, ROWS: tl.constexpr):
-    """Mean and M2 = sum (y - mean)^2 of a tile's columns: y [ROWS, C], valid [ROWS], count = number of valid rows."""
+    """Mean in float64 and M2 = sum (y - mean)^2 of the columns of y [ROWS, C], over its `count` rows `valid` [ROWS].
+
+    The corrected two-pass algorithm (Chan, Golub & LeVeque 1983): what the deviations sum to is the error of the
+    float32 mean, which would otherwise enter the variance between tiles.
+    """
     y = tl.where(valid[:, None], y.to(tl.float32), 0.0)
     mean = column_sums(y, ROWS) / count
     deviation = tl.where(valid[:, None], y - mean[None, :], 0.0)
-    return mean, column_sums(deviation * deviation, ROWS)
+    error = column_sums(deviation, ROWS)
+    m2 = column_sums(deviation * deviation, ROWS) - error * error / count
+    return mean.to(tl.float64) + error.to(tl.float64) / count, m2

@@ -28,6 +28,7 @@ def gram_reference_kernel(
     valid = step < count
     a = tl.load(c + row[:, None] * CIN + i[None, :], mask=valid[:, None] & valid_i[None, :], other=0.0)
     mean, m2 = tile_moments(activation(a, scale, shift, i, CIN), valid, count, SAMPLE)
+    mean = mean.to(tl.float32)
     # A 16-bit a and a mean of more than 4 standard deviations mostly lie within a factor of 2, where the difference
     # is exact in a's dtype (Sterbenz); below that, the float32 products of a itself lose little to cancellation.
     far = mean * mean * count > 16.0 * m2

@@ -41,7 +41,7 @@ def merge_sums_kernel(
 
 @triton.jit(do_not_specialize=["T", "P", "C"])
 def merge_moments_kernel(
-    tile_mean,  # [T, C] of ROWS rows each, the last one of what is left of P
+    tile_mean,  # [T, C] float64, of ROWS rows each, the last one of what is left of P
     tile_m2,  # [T, C]: sum (value - tile_mean)^2
     out,  # [ceil(T / SPAN), 2, C] float64: sum value, sum value^2
     T,
@@ -135,7 +135,7 @@ def merge_moments(tile_mean: Tensor, tile_m2: Tensor, total: int, tile_rows: int
     )
     if groups > 1:
         power_sums = merge_sums(power_sums, dtype=torch.float64)
-    mean, var = (layout.empty((channels,), tile_mean) for _ in range(2))
+    mean, var = (layout.empty((channels,), tile_m2) for _ in range(2))
     finish_moments_kernel[(triton.cdiv(channels, 128),)](
         power_sums, mean, var, total, channels, BC=128, num_warps=4
     )
