@@ -272,7 +272,6 @@ class RawOps(Protocol):
         weight_a: Tensor | None = None,
         center: Tensor | None = None,
         offset: Tensor | None = None,
-        dz_mean: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Input gradient of a 1x1 convolution under BN whose output was never stored, through the ReLU below.
 
@@ -282,9 +281,6 @@ class RawOps(Protocol):
         dy [N, Cout, H, W]; c, vectors: the BN below, `a = relu(scale*c + shift)`, rounded;
         weight_dz [Cout, Cin], weight_a [Cin, Cin], center, offset [Cin] in the accumulation dtype.
         weight_a, center and offset are None together: frozen statistics.
-        dz_mean [Cout], if known, E[dz]: a backend that rounds weight_dz to the activation dtype needs it in
-        training. There da has mean 0 in every channel, because `offset` cancels `E[dz] weight_dz`; with rounded
-        weights it no longer does, and every row is off by the same amount, which the two sums add up.
         """
 
     def conv1x1_backward_input(

@@ -163,7 +163,6 @@ class GramBackward(NamedTuple):
     weight_a: Tensor | None
     center: Tensor | None
     offset: Tensor | None
-    dz_mean: Tensor | None
     eager: Tensor  # [N, Cin, H, W], the gradient of the activation
 
 
@@ -182,10 +181,10 @@ def gram_backward(inputs: Inputs, case: Conv1x1Case, a: Tensor, dz: Tensor) -> G
     weight_dz = inputs.vector((A[:, None] * w).flatten()).view(case.cout, -1)
     if "frozen" in case.form:
         dc = A[:, None, None].to(inputs.acc) * dz
-        return GramBackward(weight_dz, *(None,) * 4, F.conv_transpose2d(dc.to(case.dtype), weight))
+        return GramBackward(weight_dz, *(None,) * 3, F.conv_transpose2d(dc.to(case.dtype), weight))
     B = -A * invstd**2 * (dz64 * (c3 - mean)).sum(0) / rows
     weight_a = inputs.vector((w.t() @ (B[:, None] * w)).flatten()).view(a64.shape[1], -1)
-    vectors = (inputs.vector(t) for t in (m, -(A * sum_dz / rows) @ w, sum_dz / rows))
+    vectors = (inputs.vector(t) for t in (m, -(A * sum_dz / rows) @ w))
     eager_c3 = F.conv2d(a, weight)
     if eager_c3.numel() == 0 or case.special:  # nothing to compare, or NaN everywhere
         return GramBackward(weight_dz, weight_a, *vectors, torch.zeros_like(a))
@@ -213,7 +212,7 @@ def check_conv1x1_gram_backward_input(ops: Any, case: Conv1x1Case) -> None:
     if "training" in case.form and as_rows(a).shape[0] == 1:
         return  # F.batch_norm refuses one row in training
     g = gram_backward(inputs, case, a, dz)
-    args = dy, mask, c, v, *g[:5]
+    args = dy, mask, c, v, *g[:4]
     dz_below, *sums = run(ops, "conv1x1_gram_backward_input", inputs, *args)
     assert dz_below.dtype == case.dtype
     keep = ~(a <= 0)

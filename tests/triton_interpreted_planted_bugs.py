@@ -59,12 +59,6 @@ BUGS = {
         "float16",
         ROUND_R,
     ),
-    "rounded_weights_without_their_mean": (
-        "conv1x1_gram_backward_input",
-        "dy_mean1_P1100-training_mask",
-        "float16",
-        (("if offset is not None and dz_mean is not None:", "if False:"),),
-    ),
     "relu_that_drops_nan": (
         "conv1x1_forward",
         "nan_inf_C17-prologue_projection_mask",

@@ -88,16 +88,10 @@ def conv1x1_gram_backward_input(
     weight_a: Tensor | None = None,
     center: Tensor | None = None,
     offset: Tensor | None = None,
-    dz_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz_below [N, Cin, H, W] and its two sums [Cin]; dy [N, Cout, H, W], c like dz_below, not empty."""
     cout, cin = weight_dz.shape
     total = layout.rows(c)
-    rounded = weight_dz.to(c.dtype)
-    if offset is not None and dz_mean is not None:
-        # The rounded weights times the mean of dz would shift every row alike, and so add up in the sums.
-        error = weight_dz.double() - rounded.double()
-        offset = (offset.double() + dz_mean.double() @ error).to(offset.dtype)
     tile = tiles.output_tile(tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin)
     row_tiles = triton.cdiv(total, tile.bm)
     dz_below = layout.empty(tuple(c.shape), c)
@@ -109,7 +103,7 @@ def conv1x1_gram_backward_input(
         mean,
         scale,
         shift,
-        rounded.contiguous(),
+        weight_dz.to(c.dtype).contiguous(),
         None if weight_a is None else weight_a.to(c.dtype).contiguous(),
         center,
         offset,

@@ -226,7 +226,7 @@ class ReferenceOps:
         return dz.t() @ (a if center is None else a - center), dz.sum(0)
 
     def conv1x1_gram_backward_input(
-        self, dy, mask, c, vectors, weight_dz, weight_a=None, center=None, offset=None, dz_mean=None
+        self, dy, mask, c, vectors, weight_dz, weight_a=None, center=None, offset=None
     ):
         n, _, h, w = c.shape
         dz = dy if mask is None else self.relu_backward(dy, mask)

@@ -221,12 +221,12 @@ class TritonOps:
             return launchers().conv1x1_backward_weight(dy, mask, c, scale, shift, center)
 
     def conv1x1_gram_backward_input(
-        self, dy, mask, c, vectors, weight_dz, weight_a=None, center=None, offset=None, dz_mean=None
+        self, dy, mask, c, vectors, weight_dz, weight_a=None, center=None, offset=None
     ):
         below = vectors.mean, vectors.scale, vectors.shift
         with on_device_of(c):
             return launchers().conv1x1_gram_backward_input(
-                dy, mask, c, *below, weight_dz, weight_a, center, offset, dz_mean
+                dy, mask, c, *below, weight_dz, weight_a, center, offset
             )
 
     def conv1x1_backward_input(
