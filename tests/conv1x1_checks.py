@@ -1,8 +1,8 @@
-"""One check per fused 1x1 op, for any backend: `CHECKS[op](ops, case)` raises AssertionError where it is wrong.
+"""One check per fused 1x1 op, for any backend: `CHECKS[op](ops, case)` raises AssertionError on a wrong one.
 
-Exact values are float64, from the activation that the backend's own `bn_add_relu_forward` gives, rounded as the
-contract has it. The yardstick is what eager PyTorch makes of that activation in the tested dtype: convolution, BN,
-addition and ReLU apart, every result rounded.
+Exact values are float64, from the activation that the backend's own `bn_add_relu_forward` gives, rounded as
+the contract has it. The yardstick is what eager PyTorch makes of that activation in the tested dtype:
+convolution, BN, addition and ReLU apart, every result rounded.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def check_conv1x1_backward_weight(ops: Any, case: Conv1x1Case) -> None:
 
 
 class GramBackward(NamedTuple):
-    """Arguments of `conv1x1_gram_backward_input` beside the activations, and what eager makes of the same step."""
+    """Arguments of `conv1x1_gram_backward_input` beside the activations, and eager's result of the step."""
 
     weight_dz: Tensor
     weight_a: Tensor | None
@@ -228,7 +228,7 @@ def check_conv1x1_gram_backward_input(ops: Any, case: Conv1x1Case) -> None:
 
 
 def assert_sums_of_rows(sums: list[Tensor], eager: Tensor, exact: Tensor, c: Tensor, mean: Tensor) -> None:
-    """The two channel sums, on the scale of what they add up: in training `sum dz_below` is near 0 in exact terms."""
+    """The two channel sums, on the scale of their terms: in training the exact `sum dz_below` is near 0."""
     terms = exact, exact * (c.double() - row(mean))
     for what, found, e, x in zip(
         ("sum_dz", "sum_dz_centered"), sums, eager_batch_norm_backward(eager, c, mean), terms, strict=True
@@ -240,7 +240,7 @@ def assert_sums_of_rows(sums: list[Tensor], eager: Tensor, exact: Tensor, c: Ten
 
 def check_conv1x1_backward_input(ops: Any, case: Conv1x1Case) -> None:
     inputs, form = Inputs(case), case.form
-    n, cin, h, w = case.shape
+    n, _, h, w = case.shape
     c = inputs.first = inputs.activation((n, case.cout, h, w), case.mean_over_std)
     dy = inputs.dy((n, case.cout, h, w))
     v = inputs.vectors(c, frozen="frozen" in form)

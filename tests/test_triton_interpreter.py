@@ -1,7 +1,7 @@
 """Triton's kernels without a GPU: the files `triton_interpreted_*.py`, each in a process of its own.
 
-Triton reads TRITON_INTERPRET when it is imported, and the interpreted backend must not serve the CPU tensors of the
-other tests.
+Triton reads TRITON_INTERPRET when it is imported, and the interpreted backend must not serve the CPU tensors
+of the other tests.
 """
 
 import os

@@ -125,7 +125,7 @@ def test_empty_batch_goes_to_the_next_backend(op):
 
 
 def test_the_late_center_of_bfloat16(monkeypatch):
-    """bfloat16 subtracts center*dbias after the product; the interpreter has no bfloat16, so float32 goes that way."""
+    """bfloat16 subtracts center*dbias after the product; interpreted, float32 goes that way."""
     from fusedres.triton_kernels import conv1x1_backward_weight as module
 
     monkeypatch.setattr(module, "EARLY_CENTER", ())

@@ -1,4 +1,4 @@
-"""Bugs planted in the kernels' sources, each of which a check has to catch. Run like `triton_interpreted_ops.py`."""
+"""Bugs planted in the kernels' sources; a check has to catch each. Run like `triton_interpreted_ops.py`."""
 
 import importlib.util
 import sys
@@ -10,9 +10,8 @@ import pytest
 import raw_op_cases
 import raw_op_checks
 import torch
-from triton_harness import checked_margins, served_by_triton
-
 from fusedres.triton_kernels import launchers
+from triton_harness import checked_margins, served_by_triton
 
 ROUND_R = (
     (

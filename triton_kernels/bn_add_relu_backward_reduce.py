@@ -1,4 +1,4 @@
-"""The channel sums of BN's backward: `sum dz`, `sum dz*(c - mean)`, and the latter for a projection shortcut."""
+"""The channel sums of BN's backward: `sum dz`, `sum dz*(c - mean)`, the latter for a projection too."""
 
 import torch
 import triton

@@ -75,7 +75,7 @@ def unpool(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dz [ROWS, COLUMNS] in float32: the sum of dy over the windows whose maximum stood at each input element."""
+    """dz [ROWS, COLUMNS] in float32: per input element, dy of the windows it is the maximum of."""
     windows: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
     image = row // W // H
     h, w = row // W % H + PADDING, row % W + PADDING
@@ -175,7 +175,7 @@ def _backward(
     pool: tuple[int, int, int],
     rows: int,
 ) -> None:
-    """Launches the backward kernel: (dy, indices, c), (mean, tile_sums), (A, B, K, dc), window, rows of a tile."""
+    """Launches the backward kernel: (dy, indices, c), (mean, tile_sums), (A, B, K, dc), window, tile rows."""
     dy, indices, c = gradient
     kernel_size, stride, padding = pool
     _, channels, height, width = c.shape

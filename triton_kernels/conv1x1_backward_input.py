@@ -1,4 +1,4 @@
-"""BN backward as the prologue of a 1x1 convolution's input gradient, the shortcut's gradient in its epilogue."""
+"""Input gradient of a 1x1 convolution: BN backward as prologue, the shortcut's gradient in the epilogue."""
 
 import triton
 import triton.language as tl

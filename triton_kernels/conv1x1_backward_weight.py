@@ -74,7 +74,7 @@ def conv1x1_backward_weight(
     shift: Tensor,
     center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`Rc = dz^T (a - center)` [Cout, Cin] and dbias [Cout] in float32; dy [N, Cout, H, W], c [N, Cin, H, W]."""
+    """`Rc = dz^T (a - center)` [Cout, Cin], dbias [Cout], float32; dy [N, Cout, H, W], c [N, Cin, H, W]."""
     cout, cin, total = dy.shape[1], c.shape[1], layout.rows(c)
     early = c.dtype in EARLY_CENTER
     tile = tiles.weight_tile(cout, cin)

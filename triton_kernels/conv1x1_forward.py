@@ -1,4 +1,4 @@
-"""1x1 convolution as a GEMM over NHWC rows, with a BN+ReLU prologue and a statistics or BN+add+ReLU epilogue."""
+"""1x1 convolution as a GEMM over NHWC rows: BN+ReLU prologue, statistics or BN+add+ReLU epilogue."""
 
 import torch
 import triton

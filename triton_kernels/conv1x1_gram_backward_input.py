@@ -1,4 +1,4 @@
-"""Input gradient of a 1x1 convolution under BN whose output was never stored (the Gram identity's backward)."""
+"""Input gradient of a 1x1 convolution under BN whose output was never stored: the Gram identity."""
 
 import torch
 import triton

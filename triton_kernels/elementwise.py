@@ -30,14 +30,14 @@ def activation(c, scale, shift, i, size):
 
 @triton.jit
 def select_by_mask(dy, mask, element, valid):
-    """`dz = where(bit, dy, 0)`; `element` is dy's place, counted from the element of bit 0 of `mask`'s first byte."""
+    """`dz = where(bit, dy, 0)`; `element` counts from the element of bit 0 of `mask`'s first byte."""
     byte = tl.load(mask + (element >> 3), mask=valid, other=0)
     return tl.where(((byte >> (element & 7).to(tl.uint8)) & 1) != 0, dy, 0.0).to(dy.dtype)
 
 
 @triton.jit
 def masked_gradient(dy, c, mask, element, valid, scale, shift, i, size):
-    """dz of tiles dy and c [R, C]: by `mask` if given, else by the activation's sign if `scale` is, else dy."""
+    """dz of tiles dy and c [R, C]: by `mask` if given, else by the activation if `scale` is, else dy."""
     if mask is not None:
         dz = select_by_mask(dy, mask, element, valid)
     elif scale is not None:
@@ -57,17 +57,17 @@ def pack_bits(y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def column_sums(x, ROWS: tl.constexpr):
-    """Sums [C] of the columns of x [ROWS, C], in two steps, so that no float32 sum has more than 16 terms a step."""
+    """Sums [C] of the columns of x [ROWS, C] in two steps, so that no float32 sum has more than 16 terms."""
     groups = x.reshape(ROWS // 16, 16, x.shape[1])
     return tl.sum(tl.sum(groups, 1), 0)
 
 
 @triton.jit
 def tile_moments(y, valid, count, ROWS: tl.constexpr):
-    """Mean in float64 and M2 = sum (y - mean)^2 of the columns of y [ROWS, C], over its `count` rows `valid` [ROWS].
+    """Mean in float64 and M2 = sum (y - mean)^2 of the columns of y [ROWS, C], over its `count` valid rows.
 
-    The corrected two-pass algorithm (Chan, Golub & LeVeque 1983): what the deviations sum to is the error of the
-    float32 mean, which would otherwise enter the variance between tiles.
+    The corrected two-pass algorithm (Chan, Golub & LeVeque 1983): what the deviations sum to is the error of
+    the float32 mean, which would otherwise enter the variance between tiles.
     """
     y = tl.where(valid[:, None], y.to(tl.float32), 0.0)
     mean = column_sums(y, ROWS) / count

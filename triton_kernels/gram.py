@@ -1,4 +1,4 @@
-"""First two moments of an activation made in the prologue: `m = E[a]` and the centred `S = E[(a-m)(a-m)^T]`."""
+"""First two moments of an activation made in the prologue: `m = E[a]`, `S = E[(a-m)(a-m)^T]`."""
 
 import torch
 import triton
@@ -29,8 +29,8 @@ def gram_reference_kernel(
     a = tl.load(c + row[:, None] * CIN + i[None, :], mask=valid[:, None] & valid_i[None, :], other=0.0)
     mean, m2 = tile_moments(activation(a, scale, shift, i, CIN), valid, count, SAMPLE)
     mean = mean.to(tl.float32)
-    # A 16-bit a and a mean of more than 4 standard deviations mostly lie within a factor of 2, where the difference
-    # is exact in a's dtype (Sterbenz); below that, the float32 products of a itself lose little to cancellation.
+    # A 16-bit a and a mean of more than 4 standard deviations mostly lie within a factor of 2, where their
+    # difference is exact in a's dtype (Sterbenz); below that, products of a lose little to cancellation.
     far = mean * mean * count > 16.0 * m2
     if c.dtype.element_ty == tl.float32:
         far = mean == mean
@@ -109,7 +109,7 @@ def gram_finish_kernel(
 
 
 def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """m [Cin] and S [Cin, Cin] in float32 of `a = relu(scale*c + shift)`, rounded; c [N, Cin, H, W], not empty."""
+    """m [Cin], S [Cin, Cin], float32, of `a = relu(scale*c + shift)`, rounded; c [N, Cin, H, W] not empty."""
     c = layout.nhwc(c)
     cin, total = c.shape[1], layout.rows(c)
     reference = layout.empty((cin,), c, torch.float32)

@@ -10,7 +10,7 @@ def rows(x: Tensor) -> int:
 
 
 def nhwc(x: Tensor) -> Tensor:
-    """x [N, C, H, W] with the C values of a position side by side and positions dense; a copy where they are not."""
+    """x [N, C, H, W] itself if C values lie side by side and positions are dense, else such a copy."""
     return (
         x
         if x.is_contiguous(memory_format=torch.channels_last)
@@ -25,5 +25,5 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
 
 
 def precision(x: Tensor) -> str:
-    """`input_precision` of tl.dot: float32 operands are multiplied as they are; 16-bit ones have one way only."""
+    """`input_precision` of tl.dot: float32 operands are multiplied unrounded; others have one way."""
     return "ieee" if x.dtype == torch.float32 else "tf32"

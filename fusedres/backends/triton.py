@@ -1,7 +1,7 @@
 """Every raw op that Triton kernels serve: CUDA tensors, and CPU tensors under TRITON_INTERPRET=1.
 
-Triton itself is imported at the first op that is served. Maths and shapes are in `fusedres.raw_ops`; kernels and
-launchers, which know nothing of fusedres, in `fusedres.triton_kernels`.
+Triton itself is imported at the first op that is served. Maths and shapes are in `fusedres.raw_ops`; kernels
+and launchers, which know nothing of the rest of fusedres, in `fusedres.triton_kernels`.
 """
 
 from __future__ import annotations
