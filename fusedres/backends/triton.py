@@ -80,14 +80,9 @@ class TritonOps:
         reason = self._device_reason(tensor)
         if reason is not None or tensor.dim() != 4:
             return reason
-        if any(
-            isinstance(t, Tensor) and t.dim() == 4 and t.dtype != tensor.dtype
-            for t in args
-            if t is not tensor
-        ):
-            mixed = {t.dtype for t in args if isinstance(t, Tensor) and t.dim() == 4} - {torch.uint8}
-            if len(mixed) > 1:
-                return "mixed_dtypes"
+        activations = {t.dtype for t in args if isinstance(t, Tensor) and t.dim() == 4}
+        if len(activations - {torch.uint8}) > 1:
+            return "mixed_dtypes"
         if tensor.numel() == 0:
             return "empty"
         if not tensor.is_contiguous(memory_format=torch.channels_last):
