@@ -13,11 +13,11 @@ pytest.importorskip("triton")
 
 import triton
 import triton_resources
-from triton_resources import ARCHITECTURES, compile_entry, entries, read_table
+from triton_resources import compile_entry, entries, read_table
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a program, in bytes
 ENTRIES = {entry.id: entry for entry in entries()}
-ROWS = [(entry_id, architecture) for entry_id in ENTRIES for architecture in ARCHITECTURES]
+ROWS = [(entry.id, architecture) for entry in ENTRIES.values() for architecture in entry.architectures]
 TABLE = read_table()
 
 

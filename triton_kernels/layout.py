@@ -24,6 +24,11 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
 
 
+def capability(x: Tensor) -> int:
+    """Major compute capability of x's device, 0 on a CPU."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
+
+
 def precision(x: Tensor) -> str:
     """`input_precision` of tl.dot: float32 operands are multiplied unrounded; others have one way."""
     return "ieee" if x.dtype == torch.float32 else "tf32"

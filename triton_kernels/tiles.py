@@ -88,6 +88,12 @@ def output_tile(table: tuple[GemmTile, ...], columns: int) -> GemmTile:
     return next((tile for tile in table if tile.bn >= columns), table[-1])
 
 
+def forward_tile(cout: int, save_stats: bool, capability: int) -> GemmTile:
+    """On Blackwell (compute capability 10) the statistics of 128 columns spill: it takes 64 there."""
+    narrow = save_stats and capability == 10
+    return output_tile(CONV1X1_FORWARD[:2] if narrow else CONV1X1_FORWARD, cout)
+
+
 def weight_tile(cout: int, cin: int) -> GemmTile:
     if max(cout, cin) <= 32:
         return CONV1X1_BACKWARD_WEIGHT[0]
