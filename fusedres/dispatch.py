@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 from fusedres.backends import native
@@ -24,9 +25,17 @@ from fusedres.raw_ops import RAW_OPS, RawOps
 ENVIRONMENT_VARIABLE = "FUSEDRES_BACKEND"
 AUTO = "auto"
 
+
+def _load_triton() -> RawOps:
+    from fusedres.backends.triton import TritonOps
+
+    return cast(RawOps, TritonOps())
+
+
 # fastest first, the reference last; a backend that this installation or machine does not have is absent
 LOADERS: dict[str, Callable[[], RawOps]] = {
     **native.loaders(),
+    **({"triton": _load_triton} if find_spec("triton") else {}),
     "reference": cast(Callable[[], RawOps], ReferenceOps),
 }
 

@@ -22,7 +22,8 @@ BUILDS = ROOT / "build" / "cuda_host"
 MODULE = "fusedres_cuda_host"
 FLAGS = {
     "plain": "-O1",
-    "address": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,vptr,object-size -fno-sanitize-recover=undefined",
+    "address": "-O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,vptr,object-size"
+    " -fno-sanitize-recover=undefined",
     "thread": "-O1 -g1 -fsanitize=thread",
 }
 PRELOAD = {"plain": (), "address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}

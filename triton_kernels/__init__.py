@@ -1,4 +1,4 @@
-"""Triton kernels of fusedres, installed as `fusedres.triton_kernels`; imports torch, triton and itself only."""
+"""Triton kernels of fusedres, installed as `fusedres.triton_kernels`; imports torch, triton and itself."""
 
 if __name__ != "fusedres.triton_kernels":
     raise ImportError(

@@ -200,7 +200,7 @@ class ReferenceOps:
         a = x if in_scale is None else activation(x, in_scale, in_shift)
         conv = F.conv2d(a.to(acc), weight.to(acc), None if bias is None else bias.to(acc), stride)
         if scale is None:
-            scale, shift = torch.ones_like(conv[0, :, 0, 0]), torch.zeros_like(conv[0, :, 0, 0])
+            scale, shift = conv.new_ones(conv.shape[1]), conv.new_zeros(conv.shape[1])
         z, _ = self.bn_add_relu_forward(
             conv,
             scale,
@@ -215,10 +215,11 @@ class ReferenceOps:
         return Conv1x1Output(y, pack_mask(~(y <= 0)) if save_mask else None, mean, var)
 
     def gram(self, c, scale, shift):
-        a = rows_by_channels(activation(c, scale, shift)).to(scale.dtype)  # [P, Cin]
+        a = rows_by_channels(activation(c, scale, shift)).double()  # [P, Cin]
         m = a.mean(0)
         centered = a - m
-        return m, centered.t() @ centered / a.shape[0]
+        upper = (centered.t() @ centered / a.shape[0]).triu()
+        return m.to(scale.dtype), (upper + upper.triu(1).t()).to(scale.dtype)
 
     def conv1x1_backward_weight(self, dy, mask, c, scale, shift, center=None):
         dz = dy if mask is None else self.relu_backward(dy, mask)
@@ -235,7 +236,8 @@ class ReferenceOps:
         da = rows_by_channels(dz).to(weight_dz.dtype) @ weight_dz  # [P, Cin]
         if weight_a is not None:
             da = da + (a - center) @ weight_a + offset
-        dz_below = torch.where(a <= 0, 0, da).to(c.dtype).view(n, h, w, -1).permute(0, 3, 1, 2)
+        dz_below = torch.where(a <= 0, 0, da).view(n, h, w, c.shape[1]).permute(0, 3, 1, 2)
+        dz_below = torch.empty_like(c).copy_(dz_below)
         return dz_below, *sums(dz_below, c, vectors.mean)
 
     def conv1x1_backward_input(

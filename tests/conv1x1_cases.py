@@ -1,0 +1,105 @@
+"""Inputs for the checks of the fused 1x1 convolutions and the Gram product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from raw_op_cases import Case, Inputs
+from torch import Tensor
+
+from fusedres.backends.reference import ReferenceOps
+from fusedres.raw_ops import BatchNormVectors
+
+
+@dataclass(frozen=True)
+class Conv1x1Case(Case):
+    """`shape` is that of the convolution's input, [N, Cin, H, W]."""
+
+    cout: int = 40
+    bias_before: float = 0.0  # of the BN whose ReLU makes the activation: its mean over its deviation
+    zero_gamma: bool = False  # of the BN after the convolution
+
+
+SHAPES = (
+    Conv1x1Case("C3to17", (2, 3, 5, 7), cout=17),
+    Conv1x1Case("C17to24", (3, 17, 4, 5), cout=24),
+    Conv1x1Case("C24to8", (1, 24, 3, 3), cout=8),
+    Conv1x1Case("C40to136", (1, 40, 6, 7), cout=136),
+    Conv1x1Case("C130to33", (1, 130, 3, 5), cout=33),
+    Conv1x1Case("P1", (1, 24, 1, 1)),
+    Conv1x1Case("P127", (1, 16, 1, 127)),
+    Conv1x1Case("P128", (2, 16, 8, 8)),
+    Conv1x1Case("P129", (1, 16, 3, 43)),
+    Conv1x1Case("P1100", (2, 16, 22, 25), cout=24),
+    Conv1x1Case("N0", (0, 24, 5, 7)),
+)
+LAYOUTS = tuple(
+    Conv1x1Case(layout, (2, 24, 5, 7), layout)
+    for layout in ("offset", "nchw", "mixed", "expanded", "padded_rows")
+)
+VALUES = (
+    Conv1x1Case("bias5", (3, 24, 9, 9), bias_before=5.0),
+    Conv1x1Case("bias30", (3, 24, 9, 9), bias_before=30.0),
+    Conv1x1Case("bias1000", (3, 24, 9, 9), bias_before=1000.0),
+    Conv1x1Case("dy_mean1", (3, 24, 9, 9), dy_mean=1.0),
+    Conv1x1Case("dy_mean1_P1100", (2, 16, 22, 25), cout=24, dy_mean=1.0),
+    Conv1x1Case("dy_mean1_bias30", (3, 24, 9, 9), dy_mean=1.0, bias_before=30.0),
+    Conv1x1Case("dy_mean1_bias1000", (3, 24, 9, 9), dy_mean=1.0, bias_before=1000.0),
+    Conv1x1Case("zero_gamma", (2, 24, 5, 7), zero_gamma=True),
+    Conv1x1Case("nan_inf", (2, 24, 5, 7), special=True),
+    Conv1x1Case("nan_inf_C17", (2, 17, 5, 7), cout=33, special=True),
+)
+
+# The optional parts of each op; the first is the richest.
+FORMS = {
+    "conv1x1_forward": (
+        "prologue_projection_mask",
+        "prologue_identity_mask",
+        "prologue_mask",
+        "prologue_stats",
+        "bias_stats",
+        "stride2_stats",
+        "stride2_prologue_bias_identity",
+        "raw",
+    ),
+    "gram": ("",),
+    "conv1x1_backward_weight": ("mask_center", "mask", "center"),
+    "conv1x1_gram_backward_input": ("training_mask", "frozen_mask", "training", "frozen"),
+    "conv1x1_backward_input": ("identity_mask", "identity", "relu", "no_relu", "frozen_identity_mask"),
+}
+
+
+def cases_of(op: str) -> Iterator[Conv1x1Case]:
+    """Every case of one op, dtype and device still to be chosen with `dataclasses.replace`."""
+    for case in SHAPES + LAYOUTS + VALUES:
+        for form in FORMS[op]:
+            yield replace(case, form=form)
+
+
+def weight_of(inputs: Inputs, case: Conv1x1Case) -> Tensor:
+    """[Cout, Cin, 1, 1], scaled so that an output's deviation is near its input's."""
+    cin = case.shape[1]
+    values = inputs.random((case.cout, cin, 1, 1)) / cin**0.5
+    return inputs.place(values, (cin, 1, 1, 1), case.dtype)
+
+
+def vectors_before(inputs: Inputs, c: Tensor, case: Conv1x1Case) -> BatchNormVectors:
+    """BN vectors of c (its finite values) with bias `bias_before` and more, one weight 0 and one negative."""
+    channels = c.shape[1]
+    finite = c.detach().double().cpu().nan_to_num(0.0, 0.0, 0.0)
+    mean, var = (t.nan_to_num(1.0).to(inputs.acc) for t in ReferenceOps().bn_stats(finite))
+    weight, bias = 1 + 0.3 * inputs.random((channels,)), case.bias_before + 0.5 * inputs.random((channels,))
+    weight[-1] *= -1
+    weight[channels // 2] = 0
+    made = ReferenceOps().bn_scale_shift(mean, var, weight, bias, 1e-5)
+    return BatchNormVectors(*(inputs.vector(v) for v in made))
+
+
+def as_rows(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # [N, C, H, W] -> [P, C]
+
+
+def as_image(x: Tensor, like: Tensor) -> Tensor:
+    n, _, h, w = like.shape
+    return x.reshape(n, h, w, x.shape[1]).permute(0, 3, 1, 2)  # [P, C] -> [N, C, H, W]

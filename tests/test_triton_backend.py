@@ -1,0 +1,80 @@
+"""Which calls the Triton backend takes, with the reason against the others; nothing is launched here."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fusedres.backends.triton import SERVED, TritonOps
+from fusedres.dispatch import dispatcher
+from fusedres.raw_ops import RAW_OPS
+
+NHWC = torch.channels_last
+
+
+def interpreted():
+    ops = TritonOps()
+    ops.interpreted = True
+    return ops
+
+
+def activation(*shape, dtype=torch.float16, memory_format=NHWC):
+    return torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
+
+
+def test_serves_every_raw_op_but_library_convolutions():
+    assert set(RAW_OPS) - set(SERVED) == {"conv_bias_add_relu_forward"}
+    assert all(hasattr(TritonOps, op) for op in SERVED)
+
+
+def test_cpu_tensors_only_under_the_interpreter(monkeypatch):
+    c = activation(2, 8, 3, 3)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert TritonOps().supports("bn_stats", c) == "device_cpu"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert TritonOps().supports("bn_stats", c) is None
+    assert interpreted().supports("bn_stats", c.to("meta")) == "device_meta"
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "reason"),
+    [
+        ("bn_stats", (activation(2, 8, 3, 3, dtype=torch.float64),), "dtype_float64"),
+        ("bn_stats", (activation(2, 8, 3, 3, dtype=torch.bfloat16),), "bfloat16_interpreted"),
+        ("bn_stats", (activation(0, 8, 3, 3),), "empty"),
+        ("bn_stats", (activation(2, 8, 3, 3, memory_format=torch.contiguous_format),), "not_channels_last"),
+        ("bn_stats", (activation(2, 8, 3, 6)[..., ::2],), "not_channels_last"),
+        ("bn_stats", (torch.empty((2**31, 1, 1, 1), dtype=torch.float16),), "too_many_rows"),
+        ("conv1x1_forward", (activation(2, 8, 3, 3), torch.zeros(4, 8, 1, 1)), "mixed_dtypes"),
+        ("bn_relu_maxpool_backward_reduce", (activation(0, 8, 2, 2), None, activation(0, 8, 4, 4)), "empty"),
+        ("conv_bias_add_relu_forward", (activation(2, 8, 3, 3),), "no_triton_kernel"),
+        ("bn_scale_shift", (torch.zeros(8), torch.ones(8), None, None, 1e-5), None),
+        (
+            "bn_scale_shift",
+            (torch.zeros(8).double(), torch.ones(8).double(), None, None, 1e-5),
+            "dtype_float64",
+        ),
+        ("gram", (activation(2, 8, 3, 3), torch.ones(8), torch.ones(8)), None),
+    ],
+)
+def test_reason(op, arguments, reason):
+    assert interpreted().supports(op, *arguments) == reason
+
+
+def test_dispatcher_explains_and_falls_back():
+    c = torch.randn(2, 8, 3, 3)
+    ops = dispatcher("triton")
+    assert ops.explain("bn_stats", c) == [("triton", "device_cpu"), ("reference", None)]
+    mean, _ = ops.bn_stats(c)
+    assert torch.equal(mean, dispatcher("reference").bn_stats(c)[0])
+
+
+def test_triton_is_imported_at_the_first_served_op():
+    code = (
+        "import sys, torch; from fusedres.dispatch import dispatcher;"
+        "dispatcher().bn_stats(torch.randn(2, 3, 4, 4)); assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)

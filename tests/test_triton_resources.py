@@ -1,0 +1,77 @@
+"""What every Triton kernel takes of a GPU, for sm_80, sm_90 and sm_100, by ahead-of-time compilation.
+
+The table `triton_resources.json` is checked in. Rows whose source changed are compiled again;
+FUSEDRES_RECOMPILE=1 compiles all of them. A row that differs from the table fails:
+`python -P tests/triton_resources.py` writes it anew.
+"""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+import triton_resources
+from triton_resources import compile_entry, entries, read_table
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a program, in bytes
+ENTRIES = {entry.id: entry for entry in entries()}
+ROWS = [(entry.id, architecture) for entry in ENTRIES.values() for architecture in entry.architectures]
+TABLE = read_table()
+
+
+def row_of(version, entry_id, architecture):
+    key = f"{entry_id} sm_{architecture}"
+    assert key in TABLE[version], f"{key} is not in the table: python -P tests/triton_resources.py"
+    return TABLE[version][key]
+
+
+def test_two_versions_of_triton_are_in_the_table():
+    assert "3.6.0" in TABLE and len(TABLE) >= 2
+    for version, rows in TABLE.items():
+        expected = {f"{entry_id} sm_{architecture}" for entry_id, architecture in ROWS}
+        assert set(rows) == expected, f"rows of Triton {version} are not those of the kernels"
+
+
+@pytest.mark.parametrize("version", TABLE)
+@pytest.mark.parametrize(("entry_id", "architecture"), ROWS)
+def test_row(version, entry_id, architecture):
+    entry, row = ENTRIES[entry_id], row_of(version, entry_id, architecture)
+    assert row["hash"] == entry.hash(), (
+        f"the source changed: run tests/triton_resources.py with Triton {version}"
+    )
+    assert row["spills"] == 0
+    assert row["warnings"] == []
+    assert row["registers"] <= 255
+    assert row["shared"] <= SHARED_LIMIT[architecture]
+    if entry.product:
+        assert row["wgmma" if architecture == 90 else "mma"] > 0, "no tensor core instruction"
+        assert row["async_copies"] > 0, "the loads are not asynchronous"
+
+
+@pytest.mark.skipif(triton.__version__ not in TABLE, reason=f"no rows of Triton {triton.__version__}")
+def test_changed_rows_compile_to_what_the_table_says():
+    """Where no source changed, one small kernel is compiled, to show that the table is the compiler's."""
+    recompile_all = os.environ.get("FUSEDRES_RECOMPILE") == "1"
+    for entry_id, architecture in ROWS:
+        entry, row = ENTRIES[entry_id], row_of(triton.__version__, entry_id, architecture)
+        if recompile_all or row["hash"] != entry.hash() or entry_id == "bn_stats":
+            assert compile_entry(entry, architecture) == row, f"{entry_id} sm_{architecture}"
+
+
+def test_statistics_tiles_do_not_depend_on_tuning():
+    tiles = triton_resources.tiles
+    for table in (tiles.CONV1X1_FORWARD, tiles.CONV1X1_GRAM_BACKWARD_INPUT):
+        assert {tile.bm for tile in table} == {tiles.STATISTICS_ROWS}
+    assert tiles.STATISTICS_ROWS % 8 == tiles.REDUCTION_ROWS % 8 == 0
+
+
+def test_partials_stay_small():
+    tiles = triton_resources.tiles
+    for cin in (16, 24, 64, 128, 256, 512):
+        bn = tiles.output_tile(tiles.GRAM, cin).bn
+        count = -(-cin // bn)
+        partial = 4 * bn * bn * count * (count + 1) // 2
+        assert partial <= 0.05 * 2 * cin * tiles.gram_rows(cin, bn)
+        assert 4 * cin <= 0.07 * 2 * tiles.weight_rows(cin)

@@ -1,0 +1,71 @@
+"""The Triton backend under test: outputs inside poisoned margins, and proof that Triton served the calls."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from raw_op_cases import Case
+from torch import Tensor
+
+from fusedres.backends.reference import ReferenceOps
+from fusedres.backends.triton import TritonOps
+from fusedres.dispatch import Dispatcher
+
+MARGIN = 256  # elements before and after every tensor that a launcher makes
+PATTERN = 0xA5  # every byte of a margin
+
+
+@contextmanager
+def checked_margins() -> Iterator[None]:
+    """Within, each tensor a launcher makes lies between margins that are checked at the end.
+
+    The tensor itself starts as bytes that read as a large value or NaN, so an element never written is seen.
+    """
+    layout = importlib.import_module("fusedres.triton_kernels.layout")
+    plain, made = layout.empty, []
+
+    def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        tensor = plain(shape, like, dtype)
+        width = tensor.element_size()
+        buffer = torch.full(((tensor.numel() + 2 * MARGIN) * width,), 0xFF, dtype=torch.uint8)
+        buffer[: MARGIN * width] = buffer[buffer.numel() - MARGIN * width :] = PATTERN
+        made.append((buffer, MARGIN * width))
+        return buffer.view(tensor.dtype).as_strided(shape, tensor.stride(), MARGIN)
+
+    layout.empty = empty
+    try:
+        yield
+    finally:
+        layout.empty = plain
+    assert made, "no launcher made a tensor"
+    for buffer, margin in made:
+        outside = torch.cat((buffer[:margin], buffer[buffer.numel() - margin :]))
+        assert (outside == PATTERN).all(), "a kernel wrote outside its output"
+
+
+class CountingOps(TritonOps):
+    """Counts the calls that Triton serves, by op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: list[tuple[str, str | None]] = []
+
+    def supports(self, op: str, *args: Any) -> str | None:
+        reason = super().supports(op, *args)
+        self.reasons.append((op, reason))
+        return reason
+
+
+@contextmanager
+def served_by_triton(case: Case) -> Iterator[Dispatcher]:
+    """Triton, then the reference; afterwards, that no call fell back but for the reason the case is about."""
+    triton = CountingOps()
+    assert triton.interpreted, "needs TRITON_INTERPRET=1"
+    yield Dispatcher((triton, ReferenceOps()))
+    assert triton.reasons, "no op was called"
+    expected = {"empty", None} if 0 in case.shape else {None}
+    assert {reason for _, reason in triton.reasons} <= expected, triton.reasons

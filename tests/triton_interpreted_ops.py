@@ -1,0 +1,135 @@
+"""Every raw op of the Triton backend under Triton's interpreter, in fp16 and fp32.
+
+Run by `test_triton_interpreter.py` with TRITON_INTERPRET=1, or by hand:
+    TRITON_INTERPRET=1 pytest tests/triton_interpreted_ops.py
+The interpreter is slow, so each op runs on the forms and values where kernels go wrong, not on their product.
+"""
+
+from dataclasses import replace
+
+import conv1x1_cases
+import conv1x1_checks
+import pytest
+import raw_op_cases
+import raw_op_checks
+import torch
+from triton_harness import checked_margins, served_by_triton
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+CASES = {
+    "bn_stats": ("C3", "C130", "P1", "rows2000", "offset", "mean_over_std1000", "nan_inf"),
+    "bn_scale_shift": ("C17-affine", "C130-half_weight", "C24-weight_only", "C3-bias_only", "C1-plain"),
+    "bn_add_relu_forward": (
+        "C17-projection_mask",
+        "C130-identity_mask",
+        "mixed-identity_mask",
+        "expanded-projection_mask",
+        "P1-mask",
+        "nan_inf_C17-projection_mask",
+        "C24-activation",
+        "C3-identity_no_relu",
+    ),
+    "bn_add_relu_backward_reduce": (
+        "C17-projection_mask",
+        "C130-mask",
+        "offset-relu",
+        "rows2000-mask",
+        "nan_inf-relu",
+        "C3-no_relu",
+        "expanded-mask",
+        "mean_over_std1000-projection_no_relu",
+    ),
+    "bn_backward_coefficients": ("C17-training", "C130-frozen", "dy_mean1-training"),
+    "bn_add_relu_backward_input": (
+        "C17-projection_mask",
+        "C130-projection_frozen_mask",
+        "offset-identity_mask",
+        "C3-identity_no_relu",
+        "nan_inf_C17-relu",
+        "mixed-relu_frozen",
+    ),
+    "relu_backward": ("C17", "C130", "offset", "nan_inf"),
+    "bn_layer": ("C24-identity", "mean_over_std30-plain", "P1-identity"),
+    "bn_relu_maxpool_forward": ("C17-3x3s2p1", "nan_inf-3x3s2p1", "C3-5x5s3p2", "C64-2x2s2p0"),
+    "bn_relu_maxpool_backward_reduce": ("C17-3x3s2p1", "offset-5x5s3p2"),
+    "bn_relu_maxpool_backward_input": ("C17-3x3s2p1", "nan_inf-3x3s1p1", "C64-3x3s2p1_frozen"),
+    "conv1x1_forward": (
+        "C17to24-prologue_projection_mask",
+        "C40to136-prologue_identity_mask",
+        "C3to17-prologue_mask",
+        "P129-prologue_stats",
+        "C130to33-bias_stats",
+        "C17to24-stride2_stats",
+        "mixed-stride2_prologue_bias_identity",
+        "nan_inf_C17-prologue_projection_mask",
+        "bias1000-prologue_stats",
+        "offset-raw",
+    ),
+    "gram": ("C3to17", "C130to33", "P1", "P129", "P1100", "bias5", "bias30", "bias1000", "nan_inf"),
+    "conv1x1_backward_weight": (
+        "C3to17-mask_center",
+        "C40to136-mask_center",
+        "P1100-mask",
+        "mixed-center",
+        "dy_mean1_bias30-mask_center",
+        "dy_mean1_bias1000-mask_center",
+        "nan_inf_C17-mask",
+    ),
+    "conv1x1_gram_backward_input": (
+        "C17to24-training_mask",
+        "C130to33-training_mask",
+        "P129-frozen_mask",
+        "expanded-training_mask",
+        "bias30-training_mask",
+        "dy_mean1_P1100-training_mask",
+        "dy_mean1_bias1000-training_mask",
+        "zero_gamma-training_mask",
+        "nan_inf_C17-frozen",
+    ),
+    "conv1x1_backward_input": (
+        "C17to24-identity_mask",
+        "C130to33-identity_mask",
+        "P129-relu",
+        "mixed-frozen_identity_mask",
+        "nan_inf-no_relu",
+    ),
+}
+
+
+def selected():
+    for op, names in CASES.items():
+        source = conv1x1_cases if op in conv1x1_checks.CHECKS else raw_op_cases
+        every = {str(case): case for case in source.cases_of(op)}
+        for name in names:
+            for dtype in DTYPES:
+                yield pytest.param(op, replace(every[name], dtype=DTYPES[dtype]), id=f"{op}-{name}-{dtype}")
+
+
+@pytest.mark.parametrize(("op", "case"), selected())
+def test_op(op, case):
+    checks = {**raw_op_checks.CHECKS, **conv1x1_checks.CHECKS}
+    with checked_margins(), served_by_triton(case) as ops:
+        checks[op](ops, case)
+
+
+@pytest.mark.parametrize("op", ["bn_stats", "bn_add_relu_forward", "gram", "conv1x1_forward"])
+def test_empty_batch_goes_to_the_next_backend(op):
+    source, checks = (
+        (conv1x1_cases, conv1x1_checks.CHECKS)
+        if op in conv1x1_checks.CHECKS
+        else (raw_op_cases, raw_op_checks.CHECKS)
+    )
+    case = next(case for case in source.cases_of(op) if case.id == "N0")
+    with served_by_triton(case) as ops:
+        checks[op](ops, case)
+
+
+def test_the_late_center_of_bfloat16(monkeypatch):
+    """bfloat16 subtracts center*dbias after the product; interpreted, float32 goes that way."""
+    from fusedres.triton_kernels import conv1x1_backward_weight as module
+
+    monkeypatch.setattr(module, "EARLY_CENTER", ())
+    every = {str(case): case for case in conv1x1_cases.cases_of("conv1x1_backward_weight")}
+    case = replace(every["dy_mean1-mask_center"], dtype=torch.float32)
+    with checked_margins(), served_by_triton(case) as ops:
+        conv1x1_checks.CHECKS["conv1x1_backward_weight"](ops, case)

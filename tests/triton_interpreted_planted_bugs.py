@@ -1,0 +1,117 @@
+"""Bugs planted in the kernels' sources; a check has to catch each. Run like `triton_interpreted_ops.py`."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+
+import conv1x1_cases
+import conv1x1_checks
+import pytest
+import raw_op_cases
+import raw_op_checks
+import torch
+from triton_harness import checked_margins, served_by_triton
+
+from fusedres.triton_kernels import launchers
+
+ROUND_R = (
+    (
+        "tl.store(partial_r + place, acc,",
+        "tl.store(partial_r + place, acc.to(c.dtype.element_ty).to(tl.float32),",
+    ),
+    ("EARLY_CENTER = (torch.float16, torch.float32)", "EARLY_CENTER = ()"),
+)
+# id: (op, case, dtype, replacements in the op's source)
+BUGS = {
+    "dropped_mask_in_weight_gradient": (
+        "conv1x1_backward_weight",
+        "C3to17-mask_center",
+        "float16",
+        (("if mask is not None:", "if False:"),),
+    ),
+    "dropped_mask_in_input_gradient": (
+        "conv1x1_gram_backward_input",
+        "C17to24-training_mask",
+        "float16",
+        (("if mask is not None:", "if False:"),),
+    ),
+    "dropped_mask_of_the_shortcut": (
+        "conv1x1_backward_input",
+        "C17to24-identity_mask",
+        "float32",
+        (("if shortcut_mask is not None:", "if False:"),),
+    ),
+    "wrong_column_tile_offset": (
+        "conv1x1_forward",
+        "C40to136-prologue_identity_mask",
+        "float16",
+        (("column_tiles) * BN + tl.arange(0, BN)", "column_tiles) * (BN - 1) + tl.arange(0, BN)"),),
+    ),
+    "statistics_over_padded_rows": (
+        "conv1x1_forward",
+        "P129-prologue_stats",
+        "float16",
+        (("tile_moments(out, valid,", "tile_moments(out, rows >= 0,"),),
+    ),
+    "rounded_raw_weight_gradient": (
+        "conv1x1_backward_weight",
+        "dy_mean1_bias30-mask_center",
+        "float16",
+        ROUND_R,
+    ),
+    "relu_that_drops_nan": (
+        "conv1x1_forward",
+        "nan_inf_C17-prologue_projection_mask",
+        "float16",
+        (("acc = relu(acc)", "acc = tl.where(acc > 0, acc, 0.0)"),),
+    ),
+    "store_past_the_last_element": (
+        "bn_add_relu_forward",
+        "C17-projection_mask",
+        "float16",
+        (
+            (
+                "tl.store(y + base + place, out, mask=valid)",
+                "tl.store(y + base + place, out, mask=place <= N - base)",
+            ),
+        ),
+    ),
+    "uncentred_gram": (
+        "gram",
+        "bias1000",
+        "float16",
+        (("far = mean * mean * count > 16.0 * m2", "far = mean != mean"),),
+    ),
+    "last_maximum_instead_of_first": (
+        "bn_relu_maxpool_forward",
+        "C64-2x2s2p0",
+        "float16",
+        (("(a > best)", "(a >= best)"),),
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug, tmp_path, monkeypatch):
+    op, name, dtype, replacements = BUGS[bug]
+    module = sys.modules[getattr(launchers, op).__module__]
+    with open(module.__file__) as file:
+        source = file.read()
+    for old, new in replacements:
+        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__file__}"
+        source = source.replace(old, new)
+    path = tmp_path / "planted.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("planted", path)
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    cases, checks = (
+        (conv1x1_cases, conv1x1_checks) if op in conv1x1_checks.CHECKS else (raw_op_cases, raw_op_checks)
+    )
+    case = next(case for case in cases.cases_of(op) if str(case) == name)
+    case = replace(case, dtype=getattr(torch, dtype))
+    with served_by_triton(case) as ops, checked_margins():
+        checks.CHECKS[op](ops, case)  # sound as it stands
+    monkeypatch.setattr(launchers, op, getattr(planted, op))
+    with pytest.raises(AssertionError), served_by_triton(case) as ops, checked_margins():
+        checks.CHECKS[op](ops, case)

@@ -1,0 +1,120 @@
+"""Input gradient of a 1x1 convolution: BN backward as prologue, the shortcut's gradient in the epilogue."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedres.triton_kernels import layout, tiles
+from fusedres.triton_kernels.elementwise import activation, affine, load_vector, select_by_mask
+
+
+@triton.jit(do_not_specialize=["P"])
+def conv1x1_backward_input_kernel(
+    dy,  # [P, COUT], gradient of the activation
+    c,  # [P, COUT], raw output of this convolution
+    scale,  # [COUT] or None: no ReLU, dz = dy
+    shift,
+    A,  # [COUT], dc = A*dz + B*c + K
+    B,  # [COUT] or None with K: frozen statistics
+    K,
+    weight,  # [COUT, CIN]
+    shortcut_dy,  # [P, CIN] or None
+    shortcut_mask,  # packed bits over shortcut_dy, or None
+    dx,  # [P, CIN]
+    dc,  # [P, COUT], side output
+    P,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (CIN + BN - 1) // BN
+    row_tile = tl.program_id(0) // column_tiles
+    column_tile = tl.program_id(0) % column_tiles
+    row = tl.arange(0, BM)[:, None]
+    n = column_tile * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    valid = row_tile * BM + row < P  # [BM, 1]
+    valid_n = n < CIN
+    base = row_tile.to(tl.int64) * BM
+    # every column tile makes the same dc; the first one writes it
+    written_rows = tl.where(column_tile == 0, P - row_tile * BM, 0)
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, COUT, BK):
+        valid_k = k0 + k < COUT
+        keep = valid & valid_k[None, :]
+        place = row * COUT + (k0 + k)[None, :]  # [BM, BK]
+        dz = tl.load(dy + base * COUT + place, mask=keep, other=0.0)
+        grad = dz.to(tl.float32)
+        if scale is not None or B is not None:
+            ck = tl.load(c + base * COUT + place, mask=keep, other=0.0)
+        if scale is not None:
+            grad = tl.where(activation(ck, scale, shift, k0 + k, COUT) <= 0, 0.0, grad)
+        grad = grad * load_vector(A, k0 + k, COUT)
+        if B is not None:
+            grad += affine(ck, B, K, k0 + k, COUT)
+        grad = grad.to(dc.dtype.element_ty)
+        tl.store(dc + base * COUT + place, grad, mask=(row < written_rows) & valid_k[None, :])
+        w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
+        w = tl.load(weight + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
+        acc = tl.dot(grad, w, acc, input_precision=PRECISION)
+
+    place = row * CIN + n[None, :]  # [BM, BN]
+    keep = valid & valid_n[None, :]
+    if shortcut_dy is not None:
+        side = tl.load(shortcut_dy + base * CIN + place, mask=keep, other=0.0)
+        if shortcut_mask is not None:
+            side = select_by_mask(side, shortcut_mask + base // 8 * CIN, place, keep)
+        acc += side.to(tl.float32)
+    tl.store(dx + base * CIN + place, acc.to(dx.dtype.element_ty), mask=keep)
+
+
+def conv1x1_backward_input(
+    dy: Tensor,
+    c: Tensor,
+    activation: tuple[Tensor, Tensor] | None,
+    coefficients: tuple[Tensor, Tensor | None, Tensor | None],
+    weight: Tensor,
+    shortcut_dy: Tensor | None = None,
+    shortcut_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dx [N, Cin, H, W] and dc [N, Cout, H, W]; dy and c like dc, not empty.
+
+    Args:
+        activation: scale and shift of the ReLU between dy and c, None without one.
+        coefficients: A, B, K of `dc = A*dz + B*c + K`.
+    """
+    n, cout, height, width = c.shape
+    cin = weight.shape[1]
+    dx, dc = layout.empty((n, cin, height, width), c), layout.empty(tuple(c.shape), c)
+    scale, shift = activation if activation is not None else (None, None)
+    A, B, K = coefficients
+    tile = tiles.output_tile(tiles.CONV1X1_BACKWARD_INPUT, cin)
+    total = layout.rows(c)
+    conv1x1_backward_input_kernel[(triton.cdiv(total, tile.bm) * triton.cdiv(cin, tile.bn),)](
+        layout.nhwc(dy),
+        layout.nhwc(c),
+        scale,
+        shift,
+        A,
+        B,
+        K,
+        weight.reshape(cout, cin).contiguous(),
+        None if shortcut_dy is None else layout.nhwc(shortcut_dy),
+        shortcut_mask,
+        dx,
+        dc,
+        total,
+        CIN=cin,
+        COUT=cout,
+        PRECISION=layout.precision(c),
+        BM=tile.bm,
+        BN=tile.bn,
+        BK=tile.bk,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return dx, dc

@@ -1,0 +1,108 @@
+"""Raw weight gradient `R = dz^T a` of a 1x1 convolution in float32, both operands made in the prologue."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedres.triton_kernels import layout, tiles
+from fusedres.triton_kernels.elementwise import activation, load_vector, select_by_mask
+from fusedres.triton_kernels.merge import merge_sums
+
+# bfloat16 would round a - center to 8 bits, where dz*a is exact in float32: there the float64 merge subtracts
+EARLY_CENTER = (torch.float16, torch.float32)
+
+
+@triton.jit(do_not_specialize=["P"])
+def conv1x1_backward_weight_kernel(
+    dy,  # [P, COUT]
+    mask,  # packed bits of y, or None: dz = dy
+    c,  # [P, CIN]
+    scale,  # [CIN], a = relu(scale*c + shift)
+    shift,
+    center,  # [CIN] or None: a is taken as it is
+    partial_r,  # [ceil(P / ROWS), COUT, CIN]
+    partial_dbias,  # [ceil(P / ROWS), COUT]
+    P,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (CIN + BN - 1) // BN
+    tiles: tl.constexpr = (COUT + BM - 1) // BM * column_tiles
+    # the tiles of one split run side by side: dy and c come from L2 for all but the first
+    split = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    o = (tile // column_tiles) * BM + tl.arange(0, BM)
+    i = (tile % column_tiles) * BN + tl.arange(0, BN)
+    row = tl.arange(0, BK)[:, None]
+    valid_o = (o < COUT)[None, :]
+    valid_i = (i < CIN)[None, :]
+    base = split.to(tl.int64) * ROWS
+    left = P - split * ROWS
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    dbias = tl.zeros((BM,), tl.float32)
+    for r0 in range(0, tl.minimum(left, ROWS), BK):
+        valid = r0 + row < left  # [BK, 1]
+        dy_place = (r0 + row) * COUT + o[None, :]  # [BK, BM]
+        dz = tl.load(dy + base * COUT + dy_place, mask=valid & valid_o, other=0.0)
+        if mask is not None:
+            dz = select_by_mask(dz, mask + base // 8 * COUT, dy_place, valid & valid_o)
+        a_place = (r0 + row) * CIN + i[None, :]  # [BK, BN]
+        a = tl.load(c + base * CIN + a_place, mask=valid & valid_i, other=0.0)
+        a = activation(a, scale, shift, i, CIN)
+        if center is not None:
+            a = (a.to(tl.float32) - load_vector(center, i, CIN)).to(c.dtype.element_ty)
+        acc = tl.dot(tl.trans(dz), a, acc, input_precision=PRECISION)
+        dbias += tl.sum(dz.to(tl.float32), 0)
+
+    place = (split.to(tl.int64) * COUT + o[:, None]) * CIN + i[None, :]
+    tl.store(partial_r + place, acc, mask=(o < COUT)[:, None] & valid_i)
+    written = tl.where(tile % column_tiles == 0, COUT, 0)  # by the first column tile
+    tl.store(partial_dbias + split.to(tl.int64) * COUT + o, dbias, mask=o < written)
+
+
+def conv1x1_backward_weight(
+    dy: Tensor,
+    mask: Tensor | None,
+    c: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    center: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`Rc = dz^T (a - center)` [Cout, Cin], dbias [Cout], float32; dy [N, Cout, H, W], c [N, Cin, H, W]."""
+    cout, cin, total = dy.shape[1], c.shape[1], layout.rows(c)
+    early = c.dtype in EARLY_CENTER
+    tile = tiles.weight_tile(cout, cin)
+    split_rows = tiles.weight_rows(cin)
+    splits = triton.cdiv(total, split_rows)
+    partial_r = layout.empty((splits, cout, cin), c, torch.float32)
+    partial_dbias = layout.empty((splits, cout), c, torch.float32)
+    conv1x1_backward_weight_kernel[(splits * triton.cdiv(cout, tile.bm) * triton.cdiv(cin, tile.bn),)](
+        layout.nhwc(dy),
+        mask,
+        layout.nhwc(c),
+        scale,
+        shift,
+        center if early else None,
+        partial_r,
+        partial_dbias,
+        total,
+        CIN=cin,
+        COUT=cout,
+        PRECISION=layout.precision(c),
+        ROWS=split_rows,
+        BM=tile.bm,
+        BN=tile.bn,
+        BK=tile.bk,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    dbias = merge_sums(partial_dbias)
+    outer = None if early or center is None else (dbias, center)
+    return merge_sums(partial_r, outer), dbias

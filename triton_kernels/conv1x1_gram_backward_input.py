@@ -1,0 +1,124 @@
+"""Input gradient of a 1x1 convolution under BN whose output was never stored: the Gram identity."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedres.triton_kernels import layout, tiles
+from fusedres.triton_kernels.elementwise import activation, column_sums, load_vector, select_by_mask
+from fusedres.triton_kernels.merge import merge_sums
+
+
+@triton.jit(do_not_specialize=["P"])
+def conv1x1_gram_backward_input_kernel(
+    dy,  # [P, COUT]
+    mask,  # packed bits of y, or None: dz = dy
+    c,  # [P, CIN], raw output of the layer below
+    mean,  # [CIN], of c
+    scale,  # [CIN], BN below: a = relu(scale*c + shift)
+    shift,
+    weight_dz,  # [COUT, CIN] in dy's dtype
+    weight_a,  # [CIN, CIN] in dy's dtype, or None with center and offset: frozen statistics
+    center,  # [CIN]
+    offset,  # [CIN]
+    dz_below,  # [P, CIN]
+    tile_sums,  # [ceil(P / BM), 2, CIN]: sum dz_below, sum dz_below*(c - mean)
+    P,
+    CIN: tl.constexpr,
+    COUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    column_tiles: tl.constexpr = (CIN + BN - 1) // BN
+    row_tile = tl.program_id(0) // column_tiles
+    row = tl.arange(0, BM)[:, None]
+    n = (tl.program_id(0) % column_tiles) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    valid = row_tile * BM + row < P  # [BM, 1]
+    valid_n = n < CIN
+    base = row_tile.to(tl.int64) * BM
+    dy_tile = dy + base * COUT
+    c_tile = c + base * CIN
+
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(0, COUT, BK):
+        valid_k = k0 + k < COUT
+        place = row * COUT + (k0 + k)[None, :]  # [BM, BK]
+        dz = tl.load(dy_tile + place, mask=valid & valid_k[None, :], other=0.0)
+        if mask is not None:
+            # BM is a multiple of 8, so a tile starts at bit 0 of a byte for any channel count
+            dz = select_by_mask(dz, mask + base // 8 * COUT, place, valid & valid_k[None, :])
+        w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
+        w = tl.load(weight_dz + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
+        acc = tl.dot(dz, w, acc, input_precision=PRECISION)
+
+    if weight_a is not None:
+        for k0 in range(0, CIN, BK):
+            valid_k = k0 + k < CIN
+            ck = tl.load(c_tile + row * CIN + (k0 + k)[None, :], mask=valid & valid_k[None, :], other=0.0)
+            a = activation(ck, scale, shift, k0 + k, CIN).to(tl.float32) - load_vector(center, k0 + k, CIN)
+            a = a.to(c.dtype.element_ty)
+            w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
+            w = tl.load(weight_a + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
+            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        acc += load_vector(offset, n, CIN)
+
+    keep = valid & valid_n[None, :]
+    place = row * CIN + n[None, :]  # [BM, BN]
+    cn = tl.load(c_tile + place, mask=keep, other=0.0)
+    dz = tl.where(activation(cn, scale, shift, n, CIN) <= 0, 0.0, acc).to(dz_below.dtype.element_ty)
+    tl.store(dz_below + base * CIN + place, dz, mask=keep)
+    dz = tl.where(keep, dz.to(tl.float32), 0.0)
+    centered = tl.where(keep, cn.to(tl.float32) - load_vector(mean, n, CIN), 0.0)
+    sums = tile_sums + row_tile.to(tl.int64) * 2 * CIN + n
+    tl.store(sums, column_sums(dz, BM), mask=valid_n)
+    tl.store(sums + CIN, column_sums(dz * centered, BM), mask=valid_n)
+
+
+def conv1x1_gram_backward_input(
+    dy: Tensor,
+    mask: Tensor | None,
+    c: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight_dz: Tensor,
+    weight_a: Tensor | None = None,
+    center: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dz_below [N, Cin, H, W] and its two sums [Cin]; dy [N, Cout, H, W], c like dz_below, not empty."""
+    cout, cin = weight_dz.shape
+    total = layout.rows(c)
+    tile = tiles.output_tile(tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin)
+    row_tiles = triton.cdiv(total, tile.bm)
+    dz_below = layout.empty(tuple(c.shape), c)
+    tile_sums = layout.empty((row_tiles, 2, cin), c, torch.float32)
+    conv1x1_gram_backward_input_kernel[(row_tiles * triton.cdiv(cin, tile.bn),)](
+        layout.nhwc(dy),
+        mask,
+        layout.nhwc(c),
+        mean,
+        scale,
+        shift,
+        weight_dz.to(c.dtype).contiguous(),
+        None if weight_a is None else weight_a.to(c.dtype).contiguous(),
+        center,
+        offset,
+        dz_below,
+        tile_sums,
+        total,
+        CIN=cin,
+        COUT=cout,
+        PRECISION=layout.precision(c),
+        BM=tile.bm,
+        BN=tile.bn,
+        BK=tile.bk,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    sums = merge_sums(tile_sums)
+    return dz_below, sums[0], sums[1]

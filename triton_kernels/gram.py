@@ -1,0 +1,155 @@
+"""First two moments of an activation made in the prologue: `m = E[a]`, `S = E[(a-m)(a-m)^T]`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedres.triton_kernels import layout, tiles
+from fusedres.triton_kernels.elementwise import activation, load_vector, tile_moments
+from fusedres.triton_kernels.merge import merge_sums
+
+
+@triton.jit(do_not_specialize=["P"])
+def gram_reference_kernel(
+    c,  # [P, CIN]
+    scale,  # [CIN]
+    shift,
+    reference,  # [CIN] float32, out: a value to subtract from a before squares are formed
+    P,
+    CIN: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i = tl.program_id(0) * BN + tl.arange(0, BN)
+    valid_i = i < CIN
+    step = tl.arange(0, SAMPLE)
+    count = tl.minimum(P, SAMPLE)
+    row = step.to(tl.int64) * (P // count)
+    valid = step < count
+    a = tl.load(c + row[:, None] * CIN + i[None, :], mask=valid[:, None] & valid_i[None, :], other=0.0)
+    mean, m2 = tile_moments(activation(a, scale, shift, i, CIN), valid, count, SAMPLE)
+    mean = mean.to(tl.float32)
+    # A 16-bit a and a mean of more than 4 standard deviations mostly lie within a factor of 2, where their
+    # difference is exact in a's dtype (Sterbenz); below that, products of a lose little to cancellation.
+    far = mean * mean * count > 16.0 * m2
+    if c.dtype.element_ty == tl.float32:
+        far = mean == mean
+    rounded = mean.to(c.dtype.element_ty).to(tl.float32)
+    tl.store(reference + i, tl.where(far, rounded, 0.0), mask=valid_i)
+
+
+@triton.jit(do_not_specialize=["P"])
+def gram_kernel(
+    c,  # [P, CIN]
+    scale,  # [CIN], a = relu(scale*c + shift)
+    shift,
+    reference,  # [CIN]
+    partial_products,  # [splits, CIN, CIN], upper triangle of tiles: sum a'^T a', a' = a - reference
+    partial_sums,  # [splits, CIN]: sum a'
+    P,
+    CIN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    tiles: tl.constexpr = (CIN + BN - 1) // BN
+    split = tl.program_id(0) // (tiles * tiles)
+    tile_i = tl.program_id(0) % (tiles * tiles) // tiles
+    tile_j = tl.program_id(0) % tiles
+    if tile_j < tile_i:  # S is symmetric
+        return
+    i = tile_i * BN + tl.arange(0, BN)
+    j = tile_j * BN + tl.arange(0, BN)
+    row = tl.arange(0, BK)[:, None]
+    ri, rj = load_vector(reference, i, CIN), load_vector(reference, j, CIN)
+    tile = c + split.to(tl.int64) * ROWS * CIN
+    left = P - split * ROWS
+
+    # float64, because a difference of large numbers follows: S = sum a'a'^T/P - E[a']E[a']^T
+    products = tl.zeros((BN, BN), tl.float64)
+    sums = tl.zeros((BN,), tl.float64)
+    for r0 in range(0, tl.minimum(left, ROWS), BK):
+        valid = r0 + row < left  # [BK, 1]
+        ci = tl.load(tile + (r0 + row) * CIN + i[None, :], mask=valid & (i < CIN)[None, :], other=0.0)
+        cj = tl.load(tile + (r0 + row) * CIN + j[None, :], mask=valid & (j < CIN)[None, :], other=0.0)
+        ai = tl.where(valid, activation(ci, scale, shift, i, CIN).to(tl.float32) - ri, 0.0)
+        aj = tl.where(valid, activation(cj, scale, shift, j, CIN).to(tl.float32) - rj, 0.0)
+        sums += tl.sum(ai, 0).to(tl.float64)
+        left_operand = tl.trans(ai.to(c.dtype.element_ty))
+        products += tl.dot(left_operand, aj.to(c.dtype.element_ty), input_precision=PRECISION).to(tl.float64)
+
+    place = (split.to(tl.int64) * CIN + i[:, None]) * CIN + j[None, :]
+    written = tl.where(tile_i == tile_j, CIN, 0)  # by the diagonal tiles
+    tl.store(partial_products + place, products.to(tl.float32), mask=(i < CIN)[:, None] & (j < CIN)[None, :])
+    tl.store(partial_sums + split * CIN + i, sums.to(tl.float32), mask=i < written)
+
+
+@triton.jit(do_not_specialize=["P"])
+def gram_finish_kernel(
+    products,  # [CIN, CIN] float64, upper triangle of tiles
+    sums,  # [CIN] float64: sum (a - reference)
+    reference,  # [CIN]
+    m,  # [CIN], out
+    S,  # [CIN, CIN], out
+    P,
+    CIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    product = tl.load(products + tl.where(i <= j, i * CIN + j, j * CIN + i), mask=j < CIN, other=0.0)
+    di = tl.load(sums + i) / P
+    dj = tl.load(sums + j, mask=j < CIN, other=0.0) / P
+    # d - d is 0, or NaN where a channel has an Inf: its deviations from the mean are NaN
+    second = product / P - di * dj + (di - di) + (dj - dj)
+    tl.store(S + i * CIN + j, second.to(S.dtype.element_ty), mask=j < CIN)
+    mean = tl.load(reference + j, mask=j < CIN, other=0.0).to(tl.float64) + dj
+    tl.store(m + j, mean.to(m.dtype.element_ty), mask=j < tl.where(i == 0, CIN, 0))
+
+
+def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """m [Cin], S [Cin, Cin], float32, of `a = relu(scale*c + shift)`, rounded; c [N, Cin, H, W] not empty."""
+    c = layout.nhwc(c)
+    cin, total = c.shape[1], layout.rows(c)
+    reference = layout.empty((cin,), c, torch.float32)
+    columns = tiles.GRAM_SAMPLE_COLUMNS
+    gram_reference_kernel[(triton.cdiv(cin, columns),)](
+        c, scale, shift, reference, total, CIN=cin, SAMPLE=tiles.GRAM_SAMPLE, BN=columns, num_warps=4
+    )
+    tile = tiles.output_tile(tiles.GRAM, cin)
+    split_rows = tiles.gram_rows(cin, tile.bn)
+    splits, column_tiles = triton.cdiv(total, split_rows), triton.cdiv(cin, tile.bn)
+    products = layout.empty((splits, cin, cin), c, torch.float32)
+    sums = layout.empty((splits, cin), c, torch.float32)
+    gram_kernel[(splits * column_tiles**2,)](
+        c,
+        scale,
+        shift,
+        reference,
+        products,
+        sums,
+        total,
+        CIN=cin,
+        PRECISION=layout.precision(c),
+        ROWS=split_rows,
+        BN=tile.bn,
+        BK=tile.bk,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    m, S = layout.empty((cin,), c, torch.float32), layout.empty((cin, cin), c, torch.float32)
+    block = 128
+    gram_finish_kernel[(cin, triton.cdiv(cin, block))](
+        merge_sums(products, dtype=torch.float64),
+        merge_sums(sums, dtype=torch.float64),
+        reference,
+        m,
+        S,
+        total,
+        CIN=cin,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return m, S

@@ -1,0 +1,128 @@
+"""Every tile size of the kernels, with its reason, and the heuristic that picks one. No timing decides here.
+
+A tile is chosen from channel counts alone, so a shape always runs the same program. Numbers that enter a
+result (rows of a statistics tile, rows summed before a flush) are constants of their own, apart from tuning.
+Registers, shared memory and spills of each entry on each architecture: tests/triton_resources.json.
+"""
+
+from typing import NamedTuple
+
+# Rows whose statistics or backward sums one program forms. Equal to bm of every entry of the convolutions
+# with such an epilogue, and a multiple of 8: tiles start at bit 0 of a mask byte for any channel count.
+STATISTICS_ROWS = 128
+
+# Rows of one program of the standalone reductions: [256, 32] float32 values are 32 registers a thread at 8
+# warps, and partials of 12 bytes for every 256 rows add 2.3 % to the bytes of a bfloat16 tensor.
+REDUCTION_ROWS = 256
+REDUCTION_COLUMNS = 32
+REDUCTION_WARPS = 8
+
+# Partials merged by one program; a second round follows where there are more.
+MERGE_ROWS = 256
+
+# Rows sampled for the value that `gram` subtracts before it squares: it is off by 1/sqrt(512) = 4 % of a
+# standard deviation.
+GRAM_SAMPLE = 512
+GRAM_SAMPLE_COLUMNS = 16
+
+
+class GemmTile(NamedTuple):
+    """Output tile [bm, bn], inner step bk, warps and pipeline stages."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+
+
+# [P, Cin] x [Cin, Cout]. bm is STATISTICS_ROWS throughout. 8 warps: with 4 the epilogue's sums, mask and
+# residual on 128 accumulators a thread spill.
+CONV1X1_FORWARD = (
+    GemmTile(128, 32, 32, 4, 3),  # CIFAR bottlenecks: 16 and 32 channels
+    GemmTile(128, 64, 64, 8, 3),  # 64 outputs (first stage): one column tile, x read once; 2 programs a SM
+    GemmTile(128, 128, 64, 8, 3),  # the rest: 128 wide, so that x passes L2 only Cout/128 times
+)
+
+# [P, Cout] x [Cout, Cin] and the concatenated [P, Cin] x [Cin, Cin]; bm is STATISTICS_ROWS. The mask is read
+# a byte per element: with bk 64 these loads hold too many registers for a second program a SM.
+CONV1X1_GRAM_BACKWARD_INPUT = (
+    GemmTile(128, 32, 32, 4, 3),  # CIFAR bottlenecks
+    GemmTile(128, 64, 32, 8, 3),  # 64 inputs: one column tile, dy and mask read once
+    GemmTile(128, 128, 32, 8, 3),  # the rest: dy, the widest operand, is read Cin/128 times
+)
+
+# [P, Cout] x [Cout, Cin]; dy and c come with the prologue: bk 64 takes 247 registers, bk 32 takes 176.
+CONV1X1_BACKWARD_INPUT = (
+    GemmTile(128, 32, 32, 4, 3),  # CIFAR bottlenecks
+    GemmTile(128, 64, 32, 8, 3),  # 64 inputs
+    GemmTile(128, 128, 32, 8, 3),  # the rest
+)
+
+# [Cout, rows] x [rows, Cin]: bm over Cout, bn over Cin, bk over rows.
+CONV1X1_BACKWARD_WEIGHT = (
+    GemmTile(32, 32, 64, 4, 3),  # CIFAR bottlenecks
+    GemmTile(64, 64, 32, 4, 3),  # both operands are made in registers: small tiles, four programs a SM
+    GemmTile(128, 64, 64, 8, 3),  # wide layers: a is made again Cout/128 times instead of Cout/64
+)
+
+# [Cin, rows] x [rows, Cin] with float64 accumulators: 64 x 64 is the largest tile that does not spill.
+GRAM = (
+    GemmTile(32, 32, 64, 4, 3),  # CIFAR bottlenecks
+    GemmTile(64, 64, 32, 4, 3),  # the rest
+)
+
+# Elements of a program of the elementwise kernels: four 16-byte loads of a 2-byte dtype a thread, at 4 warps.
+ELEMENTWISE_BLOCK = 4096
+ELEMENTWISE_COLUMNS = 128
+ELEMENTWISE_WARPS = 4
+
+# Positions and channels of a program of the pooling kernels; each position reads a window of 9 in the stem.
+POOL_ROWS = 64
+POOL_COLUMNS = 64
+POOL_WARPS = 4
+
+
+def output_tile(table: tuple[GemmTile, ...], columns: int) -> GemmTile:
+    """The first entry that covers `columns` with one column tile, or the widest."""
+    return next((tile for tile in table if tile.bn >= columns), table[-1])
+
+
+def forward_tile(cout: int, save_stats: bool, capability: int) -> GemmTile:
+    """On Blackwell (compute capability 10) the statistics of 128 columns spill: it takes 64 there."""
+    narrow = save_stats and capability == 10
+    return output_tile(CONV1X1_FORWARD[:2] if narrow else CONV1X1_FORWARD, cout)
+
+
+def weight_tile(cout: int, cin: int) -> GemmTile:
+    if max(cout, cin) <= 32:
+        return CONV1X1_BACKWARD_WEIGHT[0]
+    return CONV1X1_BACKWARD_WEIGHT[2 if cout >= 512 else 1]
+
+
+def weight_rows(cin: int) -> int:
+    """Rows of one split of the weight gradient: a float32 partial of 2*Cin/rows <= 3 % of dy's bytes."""
+    return max(1024, 64 * power_of_two(cin))
+
+
+def gram_rows(cin: int, bn: int) -> int:
+    """Rows of one split of the Gram product: float32 partials of at most 5 % of a's bytes in bfloat16."""
+    tiles = -(-cin // bn)
+    partial_bytes = 4 * bn * bn * tiles * (tiles + 1) // 2
+    rows = partial_bytes * 20 // (2 * cin)
+    return -(-rows // 512) * 512
+
+
+def elementwise_tile(channels: int) -> tuple[int, int, int]:
+    """Row width, rows and columns of an elementwise tile.
+
+    A row's mask bits have to fill whole bytes: with `channels` no multiple of 8, eight positions are a row.
+    """
+    width = channels if channels % 8 == 0 else 8 * channels
+    columns = min(ELEMENTWISE_COLUMNS, power_of_two(width))
+    return width, ELEMENTWISE_BLOCK // columns, columns
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
