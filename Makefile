@@ -34,3 +34,19 @@ check-package: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info
+
+# `make wheel` holds code for every supported GPU, `make wheel ARCHS=90` or ARCHS="80;90" for those alone.
+.PHONY: wheel test-abi
+ARCHS ?=
+wheel: $(STAMP)
+	FUSEDRES_BUILD=$(if $(shell command -v nvcc),cuda,cpu) $(if $(ARCHS),FUSEDRES_CUDA_ARCHS="$(ARCHS)") \
+		$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# One wheel, built here once, under other Pythons and other torches. Downloads gigabytes for each.
+ABI_HOSTS ?= python3.12:2.15.0 python3.13:2.10.0
+test-abi: $(STAMP)
+	rm -rf build/abi/dist
+	FUSEDRES_BUILD=cpu $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/abi/dist .
+	set -e; for host in $(ABI_HOSTS); do \
+		$(BIN)/python tests/abi/run.py build/abi/dist/*.whl --python $${host%%:*} --torch $${host##*:}; \
+	done
