@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint check-package clean
+.PHONY: demo test lint check-package bench bench-check clean
 
 # Relative paths only, so that a checkout whose path has spaces works. The pinned torch comes first: an
 # unpinned one pulls a different build with gigabytes of CUDA libraries.
@@ -34,6 +34,13 @@ check-package: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info
+
+# throughput against eager and torch.compile on this machine; OPTIONS="--dtype bfloat16 --batch 16", or -k to choose
+bench: $(STAMP)
+	$(BIN)/pytest bench -q -m headline --rounds 5 --benchmark-quiet --benchmark-autosave $(OPTIONS)
+
+bench-check: $(STAMP)
+	$(BIN)/pytest tests/test_speedup.py -q -m speed
 
 # `make wheel` holds code for every supported GPU, `make wheel ARCHS=90` or ARCHS="80;90" for those alone.
 .PHONY: wheel test-abi

@@ -1,4 +1,4 @@
-"""The torch autograd Function of a residual block: the only place that touches `ctx`.
+"""The torch autograd Functions of a residual block and of the stem: the only place that touches `ctx`.
 
 Forward calls a recipe and saves; backward unpacks and calls it. Under `create_graph=True` backward goes through
 `fusedres.blocks.eager` instead, from the inputs, so that second derivatives are right.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedres.backends.reference import unpack_mask
-from fusedres.blocks import RECIPES, eager
+from fusedres.blocks import RECIPES, eager, stem
 from fusedres.blocks.config import (
     BlockConfig,
     BlockNeeds,
@@ -20,7 +20,9 @@ from fusedres.blocks.config import (
     ConvBNTensors,
     Saved,
 )
+from fusedres.blocks.stem import StemConfig, StemSaved
 from fusedres.dispatch import Dispatcher
+from fusedres.raw_ops import BatchNormVectors
 
 FIELDS = len(ConvBNTensors._fields)
 PARAMETERS = len(ConvBNNeeds._fields)  # of FIELDS, those that can want a gradient; the rest are statistics
@@ -34,6 +36,12 @@ def as_units(flat: tuple[Tensor | None, ...]) -> tuple[ConvBNTensors, ...]:
 def without_autocast(device_type: str) -> torch.autocast:
     """Recipes choose every dtype themselves; autocast must not cast inside them."""
     return torch.autocast(device_type, enabled=False)
+
+
+def memory_format(y: Tensor) -> torch.memory_format:
+    """The layout that gradients of y are brought into."""
+    channels_last = y.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 class ResidualBlock(torch.autograd.Function):
@@ -64,11 +72,7 @@ class ResidualBlock(torch.autograd.Function):
         ctx.save_for_backward(x, *flat, *out.saved.flatten())
         ctx.config, ctx.recipe, ctx.ops = config, recipe, ops
         ctx.layout, ctx.inputs = out.saved.layout, len(flat)
-        ctx.memory_format = (
-            torch.channels_last
-            if out.y.is_contiguous(memory_format=torch.channels_last)
-            else torch.contiguous_format
-        )
+        ctx.memory_format = memory_format(out.y)
         stats = batch_statistics(config, out.vectors)
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
@@ -87,15 +91,11 @@ class ResidualBlock(torch.autograd.Function):
         needs = BlockNeeds(
             wanted[FIXED - 2],
             wanted[FIXED - 1],
-            tuple(
-                ConvBNNeeds(*wanted[i : i + PARAMETERS]) for i in range(FIXED, len(wanted), FIELDS)
-            ),
+            tuple(ConvBNNeeds(*wanted[i : i + PARAMETERS]) for i in range(FIXED, len(wanted), FIELDS)),
         )
         dy = dy.contiguous(memory_format=ctx.memory_format)
         with without_autocast(x.device.type):
-            grads = RECIPES[ctx.recipe].backward(
-                ctx.ops, ctx.config, x, as_units(flat), saved, dy, needs
-            )
+            grads = RECIPES[ctx.recipe].backward(ctx.ops, ctx.config, x, as_units(flat), saved, dy, needs)
         parameters = [g for unit in grads.units for g in (*unit, None, None)]
         return None, None, None, grads.x, grads.residual, *parameters
 
@@ -129,9 +129,55 @@ def differentiable_backward(
     if indices:
         with without_autocast(x.device.type):
             z = eager.preactivation(config, x, as_units(flat))
-            grads = torch.autograd.grad(z, [inputs[i] for i in indices], dz, create_graph=True)
+            grads = torch.autograd.grad(z, [inputs[i] for i in indices], dz, create_graph=True)  # type: ignore[arg-type]
         for i, grad in zip(indices, grads, strict=True):
             result[i] = grad
     if wanted[FIXED - 1]:
         result[FIXED - 1] = dz
     return tuple(result)
+
+
+class ConvBNReLUMaxPool(torch.autograd.Function):
+    """The stem of a ResNet.
+
+    apply(config, ops, x, *tensors) -> (y, *statistics)
+
+    config: a StemConfig; x [N, Cin, H, W]; tensors: the fields of one ConvBNTensors. statistics: the batch's mean
+    and var [C] in training mode, not differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, config: StemConfig, ops: Dispatcher, x: Tensor, *flat: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        with without_autocast(x.device.type):
+            y, saved = stem.forward(ops, config, x, ConvBNTensors(*flat))  # type: ignore[arg-type]
+        ctx.save_for_backward(x, *flat, saved.c, *saved.vectors, saved.indices)
+        ctx.config, ctx.ops, ctx.memory_format = config, ops, memory_format(y)
+        stats = saved.vectors[:2] if config.unit.training else ()
+        ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)
+        return y, *stats
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+        wanted = ctx.needs_input_grad
+        if dy is None:
+            return (None,) * len(wanted)
+        x, *rest = ctx.saved_tensors
+        t, (c, *vectors, indices) = ConvBNTensors(*rest[:FIELDS]), rest[FIELDS:]
+        if torch.is_grad_enabled():
+            inputs = dict(enumerate((x, *t), 2))
+            chosen = [i for i in inputs if wanted[i]]
+            with without_autocast(x.device.type):
+                y = stem.differentiable(ctx.config, x, t)
+                grads = torch.autograd.grad(y, [inputs[i] for i in chosen], dy, create_graph=True)
+            by_index = dict(zip(chosen, grads, strict=True))
+            return tuple(by_index.get(i) for i in range(len(wanted)))
+        saved = StemSaved(c, BatchNormVectors(*vectors), indices)
+        dy = dy.contiguous(memory_format=ctx.memory_format)
+        with without_autocast(x.device.type):
+            dx, unit = stem.backward(
+                ctx.ops, ctx.config, x, t, saved, dy, ConvBNNeeds(*wanted[3 : 3 + PARAMETERS]), wanted[2]
+            )
+        return None, None, dx, *unit, None, None

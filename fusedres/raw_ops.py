@@ -152,8 +152,8 @@ class RawOps(Protocol):
     ) -> BatchNormGrads:
         """From the two sums [C] of `bn_add_relu_backward_reduce`, and P = rows:
 
-            dbias = sum_dz;  dweight = invstd*sum_dz_centered;  A = scale
-            training: B = -scale*invstd*dweight/P,  K = -A*dbias/P - B*mean;  else B = K = None
+        dbias = sum_dz;  dweight = invstd*sum_dz_centered;  A = scale
+        training: B = -scale*invstd*dweight/P,  K = -A*dbias/P - B*mean;  else B = K = None
         """
 
     def bn_add_relu_backward_input(
@@ -318,4 +318,6 @@ class RawOps(Protocol):
         """`relu(conv2d(x, weight, bias) + residual)` [N, Cout, H', W'] for any kernel size."""
 
 
-RAW_OPS = tuple(name for name in vars(RawOps) if not name.startswith("_") and name not in ("name", "supports"))
+RAW_OPS = tuple(
+    name for name in vars(RawOps) if not name.startswith("_") and name not in ("name", "supports")
+)

@@ -168,7 +168,9 @@ class ReferenceOps:
         flat = (top + place // kernel_size) * c.shape[3] + left + place % kernel_size
         passes = place != NO_GRADIENT
         dz = torch.zeros(c.shape, dtype=acc, device=c.device).flatten(2)
-        dz.scatter_add_(2, torch.where(passes, flat, 0).flatten(2), torch.where(passes, dy.to(acc), 0).flatten(2))
+        dz.scatter_add_(
+            2, torch.where(passes, flat, 0).flatten(2), torch.where(passes, dy.to(acc), 0).flatten(2)
+        )
         return dz.view(c.shape)
 
     def bn_relu_maxpool_backward_reduce(self, dy, indices, c, vectors, kernel_size, stride, padding):

@@ -54,12 +54,23 @@ def choose(
     gradients: bool,
 ) -> Choice:
     """The recipe for one call, from what was requested and the block's form."""
-    wanted = requested
-    if requested == AUTO:
-        entry = TABLE.get((x.device.type, ops.serving("bn_stats", x), config.dtype, gradients))
-        if entry is None:
-            return Choice(UNFUSED, "no_faster_recipe")
-        wanted = entry.recipe
+    wanted = requested if requested != AUTO else measured(x, config.dtype, ops, gradients)
+    if wanted is None:
+        return Choice(UNFUSED, "no_faster_recipe")
     if wanted == "gram" and (reason := gram.unsuitable(config, units)) is not None:
         return Choice("separate", reason)
     return Choice(wanted, None)
+
+
+def choose_stem(requested: str, x: Tensor, ops: Dispatcher, gradients: bool) -> Choice:
+    """The same for a stem, which has one fused form: `separate`."""
+    wanted = requested if requested != AUTO else measured(x, x.dtype, ops, gradients)
+    if wanted is None:
+        return Choice(UNFUSED, "no_faster_recipe")
+    return Choice("separate", "no_1x1_expansion") if wanted == "gram" else Choice(wanted, None)
+
+
+def measured(x: Tensor, dtype: torch.dtype, ops: Dispatcher, gradients: bool) -> str | None:
+    """What the table names for calls on tensors like x, or None."""
+    entry = TABLE.get((x.device.type, ops.serving("bn_stats", x), dtype, gradients))
+    return None if entry is None else entry.recipe

@@ -24,12 +24,24 @@ class Shortcut(Enum):
     TENSOR = "tensor"  # any other expression of x, evaluated before the block runs
 
 
+Size = tuple[int, int]  # height, width, or one number for each
+
+
+def output_size(size: Size, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Size:
+    """H', W' of a convolution."""
+    h, w = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    )
+    return h, w
+
+
 class ConvBNConfig(NamedTuple):
     """One convolution and its BN: constants of a call."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: Size
+    padding: Size
+    dilation: Size
     groups: int
     eps: float
     training: bool  # normalise with batch statistics; else with the given mean and var

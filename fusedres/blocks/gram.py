@@ -74,9 +74,10 @@ def expansion_bias(t: ConvBNTensors, dtype: torch.dtype) -> Tensor | None:
 
 
 def output_moments(
-    t: ConvBNTensors, m: Tensor, s: Tensor, dtype: torch.dtype
+    t: ConvBNTensors, moments: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """mean and var [Cout] of c = a W^T + b, from the moments m [Cin], S [Cin, Cin] of a."""
+    m, s = moments
     w = expansion_weight(t, dtype)
     mean = w @ m.double()
     if t.conv_bias is not None:
@@ -115,7 +116,7 @@ def forward(
             a, _ = ops.bn_add_relu_forward(c, v.scale, v.shift, relu=config.main[i].relu)
     unit, t = config.main[last], units[last]
     moments = ops.gram(c, v.scale, v.shift) if unit.training else None
-    stats = None if moments is None else output_moments(t, *moments, x.dtype)
+    stats = None if moments is None else output_moments(t, moments, x.dtype)
     vectors.append(normalization(ops, unit, t, stats, c))
 
     residual_scale = residual_shift = None
@@ -171,7 +172,7 @@ def expansion_backward(
     c_below = saved.convs[last - 1]
     assert c_below is not None
     w, count = expansion_weight(t, c_below.dtype), rows(c_below)
-    m, s = saved.moments if saved.moments is not None else (None, None)
+    m = None if saved.moments is None else saved.moments[0]
     r, sum_dz = ops.conv1x1_backward_weight(dy, saved.mask, c_below, below.scale, below.shift, m)
     r = r.double()
     sum_centered = (r * w).sum(1)  # sum dz*(c - mean) [Cout]
@@ -182,11 +183,11 @@ def expansion_backward(
     A = grads.A.double()
     dw = A[:, None] * r
     weight_a = offset = None
-    if unit.training:
-        B = grads.B.double()
-        dw = dw + B[:, None] * (w @ (s.double() * count))
-        weight_a = (w.t() @ (B[:, None] * w)).to(m.dtype)
-        offset = (-(A * sum_dz.double() / count) @ w).to(m.dtype)
+    if saved.moments is not None:  # batch statistics
+        B, acc = grads.B.double(), sum_dz.dtype
+        dw = dw + B[:, None] * (w @ (saved.moments[1].double() * count))
+        weight_a = (w.t() @ (B[:, None] * w)).to(acc)
+        offset = (-(A * sum_dz.double() / count) @ w).to(acc)
     db = (torch.zeros_like(A) if unit.training else A * sum_dz.double()) if needs.conv_bias else None
     parameters = ConvBNGrads(
         like_parameter(dw, t.weight) if needs.weight else None,
@@ -229,9 +230,7 @@ def backward(
             da, grads = joined_input_gradient(ops, da, x, c, v, unit, t, needs.units[0], dy, saved.mask)
         else:
             a = x if i == 0 else remade_activation(ops, config, saved, i - 1)
-            da, grads = conv_bn_backward(
-                ops, da, a, c, v, unit, t, needs.units[i], needs.below(i), sums
-            )
+            da, grads = conv_bn_backward(ops, da, a, c, v, unit, t, needs.units[i], needs.below(i), sums)
         unit_grads.append(grads)
         sums = None
     unit_grads.reverse()
@@ -240,7 +239,7 @@ def backward(
     if config.projection is not None:
         dx_shortcut, grads = projection_backward(ops, config, x, units[-1], saved, dy, needs)
         unit_grads.append(grads)
-        dx = dx if dx is None else dx.add_(dx_shortcut)
+        dx = dx if dx is None or dx_shortcut is None else dx.add_(dx_shortcut)
     elif config.shortcut is Shortcut.IDENTITY and needs.x and not joined:
         assert dx is not None
         dx = dx.add_(dy if saved.mask is None else ops.relu_backward(dy, saved.mask))

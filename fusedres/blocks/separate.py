@@ -78,6 +78,7 @@ def backward(
     unit, c, v = config.main[last], saved.convs[last], saved.vectors[last]
     projection, shortcut = config.projection, config.shortcut
     cs, vs = (saved.convs[-1], saved.vectors[-1]) if projection is not None else (None, None)
+    assert c is not None
 
     # the join: one pass for the sums of both BNs, one for dc and the shortcut's gradient
     sum_dz, sum_main, sum_shortcut = ops.bn_add_relu_backward_reduce(
@@ -95,11 +96,10 @@ def backward(
     unit_grads: list[ConvBNGrads] = []
     a = saved.activations[last - 1] if last else x
     da, dweight, dbias = convolution_backward(dc, a, unit, units[last], needs.units[last], needs.below(last))
-    unit_grads.append(
-        ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, units[last], needs.units[last]))
-    )
+    unit_grads.append(ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, units[last], needs.units[last])))
     for i in reversed(range(last)):
-        if da is None:
+        c = saved.convs[i]
+        if da is None or c is None:
             unit_grads.append(ConvBNGrads(None, None, None, None))
             continue
         a = saved.activations[i - 1] if i else x
@@ -107,7 +107,7 @@ def backward(
             ops,
             da,
             a,
-            saved.convs[i],
+            c,
             saved.vectors[i],
             config.main[i],
             units[i],
@@ -118,13 +118,13 @@ def backward(
     unit_grads.reverse()
 
     dx, dresidual = da, None
-    if projection is not None:
+    if projection is not None and grads_shortcut is not None:
         dx_shortcut, dweight, dbias = convolution_backward(
             dshortcut, x, projection, units[-1], needs.units[-1], needs.x
         )
         parameter_grads = bn_parameter_grads(grads_shortcut, units[-1], needs.units[-1])
         unit_grads.append(ConvBNGrads(dweight, dbias, *parameter_grads))
-        dx = dx if dx is None else dx.add_(dx_shortcut)
+        dx = dx if dx is None or dx_shortcut is None else dx.add_(dx_shortcut)
     elif shortcut is Shortcut.IDENTITY:
         dx = dx if dx is None else dx.add_(dshortcut)
     elif shortcut is Shortcut.TENSOR:

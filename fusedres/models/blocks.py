@@ -127,5 +127,7 @@ def initialize(model: nn.Module, zero_init_residual: bool) -> None:
 
 def activation_factory(name: str) -> ActivationFactory:
     if name not in ACTIVATIONS:
-        raise ValueError(f"fusedres.models: activation {name!r} is unknown, choose from {sorted(ACTIVATIONS)}")
+        raise ValueError(
+            f"fusedres.models: activation {name!r} is unknown, choose from {sorted(ACTIVATIONS)}"
+        )
     return ACTIVATIONS[name]

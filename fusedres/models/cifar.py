@@ -60,17 +60,22 @@ class CifarResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
         self.activation = factory()
         cin = 16
-        for number, width in enumerate(STAGE_WIDTHS, start=1):
-            stride = 1 if number == 1 else 2
-            stage = make_stage(block, cin, width, (depth - 2) // period, stride, residual, factory)
-            self.add_module(f"layer{number}", stage)
+        stages: list[nn.Sequential] = []
+        for width in STAGE_WIDTHS:
+            stride = 2 if stages else 1
+            stages.append(make_stage(block, cin, width, (depth - 2) // period, stride, residual, factory))
             cin = width * block.expansion
+        self.layer1, self.layer2, self.layer3 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(cin, num_classes)
         initialize(self, zero_init_residual)
 
+    def stem(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, 16, H, W]"""
+        return self.activation(self.bn1(self.conv1(x)))
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(self.bn1(self.conv1(x)))
+        x = self.stem(x)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

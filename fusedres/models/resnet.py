@@ -1,6 +1,6 @@
 """The reference ResNet for ImageNet-sized images, in plain PyTorch, with torchvision's state_dict keys.
 
-    stem: conv7x7/2 BN act maxpool3x3/2 -> four stages of residual blocks -> global average -> linear
+stem: conv7x7/2 BN act maxpool3x3/2 -> four stages of residual blocks -> global average -> linear
 """
 
 from __future__ import annotations
@@ -51,17 +51,22 @@ class ResNet(nn.Module):
         self.activation = factory()
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         cin = 64
-        for number, (width, depth) in enumerate(zip(STAGE_WIDTHS, depths, strict=True), start=1):
-            stride = 1 if number == 1 else 2
-            stage = make_stage(block, cin, width, depth, stride, residual, factory)
-            self.add_module(f"layer{number}", stage)
+        stages: list[nn.Sequential] = []
+        for width, depth in zip(STAGE_WIDTHS, depths, strict=True):
+            stride = 2 if stages else 1
+            stages.append(make_stage(block, cin, width, depth, stride, residual, factory))
             cin = width * block.expansion
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(cin, num_classes)
         initialize(self, zero_init_residual)
 
+    def stem(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, 64, H/4, W/4]"""
+        return self.maxpool(self.activation(self.bn1(self.conv1(x))))
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.activation(self.bn1(self.conv1(x))))
+        x = self.stem(x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fusedres.autograd import ResidualBlock, batch_statistics, without_autocast
 from fusedres.blocks import RECIPES
 from fusedres.blocks.choice import UNFUSED, Choice, choose
-from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, Shortcut
+from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, Shortcut, output_size
 from fusedres.dispatch import AUTO, Dispatcher, dispatcher
 from fusedres.nn.running_stats import update_running_stats, uses_batch_statistics
 
@@ -35,6 +35,13 @@ class BlockCall(NamedTuple):
     norms: tuple[nn.BatchNorm2d, ...]  # as config.units
     x: Tensor
     residual: Tensor | None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which convolutions run on x: autocast's, where it is on and casts x, else x's."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
 def read_conv_bn(unit: ConvBN) -> tuple[ConvBNConfig, ConvBNTensors]:
@@ -60,8 +67,7 @@ def read_block(
     identity: bool,
 ) -> BlockCall:
     """One call's data from the block's modules; under autocast in its dtype."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = compute_dtype(x)
     configs, tensors = zip(*(read_conv_bn(unit) for unit in main), strict=True)
     norms = tuple(unit.bn for unit in main)
     projection = residual = None
@@ -104,12 +110,11 @@ def unit_rows(call: BlockCall, y: Tensor, index: int) -> int:
     config = call.config
     if config.projection is not None and index == len(config.main):
         return y.shape[0] * y.shape[2] * y.shape[3]
-    h, w = call.x.shape[2:]
+    size = (call.x.shape[2], call.x.shape[3])
     for unit, t in zip(config.main[: index + 1], call.tensors, strict=False):
-        kh, kw = t.weight.shape[2:]
-        h = (h + 2 * unit.padding[0] - unit.dilation[0] * (kh - 1) - 1) // unit.stride[0] + 1
-        w = (w + 2 * unit.padding[1] - unit.dilation[1] * (kw - 1) - 1) // unit.stride[1] + 1
-    return y.shape[0] * h * w
+        kernel = (t.weight.shape[2], t.weight.shape[3])
+        size = output_size(size, kernel, unit.stride, unit.padding, unit.dilation)
+    return y.shape[0] * size[0] * size[1]
 
 
 def residual_block(

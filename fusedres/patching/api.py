@@ -15,10 +15,10 @@ from fusedres.blocks.choice import AUTO, check_recipe
 from fusedres.dispatch import AUTO as AUTO_BACKEND
 from fusedres.dispatch import check_backend
 from fusedres.errors import UnsupportedModelError
-from fusedres.patching import grammar, install
+from fusedres.patching import grammar, install, stems
 from fusedres.patching.grammar import NoMatch
 from fusedres.patching.install import BlockState
-from fusedres.patching.plan import BlockPlan
+from fusedres.patching.plan import BlockPlan, Plan
 from fusedres.patching.report import BlockReport, PatchReport
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,6 +27,7 @@ Patterns = str | Iterable[str] | None
 logger = logging.getLogger("fusedres")
 _dry_runs: WeakKeyDictionary[nn.Module, PatchReport] = WeakKeyDictionary()
 
+STEM = "stem"  # the name under which a model's own stem is reported
 WRAPPERS = {
     "DataParallel": "patch the inner module: fusedres.patch(model.module)",
     "DistributedDataParallel": "patch the inner module before wrapping, or model.module",
@@ -40,7 +41,7 @@ class Found(NamedTuple):
 
     name: str
     module: nn.Module
-    plan: BlockPlan | None
+    plan: Plan | None
     code: str | None
 
 
@@ -53,7 +54,9 @@ def check_model(model: object, caller: str) -> None:
     for cls in type(model).__mro__:
         advice = WRAPPERS.get(cls.__name__)
         if advice is not None and cls.__module__.startswith("torch."):
-            raise UnsupportedModelError(f"fusedres.{caller}: the model is wrapped by {cls.__name__}; {advice}.")
+            raise UnsupportedModelError(
+                f"fusedres.{caller}: the model is wrapped by {cls.__name__}; {advice}."
+            )
         if cls.__name__ == "FSDPModule":
             raise UnsupportedModelError(
                 f"fusedres.{caller}: the model is sharded by fully_shard; call fusedres.patch(model) before it."
@@ -77,13 +80,23 @@ def shared_modules(model: nn.Module) -> set[int]:
 
 def find_plan(module: nn.Module, shared: set[int]) -> BlockPlan:
     """The module's plan, known or found anew. Raises NoMatch."""
-    if install.is_patched_block(module):
-        return vars(module)[install.STATE].plan
+    known = vars(module)[install.STATE].plan if install.is_patched_block(module) else None
+    if isinstance(known, BlockPlan):
+        return known
     plan = grammar.plan(module)
     units = [module.get_submodule(path) for unit in plan.units for path in (unit.conv, unit.bn)]
     if any(id(unit) in shared for unit in units):
         raise NoMatch("shared_module")
     return plan
+
+
+def find_stem(name: str, model: nn.Module) -> Found:
+    if install.is_patched_block(model):
+        return Found(name, model, vars(model)[install.STATE].plan, None)
+    try:
+        return Found(name, model, stems.plan_stem(model, install.base_class(model)), None)
+    except NoMatch as refusal:
+        return Found(name, model, None, refusal.code)
 
 
 def find(model: nn.Module) -> list[Found]:
@@ -95,6 +108,8 @@ def find(model: nn.Module) -> list[Found]:
             return
         seen.add(id(module))
         code = None
+        if stems.has_stem(install.base_class(module)):
+            yield find_stem(f"{name}.{STEM}" if name else STEM, module)
         if grammar.looks_residual(module):
             try:
                 yield Found(name, module, find_plan(module, shared), None)

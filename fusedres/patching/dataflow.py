@@ -190,7 +190,11 @@ def expression(fn: Any, input_fn: Any, names: dict[int, str], nodes: dict[Any, N
             None if g is None else expression(g, input_fn, names, nodes) for g, _ in fn.next_functions
         )
         node = Node(
-            kind.removesuffix("Backward0"), args, None, tuple(fn._input_metadata[0].shape), saved(fn, kind, names)
+            kind.removesuffix("Backward0"),
+            args,
+            None,
+            tuple(fn._input_metadata[0].shape),
+            saved(fn, kind, names),
         )
     nodes[fn] = node
     return node

@@ -22,7 +22,17 @@ from fusedres.patching.plan import BlockPlan, ConvBNNames
 
 CONV, BN, RELU, ADD = "Convolution", "NativeBatchNorm", "Relu", "Add"
 ACTIVATIONS = {
-    "Sigmoid", "Silu", "Gelu", "Elu", "LeakyRelu", "Hardtanh", "Tanh", "Mish", "Hardswish", "Softplus", "Prelu"
+    "Sigmoid",
+    "Silu",
+    "Gelu",
+    "Elu",
+    "LeakyRelu",
+    "Hardtanh",
+    "Tanh",
+    "Mish",
+    "Hardswish",
+    "Softplus",
+    "Prelu",
 }
 KNOWN = {CONV, BN, RELU, ADD, INPUT, PARAMETER}
 PLAIN = (bool, int, float, str, type(None))
@@ -46,7 +56,7 @@ class Form(NamedTuple):
     path: str | None  # of the shortcut's submodule
 
 
-class NoMatch(Exception):  # noqa: N818 - an answer, not an error
+class NoMatch(Exception):
     """The expression is not a block; `code` says why."""
 
     def __init__(self, code: str) -> None:
@@ -117,10 +127,11 @@ def joined(flow: Dataflow, top: Node, units: tuple[Unit, ...], other: Node) -> F
 def refusal(root: Node) -> str:
     """The most telling code for an expression that is no block."""
     ops = {node.op for node in root.walk()}
-    if ops & ACTIVATIONS:
-        return f"activation_not_relu:{', '.join(sorted(ops & ACTIVATIONS))}"
-    if ops - KNOWN:
-        return f"unsupported_op:{', '.join(sorted(ops - KNOWN))}"
+    unknown = ops - KNOWN
+    if unknown - ACTIVATIONS:
+        return f"unsupported_op:{', '.join(sorted(unknown))}"
+    if unknown:
+        return f"activation_not_relu:{', '.join(sorted(unknown))}"
     return "no_final_relu" if root.op == ADD else "not_residual"
 
 

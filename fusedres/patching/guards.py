@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from fusedres.blocks.config import Shortcut, Size, output_size
+from fusedres.nn.residual_block import compute_dtype
 from fusedres.nn.running_stats import uses_batch_statistics
-from fusedres.patching.plan import BlockPlan, ConvBNNames
+from fusedres.patching.plan import BlockPlan, ConvBNNames, Plan, StemPlan
 from fusedres.raw_ops import ACTIVATION_DTYPES
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -28,7 +30,7 @@ def transformed() -> str | None:
     return "forward_ad" if torch.autograd.forward_ad._current_level >= 0 else None
 
 
-def has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: Any) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -46,6 +48,21 @@ def has_global_hooks() -> bool:
     )
 
 
+def stem_changed(model: nn.Module, plan: StemPlan) -> str | None:
+    """A reason if the submodules that the stem's method calls are not those of the plan, or have hooks."""
+    if has_global_hooks():
+        return "hooks"
+    for path, expected in plan.structure:
+        module = model._modules.get(path)
+        if module is None or type(module) is not expected:
+            return "module_replaced"
+        if has_hooks(module):
+            return "hooks"
+        if "forward" in vars(module):
+            return "instance_forward"
+    return None
+
+
 def structure_changed(block: nn.Module, plan: BlockPlan) -> str | None:
     """A reason if the submodules or the block's plain attributes are not those of the plan, or have hooks."""
     if has_global_hooks():
@@ -54,9 +71,9 @@ def structure_changed(block: nn.Module, plan: BlockPlan) -> str | None:
     next(modules)
     for path, expected in plan.structure:
         found, module = next(modules, (None, None))
-        if found != path or type(module) is not expected:
+        if module is None or found != path or type(module) is not expected:
             return "module_replaced"
-        if has_hooks(module):  # type: ignore[arg-type]
+        if has_hooks(module):
             return "hooks"
         if "forward" in vars(module):
             return "instance_forward"
@@ -76,12 +93,6 @@ def unfit_tensor(tensor: Tensor | None, x: Tensor) -> str | None:
     return None if tensor.device == x.device else "device"
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which the block's convolutions run: autocast's, where it is on, else x's."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 def unfit_unit(block: nn.Module, names: ConvBNNames, x: Tensor, dtype: torch.dtype) -> str | None:
     """A reason if this convolution and BN cannot run on x: kinds of tensors, devices, dtypes."""
     conv, bn = block.get_submodule(names.conv), block.get_submodule(names.bn)
@@ -89,10 +100,12 @@ def unfit_unit(block: nn.Module, names: ConvBNNames, x: Tensor, dtype: torch.dty
     for tensor in tensors:
         if (reason := unfit_tensor(tensor, x)) is not None:  # type: ignore[arg-type]
             return reason
-    conv_dtypes = (dtype, torch.float32) if dtype is not x.dtype or is_autocast(x) else (dtype,)
-    if conv.weight.dtype not in conv_dtypes or (conv.bias is not None and conv.bias.dtype is not conv.weight.dtype):  # type: ignore[union-attr]
+    conv_dtypes = (dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else (dtype,)
+    if conv.weight.dtype not in conv_dtypes or (
+        conv.bias is not None and conv.bias.dtype is not conv.weight.dtype
+    ):
         return "dtype"
-    bn_dtypes = {t.dtype for t in tensors[2:] if t is not None}  # type: ignore[union-attr]
+    bn_dtypes = {t.dtype for t in tensors[2:] if t is not None}
     if len(bn_dtypes) > 1 or not bn_dtypes <= {dtype, torch.float32}:
         return "dtype"
     if conv.padding_mode != "zeros":
@@ -100,11 +113,7 @@ def unfit_unit(block: nn.Module, names: ConvBNNames, x: Tensor, dtype: torch.dty
     return None
 
 
-def is_autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
-
-
-def unfit_input(block: nn.Module, plan: BlockPlan, x: Tensor) -> str | None:
+def unfit_input(block: nn.Module, plan: Plan, x: Tensor) -> str | None:
     """A reason if x itself cannot be served: rank, channels, emptiness, dtype, device, layout."""
     if x.dim() != 4:
         return "input_rank"
@@ -116,44 +125,44 @@ def unfit_input(block: nn.Module, plan: BlockPlan, x: Tensor) -> str | None:
     if x.device.type not in DEVICES:
         return "device"
     dtype = compute_dtype(x)
-    if dtype not in ACTIVATION_DTYPES or x.dtype is not dtype:
+    # a residual is added in x's own dtype: a block that autocast would feed two dtypes is left to torch
+    if dtype not in ACTIVATION_DTYPES or (x.dtype is not dtype and isinstance(plan, BlockPlan)):
         return "dtype"
     if x.is_cuda and not x.is_contiguous(memory_format=torch.channels_last):
         return "layout_nchw"
     return None
 
 
-def output_size(block: nn.Module, names: tuple[ConvBNNames, ...], x: Tensor) -> tuple[int, int]:
+def size_after(block: nn.Module, names: tuple[ConvBNNames, ...], x: Tensor) -> Size:
     """Height and width after these convolutions."""
-    h, w = x.shape[2:]
+    size: Size = (x.shape[2], x.shape[3])
     for unit in names:
         conv: Any = block.get_submodule(unit.conv)
-        sizes = zip((h, w), conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
-        h, w = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
-    return h, w
+        size = output_size(size, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return size
 
 
-def unfit_shapes(block: nn.Module, plan: BlockPlan, x: Tensor) -> str | None:
+def unfit_shapes(block: nn.Module, plan: Plan, x: Tensor) -> str | None:
     """A reason if geometries rewritten since patching no longer meet, or BN would see one value per channel."""
     for unit in plan.units:
         conv: Any = block.get_submodule(unit.conv)
         if isinstance(conv.padding, str):
             return "geometry_changed"
-    size = output_size(block, plan.main, x)
+    size = size_after(block, plan.main, x)
     if min(size) < 1:
         return "geometry_changed"
-    if plan.projection is not None and output_size(block, (plan.projection,), x) != size:
+    if plan.projection is not None and size_after(block, (plan.projection,), x) != size:
         return "geometry_changed"
-    if plan.main and plan.shortcut.value == "identity" and size != tuple(x.shape[2:]):
+    if plan.shortcut is Shortcut.IDENTITY and size != tuple(x.shape[2:]):
         return "geometry_changed"
     for i in range(len(plan.main)):
-        h, w = output_size(block, plan.main[: i + 1], x)
+        h, w = size_after(block, plan.main[: i + 1], x)
         if x.shape[0] * h * w == 1 and uses_batch_statistics(block.get_submodule(plan.main[i].bn)):  # type: ignore[arg-type]
             return "single_value_per_channel"
     return None
 
 
-def refusal(block: nn.Module, plan: BlockPlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def refusal(block: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The reason code for running this call by the original forward, or None."""
     if (reason := transformed()) is not None:
         return reason
@@ -162,8 +171,8 @@ def refusal(block: nn.Module, plan: BlockPlan, args: tuple[Any, ...], kwargs: di
     x = args[0]
     if type(x) not in PLAIN_TENSORS:
         return "tensor_subclass"
-    reason = structure_changed(block, plan) or unfit_input(block, plan, x)
-    if reason is not None:
+    changed = stem_changed(block, plan) if isinstance(plan, StemPlan) else structure_changed(block, plan)
+    if (reason := changed or unfit_input(block, plan, x)) is not None:
         return reason
     dtype = compute_dtype(x)
     for unit in plan.units:

@@ -1,6 +1,6 @@
-"""Installs a plan on a block by swapping its class, and takes it off again.
+"""Installs a plan on a block, or on a model for its stem, by swapping its class, and takes it off again.
 
-The new class is a subclass of the block's own, with its name: parameters, buffers, submodules, hooks, state_dict
+The new class is a subclass of the module's own, with its name: parameters, buffers, submodules, hooks, state_dict
 keys, isinstance and child order stay; deepcopy and pickle go through `rebuild`. The plan and the last call's outcome
 live in one plain attribute of the instance.
 """
@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedres.blocks.choice import UNFUSED, choose
+from fusedres.blocks.choice import UNFUSED, choose, choose_stem
 from fusedres.blocks.config import Shortcut
 from fusedres.dispatch import dispatcher
 from fusedres.errors import UnsupportedModelError
-from fusedres.nn.residual_block import ConvBN, read_block, run, wants_gradient
+from fusedres.nn.residual_block import ConvBN, compute_dtype, read_block, run, wants_gradient
+from fusedres.nn.stem import stem_block
 from fusedres.patching import guards
-from fusedres.patching.plan import BlockPlan, ConvBNNames
+from fusedres.patching.plan import BlockPlan, ConvBNNames, Plan, StemPlan
 
 STATE = "_fusedres"
 BASE = "__fusedres_base__"
@@ -31,7 +32,7 @@ BASE = "__fusedres_base__"
 class BlockState:
     """What a patched block carries: its plan, the options of `patch`, and what its last call did."""
 
-    plan: BlockPlan
+    plan: Plan
     recipe: str
     backend: str
     runs_as: str | None = None  # a recipe, once called
@@ -42,43 +43,63 @@ def conv_bn(block: nn.Module, names: ConvBNNames) -> ConvBN:
     return ConvBN(block.get_submodule(names.conv), block.get_submodule(names.bn), names.relu)  # type: ignore[arg-type]
 
 
-def call(block: nn.Module, state: BlockState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One forward of a patched block: fused if nothing speaks against it, else by the original forward."""
-    recipe, reason = UNFUSED, guards.refusal(block, state.plan, args, kwargs)
+def call(module: nn.Module, state: BlockState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One call of a patched method: fused if nothing speaks against it, else by the original method."""
+    plan = state.plan
+    reason = guards.refusal(module, plan, args, kwargs)
+    recipe, y = UNFUSED, None
     if reason is None:
-        plan, x = state.plan, args[0]
-        ops = dispatcher(state.backend)
-        shortcut: ConvBN | Tensor | None = None
-        if plan.projection is not None:
-            shortcut = conv_bn(block, plan.projection)
-        main = [conv_bn(block, names) for names in plan.main]
-        data = read_block(x, main, shortcut, plan.shortcut is Shortcut.IDENTITY)
-        recipe, reason = choose(state.recipe, data.config, data.tensors, x, ops, wants_gradient(data))
-        if recipe != UNFUSED and plan.shortcut_path is not None:
-            residual = block.get_submodule(plan.shortcut_path)(x)
-            data = read_block(x, main, residual, False)
+        fused = fused_stem if isinstance(plan, StemPlan) and plan.pool is not None else fused_block
+        recipe, reason, y = fused(module, state, args[0])
     if not torch.compiler.is_compiling():
         state.runs_as, state.reason = recipe, reason
     if recipe == UNFUSED:
-        return base_class(block).forward(block, *args, **kwargs)
-    return run(data, recipe, ops)
+        return getattr(base_class(module), plan.method)(module, *args, **kwargs)
+    return y
+
+
+def fused_block(block: nn.Module, state: BlockState, x: Tensor) -> tuple[str, str | None, Tensor | None]:
+    """The recipe, why it is not the one asked for, and y unless the recipe is `unfused`."""
+    plan, ops = state.plan, dispatcher(state.backend)
+    main = [conv_bn(block, names) for names in plan.main]
+    shortcut = None if plan.projection is None else conv_bn(block, plan.projection)
+    x = x.to(compute_dtype(x))
+    data = read_block(x, main, shortcut, plan.shortcut is Shortcut.IDENTITY)
+    recipe, reason = choose(state.recipe, data.config, data.tensors, x, ops, wants_gradient(data))
+    if recipe == UNFUSED:
+        return recipe, reason, None
+    if isinstance(plan, BlockPlan) and plan.shortcut_path is not None:
+        data = read_block(x, main, block.get_submodule(plan.shortcut_path)(x), False)
+    return recipe, reason, run(data, recipe, ops)
+
+
+def fused_stem(model: nn.Module, state: BlockState, x: Tensor) -> tuple[str, str | None, Tensor | None]:
+    """As `fused_block`, for a stem with pooling."""
+    plan, ops = state.plan, dispatcher(state.backend)
+    assert isinstance(plan, StemPlan) and plan.pool is not None
+    unit = conv_bn(model, plan.unit)
+    recipe, reason = choose_stem(state.recipe, x, ops, torch.is_grad_enabled())
+    if recipe == UNFUSED:
+        return recipe, reason, None
+    pool = model.get_submodule(plan.pool)
+    return recipe, reason, stem_block(x, unit, pool, backend=ops)  # type: ignore[arg-type]
 
 
 @cache
-def patched_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass that a block of class `base` is given."""
+def patched_class(base: type, method: str) -> Any:
+    """The subclass that a module of class `base` is given, with that method replaced."""
 
-    @wraps(base.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    @wraps(getattr(base, method))
+    def replacement(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return call(self, vars(self)[STATE], args, kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         made = super(patched, self).__reduce_ex__(protocol)
         if made[0] is copyreg.__newobj__ and made[1] == (patched,):  # type: ignore[attr-defined]
-            return (rebuild, (base,), *made[2:])
+            return (rebuild, (base, method), *made[2:])
         return made
 
-    patched = type(
+    patched: Any = type(
         base.__name__,
         (base,),
         {
@@ -86,16 +107,16 @@ def patched_class(base: type[nn.Module]) -> type[nn.Module]:
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
             "__reduce_ex__": reduce_ex,
-            "forward": forward,
+            method: replacement,
             BASE: base,
         },
     )
     return patched
 
 
-def rebuild(base: type[nn.Module]) -> nn.Module:
-    """An empty block of the patched class; copy and pickle fill in its state."""
-    cls = patched_class(base)
+def rebuild(base: type, method: str) -> nn.Module:
+    """An empty module of the patched class; copy and pickle fill in its state."""
+    cls = patched_class(base, method)
     return cls.__new__(cls)
 
 
@@ -103,14 +124,14 @@ def is_patched_block(module: nn.Module) -> bool:
     return STATE in vars(module) and hasattr(type(module), BASE)
 
 
-def base_class(module: nn.Module) -> type[nn.Module]:
+def base_class(module: nn.Module) -> Any:
     """The class a module had before `install`; its own where it has none of ours."""
     return getattr(type(module), BASE, type(module))
 
 
 def install(block: nn.Module, state: BlockState) -> None:
     block.__dict__[STATE] = state
-    block.__class__ = patched_class(base_class(block))
+    block.__class__ = patched_class(base_class(block), state.plan.method)
 
 
 def check_removable(name: str, block: nn.Module) -> None:

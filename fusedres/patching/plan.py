@@ -36,6 +36,11 @@ class BlockPlan(NamedTuple):
     attributes: tuple[tuple[str, object], ...]
 
     @property
+    def method(self) -> str:
+        """The method of the class that is replaced."""
+        return "forward"
+
+    @property
     def units(self) -> tuple[ConvBNNames, ...]:
         return self.main if self.projection is None else (*self.main, self.projection)
 
@@ -43,3 +48,38 @@ class BlockPlan(NamedTuple):
     def form(self) -> str:
         """A short description, for the report: kernel count and shortcut."""
         return f"{len(self.main)} conv-bn, {self.shortcut.value} shortcut"
+
+
+class StemPlan(NamedTuple):
+    """A model's stem: the method that computes it, its convolution and BN, its pooling if it has one.
+
+    structure: paths and classes of the submodules that the method calls, as found.
+    """
+
+    method: str
+    unit: ConvBNNames
+    pool: str | None
+    structure: tuple[tuple[str, type], ...]
+
+    @property
+    def shortcut(self) -> Shortcut:
+        return Shortcut.NONE
+
+    @property
+    def projection(self) -> None:
+        return None
+
+    @property
+    def main(self) -> tuple[ConvBNNames, ...]:
+        return (self.unit,)
+
+    @property
+    def units(self) -> tuple[ConvBNNames, ...]:
+        return (self.unit,)
+
+    @property
+    def form(self) -> str:
+        return "stem: conv-bn-relu" + ("" if self.pool is None else "-maxpool")
+
+
+Plan = BlockPlan | StemPlan

@@ -64,5 +64,7 @@ class PatchReport:
     def __str__(self) -> str:
         rows = [COLUMNS, *(block.row for block in self.blocks)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
         return "\n".join([*lines, f"matched {len(self.matched)} of {len(self.blocks)} blocks"])

@@ -101,7 +101,9 @@ def run(model: nn.Module, example: tuple[Any, ...], training: bool, backward: bo
         torch.manual_seed(SEED)
         outputs = list(tensors(model.train(training)(*example)))
         if backward:
-            loss = sum((out * torch.randn(out.shape, dtype=out.dtype).to(out.device)).sum() for out in outputs)
+            loss = sum(
+                (out * torch.randn(out.shape, dtype=out.dtype).to(out.device)).sum() for out in outputs
+            )
             loss.backward()  # type: ignore[union-attr]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     buffers = [b.detach().clone() for b in model.buffers() if b.is_floating_point()]
@@ -109,9 +111,7 @@ def run(model: nn.Module, example: tuple[Any, ...], training: bool, backward: bo
 
 
 def cast(example: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-    return tuple(
-        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in example
-    )
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in example)
 
 
 def verify(model: nn.Module, example: Any, *, recipes: tuple[str, ...] = tuple(RECIPES)) -> VerifyReport:
@@ -135,7 +135,8 @@ def verify(model: nn.Module, example: Any, *, recipes: tuple[str, ...] = tuple(R
     dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
     exact_example = cast(example, torch.float64)
     exact = {
-        training: run(copy.deepcopy(plain).double(), exact_example, training, True) for training in (True, False)
+        training: run(copy.deepcopy(plain).double(), exact_example, training, True)
+        for training in (True, False)
     }
     checks: list[Check] = []
     fused: dict[str, int] = {}
@@ -151,5 +152,7 @@ def verify(model: nn.Module, example: Any, *, recipes: tuple[str, ...] = tuple(R
             eager = run(copy.deepcopy(plain), example, training, False)
             value, own = (error(r.outputs, exact[training].outputs) for r in (low, eager))
             limit = 2 * own + 8 * torch.finfo(dtype).eps
-            checks.append(Check(f"{mode}: outputs, {str(dtype).removeprefix('torch.')}", recipe, value, limit))
+            checks.append(
+                Check(f"{mode}: outputs, {str(dtype).removeprefix('torch.')}", recipe, value, limit)
+            )
     return VerifyReport(tuple(checks), fused)

@@ -1,0 +1,129 @@
+"""The GPU report end to end on the CPU, and what it promises: written at once, resumed, nothing hidden."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import report
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_BE_MISSING = {"cuda", "sm_90", "nvcc", "nvidia-smi", "ncu", "compute-sanitizer", "module:triton"}
+
+
+def test_every_stage_runs_on_the_cpu(tmp_path):
+    script, options = str(ROOT / "bench/gpu_report.sh"), ["--device", "cpu", "--size", "small"]
+    command = [script, "--output", str(tmp_path), *options]
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.stem for path in tmp_path.iterdir()} == set(report.STAGES)
+    for stage in report.STAGES:
+        cells = json.loads((tmp_path / f"{stage}.json").read_text())["cells"]
+        statuses = {name: cell["status"] for name, cell in cells.items()}
+        assert report.MEASURED in statuses.values(), stage
+        assert set(statuses.values()) <= {report.MEASURED, report.SKIPPED}, statuses
+        for cell in cells.values():
+            assert set(cell.get("needs", ())) <= MAY_BE_MISSING
+
+
+@pytest.mark.parametrize("stage", report.STAGES)
+@pytest.mark.parametrize("full", [False, True])
+def test_cells_are_listed_without_a_gpu_and_named_once(stage, full, tmp_path):
+    settings = report.Settings(torch.device("cuda"), full, tmp_path)
+    names = [cell.name for cell in importlib.import_module(f"stages.{stage}").cells(settings)]
+    assert names
+    assert len(names) == len(set(names))
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return report.Settings(torch.device("cpu"), False, tmp_path)
+
+
+@pytest.fixture
+def run(settings, monkeypatch):
+    """Runs a stage made of these cells; returns what run_stage does and the cells written."""
+
+    def run_cells(*cells, deadline=float("inf")):
+        stage = SimpleNamespace(cells=lambda _: list(cells))
+        monkeypatch.setitem(sys.modules, "stages.invented", stage)
+        counts = report.run_stage("invented", settings, "", deadline)
+        path = settings.output / "invented.json"
+        return counts, json.loads(path.read_text())["cells"] if path.exists() else {}
+
+    return run_cells
+
+
+def test_a_failure_is_kept_and_counted_and_run_again(run):
+    def fail():
+        raise RuntimeError("planted")
+
+    good = report.Cell("good", lambda: {"value": 1})
+    counts, cells = run(report.Cell("bad", fail), good)
+    assert counts == (1, 0)
+    assert cells["bad"]["status"] == report.FAILED
+    assert "planted" in cells["bad"]["error"]
+    assert cells["good"]["result"] == {"value": 1}
+    counts, cells = run(report.Cell("bad", lambda: {"value": 2}), report.Cell("good", fail))
+    assert counts == (0, 0)
+    assert cells["bad"]["result"] == {"value": 2}
+    assert cells["good"]["result"] == {"value": 1}
+
+
+def test_a_number_that_json_cannot_hold_is_a_failure(run):
+    counts, cells = run(report.Cell("bad", lambda: {"value": float("nan")}))
+    assert counts == (1, 0)
+    assert cells["bad"]["status"] == report.FAILED
+
+
+def test_results_are_on_disk_while_a_cell_runs(run, settings):
+    seen = {}
+
+    def look():
+        seen.update(json.loads((settings.output / "invented.json").read_text())["cells"])
+        return {}
+
+    run(report.Cell("first", lambda: {"value": 1}), report.Cell("second", look))
+    assert seen["first"]["result"] == {"value": 1}
+    assert seen["second"]["status"] == report.RUNNING
+
+
+def test_a_cell_that_cut_the_run_comes_last(run, settings):
+    report.Results("invented", settings).write("hangs", report.RUNNING)
+    order = []
+    run(*(report.Cell(name, lambda name=name: order.append(name) or {}) for name in ("hangs", "other")))
+    assert order == ["other", "hangs"]
+
+
+def test_nothing_starts_after_the_deadline(run):
+    counts, cells = run(report.Cell("late", dict), deadline=time.monotonic() - 1)
+    assert counts == (0, 1)
+    assert not cells
+
+
+def test_another_machines_result_is_measured_again(run, settings):
+    results = report.Results("invented", settings)
+    results.machine = "another"
+    results.write("cell", report.MEASURED, result={"value": 1})
+    _, cells = run(report.Cell("cell", lambda: {"value": 2}))
+    assert cells["cell"]["result"] == {"value": 2}
+
+
+def test_a_missing_program_is_named(run):
+    counts, cells = run(report.Cell("cell", dict, ("no-such-program",)))
+    assert counts == (0, 0)
+    assert cells["cell"] == {**cells["cell"], "status": report.SKIPPED, "needs": ["no-such-program"]}
+
+
+def test_an_unknown_stage_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", "nonsense"])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "choose from environment" in capsys.readouterr().err

@@ -1,0 +1,91 @@
+"""The comparisons measure what they say: statistics, the correctness gate, and a run of the suite itself."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from timing import bootstrap_interval, comparison, interleave
+from torch import nn
+from workloads import BASELINE, CorrectnessGate, Step, Workload, build
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+BLOCK = Workload("bottleneck_projection_4", "train", 1, torch.float32, CPU)
+
+
+def test_ratio_is_paired():
+    """Noise that both sides of a round share leaves no trace in the ratio."""
+    noise = [1.0, 3.0, 10.0, 2.0, 5.0]
+    found = comparison([2.0 * n for n in noise], noise)
+    assert found["ratio"] == found["ratio_low"] == found["ratio_high"] == 2.0
+    assert found["seconds"] == 3.0
+    assert found["baseline_seconds"] == 6.0
+
+
+def test_bootstrap_interval_of_normal_data():
+    """The median of n normal values has a standard error of 1.2533/sqrt(n)."""
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    low, high = bootstrap_interval(values)
+    assert low < 0 < high
+    assert high - low == pytest.approx(2 * 1.96 * 1.2533 / 20, rel=0.3)
+    assert (low, high) == bootstrap_interval(values)
+
+
+def test_rounds_are_interleaved():
+    order = []
+    baseline, target = interleave(lambda: order.append("b"), lambda: order.append("t"), CPU, 3)
+    assert "".join(order) == "bt" * 5
+    assert len(baseline) == len(target) == 3
+
+
+@pytest.mark.parametrize("implementation", ["fusedres_separate", "fusedres_gram"])
+def test_gate_passes_what_is_right(implementation):
+    step = build(BLOCK, implementation)
+    CorrectnessGate().check(BLOCK, step, implementation)
+    assert step.runs_as() == {implementation.removeprefix("fusedres_"): 1}
+
+
+def test_gate_stops_a_wrong_output():
+    step = build(BLOCK, "fusedres_separate")
+    wrong = Step(step.run, lambda: step.forward() * 1.0001, step.model)
+    with pytest.raises(AssertionError, match="exceeds"):
+        CorrectnessGate().check(BLOCK, wrong, "planted")
+
+
+def test_gate_stops_a_lost_gradient():
+    step = build(BLOCK, "fusedres_separate")
+    step.model.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    with pytest.raises(AssertionError, match="unused"):
+        CorrectnessGate().check(BLOCK, step, "planted")
+
+
+def test_all_implementations_start_from_the_same_weights():
+    steps = [build(BLOCK, name) for name in ("eager_nchw", BASELINE, "fusedres_separate")]
+    first, *others = (dict(step.model.state_dict()) for step in steps)
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+
+
+def test_unknown_implementations_are_refused():
+    with pytest.raises(ValueError, match="no implementation"):
+        build(BLOCK, "nonsense")
+    with pytest.raises(ValueError, match="CUDA graph"):
+        build(BLOCK, "fusedres_auto_graph")
+
+
+def test_suite_end_to_end(tmp_path):
+    saved = tmp_path / "results.json"
+    cell = "cifar_resnet20-infer-fusedres_separate"
+    options = ["--device", "cpu", "--batch", "2", "--rounds", "3", f"--benchmark-json={saved}"]
+    command = [sys.executable, "-P", "-m", "pytest", "bench", "-q", "-m", "", "-k", cell, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fusedres separate" in done.stdout
+    (benchmark,) = json.loads(saved.read_text())["benchmarks"]
+    info = benchmark["extra_info"]
+    assert benchmark["group"] == info["workload"] == "cifar_resnet20/infer/float32/2"
+    assert info["runs_as"] == {"separate": 9}
+    assert info["ratio_low"] <= info["ratio"] <= info["ratio_high"]
+    assert benchmark["stats"]["rounds"] == info["rounds"] == 3

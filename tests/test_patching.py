@@ -1,0 +1,369 @@
+"""patch, unpatch, report: what is matched, what is left alone with which code, and that nothing else changes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from accuracy import assert_same_float64
+from block_forms import one_step, ran_as, randomize
+from spellings import LEFT_ALONE, MATCHED, InPlaceAdd, SqueezeExcite, TwoConvs
+from torch import nn
+
+import fusedres
+from fusedres.models import BasicBlock, Bottleneck, cifar_resnet, resnet18, resnet50
+
+
+def wrap(block: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Identity(), block)
+
+
+@pytest.mark.parametrize("spelling", MATCHED, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("recipe", ["separate", "gram"])
+def test_every_spelling_is_matched_and_equal(spelling, recipe):
+    torch.manual_seed(0)
+    plain = randomize(spelling()).double()
+    fused = fusedres.patch(copy.deepcopy(plain), recipe=recipe, strict=True)
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        dy = torch.randn_like(copy.deepcopy(plain)(x))
+    expected, actual = one_step(plain, x, dy), one_step(fused, x, dy)
+    assert all(row.runs_as in ("separate", "gram") for row in fusedres.report(fused).matched)
+    assert_same_float64(actual.y, expected.y, "y")
+    assert_same_float64(actual.dx, expected.dx, "dx")
+    for name, exact in expected.gradients.items():
+        assert_same_float64(actual.gradients[name], exact, name)
+
+
+@pytest.mark.parametrize(("look_alike", "code"), LEFT_ALONE, ids=[c.__name__ for c, _ in LEFT_ALONE])
+def test_look_alikes_are_left_alone_with_their_code(look_alike, code):
+    model = nn.Sequential(InPlaceAdd(), look_alike())
+    before = type(model[1])
+    fusedres.patch(model)
+    assert type(model[1]) is before
+    rows = {row.name: row for row in fusedres.report(model).blocks}
+    if code == "not_residual":
+        assert "1" not in rows
+    else:
+        assert rows["1"].code.partition(":")[0] == code and not rows["1"].matched
+
+
+def test_patch_returns_the_same_model_and_changes_nothing_visible():
+    torch.manual_seed(0)
+    model = resnet18(num_classes=4)
+    keys, parameters, children = (
+        list(model.state_dict()),
+        list(model.parameters()),
+        list(model.named_modules()),
+    )
+    assert fusedres.patch(model, recipe="separate") is model
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert [(n, id(m)) for n, m in model.named_modules()] == [(n, id(m)) for n, m in children]
+    block = model.layer1[0]
+    assert isinstance(block, BasicBlock) and type(block).__name__ == "BasicBlock"
+    assert type(block).__module__ == BasicBlock.__module__
+    assert repr(block).startswith("BasicBlock(")
+
+
+def test_unpatch_restores_the_exact_classes():
+    model = resnet50(num_classes=4)
+    classes = [type(m) for m in model.modules()]
+    attributes = [set(vars(m)) for m in model.modules()]
+    fusedres.unpatch(fusedres.patch(model))
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    assert not fusedres.is_patched(model)
+
+
+def test_patch_twice_is_idempotent_and_takes_new_options():
+    model = fusedres.patch(cifar_resnet(20), recipe="separate")
+    classes = [type(m) for m in model.modules()]
+    fusedres.patch(model, recipe="unfused", exclude="layer1.*")
+    rows = {row.name: row for row in fusedres.report(model).blocks}
+    assert (rows["layer2.0"].recipe == "unfused" and rows["layer1.0"].code == "excluded") or not rows[
+        "layer1.0"
+    ].matched
+    assert type(model.layer1[0]) is BasicBlock
+    fusedres.patch(model, recipe="separate")
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_include_and_exclude_take_patterns():
+    model = fusedres.patch(cifar_resnet(20), include=["layer1.*", "layer3.*"], exclude="*.2")
+    names = [row.name for row in fusedres.report(model).matched]
+    assert names == ["layer1.0", "layer1.1", "layer3.0", "layer3.1"]
+
+
+def test_dry_run_changes_nothing_and_reports():
+    model = cifar_resnet(20)
+    assert fusedres.patch(model, dry_run=True, exclude="layer1.0", recipe="separate") is model
+    assert not fusedres.is_patched(model) and type(model.layer1[1]) is BasicBlock
+    report = fusedres.report(model)
+    assert len(report.matched) == 9 and report.skipped[0].code == "excluded"
+    assert {row.recipe for row in report.matched} == {"separate"}
+
+
+def test_strict_raises_names_the_block_and_changes_nothing():
+    model = nn.Sequential(InPlaceAdd(), SqueezeExcite())
+    with pytest.raises(fusedres.UnsupportedModelError, match=r"1 of 2 blocks.*1 \[unsupported_op"):
+        fusedres.patch(model, strict=True)
+    assert not fusedres.is_patched(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"recipe": "fastest"}, ValueError),
+        ({"backend": "fpga"}, fusedres.BackendUnavailableError),
+    ],
+    ids=["recipe", "backend"],
+)
+def test_unknown_names_raise_and_change_nothing(options, error):
+    model = cifar_resnet(20)
+    with pytest.raises(error, match=r"choose from|found auto"):
+        fusedres.patch(model, **options)
+    assert not fusedres.is_patched(model)
+
+
+def test_what_is_no_module_raises_type_error():
+    with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module, found int"):
+        fusedres.patch(3)
+
+
+def test_a_model_without_residual_blocks_raises():
+    with pytest.raises(fusedres.UnsupportedModelError, match="no residual block found in Linear"):
+        fusedres.patch(nn.Linear(2, 2))
+
+
+def test_wrapped_models_are_refused_with_the_right_order():
+    model = cifar_resnet(20)
+    with pytest.raises(fusedres.UnsupportedModelError, match=r"first, then torch\.compile"):
+        fusedres.patch(torch.compile(model))
+    with pytest.raises(fusedres.UnsupportedModelError, match=r"fusedres\.patch\(model\.module\)"):
+        fusedres.patch(nn.DataParallel(model))
+    with pytest.raises(fusedres.UnsupportedModelError, match="before converting it"):
+        fusedres.patch(torch.jit.trace(model.eval(), torch.randn(1, 3, 8, 8)))
+    assert not fusedres.is_patched(model)
+
+
+def test_unpatch_refuses_where_another_tool_swapped_again():
+    model = fusedres.patch(wrap(InPlaceAdd()), recipe="separate")
+    other = type("Swapped", (type(model[1]),), {})
+    model[1].__class__ = other
+    with pytest.raises(fusedres.UnsupportedModelError, match="Swapped"):
+        fusedres.unpatch(model)
+    assert type(model[1]) is other
+
+
+def test_a_norm_shared_between_blocks_is_left_alone():
+    model = nn.Sequential(InPlaceAdd(), InPlaceAdd(), InPlaceAdd())
+    model[1].bn1 = model[0].bn1
+    fusedres.patch(model)
+    codes = {row.name: row.code for row in fusedres.report(model).blocks if not row.matched}
+    assert codes == {"0": "shared_module", "1": "shared_module"}
+
+
+def test_a_block_used_twice_is_patched_and_equal():
+    torch.manual_seed(0)
+    block = randomize(InPlaceAdd()).double()
+    plain = nn.Sequential(block, block)
+    fused = fusedres.patch(copy.deepcopy(plain), recipe="separate", strict=True)
+    x, dy = torch.randn(2, 16, 6, 6, dtype=torch.float64), torch.randn(2, 16, 6, 6, dtype=torch.float64)
+    expected, actual = one_step(plain, x, dy), one_step(fused, x, dy)
+    assert_same_float64(actual.dx, expected.dx)
+    for name, exact in expected.gradients.items():
+        assert_same_float64(actual.gradients[name], exact, name)
+    for name, exact in expected.buffers.items():
+        assert torch.allclose(actual.buffers[name].double(), exact.double(), rtol=1e-12), name
+
+
+def test_deepcopy_is_independent():
+    model = fusedres.patch(wrap(randomize(InPlaceAdd())), recipe="separate")
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, 16, 6, 6)
+    before = model.eval()(x)
+    for p in twin.parameters():
+        p.data.zero_()
+    assert torch.equal(model(x), before)
+    assert not torch.equal(twin.eval()(x), before)
+    assert fusedres.is_patched(twin)
+
+
+def test_a_pickled_model_computes_the_same_in_a_fresh_process(tmp_path):
+    model = fusedres.patch(cifar_resnet(20).eval(), recipe="separate")
+    x = torch.randn(1, 3, 8, 8)
+    torch.save((model, x, model(x)), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model, x, y = torch.load(sys.argv[1], weights_only=False);"
+        "import fusedres; assert fusedres.is_patched(model); assert torch.equal(model(x), y);"
+        "assert all(row.runs_as == 'separate' for row in fusedres.report(model).blocks)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+    assert fusedres.is_patched(pickle.loads(pickle.dumps(model)))
+
+
+@pytest.mark.parametrize("build", [resnet18, resnet50], ids=["resnet18", "resnet50"])
+@pytest.mark.parametrize("recipe", ["separate", "gram"])
+def test_three_sgd_steps_equal_unpatched_in_float64(build, recipe):
+    torch.manual_seed(0)
+    plain = build(num_classes=5, zero_init_residual=True).double()  # else noise grows tenfold a step
+    fused = fusedres.patch(copy.deepcopy(plain), recipe=recipe, strict=True)
+    images, labels = torch.randn(3, 6, 3, 48, 48, dtype=torch.float64), torch.randint(5, (3, 6))
+    losses = []
+    for model in (plain, fused):
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+        for x, target in zip(images, labels, strict=True):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), target)
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.detach())
+    assert all(row.runs_as in ("separate", "gram") for row in fusedres.report(fused).blocks)
+    assert_same_float64(losses[1], losses[0], "loss")
+    for (name, exact), actual in zip(plain.state_dict().items(), fused.state_dict().values(), strict=True):
+        if exact.is_floating_point():
+            assert_same_float64(actual, exact, name)
+        else:
+            assert torch.equal(actual, exact), name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_model_outputs_in_lower_precision_are_as_accurate_as_eager(name, dtype):
+    torch.manual_seed(0)
+    model = fusedres.models.create(name, num_classes=5).to(dtype)
+    report = fusedres.verify(model, torch.randn(4, 3, 40, 40).to(dtype))
+    assert report, str(report)
+
+
+def test_options_of_unfused_and_auto():
+    model = fusedres.patch(wrap(InPlaceAdd()), recipe="unfused")
+    model(torch.randn(2, 16, 6, 6))
+    assert ran_as(model, "unfused")
+    fusedres.patch(model, recipe="auto", backend="reference")
+    model(torch.randn(2, 16, 6, 6))
+    (row,) = fusedres.report(model).blocks
+    assert row.runs_as == "unfused" and row.code == "no_faster_recipe"
+
+
+def test_gram_falls_to_separate_without_an_expansion():
+    model = fusedres.patch(wrap(BasicBlock(16, 16)), recipe="gram")
+    model(torch.randn(2, 16, 6, 6))
+    (row,) = fusedres.report(model).blocks
+    assert row.runs_as == "separate" and row.code == "no_1x1_expansion"
+
+
+def test_report_shows_a_table_and_plain_data():
+    model = fusedres.patch(nn.Sequential(Bottleneck(32, 8), SqueezeExcite(32)), recipe="gram")
+    model(torch.randn(2, 32, 4, 4))
+    report = fusedres.report(model)
+    assert bool(report) and len(report.skipped) == 1
+    text = str(report)
+    assert "matched 1 of 2 blocks" in text and "gram" in text and "unsupported_op" in text
+    data = report.as_dict()
+    assert data["matched"] == 1 and data["blocks"][0]["runs_as"] == "gram"
+    assert not fusedres.report(TwoConvs())
+
+
+class TestPerCallGuards:
+    """What a call is guarded against, each with its code; the original forward must have run."""
+
+    @staticmethod
+    def outcome(model, *args, **kwargs):
+        with contextlib.suppress(ValueError, RuntimeError):  # the original forward may reject the input
+            model(*args, **kwargs)
+        (row,) = fusedres.report(model).blocks
+        assert row.runs_as == "unfused"
+        return row.code
+
+    @pytest.fixture
+    def block(self):
+        return fusedres.patch(randomize(InPlaceAdd()), recipe="separate")
+
+    def test_replaced_submodule(self, block):
+        block.bn1 = nn.SyncBatchNorm(16)
+        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "module_replaced"
+
+    def test_replaced_activation(self, block):
+        block.relu = nn.SiLU()
+        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "module_replaced"
+
+    def test_changed_flag(self):
+        block = fusedres.patch(BasicBlock(16, 16), recipe="separate")
+        block.residual = False
+        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "attribute_changed"
+
+    def test_rewritten_stride(self, block):
+        block.conv2.stride = (2, 2)
+        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "geometry_changed"
+
+    def test_late_hook(self, block):
+        seen = []
+        handle = block.bn1.register_forward_hook(lambda *a: seen.append(1))
+        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "hooks"
+        assert seen
+        handle.remove()
+        block(torch.randn(2, 16, 6, 6))
+        assert ran_as(block, "separate")
+
+    def test_global_hook(self, block):
+        handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
+        try:
+            assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "hooks"
+        finally:
+            handle.remove()
+
+    def test_instance_forward(self, block):
+        block.conv1.forward = lambda x: x
+        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "instance_forward"
+
+    @pytest.mark.parametrize(
+        ("x", "code"),
+        [
+            (torch.randn(2, 8, 6, 6), "input_channels"),
+            (torch.randn(16, 6, 6), "input_rank"),
+            (torch.randn(2, 16, 6, 6).double(), "dtype"),
+            (torch.randn(0, 16, 6, 6), "empty_batch"),
+            (torch.randn(1, 16, 1, 1), "single_value_per_channel"),
+            (torch.randn(2, 16, 6, 6, device="meta"), "device"),
+        ],
+        ids=["channels", "rank", "dtype", "empty", "one-row", "device"],
+    )
+    def test_unfit_input(self, block, x, code):
+        assert self.outcome(block, x) == code
+
+    def test_what_eager_rejects_raises_the_same(self, block):
+        for x in (torch.randn(2, 8, 6, 6), torch.randn(1, 16, 1, 1), torch.randn(2, 16, 6, 6).double()):
+            errors = []
+            for model in (fusedres.unpatch(copy.deepcopy(block)), block):
+                with pytest.raises((ValueError, RuntimeError)) as caught:
+                    model(x)
+                errors.append((caught.type, str(caught.value)))
+            assert errors[0] == errors[1]
+
+    def test_keyword_call(self, block):
+        assert self.outcome(block, x=torch.randn(2, 16, 6, 6)) == "signature"
+
+    def test_vmap_and_forward_mode(self, block):
+        block.eval()
+        torch.func.vmap(block)(torch.randn(3, 2, 16, 6, 6))
+        assert fusedres.report(block).blocks[0].code == "tracing"
+        x = torch.randn(2, 16, 6, 6)
+        with torch.autograd.forward_ad.dual_level():
+            block(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        assert fusedres.report(block).blocks[0].code == "forward_ad"
+
+    def test_autocast_with_float32_input_keeps_the_result_type(self, block):
+        plain = fusedres.unpatch(copy.deepcopy(block))
+        x = torch.randn(2, 16, 6, 6)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert block(x).dtype == plain(x).dtype
+            assert fusedres.report(block).blocks[0].code == "dtype"
+            assert block(x.bfloat16()).dtype == plain(x.bfloat16()).dtype
+            assert ran_as(block, "separate")

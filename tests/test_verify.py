@@ -1,0 +1,53 @@
+"""verify: agrees on a right model, and says no on a wrong one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fusedres
+from fusedres.backends.reference import ReferenceOps
+from fusedres.models import cifar_resnet
+
+
+class DictOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = cifar_resnet(20)
+
+    def forward(self, x):
+        return {"logits": self.net(x), "extra": (self.net.fc.bias, "text")}
+
+
+def test_a_right_model_passes_and_is_left_alone():
+    model = DictOutput()
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    report = fusedres.verify(model, torch.randn(3, 3, 8, 8))
+    assert report and len(report.checks) == 16
+    assert report.fused_blocks == {"separate": 10, "gram": 10}
+    assert "ok" in str(report) and report.as_dict()["passed"]
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert not fusedres.is_patched(model) and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("op", ["bn_add_relu_forward", "bn_add_relu_backward_input", "bn_stats"])
+def test_a_wrong_kernel_fails(monkeypatch, op):
+    right = getattr(ReferenceOps, op)
+
+    def wrong(self, first, *args, **kwargs):
+        head, *rest = right(self, first, *args, **kwargs)
+        return (head * 1.001, *rest)
+
+    monkeypatch.setattr(ReferenceOps, op, wrong)
+    with fusedres.use_backend("reference"):
+        report = fusedres.verify(cifar_resnet(20), torch.randn(3, 3, 8, 8), recipes=("separate",))
+    assert not report and "FAIL" in str(report)
+
+
+def test_a_model_where_nothing_runs_fused_does_not_pass():
+    model = cifar_resnet(20)
+    for block in [*model.layer1, *model.layer2, *model.layer3, model]:
+        block.conv1.register_forward_hook(lambda *args: None)
+    report = fusedres.verify(model, torch.randn(2, 3, 8, 8), recipes=("separate",))
+    assert not report and all(check.passed for check in report.checks)
