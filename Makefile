@@ -41,3 +41,19 @@ bench: $(STAMP)
 
 bench-check: $(STAMP)
 	$(BIN)/pytest tests/test_speedup.py -q -m speed
+
+# `make wheel` holds code for every supported GPU, `make wheel ARCHS=90` or ARCHS="80;90" for those alone.
+.PHONY: wheel test-abi
+ARCHS ?=
+wheel: $(STAMP)
+	FUSEDRES_BUILD=$(if $(shell command -v nvcc),cuda,cpu) $(if $(ARCHS),FUSEDRES_CUDA_ARCHS="$(ARCHS)") \
+		$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# One wheel, built here once, under other Pythons and other torches. Downloads gigabytes for each.
+ABI_HOSTS ?= python3.12:2.15.0 python3.13:2.10.0
+test-abi: $(STAMP)
+	rm -rf build/abi/dist
+	FUSEDRES_BUILD=cpu $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/abi/dist .
+	set -e; for host in $(ABI_HOSTS); do \
+		$(BIN)/python tests/abi/run.py build/abi/dist/*.whl --python $${host%%:*} --torch $${host##*:}; \
+	done

@@ -125,6 +125,23 @@ def input_reason(dy, c, vectors, grads, mask=None, relu=True, shortcut_c=None, *
     return activations_reason(c, dy, shortcut_c)
 
 
+@cache
+def fused_convolution_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes of oneDNN's convolution with an addition on this processor."""
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return ()
+    half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
+
+
+def conv_reason(x, weight, bias, residual, *rest):
+    if x.device.type != "cpu" or x.dtype not in fused_convolution_dtypes() or not x.numel():
+        return "no_fused_convolution"
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        return "arguments_differ"
+    return activations_reason(x, residual)
+
+
 REASONS: dict[str, Callable[..., str | None]] = {
     "bn_stats": activations_reason,
     "bn_scale_shift": lambda mean, var, weight, bias, eps: vectors_reason(mean, var, weight, bias),
@@ -136,6 +153,7 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "bn_relu_maxpool_forward": lambda c, *rest: activations_reason(c),
     "bn_relu_maxpool_backward_reduce": lambda dy, indices, c, *rest: activations_reason(c, dy),
     "bn_relu_maxpool_backward_input": lambda dy, indices, c, *rest: activations_reason(c, dy),
+    "conv_bias_add_relu_forward": conv_reason,
 }
 
 
@@ -221,3 +239,14 @@ class NativeOps:
         return self._ops.bn_relu_maxpool_backward_input(
             dy, indices, c, grads.A, grads.B, grads.K, kernel_size, stride, padding
         )
+
+    def conv_bias_add_relu_forward(self, x, weight, bias, residual, relu, stride, padding, dilation, groups):
+        # oneDNN adds in the convolution's epilogue; its ReLU would turn NaN into 0
+        window = padding, stride, dilation, groups
+        if residual is None:
+            y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        else:
+            y = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, residual, weight, bias, *window, "add", 1.0, None, [], ""
+            )
+        return y.relu_() if relu else y
