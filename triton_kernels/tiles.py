@@ -63,7 +63,7 @@ CONV1X1_BACKWARD_INPUT = (
 CONV1X1_BACKWARD_WEIGHT = (
     GemmTile(32, 32, 64, 4, 3),  # CIFAR bottlenecks
     GemmTile(64, 64, 32, 4, 3),  # both operands are made in registers: small tiles, four programs a SM
-    GemmTile(128, 64, 64, 8, 3),  # wide layers: a is made again Cout/128 times instead of Cout/64
+    GemmTile(128, 64, 32, 8, 3),  # wide layers: a is made again Cout/128 times instead of /64; bk 64 spills
 )
 
 # [Cin, rows] x [rows, Cin] with float64 accumulators: 64 x 64 is the largest tile that does not spill.
