@@ -17,7 +17,7 @@ from triton_harness import checked_margins, served_by_triton
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 CASES = {
-    "bn_stats": ("C3", "C130", "P1", "rows2000", "offset", "mean_over_std1000", "nan_inf"),
+    "bn_stats": ("C3", "C130", "P1", "rows8000", "offset", "mean_over_std1000", "nan_inf"),
     "bn_scale_shift": ("C17-affine", "C130-half_weight", "C24-weight_only", "C3-bias_only", "C1-plain"),
     "bn_add_relu_forward": (
         "C17-projection_mask",
@@ -33,7 +33,7 @@ CASES = {
         "C17-projection_mask",
         "C130-mask",
         "offset-relu",
-        "rows2000-mask",
+        "rows8000-mask",
         "nan_inf-relu",
         "C3-no_relu",
         "expanded-mask",
@@ -49,7 +49,7 @@ CASES = {
         "mixed-relu_frozen",
     ),
     "relu_backward": ("C17", "C130", "offset", "nan_inf"),
-    "bn_layer": ("C24-identity", "mean_over_std30-plain", "P1-identity"),
+    "bn_layer": ("C24-identity", "mean_over_std30-plain", "P2-identity"),
     "bn_relu_maxpool_forward": ("C17-3x3s2p1", "nan_inf-3x3s2p1", "C3-5x5s3p2", "C64-2x2s2p0"),
     "bn_relu_maxpool_backward_reduce": ("C17-3x3s2p1", "offset-5x5s3p2"),
     "bn_relu_maxpool_backward_input": ("C17-3x3s2p1", "nan_inf-3x3s1p1", "C64-3x3s2p1_frozen"),
