@@ -1,4 +1,5 @@
-// The launchers of csrc/cuda as a Python module, for tests: addresses as integers, one class an argument struct.
+// The launchers of csrc/cuda as a Python module, for tests: addresses as integers, one class an argument
+// struct.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,7 +13,8 @@ using namespace fusedres::cuda;
 namespace {
 
 // A field that holds an address.
-template <class Struct, class Field> void address(py::class_<Struct>& cls, const char* name, Field Struct::*field) {
+template <class Struct, class Field>
+void address(py::class_<Struct>& cls, const char* name, Field Struct::* field) {
   cls.def_property(
       name, [field](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*field); },
       [field](Struct& s, uintptr_t value) { s.*field = reinterpret_cast<Field>(value); });
@@ -27,7 +29,8 @@ void bind_vectors(py::module_& m) {
       .value("bfloat16", Dtype::kBFloat16)
       .value("float32", Dtype::kFloat32)
       .value("float64", Dtype::kFloat64);
-  py::class_<Shape>(m, "Shape").def(py::init<>()) VALUE(Shape, dtype) VALUE(Shape, rows) VALUE(Shape, channels);
+  py::class_<Shape>(m, "Shape")
+      .def(py::init<>()) VALUE(Shape, dtype) VALUE(Shape, rows) VALUE(Shape, channels);
   py::class_<Workspace> workspace(m, "Workspace");
   workspace.def(py::init<>()) VALUE(Workspace, bytes) VALUE(Workspace, counters_are_zero);
   ADDRESS(workspace, Workspace, data);
@@ -60,12 +63,14 @@ void bind_bn(py::module_& m) {
   using F = BnAddReluForward;
   py::class_<F> forward(m, "BnAddReluForward");
   forward.def(py::init<>()) VALUE(F, shape) VALUE(F, relu);
-  ADDRESS(forward, F, c), ADDRESS(forward, F, scale), ADDRESS(forward, F, shift), ADDRESS(forward, F, residual);
+  ADDRESS(forward, F, c), ADDRESS(forward, F, scale), ADDRESS(forward, F, shift),
+      ADDRESS(forward, F, residual);
   ADDRESS(forward, F, residual_scale), ADDRESS(forward, F, residual_shift), ADDRESS(forward, F, y);
   ADDRESS(forward, F, mask);
   using R = BnAddReluBackwardReduce;
   py::class_<R> reduce(m, "BnAddReluBackwardReduce");
-  reduce.def(py::init<>()) VALUE(R, shape) VALUE(R, relu) VALUE(R, coefficients) VALUE(R, shortcut_coefficients);
+  reduce.def(py::init<>()) VALUE(R, shape) VALUE(R, relu) VALUE(R, coefficients)
+      VALUE(R, shortcut_coefficients);
   ADDRESS(reduce, R, dy), ADDRESS(reduce, R, c), ADDRESS(reduce, R, mask), ADDRESS(reduce, R, mean);
   ADDRESS(reduce, R, scale), ADDRESS(reduce, R, shift), ADDRESS(reduce, R, shortcut_c);
   ADDRESS(reduce, R, shortcut_mean), ADDRESS(reduce, R, sum_dz), ADDRESS(reduce, R, sum_dz_centered);
@@ -74,7 +79,8 @@ void bind_bn(py::module_& m) {
   py::class_<I> input(m, "BnAddReluBackwardInput");
   input.def(py::init<>()) VALUE(I, shape) VALUE(I, relu) VALUE(I, grads) VALUE(I, shortcut_grads);
   ADDRESS(input, I, dy), ADDRESS(input, I, c), ADDRESS(input, I, mask), ADDRESS(input, I, scale);
-  ADDRESS(input, I, shift), ADDRESS(input, I, shortcut_c), ADDRESS(input, I, dc), ADDRESS(input, I, dresidual);
+  ADDRESS(input, I, shift), ADDRESS(input, I, shortcut_c), ADDRESS(input, I, dc),
+      ADDRESS(input, I, dresidual);
   using B = ReluBackward;
   py::class_<B> relu(m, "ReluBackward");
   relu.def(py::init<>()) VALUE(B, dtype) VALUE(B, numel);
@@ -83,8 +89,9 @@ void bind_bn(py::module_& m) {
 
 void bind_stem(py::module_& m) {
   using P = Pooling;
-  py::class_<P>(m, "Pooling").def(py::init<>()) VALUE(P, dtype) VALUE(P, batch) VALUE(P, height) VALUE(P, width)
-      VALUE(P, channels) VALUE(P, kernel_size) VALUE(P, stride) VALUE(P, padding);
+  py::class_<P>(m, "Pooling")
+      .def(py::init<>()) VALUE(P, dtype) VALUE(P, batch) VALUE(P, height) VALUE(P, width) VALUE(P, channels)
+          VALUE(P, kernel_size) VALUE(P, stride) VALUE(P, padding);
   using F = BnReluMaxpoolForward;
   py::class_<F> forward(m, "BnReluMaxpoolForward");
   forward.def(py::init<>()) VALUE(F, pooling);
@@ -101,13 +108,17 @@ void bind_stem(py::module_& m) {
   ADDRESS(input, I, dy), ADDRESS(input, I, indices), ADDRESS(input, I, c), ADDRESS(input, I, dc);
 }
 
-template <class Args> void launcher(py::module_& m, const char* name, cudaError_t (*launch)(const Args&, cudaStream_t)) {
+template <class Args>
+void launcher(py::module_& m, const char* name, cudaError_t (*launch)(const Args&, cudaStream_t)) {
   m.def(name, [launch](const Args& args) { return int(launch(args, nullptr)); });
 }
 
 template <class Args>
-void launcher(py::module_& m, const char* name, cudaError_t (*launch)(const Args&, const Workspace&, cudaStream_t)) {
-  m.def(name, [launch](const Args& args, const Workspace& workspace) { return int(launch(args, workspace, nullptr)); });
+void launcher(py::module_& m, const char* name,
+              cudaError_t (*launch)(const Args&, const Workspace&, cudaStream_t)) {
+  m.def(name, [launch](const Args& args, const Workspace& workspace) {
+    return int(launch(args, workspace, nullptr));
+  });
 }
 
 void bind_plans(py::module_& m) {
@@ -137,9 +148,10 @@ void bind_plans(py::module_& m) {
       .def("first_channel", &TilePlan::first_channel)
       .def("rows_of_thread", &TilePlan::rows_of_thread)
       .def("workspace_bytes", &TilePlan::workspace_bytes);
-  m.def("plan_tiles", [](int64_t rows, int64_t channels, int vector, int unroll, int blocks, int multiprocessors) {
-    return plan_tiles({rows, channels, vector, unroll, blocks, 2}, {multiprocessors, 50 << 20});
-  });
+  m.def("plan_tiles",
+        [](int64_t rows, int64_t channels, int vector, int unroll, int blocks, int multiprocessors) {
+          return plan_tiles({rows, channels, vector, unroll, blocks, 2}, {multiprocessors, 50 << 20});
+        });
 }
 
 }  // namespace
@@ -166,5 +178,6 @@ PYBIND11_MODULE(fusedres_cuda_host, m) {
   m.def("set_device", [](int multiprocessors, int l2_bytes) {
     fusedres::emulator::state().device = {multiprocessors, l2_bytes};
   });
-  m.def("run_only_blocks", [](std::vector<unsigned> blocks) { fusedres::emulator::state().only_blocks = blocks; });
+  m.def("run_only_blocks",
+        [](std::vector<unsigned> blocks) { fusedres::emulator::state().only_blocks = blocks; });
 }

@@ -1,7 +1,7 @@
 """Builds csrc/cuda for the host: the emulator instead of CUDA, a Python module instead of torch's registry.
 
-A build is kept in build/cuda_host/<variant> and redone by ninja where a source changed. Variants: plain, and the
-two sanitizers, whose modules load only into a Python that preloads the sanitizer (`environment`).
+A build is kept in build/cuda_host/<variant> and redone by ninja where a source changed. Variants: plain, and
+the two sanitizers, whose modules load only into a Python that preloads the sanitizer (`environment`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ rule link
 
 
 def cuda_include() -> Path | None:
-    """The folder of cuda_runtime_api.h and cuda_bf16.h, of a toolkit or of NVIDIA's packages; None: none here."""
+    """The folder of cuda_bf16.h and its like, of a toolkit or of NVIDIA's packages; None: none here."""
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     homes += [str(Path(nvcc).resolve().parents[1])] if nvcc else []

@@ -1,4 +1,4 @@
-"""The host build of the CUDA kernels as a backend: `HostCudaOps` has the `RawOps` methods that csrc/cuda has."""
+"""The host build of the CUDA kernels as a backend: `HostCudaOps` has the `RawOps` methods of csrc/cuda."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class HostCudaOps:
         assert error == 0, f"{op}: CUDA error {error}"
 
     def _reduce(self, op: str, args: Any, shape: Any, outputs: tuple[Tensor | None, ...]) -> None:
-        """Launches twice: with a workspace of exactly the size asked for, full of rubbish, and with what is left."""
+        """Launches twice: in a workspace of just the size asked for, full of rubbish, and in what is left."""
         size = getattr(self.module, f"{op}_workspace")(shape)
         memory = torch.full((size,), 0xA5, dtype=torch.uint8)
         workspace = self._args("Workspace", data=memory, bytes=size, counters_are_zero=False)
@@ -166,7 +166,7 @@ class HostCudaOps:
     def bn_add_relu_backward_reduce_coefficients(
         self, dy, c, vectors, mask, rows, shortcut_c=None, shortcut_vectors=None
     ) -> tuple[BatchNormGrads, BatchNormGrads | None]:
-        """`bn_add_relu_backward_reduce` and `bn_backward_coefficients`, of a projection too, in one launch."""
+        """`bn_add_relu_backward_reduce` and `bn_backward_coefficients` (of both BNs) in one launch."""
         zero = torch.zeros(c.shape[1])  # the struct's sums are not looked at
         args, grads = self._coefficients(zero, zero, vectors, rows, True)
         folded, side = {"coefficients": args}, None

@@ -1,6 +1,6 @@
 """Runs the checks of some ops on a host build, in a process of its own: for sanitizers and for planted bugs.
 
-    python cuda_host_run.py MODULE OP...        exit 0, or the first failure: an assertion, or the sanitizer's report
+    python cuda_host_run.py MODULE OP...    exit 0, or the first failure: an assertion, a sanitizer's report
 
 Shapes are small, yet have several blocks to merge, both ways to load, a ragged end, and an unaligned start.
 """
@@ -40,7 +40,7 @@ def check_order(ops: HostCudaOps, op: str) -> None:
 
 
 def check_huge(ops: HostCudaOps, op: str) -> None:
-    """Beyond 2^31 elements: the two blocks at the ends of the tensor, of whose pages the others never get one."""
+    """Beyond 2^31 elements: only the two blocks at the ends of the tensor run, so few of its pages exist."""
     if op != "relu_backward":
         return
     numel = 2**31 + 24

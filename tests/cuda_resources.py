@@ -20,8 +20,8 @@ TABLE = Path(__file__).with_suffix(".csv")
 ARCHITECTURES = ("80", "90", "100")
 SCRIPT = """\
 rule compile
-  command = nvcc -std=c++17 -O3 -arch=sm_$arch -cubin -Xptxas -v -MD -MF $out.d -o $out $in > $out.log 2>&1 || \
-(cat $out.log; false)
+  command = nvcc -std=c++17 -O3 -arch=sm_$arch -cubin -Xptxas -v -MD -MF $out.d -o $out $in \
+> $out.log 2>&1 || (cat $out.log; false)
   depfile = $out.d
   deps = gcc
 """
@@ -64,7 +64,7 @@ def compile_all() -> list[Path]:
 def wide_loads(cubin: bytes) -> dict[str, int]:
     """LDG.E.128 instructions of each kernel, by mangled name.
 
-    Instructions since sm_70 are 128 bits: opcode in bits 0-11 (0x981: LDG), access size in bits 73-75 (6: 128 bits).
+    An instruction has 128 bits: opcode in bits 0-11 (0x981: LDG), access size in bits 73-75 (6: 16 bytes).
     """
     header_offset, header_size, count, names = struct.unpack_from("<Q10xHHH", cubin, 40)
     headers = [struct.unpack_from("<II16xQQ", cubin, header_offset + i * header_size) for i in range(count)]

@@ -1,4 +1,4 @@
-"""The host build of the CUDA kernels under sanitizers, and bugs planted in it, each caught by its own test."""
+"""The host build of the CUDA kernels under sanitizers, and planted bugs, each caught by its own test."""
 
 import os
 import subprocess

@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kPacketThreads, kBlocksPerMultiprocessor<kResi
   };
   const int64_t first = plan.first(blockIdx.x, int(threadIdx.x));
   if (kFixed && first < plan.packets) load_vectors(plan.backwards(first));
-  // the vectors of a packet that wraps around the channels are gathered, which takes the registers of the second
+  // the vectors of a packet that wraps around the channels are gathered, which takes the registers of the
+  // second
   constexpr int kAhead = kFixed || kResidual != Residual::kAffine ? kUnroll<T, kUnroll16> : 1;
   walk<kAhead>(
       first, plan.stride(), plan.packets,
@@ -92,8 +93,8 @@ cudaError_t bn_add_relu_forward(const BnAddReluForward& args, cudaStream_t strea
   DeviceLimits limits;
   const cudaError_t error = current_device_limits(&limits);
   if (error != cudaSuccess) return error;
-  const bool aligned = aligned_to_16(args.c, args.residual, args.y, args.scale, args.shift, args.residual_scale,
-                                     args.residual_shift);
+  const bool aligned = aligned_to_16(args.c, args.residual, args.y, args.scale, args.shift,
+                                     args.residual_scale, args.residual_shift);
   const Residual residual = args.residual == nullptr         ? Residual::kNone
                             : args.residual_scale == nullptr ? Residual::kPlain
                                                              : Residual::kAffine;

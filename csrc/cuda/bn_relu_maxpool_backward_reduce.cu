@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
   reduce_tile<V>(acc, shared, workspace, plan, AddMerge(), [&](int64_t channel, auto sum) {
     args.sum_dz[channel] = sum(0);
     args.sum_dz_centered[channel] = sum(1);
-    if (args.coefficients.dweight != nullptr) coefficients_of_channel(args.coefficients, channel, sum(0), sum(1));
+    if (args.coefficients.dweight != nullptr)
+      coefficients_of_channel(args.coefficients, channel, sum(0), sum(1));
   });
 }
 
@@ -57,8 +58,8 @@ size_t bn_relu_maxpool_backward_reduce_workspace(const Pooling& pooling) {
                   plan_of(pooling, 1, limits).workspace_bytes(kValues<1>));
 }
 
-cudaError_t bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& args, const Workspace& workspace,
-                                            cudaStream_t stream) {
+cudaError_t bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& args,
+                                            const Workspace& workspace, cudaStream_t stream) {
   const Pooling& pooling = args.pooling;
   if (!valid(pooling)) return cudaErrorInvalidValue;
   if (pooling.channels == 0) return cudaSuccess;
@@ -76,8 +77,8 @@ cudaError_t bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& a
         const cudaError_t error = prepare_workspace(workspace, plan, kValues<V>, stream);
         if (error != cudaSuccess) return error;
         return launch(bn_relu_maxpool_backward_reduce_kernel<T, V, kernel, stride>,
-                      dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())), stream, args,
-                      plan, workspace.data);
+                      dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())),
+                      stream, args, plan, workspace.data);
       });
     });
   });

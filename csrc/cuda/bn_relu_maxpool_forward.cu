@@ -89,8 +89,8 @@ cudaError_t bn_relu_maxpool_forward(const BnReluMaxpoolForward& args, cudaStream
         const TilePlan plan = plan_tiles(
             {rows, pooling.channels, V, 1, kBlocksPerMultiprocessor, bytes_of(pooling.dtype)}, limits);
         return launch(bn_relu_maxpool_forward_kernel<T, V, kernel, stride>,
-                      dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())), stream, args,
-                      plan);
+                      dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())),
+                      stream, args, plan);
       });
     });
   });

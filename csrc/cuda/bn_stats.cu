@@ -1,5 +1,6 @@
-// Batch statistics: shifted sums per thread, then merges of (mean, M2, count) by Chan, Golub & LeVeque 1983. The
-// merged means are relative to the first row of c, so that they keep their digits where mean/std is large.
+// Batch statistics: shifted sums per thread, then merges of (mean, M2, count) by Chan, Golub & LeVeque 1983.
+// The merged means are relative to the first row of c, so that they keep their digits where mean/std is
+// large.
 #include "bn_math.h"
 #include "launch.h"
 #include "tile_reduce.h"
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
   const int64_t rows = me.active ? plan.rows_of_thread(me.row) : 0;
   float acc[kValues<V>] = {};
   if (rows > 0) {
-    // A shift near the data makes sum and sum of squares safe; the thread's own first row needs no pass before.
+    // A shift near the data makes sum and sum of squares safe; the thread's own first row needs no pass
+    // before.
     float shift[V], sum[V] = {}, square[V] = {};
     const Packet<T, V> first = load_channels<T, V>(c + me.row * plan.channels, l2_policy(false));
 #pragma unroll
@@ -76,9 +78,10 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
 
 namespace {
 TilePlan plan_of(const Shape& shape, int vector, const DeviceLimits& limits) {
-  return plan_tiles({shape.rows, shape.channels, vector, shape.dtype == Dtype::kFloat32 ? kUnroll16 / 2 : kUnroll16,
-                     kBlocksPerMultiprocessor, bytes_of(shape.dtype)},
-                    limits);
+  return plan_tiles(
+      {shape.rows, shape.channels, vector, shape.dtype == Dtype::kFloat32 ? kUnroll16 / 2 : kUnroll16,
+       kBlocksPerMultiprocessor, bytes_of(shape.dtype)},
+      limits);
 }
 }  // namespace
 

@@ -50,6 +50,7 @@ template <class Call> cudaError_t for_flag(bool flag, Call call) {
 }
 
 // Clears the counters if they may not be zero, and checks the size. Nothing to do with one group a chunk.
-cudaError_t prepare_workspace(const Workspace& workspace, const TilePlan& plan, int values, cudaStream_t stream);
+cudaError_t prepare_workspace(const Workspace& workspace, const TilePlan& plan, int values,
+                              cudaStream_t stream);
 
 }  // namespace fusedres::cuda

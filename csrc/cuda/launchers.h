@@ -1,8 +1,8 @@
 // The CUDA kernels' interface: torch-free, one launcher an op. Maths: fusedres/raw_ops.py.
 //
-// Activations are NHWC: rows x channels, rows = N*H*W, dense, any alignment (16 bytes is the fast one). Channel
-// vectors are float32 [C]. All pointers are device pointers; outputs overlap nothing. Every launcher only
-// enqueues on `stream` of the current device: no synchronisation, no allocation, safe in graph capture.
+// Activations are NHWC: rows x channels, rows = N*H*W, dense, any alignment (16 bytes is the fast one).
+// Channel vectors are float32 [C]. All pointers are device pointers; outputs overlap nothing. Every launcher
+// only enqueues on `stream` of the current device: no synchronisation, no allocation, safe in graph capture.
 // The result is cudaSuccess, or what the launch returned; cudaErrorInvalidValue for arguments a kernel
 // does not take.
 #pragma once
@@ -16,7 +16,12 @@
 
 namespace fusedres::cuda {
 
-enum class Dtype : int { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };  // float64: parameters only
+enum class Dtype : int {
+  kFloat16 = 0,
+  kBFloat16 = 1,
+  kFloat32 = 2,
+  kFloat64 = 3
+};  // float64: parameters only
 
 struct Shape {
   Dtype dtype;
@@ -24,9 +29,9 @@ struct Shape {
   int64_t channels;  // C
 };
 
-// Scratch of a reducing op, 16-byte aligned, for one launch at a time. Its first bytes are counters, which every
-// launch leaves at zero: who keeps a workspace for later launches of the same op and shape on the same stream
-// says so and saves the memset.
+// Scratch of a reducing op, 16-byte aligned, for one launch at a time. Its first bytes are counters, which
+// every launch leaves at zero: who keeps a workspace for later launches of the same op and shape on the same
+// stream says so and saves the memset.
 struct Workspace {
   void* data;
   size_t bytes;
@@ -67,7 +72,8 @@ struct BnBackwardCoefficients {
 };
 cudaError_t bn_backward_coefficients(const BnBackwardCoefficients& args, cudaStream_t stream);
 
-// ------------------------------------------------------------------------------------------ batch normalisation
+// ------------------------------------------------------------------------------------------ batch
+// normalisation
 
 struct BnStats {
   Shape shape;
@@ -94,12 +100,13 @@ struct BnAddReluForward {
 };
 cudaError_t bn_add_relu_forward(const BnAddReluForward& args, cudaStream_t stream);
 
-// dz = dy where `mask` has a bit; without a mask, if `relu`, where round(scale*c + shift) > 0; else dy itself.
+// dz = dy where `mask` has a bit; without a mask, if `relu`, where round(scale*c + shift) > 0; else dy
+// itself.
 struct BnAddReluBackwardReduce {
   Shape shape;
-  const void* dy;              // [P, C]
-  const void* c;               // [P, C]
-  const uint8_t* mask;         // [ceil(P*C / 8)] or null
+  const void* dy;       // [P, C]
+  const void* c;        // [P, C]
+  const uint8_t* mask;  // [ceil(P*C / 8)] or null
   bool relu;
   const float* mean;           // [C]
   const float* scale;          // [C], read if the sign of scale*c + shift is the mask
@@ -109,7 +116,8 @@ struct BnAddReluBackwardReduce {
   float* sum_dz;               // [C]
   float* sum_dz_centered;      // [C] sum dz*(c - mean)
   float* shortcut_sum;         // [C] sum dz*(shortcut_c - shortcut_mean), or null: no projection
-  // computed by the last block of the same launch if .dweight is set; .channels and the sums are not looked at
+  // computed by the last block of the same launch if .dweight is set; .channels and the sums are not looked
+  // at
   BnBackwardCoefficients coefficients;
   BnBackwardCoefficients shortcut_coefficients;
 };
@@ -125,17 +133,17 @@ struct Coefficients {
 
 struct BnAddReluBackwardInput {
   Shape shape;
-  const void* dy;              // [P, C]
-  const void* c;               // [P, C]
-  const uint8_t* mask;         // as in BnAddReluBackwardReduce, like the next three
+  const void* dy;       // [P, C]
+  const void* c;        // [P, C]
+  const uint8_t* mask;  // as in BnAddReluBackwardReduce, like the next three
   bool relu;
-  const float* scale;          // [C]
-  const float* shift;          // [C]
+  const float* scale;  // [C]
+  const float* shift;  // [C]
   Coefficients grads;
-  const void* shortcut_c;      // [P, C] or null
+  const void* shortcut_c;       // [P, C] or null
   Coefficients shortcut_grads;  // with shortcut_c
-  void* dc;                    // [P, C]
-  void* dresidual;             // [P, C]: the projection's gradient with shortcut_c, dz without; null: none
+  void* dc;                     // [P, C]
+  void* dresidual;              // [P, C]: the projection's gradient with shortcut_c, dz without; null: none
 };
 cudaError_t bn_add_relu_backward_input(const BnAddReluBackwardInput& args, cudaStream_t stream);
 
@@ -155,8 +163,12 @@ struct Pooling {
   int64_t batch, height, width, channels;  // of c; P = batch*height*width
   int kernel_size, stride, padding;        // square, kernel_size <= 15, padding <= kernel_size / 2
 
-  FUSEDRES_HOST_DEVICE int64_t pooled_height() const { return (height + 2 * padding - kernel_size) / stride + 1; }
-  FUSEDRES_HOST_DEVICE int64_t pooled_width() const { return (width + 2 * padding - kernel_size) / stride + 1; }
+  FUSEDRES_HOST_DEVICE int64_t pooled_height() const {
+    return (height + 2 * padding - kernel_size) / stride + 1;
+  }
+  FUSEDRES_HOST_DEVICE int64_t pooled_width() const {
+    return (width + 2 * padding - kernel_size) / stride + 1;
+  }
 };
 
 struct BnReluMaxpoolForward {
@@ -171,17 +183,17 @@ cudaError_t bn_relu_maxpool_forward(const BnReluMaxpoolForward& args, cudaStream
 
 struct BnReluMaxpoolBackwardReduce {
   Pooling pooling;
-  const void* dy;          // [N, H', W', C]
-  const uint8_t* indices;  // [N, H', W', C]
-  const void* c;           // [N, H, W, C]
-  const float* mean;       // [C]
-  float* sum_dz;           // [C]
-  float* sum_dz_centered;  // [C]
+  const void* dy;                       // [N, H', W', C]
+  const uint8_t* indices;               // [N, H', W', C]
+  const void* c;                        // [N, H, W, C]
+  const float* mean;                    // [C]
+  float* sum_dz;                        // [C]
+  float* sum_dz_centered;               // [C]
   BnBackwardCoefficients coefficients;  // as in BnAddReluBackwardReduce
 };
 size_t bn_relu_maxpool_backward_reduce_workspace(const Pooling& pooling);
-cudaError_t bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& args, const Workspace& workspace,
-                                            cudaStream_t stream);
+cudaError_t bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& args,
+                                            const Workspace& workspace, cudaStream_t stream);
 
 struct BnReluMaxpoolBackwardInput {
   Pooling pooling;
@@ -189,7 +201,7 @@ struct BnReluMaxpoolBackwardInput {
   const uint8_t* indices;  // [N, H', W', C]
   const void* c;           // [N, H, W, C]
   Coefficients grads;
-  void* dc;                // [N, H, W, C]
+  void* dc;  // [N, H, W, C]
 };
 cudaError_t bn_relu_maxpool_backward_input(const BnReluMaxpoolBackwardInput& args, cudaStream_t stream);
 

@@ -13,7 +13,9 @@ __device__ __forceinline__ float to_float(float v) { return v; }
 // to nearest even, as torch rounds
 template <class T> __device__ __forceinline__ T round_to(float v);
 template <> __device__ __forceinline__ __half round_to<__half>(float v) { return __float2half_rn(v); }
-template <> __device__ __forceinline__ __nv_bfloat16 round_to<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+template <> __device__ __forceinline__ __nv_bfloat16 round_to<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
 template <> __device__ __forceinline__ float round_to<float>(float v) { return v; }
 
 template <class T, int V> struct Packet {
@@ -28,7 +30,8 @@ template <class T, int Of16Bit> constexpr int kUnroll = sizeof(T) == 2 ? Of16Bit
 template <class T> __device__ __forceinline__ Packet<T, kPacket> load_packet(const T* from, uint64_t policy) {
   uint4 word[kWordsPerPacket<T>];
 #pragma unroll
-  for (int i = 0; i < kWordsPerPacket<T>; i++) word[i] = load_16_bytes(reinterpret_cast<const char*>(from) + 16 * i, policy);
+  for (int i = 0; i < kWordsPerPacket<T>; i++)
+    word[i] = load_16_bytes(reinterpret_cast<const char*>(from) + 16 * i, policy);
   Packet<T, kPacket> packet;
   memcpy(&packet, word, sizeof packet);
   return packet;
@@ -39,11 +42,13 @@ __device__ __forceinline__ void store_packet(T* to, const Packet<T, kPacket>& pa
   uint4 word[kWordsPerPacket<T>];
   memcpy(word, &packet, sizeof packet);
 #pragma unroll
-  for (int i = 0; i < kWordsPerPacket<T>; i++) store_16_bytes(reinterpret_cast<char*>(to) + 16 * i, word[i], policy);
+  for (int i = 0; i < kWordsPerPacket<T>; i++)
+    store_16_bytes(reinterpret_cast<char*>(to) + 16 * i, word[i], policy);
 }
 
 // V = 8: aligned to 16 bytes; V = 1: any address.
-template <class T, int V> __device__ __forceinline__ Packet<T, V> load_channels(const T* from, uint64_t policy) {
+template <class T, int V>
+__device__ __forceinline__ Packet<T, V> load_channels(const T* from, uint64_t policy) {
   if constexpr (V == kPacket) {
     return load_packet(from, policy);
   } else {
@@ -72,7 +77,8 @@ template <int V> __device__ __forceinline__ Packet<uint8_t, V> load_indices(cons
   return out;
 }
 
-template <int V> __device__ __forceinline__ void store_indices(uint8_t* to, const Packet<uint8_t, V>& indices) {
+template <int V>
+__device__ __forceinline__ void store_indices(uint8_t* to, const Packet<uint8_t, V>& indices) {
   if constexpr (V == kPacket) {
     uint2 word;
     memcpy(&word, &indices, sizeof word);
@@ -83,7 +89,8 @@ template <int V> __device__ __forceinline__ void store_indices(uint8_t* to, cons
 }
 
 // V values of a channel vector [C] from channel `first`; null reads as 0.
-template <int V> __device__ __forceinline__ void load_vector(float (&out)[V], const float* vector, int64_t first) {
+template <int V>
+__device__ __forceinline__ void load_vector(float (&out)[V], const float* vector, int64_t first) {
   if (vector == nullptr) {
 #pragma unroll
     for (int i = 0; i < V; i++) out[i] = 0.f;

@@ -19,10 +19,11 @@
 
 namespace fusedres::cuda {
 
-constexpr int kPacket = 8;          // elements: one byte of mask, 16 bytes of a 16-bit dtype
+constexpr int kPacket = 8;  // elements: one byte of mask, 16 bytes of a 16-bit dtype
 constexpr int kPacketThreads = 256;
-constexpr int kTileThreads = 320;   // large blocks leave few partials to merge; two of them leave 102 registers
-constexpr int kTileLanes = 32;      // channel groups of 8 a block: 512 bytes of a row, and a short merge
+constexpr int kTileThreads =
+    320;                        // large blocks leave few partials to merge; two of them leave 102 registers
+constexpr int kTileLanes = 32;  // channel groups of 8 a block: 512 bytes of a row, and a short merge
 constexpr int kTileLanesScalar = 128;
 constexpr int64_t kMaxGridX = 2147483647;
 constexpr int64_t kMaxGridY = 65535;
@@ -43,19 +44,23 @@ constexpr int64_t units_kept_in_l2(const DeviceLimits& limits, int64_t bytes_per
 }
 
 struct PacketPlan {
-  int64_t packets;       // ceil(numel / 8); the last may be partial
+  int64_t packets;  // ceil(numel / 8); the last may be partial
   int64_t numel;
-  int64_t kept;          // packets worth keeping in L2 after the pass
+  int64_t kept;  // packets worth keeping in L2 after the pass
   int64_t channels;
   int blocks;
   int threads;
-  bool aligned;          // every tensor starts at a multiple of 16 bytes
-  bool fixed_channels;   // and 8 divides C, and a thread meets the same 8 channels all along
+  bool aligned;         // every tensor starts at a multiple of 16 bytes
+  bool fixed_channels;  // and 8 divides C, and a thread meets the same 8 channels all along
 
   FUSEDRES_HOST_DEVICE constexpr int64_t stride() const { return int64_t(blocks) * threads; }
-  FUSEDRES_HOST_DEVICE constexpr int64_t first(int64_t block, int thread) const { return block * threads + thread; }
+  FUSEDRES_HOST_DEVICE constexpr int64_t first(int64_t block, int thread) const {
+    return block * threads + thread;
+  }
   FUSEDRES_HOST_DEVICE constexpr int64_t backwards(int64_t step) const { return packets - 1 - step; }
-  FUSEDRES_HOST_DEVICE constexpr int64_t first_channel(int64_t packet) const { return packet * kPacket % channels; }
+  FUSEDRES_HOST_DEVICE constexpr int64_t first_channel(int64_t packet) const {
+    return packet * kPacket % channels;
+  }
 };
 
 struct PacketRequest {
@@ -88,12 +93,12 @@ inline PacketPlan plan_packets(const PacketRequest& request, const DeviceLimits&
 struct TilePlan {
   int64_t rows;
   int64_t channels;
-  int64_t kept;      // rows worth keeping in L2 after the pass
-  int64_t chunks;    // blockIdx.x: `lanes` channel groups each
-  int groups;        // blockIdx.y: interleaved tiles of rows
-  int lanes;         // channel groups side by side in a block
-  int tile_rows;     // rows side by side in a block
-  int vector;        // channels of one group: 8, or 1 for any channel count and alignment
+  int64_t kept;    // rows worth keeping in L2 after the pass
+  int64_t chunks;  // blockIdx.x: `lanes` channel groups each
+  int groups;      // blockIdx.y: interleaved tiles of rows
+  int lanes;       // channel groups side by side in a block
+  int tile_rows;   // rows side by side in a block
+  int vector;      // channels of one group: 8, or 1 for any channel count and alignment
 
   FUSEDRES_HOST_DEVICE constexpr int threads() const { return lanes * tile_rows; }
   FUSEDRES_HOST_DEVICE constexpr int64_t backwards(int64_t row) const { return rows - 1 - row; }
@@ -119,7 +124,7 @@ struct TileRequest {
   int64_t rows;
   int64_t channels;
   int vector;
-  int unroll;             // rows a thread loads at once
+  int unroll;  // rows a thread loads at once
   int blocks_per_multiprocessor;
   int bytes_per_element;  // of all tensors that the pass reads and a later pass reads again
 };

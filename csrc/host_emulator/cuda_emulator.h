@@ -26,9 +26,10 @@
 #define blockDim (::fusedres::emulator::state().block)
 #define gridDim (::fusedres::emulator::state().grid)
 
-#define FUSEDRES_SHARED(type, name, count)         \
-  static const char declaration_of_##name = 0;     \
-  type* name = static_cast<type*>(::fusedres::emulator::shared_array(&declaration_of_##name, sizeof(type) * (count)))
+#define FUSEDRES_SHARED(type, name, count)     \
+  static const char declaration_of_##name = 0; \
+  type* name =                                 \
+      static_cast<type*>(::fusedres::emulator::shared_array(&declaration_of_##name, sizeof(type) * (count)))
 
 inline void __syncthreads() { fusedres::emulator::barrier(); }
 
@@ -38,7 +39,9 @@ inline void __threadfence() {
 }
 
 // Relaxed, as on the device: an atomic orders nothing but itself.
-inline unsigned atomicAdd(unsigned* address, unsigned value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
 inline unsigned atomicExch(unsigned* address, unsigned value) {
   return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
 }

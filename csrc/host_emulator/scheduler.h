@@ -1,7 +1,7 @@
 // Runs a kernel's grid on the CPU, in a seeded random order of blocks and threads, several blocks in flight.
 //
-// What makes it find bugs: shared memory is an exact-size heap block full of NaN; every barrier is counted per
-// thread; a barrier that not all threads reach is a deadlock and is reported; under ThreadSanitizer only
+// What makes it find bugs: shared memory is an exact-size heap block full of NaN; every barrier is counted
+// per thread; a barrier that not all threads reach is a deadlock and is reported; under ThreadSanitizer only
 // barriers and fences order memory. An error prints what it found and aborts.
 #pragma once
 
@@ -72,8 +72,8 @@ inline State& state() {
   for (const auto& block : state().resident)
     for (const Thread& thread : block->threads)
       if (!thread.done && thread.waits_for && shown++ < 4)
-        std::fprintf(stderr, "  block (%u, %u) thread %u waits at __syncthreads\n", block->index.x, block->index.y,
-                     thread.index.x);
+        std::fprintf(stderr, "  block (%u, %u) thread %u waits at __syncthreads\n", block->index.x,
+                     block->index.y, thread.index.x);
   std::fflush(stderr);
   std::abort();
 }
@@ -101,7 +101,8 @@ FUSEDRES_UNINSTRUMENTED inline void barrier() {
   acquire(order);
 }
 
-// A shared array of the running block: one for each declaration, of exactly its size, NaN until it is written.
+// A shared array of the running block: one for each declaration, of exactly its size, NaN until it is
+// written.
 inline void* shared_array(const void* declaration, size_t bytes) {
   Quiet quiet;
   auto& memory = state().current->block->shared[declaration];
@@ -155,7 +156,8 @@ FUSEDRES_UNINSTRUMENTED inline void run_resident_blocks() {
       s.current = thread;
       switch_fiber(s.caller, *thread, s.caller_stack, false);
     }
-    running.erase(std::remove_if(running.begin(), running.end(), [](Thread* t) { return t->done; }), running.end());
+    running.erase(std::remove_if(running.begin(), running.end(), [](Thread* t) { return t->done; }),
+                  running.end());
     if (!progress && !running.empty()) fail("deadlock: a barrier that not all threads of the block reach");
   }
 }
@@ -173,7 +175,8 @@ inline void remove_blocks() {
 
 inline cudaError_t run_grid(dim3 grid, dim3 block, std::function<void()> kernel) {
   State& s = state();
-  if (block.x == 0 || block.x > 1024 || block.y != 1 || block.z != 1 || grid.y > 65535) return cudaErrorInvalidConfiguration;
+  if (block.x == 0 || block.x > 1024 || block.y != 1 || block.z != 1 || grid.y > 65535)
+    return cudaErrorInvalidConfiguration;
   if (grid.x == 0 || grid.y == 0 || grid.x > 2147483647u) return cudaErrorInvalidConfiguration;
   s.grid = grid;
   s.block = block;
