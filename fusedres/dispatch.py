@@ -3,8 +3,8 @@
 A `Dispatcher` has every raw op as a method; each call goes to the first of its backends whose `supports`
 gives no reason against it. The reference comes last and takes everything.
 
-    FUSEDRES_BACKEND=auto|native|reference      the default for this process
-    with use_backend("reference"): ...   for a block of code, in this thread
+    FUSEDRES_BACKEND=auto|native|triton|reference   the default for this process
+    with use_backend("reference"): ...              for a block of code, in this thread
 """
 
 from __future__ import annotations

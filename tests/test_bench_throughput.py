@@ -86,6 +86,6 @@ def test_suite_end_to_end(tmp_path):
     (benchmark,) = json.loads(saved.read_text())["benchmarks"]
     info = benchmark["extra_info"]
     assert benchmark["group"] == info["workload"] == "cifar_resnet20/infer/float32/2"
-    assert info["runs_as"] == {"separate": 9}
+    assert info["runs_as"] == {"separate": 10}
     assert info["ratio_low"] <= info["ratio"] <= info["ratio_high"]
     assert benchmark["stats"]["rounds"] == info["rounds"] == 3

@@ -58,10 +58,18 @@ def masked_gradient(
     return dy
 
 
-def apply_coefficients(dz: Tensor, c: Tensor, grads: BatchNormGrads) -> Tensor:
-    """dc = A*dz + B*c + K, rounded to c's dtype. [N, C, H, W]"""
+def apply_coefficients(dz: Tensor, c: Tensor, grads: BatchNormGrads, mean: Tensor | None = None) -> Tensor:
+    """dc = A*dz + B*c + K, rounded to c's dtype. [N, C, H, W]
+
+    With mean [C] as A*dz + B*(c - mean) - A*dbias/P, the same in exact arithmetic: B*c + K cancels where the mean
+    is large against the deviation.
+    """
     dc = dz.to(grads.A.dtype) * per_channel(grads.A)
-    if grads.B is not None and grads.K is not None:
+    if grads.B is not None and mean is not None:
+        centered = c.to(mean.dtype) - per_channel(mean)
+        rows = c.shape[0] * c.shape[2] * c.shape[3]
+        dc = dc + affine(centered, grads.B, -grads.A * grads.dbias / max(rows, 1))
+    elif grads.B is not None and grads.K is not None:
         dc = dc + affine(c, grads.B, grads.K)
     return torch.empty_like(c).copy_(dc)
 
@@ -141,7 +149,7 @@ class ReferenceOps:
         save_dz=False,
     ):
         dz = masked_gradient(dy, c, vectors, mask, relu)
-        dc = apply_coefficients(dz, c, grads)
+        dc = apply_coefficients(dz, c, grads, vectors.mean)
         if shortcut_c is not None:
             return dc, apply_coefficients(dz, shortcut_c, shortcut_grads)
         # a copy: without a mask dz may be dy itself, and no output shares storage with an argument
@@ -244,7 +252,7 @@ class ReferenceOps:
         self, dy, c, vectors, grads, weight, relu=True, shortcut_dy=None, shortcut_mask=None
     ):
         acc = vectors.scale.dtype
-        dc = apply_coefficients(masked_gradient(dy, c, vectors, None, relu), c, grads)
+        dc = apply_coefficients(masked_gradient(dy, c, vectors, None, relu), c, grads, vectors.mean)
         dx = F.conv_transpose2d(dc.to(acc), weight.to(acc))  # dc W, [N, Cin, H, W]
         if shortcut_dy is not None:
             if shortcut_mask is not None:
