@@ -45,6 +45,7 @@ def conv1x1_forward_kernel(
     column = tl.program_id(0) % (COUT // BN)
     rows = tile.to(tl.int64) * BM + tl.arange(0, BM)
     channels = column * BN + tl.arange(0, BN)
+    first = column + tl.zeros((1, 1), tl.int32) == 0  # a tensor: the interpreter cannot mask by a scalar
     inner = tl.arange(0, BK)
     inside = (rows < P)[:, None]
     acc = tl.zeros((BM, BN), tl.float32)
@@ -56,7 +57,7 @@ def conv1x1_forward_kernel(
         shift = tl.load(in_shift + k + inner)
         a = c.to(tl.float32) * scale[None, :] + shift[None, :]
         a = tl.maximum(a, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype.element_ty)
-        tl.store(side + at, a, mask=inside & (column == 0))
+        tl.store(side + at, a, mask=inside & first)
         acc = tl.dot(a, weight, acc)
     out = acc.to(y.dtype.element_ty)
     tl.store(y + rows[:, None] * COUT + channels[None, :], out, mask=inside)
@@ -79,6 +80,7 @@ def conv1x1_backward_input_kernel(
     column = tl.program_id(0) % (CIN // BN)
     rows = tile.to(tl.int64) * BM + tl.arange(0, BM)
     channels = column * BN + tl.arange(0, BN)
+    first = column + tl.zeros((1, 1), tl.int32) == 0  # a tensor: the interpreter cannot mask by a scalar
     inner = tl.arange(0, BK)
     inside = (rows < P)[:, None]
     acc = tl.zeros((BM, BN), tl.float32)
@@ -91,7 +93,7 @@ def conv1x1_backward_input_kernel(
         b = tl.load(B + k + inner)
         offset = tl.load(K + k + inner)
         g = (g * a[None, :] + (raw * b[None, :] + offset[None, :])).to(dz.dtype.element_ty)
-        tl.store(dc + at, g, mask=inside & (column == 0))
+        tl.store(dc + at, g, mask=inside & first)
         acc = tl.dot(g, weight, acc)
     at = rows[:, None] * CIN + channels[None, :]
     if SKIP:
@@ -181,12 +183,23 @@ def ptxas(ptx: str) -> dict[str, object]:
     """Assembles PTX and reads the resource report."""
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None, "PTX names no target"
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    binaries = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [str(program), "-v", f"--gpu-name={target[1]}", str(source), "-o", f"{folder}/kernel.cubin"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        for name in ("ptxas", "ptxas-blackwell"):  # newer PTX needs the second
+            command = [
+                binaries / name,
+                "-v",
+                f"--gpu-name={target[1]}",
+                source,
+                "-o",
+                f"{folder}/kernel.cubin",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                break
+        done.check_returncode()
     said = done.stdout + done.stderr
     spills = re.findall(r"(\d+) bytes spill", said)
     return {
