@@ -65,7 +65,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="folder for curves.png and results.json")] = Path(
         "demo-output"
     ),
-    epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 6,
+    epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 8,
 ) -> None:
     """Trains two ResNets on handwritten digits, each unpatched and patched, and compares the runs."""
     from fusedres.demo.main import run_demo

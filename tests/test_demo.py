@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
@@ -52,12 +51,9 @@ def test_the_images_are_split_without_overlap():
 
 @pytest.mark.parametrize(("depth", "recipe"), [(20, "separate"), (29, "gram")])
 def test_twenty_float64_steps_agree_in_every_loss(depth, recipe):
-    plain = demo_main.fresh_model(depth)
-    fused = fusedres.patch(copy.deepcopy(plain), recipe=recipe, strict=True)
     digits = data.load()
     small = data.Digits(*(part[:320] for part in digits))
-    assert training.float64_distance(plain, fused, small, 20, seed=0) <= 1e-9
-    assert {row.runs_as for row in fusedres.report(fused).blocks} <= {"separate", "gram"}
+    assert demo_main.float64_distance(depth, recipe, small) <= 1e-9
 
 
 def test_fused_blocks_are_counted_by_their_autograd_node():

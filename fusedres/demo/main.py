@@ -45,11 +45,21 @@ class Outcome(NamedTuple):
         return {**self._asdict(), "runs": [vars(run) for run in self.runs]}
 
 
-def fresh_model(depth: int) -> nn.Module:
-    """Every block starts as the identity: otherwise the first steps amplify rounding noise tenfold each."""
+def fresh_model(depth: int, identity_start: bool = False) -> nn.Module:
+    """The model of that depth; with `identity_start` gamma is 0 in each block's last BN."""
     torch.manual_seed(SEED)
-    model = cifar_resnet(depth, in_channels=1, zero_init_residual=True)
+    model = cifar_resnet(depth, in_channels=1, zero_init_residual=identity_start)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def float64_distance(depth: int, recipe: str, digits: data.Digits) -> float:
+    """How far the losses of patched and unpatched drift apart in float64.
+
+    Blocks start as the identity: otherwise the first steps amplify rounding noise itself tenfold each.
+    """
+    plain = fresh_model(depth, identity_start=True)
+    patched = patching.patch(copy.deepcopy(plain), recipe=recipe)
+    return training.float64_distance(plain, patched, digits, FLOAT64_STEPS, SEED)
 
 
 def run_case(
@@ -73,9 +83,7 @@ def run_case(
                 training.train(label, model, digits, epochs, SEED, lambda t=task: progress.advance(t))  # type: ignore[misc]
             )
     with training.threads(2):
-        distance = training.float64_distance(
-            copy.deepcopy(plain), copy.deepcopy(patched), digits, FLOAT64_STEPS, SEED
-        )
+        distance = float64_distance(depth, recipe, digits)
         ratio = training.time_ratio(plain, patched, digits, TIMING_ROUNDS)
     return Outcome(title, recipe, len(report.matched), len(report.blocks), fused, runs, distance, ratio)
 
