@@ -179,7 +179,7 @@ def test_a_block_used_twice_is_patched_and_equal():
     for name, exact in expected.gradients.items():
         assert_same_float64(actual.gradients[name], exact, name)
     for name, exact in expected.buffers.items():
-        assert torch.allclose(actual.buffers[name].double(), exact.double(), rtol=1e-12), name
+        assert_same_float64(actual.buffers[name].double(), exact.double(), name)
 
 
 def test_deepcopy_is_independent():

@@ -90,7 +90,7 @@ def test_checkpointing_recomputes_the_same(pair):
     for (name, p), q in zip(plain.layer1.named_parameters(), fused.layer1.parameters(), strict=True):
         assert_same_float64(q.grad, p.grad, name)
     for (name, p), q in zip(plain.layer1.named_buffers(), fused.layer1.buffers(), strict=True):
-        assert torch.allclose(p.double(), q.double(), rtol=1e-10), name
+        assert_same_float64(q.double(), p.double(), name)
     assert fused.layer1[0].bn1.num_batches_tracked == 2
 
 
