@@ -18,6 +18,7 @@ from pathlib import Path
 SOURCES = Path(__file__).resolve().parent
 CPU_SOURCES = (
     "library.cpp",
+    "older_systems.cpp",
     "cpu/binding.cpp",
     "cpu/channel_ops.cpp",
     "cpu/kernels.cpp",
