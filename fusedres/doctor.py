@@ -168,14 +168,19 @@ def advice() -> list[str]:
 
 
 def examine() -> dict[str, Any]:
-    """Everything, as plain data; `passed` is False where the self-test found a wrong result."""
+    """Everything, as plain data; `passed` is False where the self-test found a wrong result.
+
+    Raises:
+        BackendUnavailableError: FUSEDRES_BACKEND names a backend that is not there.
+    """
+    in_use = [backend.name for backend in dispatcher().backends]
     tested = summary(selftest.run())
     return {
         "versions": versions(),
         "machine": machine(),
         "native_library": native_library(),
         "backends": {name: unavailable(name) for name in BACKENDS},
-        "backends_in_use": [backend.name for backend in dispatcher().backends],
+        "backends_in_use": in_use,
         "serving": serving(),
         "recipe_table": recipe_table(),
         "selftest": tested,
