@@ -240,6 +240,46 @@ def test_a_broken_library_asked_for_by_name(monkeypatch, tmp_path):
         native.load.cache_clear()
 
 
+def test_a_library_of_other_sources_is_one_warning_and_the_fallback(monkeypatch):
+    monkeypatch.setattr(native, "LIBRARY_OPS", (*native.LIBRARY_OPS, "op_of_tomorrow"))
+    native.load.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="other sources, it lacks op_of_tomorrow") as caught:
+            assert native.loaders() == {}
+        assert len(caught) == 1
+    finally:
+        native.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "it holds no GPU code",
+        "it holds code for 90, needed sm_120",
+        "its CUDA 13.0 says: CUDA driver version is insufficient for CUDA runtime version",
+    ],
+)
+def test_a_gpu_that_the_library_does_not_serve_is_one_warning_and_the_fallback(ops, monkeypatch, problem):
+    monkeypatch.setattr(ops, "cuda_device_problem", lambda index: problem if index else "")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    served, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    native.device_reason.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=rf"does not run on cuda:1 \(a GPU\): {problem}") as caught:
+            assert [native.device_reason(other) for _ in range(3)] == ["no_code_for_device"] * 3
+            assert native.device_reason(served) is None
+        assert len(caught) == 1
+    finally:
+        native.device_reason.cache_clear()
+
+
+def test_the_library_says_which_gpus_it_serves(ops):
+    """Here without a GPU: without GPU code, or without a driver, and never by crashing."""
+    archs, problem = ops.cuda_archs(), ops.cuda_device_problem(99)
+    assert bool(ops.cuda_version()) == bool(archs)
+    assert re.match(r"its CUDA \d+\.\d+ says: " if archs else "it holds no GPU code$", problem)
+
+
 def test_a_processor_without_avx2_has_no_native_backend():
     code = "from fusedres import dispatch\nassert 'native' not in dispatch.LOADERS"
     done = subprocess.run(
