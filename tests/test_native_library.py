@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import native_symbols
 import pytest
 import torch
 
@@ -11,9 +12,6 @@ from fusedres.backends import native
 from fusedres.errors import BackendUnavailableError
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
-
-STABLE = re.compile(r"^(aoti_torch_|torch_)\w+$")
-CUDA = re.compile(r"^(lib(torch_cuda|cudart|cuda)\b)")
 
 
 def image(channels=8, dtype=torch.float32, size=4):
@@ -159,43 +157,38 @@ def test_statistics_repeat_bitwise_for_a_thread_count(ops, threads, dtype):
         torch.set_num_threads(before)
 
 
-def readelf(*arguments):
-    return subprocess.run(
-        ["readelf", *arguments, str(native.LIBRARY)], capture_output=True, text=True, check=True
-    )
+def test_needs_only_the_stable_abi_and_an_old_system():
+    assert native_symbols.violations(native.LIBRARY) == []
+    assert "libtorch_cpu.so" in native_symbols.needed_libraries(native.LIBRARY)
 
 
-def test_needs_nothing_but_libtorch_cpu():
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", readelf("-d").stdout)
-    allowed = {
-        "libtorch_cpu.so",
-        "libstdc++.so.6",
-        "libm.so.6",
-        "libgcc_s.so.1",
-        "libc.so.6",
-        "ld-linux-x86-64.so.2",
-    }
-    assert "libtorch_cpu.so" in needed
-    assert set(needed) - allowed - {"libdl.so.2", "librt.so.1", "libpthread.so.0"} == set()
+BAD_LIBRARY = """
+#include <threads.h>
+void PyErr_Clear(void), _ZN3c105ErrorC1Ev(void), torchvision_new(void);
+void fusedres_shown(thrd_t t) { PyErr_Clear(); _ZN3c105ErrorC1Ev(); torchvision_new(); thrd_join(t, 0); }
+"""
 
 
-def symbols(undefined):
-    """Names of the dynamic symbols, without versions."""
-    rows = [line.split() for line in readelf("--dyn-syms", "-W").stdout.splitlines()]
-    rows = [row for row in rows if len(row) >= 8 and row[0].rstrip(":").isdigit()]
-    return {row[7].split("@")[0] for row in rows if (row[6] == "UND") == undefined and row[3] != "NOTYPE"}
-
-
-def test_uses_only_the_stable_abi():
-    wanted = symbols(undefined=True)
-    assert not {s for s in wanted if re.match(r"_?Py[A-Z_]", s)}, "Python symbols"
-    assert not {s for s in wanted if re.match(r"_Z\w*(2at|3c10|5torch)", s)}, "C++ symbols of libtorch"
-    torch_symbols = {s for s in wanted if "torch" in s}
-    assert torch_symbols and all(STABLE.match(s) for s in torch_symbols)
-
-
-def test_exports_nothing_of_ours():
-    assert not {s for s in symbols(undefined=False) if "fusedres" in s}
+@pytest.mark.parametrize(
+    "seen",
+    [
+        "Python symbol PyErr_Clear",
+        "C++ symbol of libtorch _ZN3c105ErrorC1Ev",
+        "not in torch's stable ABI: torchvision_new",
+        "newer than manylinux_2_28: thrd_join@GLIBC_2.34",
+        "needs libcudart.so.13",
+        "exports fusedres_shown",
+    ],
+)
+def test_a_library_that_breaks_its_promise_is_seen(tmp_path, seen):
+    other, bad = tmp_path / "libcudart.so.13", tmp_path / "bad.so"
+    for source, *arguments in (
+        ("void cudart(void) {}", other, "-Wl,-soname,libcudart.so.13"),
+        (BAD_LIBRARY, bad, "-Wl,--no-as-needed", other),
+    ):
+        command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-x", "none", "-o", *arguments]
+        subprocess.run(command, input=source, text=True, check=True)
+    assert seen in native_symbols.violations(bad)
 
 
 def run_python(code):
