@@ -50,6 +50,9 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tensor A, Tensor? B, Tensor? K,"
       " int kernel_size, int stride, int padding) -> Tensor");
+  m.def(
+      "conv_backward_weight(Tensor dy, Tensor x, int kernel_height, int kernel_width, int stride_height,"
+      " int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width) -> Tensor");
   // the instruction set in use; "none" below AVX2
   m.def("cpu_capability() -> str");
   // what the binary holds GPU code for, such as "80;90;120+PTX"; "" without CUDA

@@ -301,6 +301,23 @@ class RawOps(Protocol):
         Returns (dx, dc): dc is the side output that the library's weight gradient reads.
         """
 
+    # ---------------------------------------------------------------- other convolutions
+
+    def conv_backward_weight(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> Tensor:
+        """`dW` [Cout, Cin/groups, kh, kw] of `conv2d(x, W)`, in the accumulation dtype.
+
+        dy [N, Cout, H', W'], x [N, Cin, H, W]. Sums over the positions that lie inside x: padding is never read.
+        """
+
     # ---------------------------------------------------------------- inference
 
     def conv_bias_add_relu_forward(

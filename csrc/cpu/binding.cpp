@@ -225,6 +225,31 @@ Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tenso
   return dc;
 }
 
+// dy [N, Cout, H', W'], x [N, Cin, H, W] -> [Cout, Cin, kernel_height, kernel_width], channels_last
+Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t kernel_width, int64_t stride_height,
+                            int64_t stride_width, int64_t padding_height, int64_t padding_width,
+                            int64_t dilation_height, int64_t dilation_width) {
+  const char* op = "conv_backward_weight";
+  check_activation(op, "dy", dy);
+  check_activation(op, "x", x);
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"dy", dy}, {"x", x}}) {
+    if (t.scalar_type() != ScalarType::Float) {
+      fail(op, name, dtype_name(t.scalar_type()), "float32", "convert it, or use backend='reference'");
+    }
+  }
+  const ConvAxis height{x.size(2), dy.size(2), kernel_height, stride_height, padding_height, dilation_height};
+  const ConvAxis width{x.size(3), dy.size(3), kernel_width, stride_width, padding_width, dilation_width};
+  check_convolution(op, dy, x, height.kernel, height.stride, height.padding, height.dilation, 2);
+  check_convolution(op, dy, x, width.kernel, width.stride, width.padding, width.dilation, 3);
+  const int64_t sizes[] = {dy.size(1), x.size(1), kernel_height, kernel_width};
+  Tensor dw = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), ScalarType::Float,
+                                   std::nullopt, x.device(), std::nullopt,
+                                   torch::headeronly::MemoryFormat::ChannelsLast);
+  launch_conv_backward_weight({x.size(0), x.size(1), dy.size(1), height, width, data(dy), data(x), written(dw), 0,
+                               nullptr, nullptr});
+  return dw;
+}
+
 }  // namespace
 
 }  // namespace fusedres::cpu
@@ -241,4 +266,5 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("bn_relu_maxpool_forward", TORCH_BOX(&bn_relu_maxpool_forward));
   m.impl("bn_relu_maxpool_backward_reduce", TORCH_BOX(&bn_relu_maxpool_backward_reduce));
   m.impl("bn_relu_maxpool_backward_input", TORCH_BOX(&bn_relu_maxpool_backward_input));
+  m.impl("conv_backward_weight", TORCH_BOX(&conv_backward_weight));
 }

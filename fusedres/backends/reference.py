@@ -260,6 +260,12 @@ class ReferenceOps:
             dx = dx + shortcut_dy
         return dx.to(c.dtype), dc
 
+    def conv_backward_weight(self, dy, x, kernel_size, stride, padding, dilation, groups):
+        weight = x.new_empty((dy.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
+        window = stride, padding, dilation, False, (0, 0), groups
+        _, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *window, [False, True, False])
+        return dw.to(accumulation_dtype(x.dtype))
+
     def conv_bias_add_relu_forward(self, x, weight, bias, residual, relu, stride, padding, dilation, groups):
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         y = y if residual is None else y + residual

@@ -277,7 +277,7 @@ def joined_input_gradient(
     dx, dc = ops.conv1x1_backward_input(
         da, c, v, grads, t.weight.to(x.dtype), unit.relu, shortcut_dy, shortcut_mask
     )
-    _, dweight, dbias = convolution_backward(dc, x, unit, t, needs, False)
+    _, dweight, dbias = convolution_backward(ops, dc, x, unit, t, needs, False)
     return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs))
 
 
@@ -296,5 +296,5 @@ def projection_backward(
     sums = ops.bn_add_relu_backward_reduce(dy, c, v, saved.mask, False)[:2]
     grads = ops.bn_backward_coefficients(*sums, v, rows(c), unit.training)
     dc, _ = ops.bn_add_relu_backward_input(dy, c, v, grads, saved.mask, False)
-    dx, dweight, dbias = convolution_backward(dc, x, unit, t, needs.units[-1], needs.x)
+    dx, dweight, dbias = convolution_backward(ops, dc, x, unit, t, needs.units[-1], needs.x)
     return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs.units[-1]))

@@ -95,7 +95,10 @@ def backward(
 
     unit_grads: list[ConvBNGrads] = []
     a = saved.activations[last - 1] if last else x
-    da, dweight, dbias = convolution_backward(dc, a, unit, units[last], needs.units[last], needs.below(last))
+    onto = dshortcut if last == 0 and shortcut is Shortcut.IDENTITY else None
+    da, dweight, dbias = convolution_backward(
+        ops, dc, a, unit, units[last], needs.units[last], needs.below(last), onto
+    )
     unit_grads.append(ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, units[last], needs.units[last])))
     for i in reversed(range(last)):
         c = saved.convs[i]
@@ -113,20 +116,16 @@ def backward(
             units[i],
             needs.units[i],
             needs.below(i),
+            onto=dshortcut if i == 0 and shortcut is Shortcut.IDENTITY else None,
         )
         unit_grads.append(grads_i)
     unit_grads.reverse()
 
-    dx, dresidual = da, None
+    dx, dresidual = da, dshortcut if shortcut is Shortcut.TENSOR else None
     if projection is not None and grads_shortcut is not None:
-        dx_shortcut, dweight, dbias = convolution_backward(
-            dshortcut, x, projection, units[-1], needs.units[-1], needs.x
+        dx, dweight, dbias = convolution_backward(
+            ops, dshortcut, x, projection, units[-1], needs.units[-1], needs.x, dx
         )
         parameter_grads = bn_parameter_grads(grads_shortcut, units[-1], needs.units[-1])
         unit_grads.append(ConvBNGrads(dweight, dbias, *parameter_grads))
-        dx = dx if dx is None or dx_shortcut is None else dx.add_(dx_shortcut)
-    elif shortcut is Shortcut.IDENTITY:
-        dx = dx if dx is None else dx.add_(dshortcut)
-    elif shortcut is Shortcut.TENSOR:
-        dresidual = dshortcut
     return BlockGrads(dx, dresidual, tuple(unit_grads))
