@@ -29,6 +29,13 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "bn_add_relu_forward(Tensor c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
       " Tensor? residual_shift, bool relu, bool save_mask) -> (Tensor y, Tensor? mask)");
+  // bn_add_relu_forward with y in the storage of c, bn_add_relu_backward_input with dc in that of dy
+  m.def(
+      "bn_add_relu_forward_(Tensor(a!) c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
+      " Tensor? residual_shift, bool relu) -> ()");
+  m.def(
+      "bn_add_relu_backward_input_(Tensor(a!) dy, Tensor c, Tensor scale, Tensor shift, Tensor A, Tensor? B,"
+      " Tensor? K, Tensor? mask, bool relu) -> ()");
   m.def(
       "bn_add_relu_backward_reduce(Tensor dy, Tensor c, Tensor mean, Tensor scale, Tensor shift, Tensor? mask,"
       " bool relu, Tensor? shortcut_c, Tensor? shortcut_mean)"

@@ -207,10 +207,13 @@ class NativeOps:
         residual_shift=None,
         relu=True,
         save_mask=False,
+        reuse_c=False,
     ):
-        return self._ops.bn_add_relu_forward(
-            c, scale, shift, residual, residual_scale, residual_shift, relu, save_mask
-        )
+        args = c, scale, shift, residual, residual_scale, residual_shift, relu
+        if reuse_c and not save_mask and c.device.type == "cpu":
+            self._ops.bn_add_relu_forward_(*args)
+            return c, None
+        return self._ops.bn_add_relu_forward(*args, save_mask)
 
     def bn_add_relu_backward_reduce(
         self, dy, c, vectors, mask=None, relu=True, shortcut_c=None, shortcut_mean=None
@@ -238,8 +241,12 @@ class NativeOps:
         shortcut_c=None,
         shortcut_grads=None,
         save_dz=False,
+        reuse_dy=False,
     ):
         v, g = vectors, grads
+        if reuse_dy and shortcut_c is None and not save_dz and dy.device.type == "cpu":
+            self._ops.bn_add_relu_backward_input_(dy, c, v.scale, v.shift, g.A, g.B, g.K, mask, relu)
+            return dy, None
         shortcut = (None, None, None) if shortcut_grads is None else shortcut_grads[2:]
         return self._ops.bn_add_relu_backward_input(
             dy, c, v.scale, v.shift, g.A, g.B, g.K, mask, relu, shortcut_c, *shortcut, save_dz

@@ -108,6 +108,7 @@ class ReferenceOps:
         residual_shift=None,
         relu=True,
         save_mask=False,
+        reuse_c=False,
     ):
         z = affine(c, scale, shift)
         if residual_scale is not None:
@@ -147,6 +148,7 @@ class ReferenceOps:
         shortcut_c=None,
         shortcut_grads=None,
         save_dz=False,
+        reuse_dy=False,
     ):
         dz = masked_gradient(dy, c, vectors, mask, relu)
         dc = apply_coefficients(dz, c, grads, vectors.mean)

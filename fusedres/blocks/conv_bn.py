@@ -135,7 +135,7 @@ def conv_bn_backward(
     """Backward of relu(BN(conv(x))) inside a block.
 
     Args:
-        da: gradient of the activation [N, Cout, H', W']; with `sums` given it is dz already.
+        da: gradient of the activation [N, Cout, H', W'], given away; with `sums` given it is dz already.
         c: raw convolution output, like da.
         sums: `sum dz`, `sum dz*(c - mean)`, if the caller has them.
         onto: as for `convolution_backward`.
@@ -149,6 +149,6 @@ def conv_bn_backward(
     grads = ops.bn_backward_coefficients(*sums, vectors, rows(c), unit.training)
     if not (need_dx or needs.weight or needs.conv_bias):
         return None, ConvBNGrads(None, None, *bn_parameter_grads(grads, t, needs))
-    dc, _ = ops.bn_add_relu_backward_input(da, c, vectors, grads, relu=relu)
+    dc, _ = ops.bn_add_relu_backward_input(da, c, vectors, grads, relu=relu, reuse_dy=True)
     dx, dweight, dbias = convolution_backward(ops, dc, x, unit, t, needs, need_dx, onto)
     return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs))

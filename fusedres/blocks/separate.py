@@ -37,17 +37,18 @@ def forward(
     save: bool,
 ) -> BlockOutput:
     """y [N, Cout, H', W'] from x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None."""
-    inner = len(config.main) - 1
+    last = len(config.main) - 1
     activations, convs, vectors = [], [], []
     a = x
-    for unit, t in zip(config.main, units, strict=False):
+    for i, (unit, t) in enumerate(zip(config.main, units, strict=False)):
         c, v = conv_bn_forward(ops, a, unit, t)
-        convs.append(c)
         vectors.append(v)
-        if len(convs) <= inner:
-            a, _ = ops.bn_add_relu_forward(c, v.scale, v.shift, relu=unit.relu)
+        if i < last:
+            a, _ = ops.bn_add_relu_forward(c, v.scale, v.shift, relu=unit.relu, reuse_c=not save)
+        if save:  # what nobody keeps is freed as the block goes on
+            convs.append(c)
             activations.append(a)
-    last = config.main[-1]
+    scale, shift, relu = v.scale, v.shift, config.main[last].relu
     residual_scale = residual_shift = None
     if config.projection is not None:
         residual, v = conv_bn_forward(ops, x, config.projection, units[-1])
@@ -56,11 +57,9 @@ def forward(
         residual_scale, residual_shift = v.scale, v.shift
     elif config.shortcut is Shortcut.IDENTITY:
         residual = x
-    c, v = convs[inner], vectors[inner]
-    y, mask = ops.bn_add_relu_forward(
-        c, v.scale, v.shift, residual, residual_scale, residual_shift, last.relu, save and last.relu
-    )
-    saved = Saved(tuple(activations), tuple(convs), tuple(vectors), mask, None) if save else None
+    shortcut = residual, residual_scale, residual_shift
+    y, mask = ops.bn_add_relu_forward(c, scale, shift, *shortcut, relu, save and relu, reuse_c=not save)
+    saved = Saved(tuple(activations[:last]), tuple(convs), tuple(vectors), mask, None) if save else None
     return BlockOutput(y, tuple(vectors), saved)
 
 
