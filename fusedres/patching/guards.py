@@ -109,6 +109,12 @@ def unfit_geometry(unit: ConvBNConfig) -> bool:
     )
 
 
+def is_nchw(weight: Tensor) -> bool:
+    """By strides alone, as torch's convolution reads a layout: a 1x1 weight is contiguous in both."""
+    _, cin, height, width = weight.shape
+    return weight.stride() == (cin * height * width, height * width, width, 1)
+
+
 def norm_vectors(t: ConvBNTensors, bn: nn.BatchNorm2d) -> list[Tensor]:
     """Every vector that the BN has, whether the call reads it or moves it."""
     vectors = t.bn_weight, t.bn_bias, tensor(bn, "running_mean"), tensor(bn, "running_var")
@@ -128,6 +134,10 @@ def unfit_block(call: BlockCall) -> str | None:
         return reason
     if any(map(unfit_geometry, config.units)):
         return "geometry_changed"
+    if not x.is_contiguous(memory_format=torch.channels_last) and not all(
+        is_nchw(t.weight) for t in call.tensors
+    ):
+        return "layout_mixed"
     for t, vectors in zip(call.tensors, norms, strict=True):
         given = vectors if t.conv_bias is None else (*vectors, t.conv_bias)
         if any(v.dim() != 1 or v.numel() != t.weight.shape[0] for v in given):

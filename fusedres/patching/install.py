@@ -181,6 +181,16 @@ def base_class(module: nn.Module) -> Any:
     return getattr(type(module), BASE, type(module))
 
 
+def original_view(module: nn.Module) -> nn.Module:
+    """The module as it was before `install`, over the same parts; itself where it is not patched."""
+    if not is_patched_block(module):
+        return module
+    cls = base_class(module)
+    view = cls.__new__(cls)
+    view.__dict__.update({k: v for k, v in vars(module).items() if k != STATE})
+    return view
+
+
 def install(block: nn.Module, state: BlockState) -> None:
     block.__dict__[STATE] = state
     block.__class__ = patched_class(base_class(block), state.plan.method)
