@@ -65,7 +65,7 @@ INPUTS = {
     "negative_bit": lambda: negated(x()),
     "parameter": lambda: nn.Parameter(x()),
     "subclass": lambda: x().as_subclass(Subclass),
-    "infinite": lambda: x().index_fill(1, torch.tensor([3]), float("inf")),
+    "nan": lambda: x().index_fill(1, torch.tensor([3]), float("nan")),
 }
 
 
