@@ -62,6 +62,16 @@ def choose(
     return Choice(wanted, None)
 
 
+def never_fused(requested: str, x: Tensor, dtype: torch.dtype, ops: Dispatcher) -> bool:
+    """Whether every block would be given `unfused` for a call on x: known before a block is read."""
+    if requested != AUTO:
+        return requested == UNFUSED
+    device = x.device.type
+    if not any(key[0] == device and key[2] is dtype for key in TABLE):
+        return True
+    return all(measured(x, dtype, ops, gradients) is None for gradients in (True, False))
+
+
 def choose_stem(requested: str, x: Tensor, ops: Dispatcher, gradients: bool) -> Choice:
     """The same for a stem, which has one fused form: `separate`."""
     wanted = requested if requested != AUTO else measured(x, x.dtype, ops, gradients)
