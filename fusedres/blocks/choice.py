@@ -22,14 +22,19 @@ RECIPE_NAMES = (AUTO, UNFUSED, *RECIPES)
 
 
 class Measured(NamedTuple):
-    """One entry of the table: a recipe, and where it was found to be the fastest."""
+    """One entry of the table: a recipe, from which size on, and where it was found to be the fastest."""
 
     recipe: str
+    least_elements: int  # of x; below, what a call costs outweighs what it saves
     where: str
 
 
+ZEN3 = "2 cores of an AMD Zen 3, AVX2, torch 2.13: bench/results/cpu/README.md"
 # (device type, backend, dtype, gradients wanted) -> entry
-TABLE: dict[tuple[str, str, torch.dtype, bool], Measured] = {}
+TABLE: dict[tuple[str, str, torch.dtype, bool], Measured] = {
+    ("cpu", "native", torch.float32, True): Measured("separate", 400_000, ZEN3),
+    ("cpu", "native", torch.float32, False): Measured("separate", 1_500_000, ZEN3),
+}
 
 
 class Choice(NamedTuple):
@@ -83,4 +88,4 @@ def choose_stem(requested: str, x: Tensor, ops: Dispatcher, gradients: bool) -> 
 def measured(x: Tensor, dtype: torch.dtype, ops: Dispatcher, gradients: bool) -> str | None:
     """What the table names for calls on tensors like x, or None."""
     entry = TABLE.get((x.device.type, ops.serving("bn_stats", x), dtype, gradients))
-    return None if entry is None else entry.recipe
+    return None if entry is None or x.numel() < entry.least_elements else entry.recipe
