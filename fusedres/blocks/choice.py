@@ -26,14 +26,15 @@ class Measured(NamedTuple):
 
     recipe: str
     least_elements: int  # of x; below, what a call costs outweighs what it saves
+    least_channels: int  # out of the first convolution; narrower ones leave too little to save
     where: str
 
 
 ZEN3 = "2 cores of an AMD Zen 3, AVX2, torch 2.13: bench/results/cpu/README.md"
 # (device type, backend, dtype, gradients wanted) -> entry
 TABLE: dict[tuple[str, str, torch.dtype, bool], Measured] = {
-    ("cpu", "native", torch.float32, True): Measured("separate", 400_000, ZEN3),
-    ("cpu", "native", torch.float32, False): Measured("separate", 1_500_000, ZEN3),
+    ("cpu", "native", torch.float32, True): Measured("separate", 400_000, 64, ZEN3),
+    ("cpu", "native", torch.float32, False): Measured("separate", 1_500_000, 64, ZEN3),
 }
 
 
@@ -59,7 +60,11 @@ def choose(
     gradients: bool,
 ) -> Choice:
     """The recipe for one call, from what was requested and the block's form."""
-    wanted = requested if requested != AUTO else measured(x, config.dtype, ops, gradients)
+    wanted = (
+        requested
+        if requested != AUTO
+        else measured(x, config.dtype, ops, gradients, units[0].weight.shape[0])
+    )
     if wanted is None:
         return Choice(UNFUSED, "no_faster_recipe")
     if wanted == "gram" and (reason := gram.unsuitable(config, units)) is not None:
@@ -74,7 +79,8 @@ def never_fused(requested: str, x: Tensor, dtype: torch.dtype, ops: Dispatcher) 
     device = x.device.type
     if not any(key[0] == device and key[2] is dtype for key in TABLE):
         return True
-    return all(measured(x, dtype, ops, gradients) is None for gradients in (True, False))
+    modes = (True, False) if torch.is_grad_enabled() else (False,)
+    return all(measured(x, dtype, ops, gradients) is None for gradients in modes)
 
 
 def choose_stem(requested: str, x: Tensor, ops: Dispatcher, gradients: bool) -> Choice:
@@ -85,7 +91,11 @@ def choose_stem(requested: str, x: Tensor, ops: Dispatcher, gradients: bool) -> 
     return Choice("separate", "no_1x1_expansion") if wanted == "gram" else Choice(wanted, None)
 
 
-def measured(x: Tensor, dtype: torch.dtype, ops: Dispatcher, gradients: bool) -> str | None:
-    """What the table names for calls on tensors like x, or None."""
+def measured(
+    x: Tensor, dtype: torch.dtype, ops: Dispatcher, gradients: bool, channels: int | None = None
+) -> str | None:
+    """What the table names for calls on tensors like x and a first convolution to `channels` (None: any), or None."""
     entry = TABLE.get((x.device.type, ops.serving("bn_stats", x), dtype, gradients))
-    return None if entry is None or x.numel() < entry.least_elements else entry.recipe
+    if entry is None or x.numel() < entry.least_elements:
+        return None
+    return entry.recipe if channels is None or channels >= entry.least_channels else None

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedres.backends.reference import ReferenceOps
 from fusedres.blocks.config import ConvBNConfig, ConvBNGrads, ConvBNNeeds, ConvBNTensors
 from fusedres.dispatch import Dispatcher
 from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, accumulation_dtype
+
+LIBRARY = ReferenceOps.name  # torch's own convolution: both gradients in one call, where it serves
 
 
 def convolve(x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
@@ -81,11 +84,18 @@ def add_input_gradient(dx: Tensor, dc: Tensor, x: Tensor, unit: ConvBNConfig, t:
     return dx
 
 
-def input_gradient(dc: Tensor, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
-    """dx [N, Cin, H, W] of `convolve` from dc [N, Cout, H', W']."""
+def library_gradients(
+    dc: Tensor, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors, both: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx and, if `both`, dweight of `convolve` from dc [N, Cout, H', W'], by torch's own convolution."""
     window = unit.stride, unit.padding, unit.dilation, False, [0, 0], unit.groups
     weight = t.weight.to(x.dtype)
-    return torch.ops.aten.convolution_backward(dc, x, weight, None, *window, [True, False, False])[0]
+    return torch.ops.aten.convolution_backward(dc, x, weight, None, *window, [True, both, False])
+
+
+def input_gradient(dc: Tensor, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
+    """dx [N, Cin, H, W] of `convolve` from dc [N, Cout, H', W']."""
+    return library_gradients(dc, x, unit, t, False)[0]
 
 
 def convolution_backward(
@@ -103,11 +113,15 @@ def convolution_backward(
     onto: another gradient of x, which dx is added to, in its storage.
     """
     dx = dweight = dbias = None
-    if need_dx:
+    window = unit.stride, unit.padding, unit.dilation, unit.groups
+    args = dc, x, (t.weight.shape[2], t.weight.shape[3]), *window
+    if need_dx and needs.weight and onto is None and ops.serving("conv_backward_weight", *args) == LIBRARY:
+        dx, dweight, _ = library_gradients(dc, x, unit, t, True)
+    elif need_dx:
         dx = input_gradient(dc, x, unit, t) if onto is None else add_input_gradient(onto, dc, x, unit, t)
     if needs.weight:
-        window = tuple(t.weight.shape[2:]), unit.stride, unit.padding, unit.dilation, unit.groups
-        dweight = like_parameter(ops.conv_backward_weight(dc, x, *window), t.weight)
+        dweight = ops.conv_backward_weight(*args) if dweight is None else dweight
+        dweight = like_parameter(dweight, t.weight)
     if needs.conv_bias:
         assert t.conv_bias is not None
         dbias = like_parameter(dc.sum((0, 2, 3)), t.conv_bias)
