@@ -126,7 +126,9 @@ def test_functional_call_moves_the_given_buffers():
     plain, fused = pair()
     results = []
     for block in (plain, fused):
-        state = {k: v.detach().clone() * (2 if v.is_floating_point() else 1) for k, v in block.state_dict().items()}
+        state = {
+            k: v.detach().clone() * (2 if v.is_floating_point() else 1) for k, v in block.state_dict().items()
+        }
         kept = {k: v.clone() for k, v in block.state_dict().items()}
         y = torch.func.functional_call(block, state, (images(),))
         assert all(torch.equal(v, kept[k]) for k, v in block.state_dict().items())

@@ -23,7 +23,9 @@ def exact_twin(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block).double()
 
 
-def assert_same_types(plain: nn.Module, fused: nn.Module, x: torch.Tensor, autocast: torch.dtype | None) -> None:
+def assert_same_types(
+    plain: nn.Module, fused: nn.Module, x: torch.Tensor, autocast: torch.dtype | None
+) -> None:
     """One step: values by the rule of accuracy, dtypes of the output and of every gradient and buffer."""
     exact = exact_twin(plain)(x.double())
     outputs, gradients = [], []

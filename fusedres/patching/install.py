@@ -76,9 +76,7 @@ def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return getattr(base, state.plan.method)(module, *args, **kwargs) if outcome.y is None else y
 
 
-def attempt(
-    module: nn.Module, state: BlockState, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Outcome:
+def attempt(module: nn.Module, state: BlockState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
     """The call's outcome; what is cheap to find out comes first."""
     if state.recipe == UNFUSED:
         return Outcome(UNFUSED, None)
