@@ -41,17 +41,13 @@ def wrap(owner, name: str, make) -> None:
     setattr(owner, name, make(getattr(owner, name)))
 
 
+def on_result(change):
+    return lambda right: lambda *args: change(right(*args))
+
+
 def on_config(**fields):
     """read_conv_bn with fields of the configuration overwritten."""
-
-    def make(right):
-        def wrong(unit):
-            config, tensors = right(unit)
-            return config._replace(**fields), tensors
-
-        return wrong
-
-    return make
+    return on_result(lambda read: (read[0]._replace(**fields), read[1]))
 
 
 def remembering(key):
@@ -77,15 +73,12 @@ def on_statistics(change):
 
 def on_output(change):
     """A recipe's forward with its y changed."""
+    return on_result(lambda out: out._replace(y=change(out.y)))
 
-    def make(right):
-        def wrong(*args):
-            out = right(*args)
-            return out._replace(y=change(out.y))
 
-        return wrong
-
-    return make
+def on_gradients(change):
+    """A recipe's backward with its gradients changed; change also gets dy."""
+    return lambda right: lambda *args: change(right(*args), args[5])
 
 
 @mutant("test_hooks.py::test_hook_on_a_module[late-convolution-forward]")
@@ -200,28 +193,20 @@ def wants_gradients_for_the_input_only():
 
 @mutant("test_blocks.py::test_gradients_own_their_storage_and_dy_is_untouched[separate-basic]")
 def writes_into_the_incoming_gradient():
-    def make(right):
-        def wrong(ops, config, x, units, saved, dy, needs):
-            grads = right(ops, config, x, units, saved, dy, needs)
-            dy.zero_()
-            return grads
+    def change(grads, dy):
+        dy.zero_()
+        return grads
 
-        return wrong
-
-    wrap(separate, "backward", make)
+    wrap(separate, "backward", on_gradients(change))
 
 
 @mutant("test_blocks.py::test_gradients_own_their_storage_and_dy_is_untouched[separate-bottleneck]")
 def shares_the_storage_of_gradients():
-    def make(right):
-        def wrong(*args):
-            grads = right(*args)
-            first, *rest = grads.units
-            return grads._replace(units=(first._replace(bn_bias=first.bn_weight), *rest))
+    def change(grads, dy):
+        first, *rest = grads.units
+        return grads._replace(units=(first._replace(bn_bias=first.bn_weight), *rest))
 
-        return wrong
-
-    wrap(separate, "backward", make)
+    wrap(separate, "backward", on_gradients(change))
 
 
 @mutant("test_copies.py::test_gradients_through_an_inner_step[separate]")
@@ -236,16 +221,12 @@ def takes_no_batch_of_gradients():
 
 @mutant("test_copies.py::test_a_copy_trains_the_same_and_apart[pickle-separate]")
 def loses_reduce():
-    def make(right):
-        def wrong(*args):
-            cls = right(*args)
-            if "__reduce_ex__" in vars(cls):
-                del cls.__reduce_ex__
-            return cls
+    def change(cls):
+        if "__reduce_ex__" in vars(cls):
+            del cls.__reduce_ex__
+        return cls
 
-        return wrong
-
-    wrap(install, "subclass", make)
+    wrap(install, "subclass", on_result(change))
 
 
 @mutant("test_patching.py::test_patch_returns_the_same_model_and_changes_nothing_visible")
