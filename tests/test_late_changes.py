@@ -31,7 +31,9 @@ def scale_data(block):
 
 
 def load(block):
-    block.load_state_dict({k: v + 0.25 if v.is_floating_point() else v for k, v in block.state_dict().items()})
+    block.load_state_dict(
+        {k: v + 0.25 if v.is_floating_point() else v for k, v in block.state_dict().items()}
+    )
 
 
 def replace_parameters(block):
@@ -100,7 +102,9 @@ def test_a_change_is_seen(name, recipe):
 
 @pytest.mark.parametrize("name", UNFUSED_CHANGES)
 def test_a_change_that_no_recipe_covers_runs_the_original(name):
-    runs_as = "separate" if name == "instance_forward" else "unfused"  # the block's own: we are not called at all
+    runs_as = (
+        "separate" if name == "instance_forward" else "unfused"
+    )  # the block's own: we are not called at all
     assert_change_is_seen(UNFUSED_CHANGES[name], runs_as=runs_as)
 
 
@@ -149,7 +153,9 @@ def test_a_function_kept_as_an_attribute():
 
 
 def test_an_option_changed_in_place():
-    assert_change_is_seen(lambda block: block.options.update(add=False), build=WithFunction, runs_as="unfused")
+    assert_change_is_seen(
+        lambda block: block.options.update(add=False), build=WithFunction, runs_as="unfused"
+    )
 
 
 def test_a_forward_given_to_the_class(monkeypatch):
