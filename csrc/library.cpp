@@ -10,6 +10,10 @@ namespace {
 
 std::string cuda_archs() { return fusedres::cuda_archs(); }
 
+int64_t cuda_version() { return fusedres::cuda_version(); }
+
+std::string cuda_device_problem(int64_t device) { return fusedres::cuda_device_problem(static_cast<int>(device)); }
+
 bool cuda_archs_cover(std::string archs, int64_t major, int64_t minor) {
   return fusedres::archs_cover(archs, static_cast<int>(major), static_cast<int>(minor));
 }
@@ -65,10 +69,16 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   // what the binary holds GPU code for, such as "80;90;120+PTX"; "" without CUDA
   m.def("cuda_archs() -> str");
   m.def("cuda_archs_cover(str archs, int major, int minor) -> bool");
+  // of the toolkit that built the binary, such as 13000; 0 without CUDA
+  m.def("cuda_version() -> int");
+  // why its kernels cannot run on a device: no code for it, no driver for its CUDA; "" if they can
+  m.def("cuda_device_problem(int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
   m.impl("cuda_archs_cover", TORCH_BOX(&cuda_archs_cover));
+  m.impl("cuda_version", TORCH_BOX(&cuda_version));
+  m.impl("cuda_device_problem", TORCH_BOX(&cuda_device_problem));
 }

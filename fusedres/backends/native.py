@@ -19,6 +19,22 @@ from fusedres.errors import BackendUnavailableError
 from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, RawOps
 
 LIBRARY = Path(__file__).resolve().parent.parent / "libfusedres_native.so"
+LIBRARY_OPS = (
+    "bn_stats",
+    "bn_scale_shift",
+    "bn_add_relu_forward",
+    "bn_add_relu_backward_reduce",
+    "bn_backward_coefficients",
+    "bn_add_relu_backward_input",
+    "relu_backward",
+    "bn_relu_maxpool_forward",
+    "bn_relu_maxpool_backward_reduce",
+    "bn_relu_maxpool_backward_input",
+    "cpu_capability",
+    "cuda_archs",
+    "cuda_version",
+    "cuda_device_problem",
+)
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -53,6 +69,12 @@ def load() -> None:
             f"fusedres: {LIBRARY} does not load with torch {torch.__version__}: {error}. "
             "Reinstall fusedres for this torch, or use backend='reference'."
         ) from error
+    missing = [op for op in LIBRARY_OPS if not hasattr(torch.ops.fusedres_native, op)]
+    if missing:
+        raise BackendUnavailableError(
+            f"fusedres: {LIBRARY} was built from other sources, it lacks {', '.join(missing)}. "
+            "Build it again with the package: pip install ."
+        )
     if torch.ops.fusedres_native.cpu_capability() == "none":
         raise BackendUnavailableError(
             "fusedres: the native backend needs a processor with AVX2 and FMA. Use backend='reference'."
@@ -73,16 +95,21 @@ def loaders() -> dict[str, Callable[[], RawOps]]:
 
 @cache
 def device_reason(device: torch.device) -> str | None:
-    """Why the library does not run on this device, or None."""
+    """Why the library does not run on this device, or None; warns, once, where a GPU is not served."""
     if device.type == "cpu":
         return None
-    archs = torch.ops.fusedres_native.cuda_archs()
-    if device.type != "cuda" or not archs:
+    if device.type != "cuda":
         return f"device_{device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if torch.ops.fusedres_native.cuda_archs_cover(archs, *capability):
+    problem = torch.ops.fusedres_native.cuda_device_problem(device.index or 0)
+    if not problem:
         return None
-    return "no_code_for_sm_{}{}".format(*capability)
+    warnings.warn(
+        f"fusedres: {LIBRARY.name} does not run on {device} ({torch.cuda.get_device_name(device)}): {problem}. "
+        "Other backends serve it; `fusedres doctor` says what to install.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "no_code_for_device"
 
 
 def activations_reason(*activations: Tensor | None) -> str | None:
