@@ -175,6 +175,7 @@ def product_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase]:
     yield OpCase("conv1x1_backward_input", "conv1x1_backward_input", shortcut)
     kernel = t.normal(narrow_channels, narrow_channels, 3, 3) / (3 * narrow_channels**0.5)
     geometry = ((1, 1), (1, 1), (1, 1), 1)
+    yield OpCase("conv_backward_weight", "conv_backward_weight", (dy, c, (3, 3), *geometry))
     inference = (c, kernel, t.normal(narrow_channels), dy, True, *geometry)
     yield OpCase("conv_bias_add_relu_forward", "conv_bias_add_relu_forward", inference)
 
