@@ -94,9 +94,9 @@ class Kept(NamedTuple):
         return 1 + self.activations + self.units + unit * len(fields) + fields.index(field)
 
 
-def kept(config: BlockConfig, recipe: str) -> Kept:
-    activations = len(config.main) - 1 if RECIPES[recipe].KEEPS_ACTIVATIONS else 0
-    return Kept(activations, len(config.units))
+def kept(main: int, units: int, recipe: str) -> Kept:
+    """For a block with so many units on its main path, and in all."""
+    return Kept(main - 1 if RECIPES[recipe].KEEPS_ACTIVATIONS else 0, units)
 
 
 def run_forward(
@@ -139,7 +139,7 @@ def run_backward(
             config,
             x,
             constants.tensors(tensors),
-            Saved.unflatten(held, kept(config, constants.recipe)),
+            Saved.unflatten(held, kept(len(config.main), len(config.units), constants.recipe)),
             dy.contiguous(memory_format=layout),
             BlockNeeds(needs[0], needs[1], units),
         )
@@ -212,3 +212,22 @@ def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 residual_block_forward.register_autograd(backward, setup_context=setup_context)
+
+
+def residual_block_operator(
+    x: Tensor,
+    residual: Tensor | None,
+    tensors: tuple[ConvBNTensors, ...],
+    constants: BlockConstants,
+    gradients: bool,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """y, and mean and var of each BN: the block by its operator, for a graph being compiled."""
+    given = [t for unit in tensors for t in unit if t is not None]
+    outputs = torch.ops.fusedres.residual_block_forward(x, residual, given, *constants, gradients)
+    if not gradients:
+        return outputs[0], [(outputs[i], outputs[i + 1]) for i in range(1, len(outputs), 2)]
+    units = len(constants.eps)
+    main = units - 1 if constants.shortcut == Shortcut.PROJECTION.value else units
+    where = kept(main, units, constants.recipe)
+    places = [(where.vector(i, "mean"), where.vector(i, "var")) for i in range(units)]
+    return outputs[0], [(outputs[i], outputs[j]) for i, j in places]

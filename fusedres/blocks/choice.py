@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedres.blocks import RECIPES, gram
 from fusedres.blocks.config import BlockConfig, ConvBNTensors
-from fusedres.dispatch import Dispatcher
+from fusedres.dispatch import Dispatcher, Ops
 
 AUTO = "auto"
 UNFUSED = "unfused"
@@ -29,7 +29,9 @@ class Measured(NamedTuple):
 
 
 # (device type, backend, dtype, gradients wanted) -> entry
-TABLE: dict[tuple[str, str, torch.dtype, bool], Measured] = {}
+Table = dict[tuple[str, str, torch.dtype, bool], Measured]
+TABLE: Table = {}  # against eager
+COMPILED: Table = {}  # inside torch.compile, against what it makes of the original forward
 
 
 class Choice(NamedTuple):
@@ -50,7 +52,7 @@ def choose(
     config: BlockConfig,
     units: tuple[ConvBNTensors, ...],
     x: Tensor,
-    ops: Dispatcher,
+    ops: Ops,
     gradients: bool,
 ) -> Choice:
     """The recipe for one call, from what was requested and the block's form."""
@@ -62,7 +64,14 @@ def choose(
     return Choice(wanted, None)
 
 
-def choose_stem(requested: str, x: Tensor, ops: Dispatcher, gradients: bool) -> Choice:
+def never_fused(requested: str, x: Tensor, dtype: torch.dtype, ops: Ops) -> bool:
+    """Whether every block would be given `unfused` for a call on x: known before a block is read."""
+    if requested != AUTO:
+        return requested == UNFUSED
+    return all(measured(x, dtype, ops, gradients) is None for gradients in (True, False))
+
+
+def choose_stem(requested: str, x: Tensor, ops: Ops, gradients: bool) -> Choice:
     """The same for a stem, which has one fused form: `separate`."""
     wanted = requested if requested != AUTO else measured(x, x.dtype, ops, gradients)
     if wanted is None:
@@ -70,7 +79,8 @@ def choose_stem(requested: str, x: Tensor, ops: Dispatcher, gradients: bool) -> 
     return Choice("separate", "no_1x1_expansion") if wanted == "gram" else Choice(wanted, None)
 
 
-def measured(x: Tensor, dtype: torch.dtype, ops: Dispatcher, gradients: bool) -> str | None:
+def measured(x: Tensor, dtype: torch.dtype, ops: Ops, gradients: bool) -> str | None:
     """What the table names for calls on tensors like x, or None."""
-    entry = TABLE.get((x.device.type, ops.serving("bn_stats", x), dtype, gradients))
+    table = TABLE if isinstance(ops, Dispatcher) else COMPILED
+    entry = table.get((x.device.type, ops.serving("bn_stats", x), dtype, gradients)) if table else None
     return None if entry is None else entry.recipe

@@ -11,7 +11,7 @@ from fusedres.blocks.config import output_size
 from fusedres.blocks.stem import StemConfig
 from fusedres.dispatch import AUTO, Dispatcher, dispatcher
 from fusedres.nn.residual_block import ConvBN, compute_dtype, read_conv_bn
-from fusedres.nn.running_stats import update_running_stats
+from fusedres.nn.running_stats import BatchStatistics, update_running_stats
 from fusedres.raw_ops import BatchNormVectors
 
 
@@ -57,11 +57,12 @@ def stem_block(x: Tensor, unit: ConvBN, pool: nn.MaxPool2d, *, backend: str | Di
             kernel = (unit.conv.weight.shape[2], unit.conv.weight.shape[3])
             size = (x.shape[2], x.shape[3])
             h, w = output_size(size, kernel, config.stride, config.padding, config.dilation)
-            update_running_stats(unit.bn, vectors[0].mean, vectors[0].var, x.shape[0] * h * w)
+            rows = x.shape[0] * h * w
+            update_running_stats([BatchStatistics(unit.bn, vectors[0].mean, vectors[0].var, rows)])
 
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return ConvBNReLUMaxPool.apply(stem_config, ops, observe, x, *tensors)
     with torch.no_grad(), without_autocast(x.device.type):
         y, saved = stem.forward(ops, stem_config, x, tensors)
-    observe((saved.vectors,))
+        observe((saved.vectors,))
     return y
