@@ -156,6 +156,11 @@ def opaque_backend(name: str = AUTO) -> OpaqueBackend:
 Ops = Dispatcher | OpaqueBackend
 
 
+def operators(name: str = AUTO) -> Ops:
+    """`dispatcher(name)`, or `opaque_backend(name)` in a graph being compiled."""
+    return opaque_backend(name) if torch.compiler.is_compiling() else dispatcher(name)
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the context, in this thread, "auto" means `name`.

@@ -1,4 +1,4 @@
-"""A residual block and the stem as operators of torch with an autograd formula: how a compiled graph runs them.
+"""A residual block as operators of torch with an autograd formula: how a compiled graph runs it.
 
     outputs = torch.ops.fusedres.residual_block_forward(x, residual, tensors, ...)
     grads = torch.ops.fusedres.residual_block_backward(dy, x, tensors, saved, ...)
@@ -39,6 +39,18 @@ CONSTANTS = (
 )
 
 
+def unit_ints(unit: ConvBNConfig) -> list[int]:
+    """All of it but eps."""
+    return [*unit.stride, *unit.padding, *unit.dilation, unit.groups, int(unit.training), int(unit.relu)]
+
+
+def unit_config(ints: list[int], eps: float) -> ConvBNConfig:
+    """The inverse of `unit_ints`."""
+    *sizes, groups, training, relu = ints
+    stride, padding, dilation = ((sizes[i], sizes[i + 1]) for i in (0, 2, 4))
+    return ConvBNConfig(stride, padding, dilation, groups, eps, bool(training), bool(relu))
+
+
 class BlockConstants(NamedTuple):
     """What is constant in a call, as an operator's arguments.
 
@@ -57,9 +69,7 @@ class BlockConstants(NamedTuple):
     def config(self) -> BlockConfig:
         units = []
         for i, eps in enumerate(self.eps):
-            *sizes, groups, training, relu = self.units[i * UNIT_INTS : (i + 1) * UNIT_INTS]
-            stride, padding, dilation = ((sizes[k], sizes[k + 1]) for k in (0, 2, 4))
-            units.append(ConvBNConfig(stride, padding, dilation, groups, eps, bool(training), bool(relu)))
+            units.append(unit_config(self.units[i * UNIT_INTS : (i + 1) * UNIT_INTS], eps))
         shortcut = Shortcut(self.shortcut)
         projection = units.pop() if shortcut is Shortcut.PROJECTION else None
         return BlockConfig(tuple(units), shortcut, projection, self.dtype)
@@ -74,9 +84,7 @@ def block_constants(
     config: BlockConfig, tensors: tuple[ConvBNTensors, ...], recipe: str, backend: str
 ) -> BlockConstants:
     """Written so that Dynamo can trace it."""
-    units: list[int] = []
-    for unit in config.units:
-        units += [*unit.stride, *unit.padding, *unit.dilation, unit.groups, int(unit.training), int(unit.relu)]
+    units = [n for unit in config.units for n in unit_ints(unit)]
     present = [t is not None for unit in tensors for t in unit]
     eps = [unit.eps for unit in config.units]
     return BlockConstants(present, units, eps, config.shortcut.value, config.dtype, recipe, backend)

@@ -93,7 +93,7 @@ class ReferenceOps:
 
     def bn_scale_shift(self, mean, var, weight, bias, eps):
         invstd = (var.double() + eps).rsqrt()
-        scale = (invstd if weight is None else weight.double() * invstd).to(mean.dtype)
+        scale = (invstd.clone() if weight is None else weight.double() * invstd).to(mean.dtype)
         shift = -mean.double() * scale.double()
         shift = shift if bias is None else shift + bias.double()
         return BatchNormVectors(mean, var, invstd.to(mean.dtype), scale, shift.to(mean.dtype))

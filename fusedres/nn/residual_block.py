@@ -22,7 +22,7 @@ from fusedres.blocks.config import (
     Size,
     output_size,
 )
-from fusedres.dispatch import AUTO, OpaqueBackend, Ops, dispatcher, opaque_backend
+from fusedres.dispatch import AUTO, OpaqueBackend, Ops, operators
 from fusedres.nn.running_stats import BatchStatistics, update_running_stats
 from fusedres.opaque_blocks import block_constants, residual_block_operator
 from fusedres.raw_ops import BatchNormVectors
@@ -199,7 +199,7 @@ def residual_block(
         ValueError: unknown recipe; "auto" or "unfused" where no recipe applies.
         BackendUnavailableError: unknown backend.
     """
-    ops = opaque_backend(backend) if torch.compiler.is_compiling() else dispatcher(backend)
+    ops = operators(backend)
     call = read_block(x, main, shortcut, identity)
     choice: Choice = choose(recipe, call.config, call.tensors, x, ops, wants_gradient(call))
     if choice.recipe == UNFUSED:
