@@ -147,7 +147,8 @@ def subclass(base: type, method: str, original: Any) -> Any:
 
     # torch.jit.script compiles the source of the original, which `wraps` points to, with the names that are global
     # here: they must be the original's
-    code, closure = template.__code__, template.__closure__
+    # a copy: Dynamo keeps what it compiled with the code object, up to a limit for each
+    code, closure = template.__code__.replace(co_name=method), template.__closure__
     replacement = wraps(original)(FunctionType(code, original.__globals__, method, None, closure))
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
