@@ -68,6 +68,9 @@ def never_fused(requested: str, x: Tensor, dtype: torch.dtype, ops: Ops) -> bool
     """Whether every block would be given `unfused` for a call on x: known before a block is read."""
     if requested != AUTO:
         return requested == UNFUSED
+    device = x.device.type
+    if not any(key[0] == device and key[2] is dtype for key in table_for(ops)):
+        return True
     return all(measured(x, dtype, ops, gradients) is None for gradients in (True, False))
 
 
@@ -79,8 +82,12 @@ def choose_stem(requested: str, x: Tensor, ops: Ops, gradients: bool) -> Choice:
     return Choice("separate", "no_1x1_expansion") if wanted == "gram" else Choice(wanted, None)
 
 
+def table_for(ops: Ops) -> Table:
+    """The table that counts for a call that these operators run."""
+    return TABLE if isinstance(ops, Dispatcher) else COMPILED
+
+
 def measured(x: Tensor, dtype: torch.dtype, ops: Ops, gradients: bool) -> str | None:
     """What the table names for calls on tensors like x, or None."""
-    table = TABLE if isinstance(ops, Dispatcher) else COMPILED
-    entry = table.get((x.device.type, ops.serving("bn_stats", x), dtype, gradients)) if table else None
+    entry = table_for(ops).get((x.device.type, ops.serving("bn_stats", x), dtype, gradients))
     return None if entry is None else entry.recipe

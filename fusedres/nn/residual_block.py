@@ -55,6 +55,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def pair(value: Any) -> Size:
     """A convolution's number for height and width: torch takes one for both as well."""
+    if type(value) is tuple and len(value) == 2:
+        return value
     if isinstance(value, int):
         return value, value
     height, width = value if len(value) > 1 else (*value, *value)
@@ -63,10 +65,11 @@ def pair(value: Any) -> Size:
 
 def tensor(module: nn.Module, name: str) -> Any:
     """module.name for a parameter or buffer, past the slow `nn.Module.__getattr__`."""
-    for kept in (module._parameters, module._buffers):
-        if name in kept:
-            return kept[name]
-    return getattr(module, name)
+    kept = module._parameters
+    if name in kept:
+        return kept[name]
+    buffers = module._buffers
+    return buffers[name] if name in buffers else getattr(module, name)
 
 
 def read_conv_bn(unit: ConvBN) -> tuple[ConvBNConfig, ConvBNTensors]:

@@ -84,30 +84,18 @@ def unreadable(units: Sequence[ConvBN]) -> str | None:
 
 
 def unfit_tensors(
-    t: ConvBNTensors, bn: nn.BatchNorm2d, x: Tensor, dtype: torch.dtype, autocast: bool
+    tensors: Sequence[Tensor], device: torch.device, dtypes: tuple[torch.dtype, ...]
 ) -> str | None:
-    """A reason if this convolution and BN cannot run on x: kinds of tensors, devices, dtypes, numbers of channels."""
-    cout, device = t.weight.shape[0], x.device
-    bn_dtype = None
-    for i, value in enumerate((*t[:4], tensor(bn, "running_mean"), tensor(bn, "running_var"))):
-        if value is None:
-            continue
-        if type(value) not in PLAIN_TENSORS or value.layout is not torch.strided:
+    """A reason unless all are plain, on that device, and of one of the dtypes."""
+    kinds = {(type(t), t.layout, t.device, t.dtype) for t in tensors}
+    for cls, layout, found, dtype in kinds:
+        if cls not in PLAIN_TENSORS or layout is not torch.strided:
             return "tensor_subclass"
-        if value.device != device:
+        if found != device:
             return "device"
-        if i and (value.dim() != 1 or value.numel() != cout):
-            return "parameter_shape"
-        if i > 1:
-            if bn_dtype not in (None, value.dtype):
-                return "dtype"
-            bn_dtype = value.dtype
-    conv_dtype = t.weight.dtype
-    if conv_dtype is not dtype and not (autocast and conv_dtype is torch.float32):
-        return "dtype"
-    if t.conv_bias is not None and t.conv_bias.dtype is not conv_dtype:
-        return "dtype"
-    return None if bn_dtype in (None, dtype, torch.float32) else "dtype"
+        if dtype not in dtypes:
+            return "dtype"
+    return "dtype" if len({kind[-1] for kind in kinds}) > 1 else None
 
 
 def unfit_geometry(unit: ConvBNConfig) -> bool:
@@ -122,29 +110,61 @@ def unfit_geometry(unit: ConvBNConfig) -> bool:
     )
 
 
+def is_nchw(weight: Tensor) -> bool:
+    """By strides alone, as torch's convolution reads a layout: a 1x1 weight is contiguous in both."""
+    _, cin, height, width = weight.shape
+    return weight.stride() == (cin * height * width, height * width, width, 1)
+
+
+def norm_vectors(t: ConvBNTensors, bn: nn.BatchNorm2d) -> list[Tensor]:
+    """Every vector that the BN has, whether the call reads it or moves it."""
+    vectors = t.bn_weight, t.bn_bias, tensor(bn, "running_mean"), tensor(bn, "running_var")
+    return [v for v in vectors if v is not None]
+
+
 def unfit_block(call: BlockCall) -> str | None:
     """A reason if what was read of the block does not fit x, or does not fit together."""
     config, x = call.config, call.x
+    device = x.device
+    norms = [norm_vectors(t, bn) for t, bn in zip(call.tensors, call.norms, strict=True)]
+    convs = [t for unit in call.tensors for t in unit[:2] if t is not None]
+    castable = (config.dtype, torch.float32)
+    dtypes = castable if torch.is_autocast_enabled(device.type) else castable[:1]
+    reason = unfit_tensors(convs, device, dtypes)
+    if (reason := reason or unfit_tensors([v for n in norms for v in n], device, castable)) is not None:
+        return reason
+    if any(map(unfit_geometry, config.units)):
+        return "geometry_changed"
+    if not x.is_contiguous(memory_format=torch.channels_last) and not all(
+        is_nchw(t.weight) for t in call.tensors
+    ):
+        return "layout_mixed"
+    for t, vectors in zip(call.tensors, norms, strict=True):
+        given = vectors if t.conv_bias is None else (*vectors, t.conv_bias)
+        if any(v.dim() != 1 or v.numel() != t.weight.shape[0] for v in given):
+            return "parameter_shape"
+    return unfit_channels(call) or unfit_sizes(call)
+
+
+def unfit_channels(call: BlockCall) -> str | None:
+    """A reason if a convolution's channels are not those that the one before, or x, gives."""
+    config = call.config
     main = len(config.main)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    channels = x.shape[1]
-    for i, (unit, t, bn) in enumerate(zip(config.units, call.tensors, call.norms, strict=True)):
-        if (reason := unfit_tensors(t, bn, x, config.dtype, autocast)) is not None:
-            return reason
-        if unfit_geometry(unit):
-            return "geometry_changed"
+    given = channels = call.x.shape[1]
+    for i, (unit, t) in enumerate(zip(config.units, call.tensors, strict=True)):
         shape = t.weight.shape
-        if shape[1] * unit.groups != (x.shape[1] if i == main else channels):
-            return "parameter_shape" if 0 < i < main else "input_channels"
+        if shape[1] * unit.groups != (channels if i < main else given):
+            return "input_channels" if i in (0, main) else "parameter_shape"
         if i < main:
             channels = shape[0]
         elif shape[0] != channels:
             return "parameter_shape"
-    return unfit_sizes(call, channels)
+    identity = config.shortcut is Shortcut.IDENTITY
+    return "parameter_shape" if identity and channels != given else None
 
 
-def unfit_sizes(call: BlockCall, channels: int) -> str | None:
-    """A reason if the paths do not meet, or a BN would see one value per channel. channels: of the output."""
+def unfit_sizes(call: BlockCall) -> str | None:
+    """A reason if the paths do not meet, or a BN would see one value per channel."""
     config, x = call.config, call.x
     sizes = unit_sizes(call)
     if any(h < 1 or w < 1 for h, w in sizes):
@@ -152,7 +172,7 @@ def unfit_sizes(call: BlockCall, channels: int) -> str | None:
     end = sizes[len(config.main) - 1]
     if config.projection is not None and sizes[-1] != end:
         return "geometry_changed"
-    if config.shortcut is Shortcut.IDENTITY and (channels, *end) != tuple(x.shape[1:]):
+    if config.shortcut is Shortcut.IDENTITY and end != tuple(x.shape[2:]):
         return "geometry_changed"
     n = x.shape[0]
     if any(unit.training and n * h * w == 1 for unit, (h, w) in zip(config.units, sizes, strict=True)):

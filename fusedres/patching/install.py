@@ -85,7 +85,7 @@ def attempt(
     kwargs: dict[str, Any],
     ops_for: Callable[[str], Ops],
 ) -> Outcome:
-    """The call's outcome; what is cheap to find out comes first. ops_for: from a backend's name, what runs the block."""
+    """The call's outcome; what is cheap to find out comes first. ops_for: from a backend's name, what runs it."""
     if state.recipe == UNFUSED:
         return Outcome(UNFUSED, None)
     if (reason := guards.unfit_call(args, kwargs)) is not None:
@@ -186,6 +186,16 @@ def is_patched_block(module: nn.Module) -> bool:
 def base_class(module: nn.Module) -> Any:
     """The class a module had before `install`; its own where it has none of ours."""
     return getattr(type(module), BASE, type(module))
+
+
+def original_view(module: nn.Module) -> nn.Module:
+    """The module as it was before `install`, over the same parts; itself where it is not patched."""
+    if not is_patched_block(module):
+        return module
+    cls = base_class(module)
+    view = cls.__new__(cls)
+    view.__dict__.update({k: v for k, v in vars(module).items() if k != STATE})
+    return view
 
 
 def install(block: nn.Module, state: BlockState) -> None:

@@ -39,6 +39,7 @@ REASONS: dict[str, str] = {
     "single_value_per_channel": "one value per channel in training mode: the original forward raises",
     "dtype": "unsupported or mixed dtypes",
     "device": "input and parameters are on different devices, or on an unsupported one",
+    "layout_mixed": "NCHW input under channels_last weights: the layout that comes out depends on the spelling",
     "layout_nchw": "NCHW on CUDA is slower fused: model.to(memory_format=torch.channels_last), inputs too",
 }
 

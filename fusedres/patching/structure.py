@@ -86,7 +86,8 @@ def intervenes(state: dict[str, Any]) -> str | None:
 
 def resolve(block: nn.Module, expected: tuple[Submodule, ...]) -> dict[str, Any] | str:
     """Every module of the block by path, or the reason why it is not what was found at patching."""
-    if has_global_hooks():
+    # a non-full backward hook is given the gradients of the block's last operation, whatever that is
+    if has_global_hooks() or (block._backward_hooks and not block._is_full_backward_hook):
         return "hooks"
     modules: dict[str, Any] = {}
     queue: list[Any] = [block]
