@@ -129,7 +129,8 @@ def unfit_block(call: BlockCall) -> str | None:
     norms = [norm_vectors(t, bn) for t, bn in zip(call.tensors, call.norms, strict=True)]
     convs = [t for unit in call.tensors for t in unit[:2] if t is not None]
     castable = (config.dtype, torch.float32)
-    dtypes = castable if torch.is_autocast_enabled(device.type) else castable[:1]
+    casts = torch.is_autocast_enabled(device.type) and config.dtype is not torch.float64
+    dtypes = castable if casts else castable[:1]
     reason = unfit_tensors(convs, device, dtypes)
     if (reason := reason or unfit_tensors([v for n in norms for v in n], device, castable)) is not None:
         return reason
