@@ -136,7 +136,9 @@ def is_channels_last(x: Tensor) -> bool:
 def backend_serving(name: str, op: str, device: str, dtype: torch.dtype, channels_last: bool) -> str:
     """The backend that would serve `op` on one activation of this kind."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return dispatcher(name).serving(op, torch.empty((2, 8, 2, 2), dtype=dtype, device=device, memory_format=layout))
+    return dispatcher(name).serving(
+        op, torch.empty((2, 8, 2, 2), dtype=dtype, device=device, memory_format=layout)
+    )
 
 
 # what torch.compiler.assume_constant_result does, without importing Dynamo, which takes seconds

@@ -31,7 +31,7 @@ from fusedres.blocks.config import (
 from fusedres.dispatch import Dispatcher, dispatcher
 from fusedres.raw_ops import BatchNormVectors
 
-FAKE = Dispatcher((FakeOps(),))  # type: ignore[arg-type]
+FAKE = Dispatcher((FakeOps(),))
 PARAMETERS = len(ConvBNNeeds._fields)
 UNIT_INTS = 9  # stride, padding, dilation: two each; groups; training; relu
 CONSTANTS = (
@@ -118,9 +118,7 @@ def run_forward(
     """y and, with `save`, the flattened `Saved`, a scalar standing for what is absent; else each unit's mean, var."""
     config = constants.config
     with without_autocast(x.device.type):
-        out = RECIPES[constants.recipe].forward(
-            ops, config, x, residual, constants.tensors(tensors), save
-        )
+        out = RECIPES[constants.recipe].forward(ops, config, x, residual, constants.tensors(tensors), save)
         if out.saved is None:
             return [out.y, *(v for vectors in out.vectors for v in (vectors.mean, vectors.var))]
         return [out.y, *(x.new_empty(()) if t is None else t for t in out.saved.flatten())]
@@ -152,7 +150,7 @@ def run_backward(
             BlockNeeds(needs[0], needs[1], units),
         )
     flat = (grads.x, grads.residual, *(g for unit in grads.units for g in unit))
-    return [g for g, wanted in zip(flat, needs, strict=True) if wanted]  # type: ignore[misc]
+    return [g for g, wanted in zip(flat, needs, strict=True) if wanted]
 
 
 @torch.library.custom_op(
@@ -161,15 +159,13 @@ def run_backward(
     schema=f"(Tensor x, Tensor? residual, Tensor[] tensors, {CONSTANTS}, bool save) -> Tensor[]",
 )
 def residual_block_forward(x: Tensor, residual: Tensor | None, tensors: list[Tensor], *rest: Any) -> Any:
-    *constants, save = rest
-    constants = BlockConstants(*constants)
+    constants, save = BlockConstants(*rest[:-1]), rest[-1]
     return run_forward(dispatcher(constants.backend), x, residual, tensors, constants, save)
 
 
 @residual_block_forward.register_fake
 def _(x: Tensor, residual: Tensor | None, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
-    *constants, save = rest
-    return run_forward(FAKE, x, residual, tensors, BlockConstants(*constants), save)
+    return run_forward(FAKE, x, residual, tensors, BlockConstants(*rest[:-1]), rest[-1])
 
 
 @torch.library.custom_op(
@@ -178,14 +174,17 @@ def _(x: Tensor, residual: Tensor | None, tensors: list[Tensor], *rest: Any) -> 
     schema="(Tensor dy, Tensor x, Tensor[] tensors, Tensor[] saved, bool[] needs, bool channels_last, "
     f"{CONSTANTS}) -> Tensor[]",
 )
-def residual_block_backward(*args: Any) -> Any:
-    constants = BlockConstants(*args[6:])
-    return run_backward(dispatcher(constants.backend), *args[:6], constants)
+def residual_block_backward(dy: Tensor, x: Tensor, *rest: Any) -> Any:
+    tensors, saved, needs, channels_last, *given = rest
+    constants = BlockConstants(*given)
+    ops = dispatcher(constants.backend)
+    return run_backward(ops, dy, x, tensors, saved, needs, channels_last, constants)
 
 
 @residual_block_backward.register_fake
-def _(*args: Any) -> list[Tensor]:
-    return run_backward(FAKE, *args[:6], BlockConstants(*args[6:]))
+def _(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
+    tensors, saved, needs, channels_last, *constants = rest
+    return run_backward(FAKE, dy, x, tensors, saved, needs, channels_last, BlockConstants(*constants))
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -93,9 +93,7 @@ def register(op: str) -> torch.library.CustomOpDef:
     def fake(*args: Any, backend: str = AUTO) -> Any:
         return new_parts(getattr(FakeOps(), op)(*as_tuples(makers, args)))
 
-    made = torch.library.custom_op(
-        f"{NAMESPACE}::{op}", implementation, mutates_args=(), schema=schema(op)
-    )
+    made = torch.library.custom_op(f"{NAMESPACE}::{op}", implementation, mutates_args=(), schema=schema(op))
     made.register_fake(fake)
     return made
 

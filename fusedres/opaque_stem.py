@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.autograd import FIELDS, PARAMETERS, memory_format, without_autocast
+from fusedres.autograd import PARAMETERS, memory_format, without_autocast
 from fusedres.blocks import stem
 from fusedres.blocks.config import ConvBNNeeds, ConvBNTensors
 from fusedres.blocks.stem import StemConfig, StemSaved
