@@ -18,7 +18,9 @@ SCALE = 1.5  # what a hook that changes something multiplies by
 
 
 def scaled(value):
-    return tuple(None if v is None else v * SCALE for v in value) if isinstance(value, tuple) else value * SCALE
+    return (
+        tuple(None if v is None else v * SCALE for v in value) if isinstance(value, tuple) else value * SCALE
+    )
 
 
 # kind -> (method that registers it on a module, what the hook returns from its arguments)
@@ -56,7 +58,9 @@ def recording(result, log: list):
     """A hook that notes its module's class and every tensor it was given, and returns what `result` makes of them."""
 
     def hook(module, *args):
-        log.append((type(module).__name__, [t.detach().clone() for t in tree_leaves(args) if isinstance(t, Tensor)]))
+        log.append(
+            (type(module).__name__, [t.detach().clone() for t in tree_leaves(args) if isinstance(t, Tensor)])
+        )
         return result(module, *args)
 
     return hook
@@ -120,8 +124,12 @@ def test_hooks_on_tensors_and_parameters():
         y = module(x)
         y.retain_grad()
         for name, t in {"x": x, "y": y, **dict(module.named_parameters())}.items():
-            t.register_hook(lambda grad, name=name, log=log: log.append((name, [grad.clone()])) or grad * SCALE)
-        module.conv1.weight.register_post_accumulate_grad_hook(lambda p, log=log: log.append(("post", [p.grad])))
+            t.register_hook(
+                lambda grad, name=name, log=log: log.append((name, [grad.clone()])) or grad * SCALE
+            )
+        module.conv1.weight.register_post_accumulate_grad_hook(
+            lambda p, log=log: log.append(("post", [p.grad]))
+        )
         y.square().sum().backward()
         log += [("x.grad", [x.grad]), ("y.grad", [y.grad])]
         log.sort(key=lambda entry: entry[0])

@@ -96,7 +96,7 @@ def attempt(
     ops, dtype = ops_for(state.backend), compute_dtype(x)
     if never_fused(state.recipe, x, dtype, ops):
         return Outcome(UNFUSED, "no_faster_recipe")
-    if vars(type(module)).get(ORIGINAL) is not getattr(base_class(module), plan.method):
+    if getattr(type(module), ORIGINAL) is not getattr(base_class(module), plan.method):
         return Outcome(UNFUSED, "forward_replaced")
     if isinstance(plan, StemPlan):
         modules = structure.resolve_stem(module, plan)
