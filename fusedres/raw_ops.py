@@ -318,7 +318,7 @@ class RawOps(Protocol):
         dilation: tuple[int, int],
         groups: int,
     ) -> Tensor:
-        """`dW` [Cout, Cin/groups, kh, kw] of `conv2d(x, W)`, in the accumulation dtype.
+        """`dW` [Cout, Cin/groups, kh, kw] of `conv2d(x, W)`, in the accumulation dtype and x's memory format.
 
         dy [N, Cout, H', W'], x [N, Cin, H, W]. Sums over the positions that lie inside x: padding is never read.
         """

@@ -48,6 +48,8 @@ from fusedres.blocks.conv_bn import (
 from fusedres.dispatch import Dispatcher
 from fusedres.raw_ops import BatchNormVectors
 
+KEEPS_ACTIVATIONS = False
+
 
 def unsuitable(config: BlockConfig, units: tuple[ConvBNTensors, ...]) -> str | None:
     """Why this block has no Gram form, as a reason code, or None: it must end BN, ReLU, conv1x1 expanding twofold."""

@@ -27,6 +27,8 @@ from fusedres.blocks.conv_bn import (
 )
 from fusedres.dispatch import Dispatcher
 
+KEEPS_ACTIVATIONS = True
+
 
 def forward(
     ops: Dispatcher,

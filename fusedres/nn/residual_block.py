@@ -22,8 +22,9 @@ from fusedres.blocks.config import (
     Size,
     output_size,
 )
-from fusedres.dispatch import AUTO, Dispatcher, dispatcher
+from fusedres.dispatch import AUTO, OpaqueBackend, Ops, operators
 from fusedres.nn.running_stats import BatchStatistics, update_running_stats
+from fusedres.opaque_blocks import block_constants, residual_block_operator
 from fusedres.raw_ops import BatchNormVectors
 
 
@@ -118,16 +119,18 @@ def wants_gradient(call: BlockCall) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def run(call: BlockCall, recipe: str, ops: Dispatcher) -> Tensor:
+def run(call: BlockCall, recipe: str, ops: Ops) -> Tensor:
     """y of the block, by that recipe; running statistics are updated."""
-    config, tensors, norms, x, residual = call
+    config, tensors, _, x, residual = call
+    if isinstance(ops, OpaqueBackend):
+        constants = block_constants(config, tensors, recipe, ops.name)
+        y, statistics = residual_block_operator(x, residual, tensors, constants, wants_gradient(call))
+        with torch.no_grad():
+            move_running_stats(call, statistics)
+        return y
 
     def observe(vectors: tuple[BatchNormVectors, ...]) -> None:
-        seen = zip(config.units, norms, vectors, unit_sizes(call), strict=True)
-        n = x.shape[0]
-        update_running_stats(
-            [BatchStatistics(bn, v.mean, v.var, n * h * w) for unit, bn, v, (h, w) in seen if unit.training]
-        )
+        move_running_stats(call, [(v.mean, v.var) for v in vectors])
 
     if wants_gradient(call):
         flat = [t for unit in tensors for t in unit]
@@ -138,7 +141,16 @@ def run(call: BlockCall, recipe: str, ops: Dispatcher) -> Tensor:
     return out.y
 
 
-def with_residual(call: BlockCall, recipe: str, ops: Dispatcher, residual: Any) -> Tensor:
+def move_running_stats(call: BlockCall, statistics: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Moves every BN's running statistics; statistics: mean, var of the batch as `config.units`."""
+    seen = zip(call.config.units, call.norms, statistics, unit_sizes(call), strict=True)
+    n = call.x.shape[0]
+    update_running_stats(
+        [BatchStatistics(bn, *stats, n * h * w) for unit, bn, stats, (h, w) in seen if unit.training]
+    )
+
+
+def with_residual(call: BlockCall, recipe: str, ops: Ops, residual: Any) -> Tensor:
     """y of a block read without a shortcut, plus a residual computed elsewhere.
 
     A residual that is not like the main path's output is added by torch, with its promotion and broadcasting.
@@ -190,7 +202,7 @@ def residual_block(
         ValueError: unknown recipe; "auto" or "unfused" where no recipe applies.
         BackendUnavailableError: unknown backend.
     """
-    ops = dispatcher(backend)
+    ops = operators(backend)
     call = read_block(x, main, shortcut, identity)
     choice: Choice = choose(recipe, call.config, call.tensors, x, ops, wants_gradient(call))
     if choice.recipe == UNFUSED:

@@ -19,6 +19,7 @@ from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype, tensor,
 from fusedres.raw_ops import ACTIVATION_DTYPES
 
 DISABLED: ContextVar[bool] = ContextVar("fusedres_disabled", default=False)
+DISABLED_SCOPES: list[object] = []  # entered now, in any thread: what a graph being compiled goes by
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 DEVICES = ("cpu", "cuda")
 PROXY_MODE = torch._C._TorchDispatchModeKey.PROXY
@@ -28,14 +29,14 @@ def transformed() -> str | None:
     """A reason if torch is tracing, exporting or transforming: those want the original operations."""
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
         return "tracing"
-    if torch._C._get_dispatch_mode(PROXY_MODE) is not None:
+    if not torch.compiler.is_dynamo_compiling() and torch._C._get_dispatch_mode(PROXY_MODE) is not None:
         return "tracing"
     return "forward_ad" if torch.autograd.forward_ad._current_level >= 0 else None
 
 
 def unfit_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """A reason that lies in how the method is called, whatever the block."""
-    if DISABLED.get():
+    if DISABLED_SCOPES and (torch.compiler.is_compiling() or DISABLED.get()):
         return "disabled"
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return "signature"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
 from types import FunctionType
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from fusedres.blocks.choice import UNFUSED, choose, choose_stem, never_fused
 from fusedres.blocks.config import Shortcut
-from fusedres.dispatch import Dispatcher, dispatcher
+from fusedres.dispatch import Ops, dispatcher, opaque_backend
 from fusedres.errors import UnsupportedModelError
 from fusedres.nn.residual_block import (
     ConvBN,
@@ -67,17 +68,24 @@ def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     """One call of a patched method: fused if nothing speaks against it, else by the original method."""
     state: BlockState = vars(module)[STATE]
     base = base_class(module)
-    if torch.compiler.is_compiling():  # Inductor fuses the original; opaque ops would stop it
-        return getattr(base, state.plan.method)(module, *args, **kwargs)
-    recipe, reason, y = outcome = attempt(module, state, args, kwargs)
+    if torch.compiler.is_compiling():  # a graph cannot hold what is noted below
+        y = attempt(module, state, args, kwargs, opaque_backend).y
+        return getattr(base, state.plan.method)(module, *args, **kwargs) if y is None else y
+    recipe, reason, y = outcome = attempt(module, state, args, kwargs, dispatcher)
     state.runs_as, state.reason = recipe, reason
     if reason is not None:
         log_once(base.__qualname__, recipe, reason)
     return getattr(base, state.plan.method)(module, *args, **kwargs) if outcome.y is None else y
 
 
-def attempt(module: nn.Module, state: BlockState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
-    """The call's outcome; what is cheap to find out comes first."""
+def attempt(
+    module: nn.Module,
+    state: BlockState,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    ops_for: Callable[[str], Ops],
+) -> Outcome:
+    """The call's outcome; what is cheap to find out comes first. ops_for: from a backend's name, what runs it."""
     if state.recipe == UNFUSED:
         return Outcome(UNFUSED, None)
     if (reason := guards.unfit_call(args, kwargs)) is not None:
@@ -85,7 +93,7 @@ def attempt(module: nn.Module, state: BlockState, args: tuple[Any, ...], kwargs:
     x, plan = args[0], state.plan
     if (reason := guards.unfit_input(x, isinstance(plan, StemPlan))) is not None:
         return Outcome(UNFUSED, reason)
-    ops, dtype = dispatcher(state.backend), compute_dtype(x)
+    ops, dtype = ops_for(state.backend), compute_dtype(x)
     if never_fused(state.recipe, x, dtype, ops):
         return Outcome(UNFUSED, "no_faster_recipe")
     if getattr(type(module), ORIGINAL) is not getattr(base_class(module), plan.method):
@@ -103,7 +111,7 @@ def attempt(module: nn.Module, state: BlockState, args: tuple[Any, ...], kwargs:
 
 
 def fused(
-    plan: Plan, requested: str, ops: Dispatcher, modules: dict[str, Any], units: list[ConvBN], x: Tensor
+    plan: Plan, requested: str, ops: Ops, modules: dict[str, Any], units: list[ConvBN], x: Tensor
 ) -> Outcome:
     """The outcome once the modules are known to be those of the plan; x in the dtype of the convolutions."""
     main, shortcut = (units, None) if plan.projection is None else (units[:-1], units[-1])
@@ -139,7 +147,8 @@ def subclass(base: type, method: str, original: Any) -> Any:
 
     # torch.jit.script compiles the source of the original, which `wraps` points to, with the names that are global
     # here: they must be the original's
-    code, closure = template.__code__, template.__closure__
+    # a copy: Dynamo keeps what it compiled with the code object, up to a limit for each
+    code, closure = template.__code__.replace(co_name=method), template.__closure__
     replacement = wraps(original)(FunctionType(code, original.__globals__, method, None, closure))
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
