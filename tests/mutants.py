@@ -204,7 +204,7 @@ def writes_into_the_incoming_gradient():
 def shares_the_storage_of_gradients():
     def change(grads, dy):
         first, *rest = grads.units
-        return grads._replace(units=(first._replace(bn_bias=first.bn_weight), *rest))
+        return grads._replace(units=(first._replace(bn_bias=first.bn_weight[:]), *rest))
 
     wrap(separate, "backward", on_gradients(change))
 
