@@ -200,15 +200,6 @@ def writes_into_the_incoming_gradient():
     wrap(separate, "backward", on_gradients(change))
 
 
-@mutant("test_blocks.py::test_gradients_own_their_storage_and_dy_is_untouched[separate-bottleneck]")
-def shares_the_storage_of_gradients():
-    def change(grads, dy):
-        first, *rest = grads.units
-        return grads._replace(units=(first._replace(bn_bias=first.bn_weight), *rest))
-
-    wrap(separate, "backward", on_gradients(change))
-
-
 @mutant("test_copies.py::test_gradients_through_an_inner_step[separate]")
 def differentiates_saved_tensors_twice():
     autograd.wants_differentiable = lambda dy: False

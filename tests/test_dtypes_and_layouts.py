@@ -92,7 +92,7 @@ def formats(x: torch.Tensor) -> dict[str, torch.Tensor]:
         "slice_channels_last": torch.cat([last, last], 1).to(memory_format=torch.channels_last)[:, :c],
         "rows": torch.cat([x, x], 2)[:, :, ::2],
         "expanded": x[:1].expand(n, c, h, w),
-        "four_pixels": x[:, :, :2, :2],
+        "quarter": x[:, :, :4, :4],
     }
 
 
