@@ -280,7 +280,8 @@ class RawOps(Protocol):
         `sum dz_below` and `sum dz_below*(c - mean)`, each [Cin], for the BN below.
         dy [N, Cout, H, W]; c, vectors: the BN below, `a = relu(scale*c + shift)`, rounded;
         weight_dz [Cout, Cin], weight_a [Cin, Cin], center, offset [Cin] in the accumulation dtype.
-        weight_a, center and offset are None together: frozen statistics.
+        weight_a, center and offset are None together: frozen statistics. A backend that rounds the weights to the
+        activation dtype keeps weight_a's diagonal in the accumulation dtype; weight_dz may be rounded as it comes.
         """
 
     def conv1x1_backward_input(

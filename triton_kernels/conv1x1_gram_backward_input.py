@@ -19,7 +19,8 @@ def conv1x1_gram_backward_input_kernel(
     scale,  # [CIN], BN below: a = relu(scale*c + shift)
     shift,
     weight_dz,  # [COUT, CIN] in dy's dtype
-    weight_a,  # [CIN, CIN] in dy's dtype, or None with center and offset: frozen statistics
+    weight_a,  # [CIN, CIN] in dy's dtype with 0 on its diagonal, or None with what follows: frozen statistics
+    diagonal,  # [CIN] float32
     center,  # [CIN]
     offset,  # [CIN]
     dz_below,  # [P, CIN]
@@ -64,12 +65,16 @@ def conv1x1_gram_backward_input_kernel(
             w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
             w = tl.load(weight_a + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
-        acc += load_vector(offset, n, CIN)
 
     keep = valid & valid_n[None, :]
     place = row * CIN + n[None, :]  # [BM, BN]
     cn = tl.load(c_tile + place, mask=keep, other=0.0)
-    dz = tl.where(activation(cn, scale, shift, n, CIN) <= 0, 0.0, acc).to(dz_below.dtype.element_ty)
+    an = activation(cn, scale, shift, n, CIN)
+    if weight_a is not None:
+        # what a contributes to its own channel lies under its own mask: a rounded weight's error would not average out
+        own = (an.to(tl.float32) - load_vector(center, n, CIN)) * load_vector(diagonal, n, CIN)
+        acc += own + load_vector(offset, n, CIN)
+    dz = tl.where(an <= 0, 0.0, acc).to(dz_below.dtype.element_ty)
     tl.store(dz_below + base * CIN + place, dz, mask=keep)
     dz = tl.where(keep, dz.to(tl.float32), 0.0)
     centered = tl.where(keep, cn.to(tl.float32) - load_vector(mean, n, CIN), 0.0)
@@ -95,6 +100,10 @@ def conv1x1_gram_backward_input(
     total = layout.rows(c)
     tile = tiles.output_tile(tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin)
     row_tiles = triton.cdiv(total, tile.bm)
+    diagonal = None
+    if weight_a is not None:
+        diagonal = weight_a.diagonal().contiguous()
+        weight_a = weight_a.to(c.dtype, copy=True).contiguous().fill_diagonal_(0)
     dz_below = layout.empty(tuple(c.shape), c)
     tile_sums = layout.empty((row_tiles, 2, cin), c, torch.float32)
     conv1x1_gram_backward_input_kernel[(row_tiles * triton.cdiv(cin, tile.bn),)](
@@ -105,7 +114,8 @@ def conv1x1_gram_backward_input(
         scale,
         shift,
         weight_dz.to(c.dtype).contiguous(),
-        None if weight_a is None else weight_a.to(c.dtype).contiguous(),
+        weight_a,
+        diagonal,
         center,
         offset,
         dz_below,
