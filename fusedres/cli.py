@@ -1,4 +1,4 @@
-"""The command line: `fusedres demo`, `fusedres explain MODEL`. Needs the extra `fusedres[demo]`."""
+"""The command line: `fusedres demo`, `explain MODEL`, `tune MODEL`. Needs the extra `fusedres[demo]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fusedres import errors, models, patching
+from fusedres import errors, models, patching, tune_command
 from fusedres.patching.report import COLUMNS, PatchReport
 
 app = typer.Typer(
@@ -71,6 +71,9 @@ def demo(
     from fusedres.demo.main import run_demo
 
     run_demo(output, epochs, console)
+
+
+tune_command.register(app, model_by_name, console)
 
 
 def main() -> None:

@@ -85,15 +85,12 @@ def types(**groups: str) -> dict[str, str]:
 def products() -> Iterator[Entry]:
     forward = conv1x1_forward.conv1x1_forward_kernel
     sizes = "P H W H_OUT W_OUT"
+    identity = types(A="x weight residual y", F="in_scale in_shift scale shift", U="mask", I=sizes)
     forms = {
         "stats": types(A="x weight y", D="tile_mean", F="tile_m2", I=sizes),
         "prologue_stats": types(A="x weight y", D="tile_mean", F="in_scale in_shift tile_m2", I=sizes),
-        "prologue_projection_mask": types(
-            A="x weight residual y",
-            F="in_scale in_shift scale shift residual_scale residual_shift",
-            U="mask",
-            I=sizes,
-        ),
+        "prologue_identity_mask": identity,
+        "prologue_projection_mask": {**identity, **types(F="residual_scale residual_shift")},
     }
     for tile in tiles.CONV1X1_FORWARD:
         for form, signature in forms.items():
@@ -105,16 +102,18 @@ def products() -> Iterator[Entry]:
     frozen = types(A="dy c weight_dz dz_below", F="mean scale shift tile_sums", U="mask", I="P")
     training = {**frozen, **types(A="weight_a", F="center offset")}
     for tile in tiles.CONV1X1_GRAM_BACKWARD_INPUT:
-        constants = {"CIN": tile.bn if tile.bn < 128 else 512, "COUT": 1024}
+        constants = {"CIN": tile.bn if tile.bn < 128 else 512, "COUT": 1024, "TERMS": 2}
         yield product("training", below, training, constants, tile)
         yield product("frozen", below, frozen, constants, tile)
 
     backward = conv1x1_backward_input.conv1x1_backward_input_kernel
     plain = types(A="dy c weight dx dc", F="scale shift A B K", I="P")
-    joined = {**plain, **types(A="shortcut_dy", U="shortcut_mask")}
+    projection = {**plain, **types(A="shortcut_dy")}
+    joined = {**projection, **types(U="shortcut_mask")}
     for tile in tiles.CONV1X1_BACKWARD_INPUT:
         constants = {"CIN": 4 * tile.bn, "COUT": 256}
         yield product("plain", backward, plain, constants, tile)
+        yield product("projection", backward, projection, constants, tile)
         yield product("identity_mask", backward, joined, constants, tile)
 
     weight = conv1x1_backward_weight.conv1x1_backward_weight_kernel
@@ -150,23 +149,23 @@ def elementwise() -> Iterator[Entry]:
     kernel = bn_add_relu_backward_reduce.bn_add_relu_backward_reduce_kernel
     relu = types(A="dy c", F="mean scale shift tile_sums", I="P")
     yield Entry("bn_add_relu_backward_reduce-relu", kernel, relu, {**reduction, "SUMS": 2}, warps)
-    mask = types(A="dy c shortcut_c", F="mean shortcut_mean tile_sums", U="mask", I="P")
-    yield Entry("bn_add_relu_backward_reduce-projection_mask", kernel, mask, {**reduction, "SUMS": 3}, warps)
+    mask = types(A="dy c", F="mean tile_sums", U="mask", I="P")
+    yield Entry("bn_add_relu_backward_reduce-mask", kernel, mask, {**reduction, "SUMS": 2}, warps)
+    projection = {**mask, **types(A="shortcut_c", F="shortcut_mean")}
+    sums = {**reduction, "SUMS": 3}
+    yield Entry("bn_add_relu_backward_reduce-projection_mask", kernel, projection, sums, warps)
 
     for channels in (17, 256):
         width, rows, columns = tiles.elementwise_tile(channels)
         shape = {"C": channels, "WIDTH": width, "ROWS": rows, "COLUMNS": columns}
-        warps = tiles.ELEMENTWISE_WARPS
-        kernel = bn_add_relu_forward.bn_add_relu_forward_kernel
-        forward = types(A="c residual y", F="scale shift residual_scale residual_shift", U="mask", I="N")
-        label = f"bn_add_relu_forward-projection_mask-C{channels}"
-        yield Entry(label, kernel, forward, {**shape, "RELU": True}, warps)
-        kernel = bn_add_relu_backward_input.bn_add_relu_backward_input_kernel
-        coefficients = "A B K shortcut_A shortcut_B shortcut_K"
-        backward = types(A="dy c shortcut_c dc dresidual", F=coefficients, U="mask", I="N")
-        yield Entry(f"bn_add_relu_backward_input-projection_mask-C{channels}", kernel, backward, shape, warps)
-        relu = types(A="dy c dc", F="scale shift A B K", I="N")
-        yield Entry(f"bn_add_relu_backward_input-relu-C{channels}", kernel, relu, shape, warps)
+        for kernel, forms in (
+            (bn_add_relu_forward.bn_add_relu_forward_kernel, elementwise_forward_forms()),
+            (bn_add_relu_backward_input.bn_add_relu_backward_input_kernel, elementwise_backward_forms()),
+        ):
+            constants = {**shape, "RELU": True} if "RELU" in kernel.arg_names else shape
+            for form, signature in forms.items():
+                label = f"{kernel.__name__.removesuffix('_kernel')}-{form}-C{channels}"
+                yield Entry(label, kernel, signature, constants, tiles.ELEMENTWISE_WARPS)
 
     pool = {"C": 64, "KERNEL": 3, "STRIDE": 2, "PADDING": 1}
     pool |= {"ROWS": tiles.POOL_ROWS, "COLUMNS": tiles.POOL_COLUMNS}
@@ -179,6 +178,28 @@ def elementwise() -> Iterator[Entry]:
     yield Entry("bn_relu_maxpool_backward-reduce", kernel, sums, pool, tiles.POOL_WARPS)
     dc = types(A="dy c dc", F="A B K", U="indices", I=sizes)
     yield Entry("bn_relu_maxpool_backward-input", kernel, dc, pool, tiles.POOL_WARPS)
+
+
+def elementwise_forward_forms() -> dict[str, dict[str, str]]:
+    activation = types(A="c y", F="scale shift", I="N")
+    identity = {**activation, **types(A="residual", U="mask")}
+    projection = {**identity, **types(F="residual_scale residual_shift")}
+    return {"activation": activation, "identity_mask": identity, "projection_mask": projection}
+
+
+def elementwise_backward_forms() -> dict[str, dict[str, str]]:
+    plain = types(A="dy c dc", F="A B K", I="N")
+    mask = {**plain, **types(U="mask")}
+    identity = {**mask, **types(A="dresidual")}
+    projection = {**identity, **types(A="shortcut_c", F="shortcut_A shortcut_B shortcut_K")}
+    relu = {**plain, **types(F="scale shift")}
+    return {
+        "plain": plain,
+        "relu": relu,
+        "mask": mask,
+        "identity_mask": identity,
+        "projection_mask": projection,
+    }
 
 
 def small() -> Iterator[Entry]:

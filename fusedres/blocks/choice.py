@@ -1,4 +1,4 @@
-"""Which recipe a block runs as: the measured table, and what to do where it is silent.
+"""Which recipe a block runs as: the user's table, then the measured one, and what to do where they are silent.
 
 A request for a recipe that the block's form does not have falls to the next one, with a reason code. "auto" takes
 what the table names for the fastest backend that would serve the call, and `unfused`, the original forward, where
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.blocks import RECIPES, gram
+from fusedres.blocks import RECIPES, gram, user_table
 from fusedres.blocks.config import BlockConfig, ConvBNTensors
 from fusedres.dispatch import Dispatcher
 
 AUTO = "auto"
-UNFUSED = "unfused"
+UNFUSED = user_table.UNFUSED
 RECIPE_NAMES = (AUTO, UNFUSED, *RECIPES)
 
 
@@ -54,8 +54,11 @@ def choose(
     gradients: bool,
 ) -> Choice:
     """The recipe for one call, from what was requested and the block's form."""
-    wanted = requested if requested != AUTO else measured(x, config.dtype, ops, gradients)
-    if wanted is None:
+    wanted: str | None = requested
+    if requested == AUTO:
+        users = user_table.block_recipe(x, config, units, ops, gradients)
+        wanted = users or measured(x, config.dtype, ops, gradients)
+    if wanted is None or (requested == AUTO and wanted == UNFUSED):
         return Choice(UNFUSED, "no_faster_recipe")
     if wanted == "gram" and (reason := gram.unsuitable(config, units)) is not None:
         return Choice("separate", reason)
@@ -64,8 +67,10 @@ def choose(
 
 def choose_stem(requested: str, x: Tensor, ops: Dispatcher, gradients: bool) -> Choice:
     """The same for a stem, which has one fused form: `separate`."""
-    wanted = requested if requested != AUTO else measured(x, x.dtype, ops, gradients)
-    if wanted is None:
+    wanted: str | None = requested
+    if requested == AUTO:
+        wanted = user_table.stem_recipe(x, ops, gradients) or measured(x, x.dtype, ops, gradients)
+    if wanted is None or (requested == AUTO and wanted == UNFUSED):
         return Choice(UNFUSED, "no_faster_recipe")
     return Choice("separate", "no_1x1_expansion") if wanted == "gram" else Choice(wanted, None)
 
