@@ -13,6 +13,7 @@ from counted_bytes import count, counting
 from layers import read_network
 from roofline import Machine, launches
 from torch import nn
+from triton_entries import entries
 
 from fusedres import models
 
@@ -90,11 +91,9 @@ def test_no_launch_copies_a_layout(counted):
 
 def test_every_launched_variant_is_compiled_ahead_of_time(counted):
     """Which arguments are None decides what Triton compiles: the resource table must hold each such program."""
-    import triton_resources
-
-    entries = triton_resources.entries()
-    kernels = {entry.kernel.__name__.removesuffix("_kernel"): entry.kernel for entry in entries}
-    compiled = {(entry.kernel, frozenset(entry.signature)) for entry in entries}
+    every = entries()
+    kernels = {entry.kernel.__name__.removesuffix("_kernel"): entry.kernel for entry in every}
+    compiled = {(entry.kernel, frozenset(entry.signature)) for entry in every}
     launched = {(kernels[x.kernel], x.arguments) for x in counted if x.kernel in kernels}
     assert len(launched) > 10
     for kernel, given in launched:
