@@ -54,7 +54,8 @@ def register(app: typer.Typer, model_by_name: Callable[[str], nn.Module], consol
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         side = size or (32 if "cifar" in model else 224)
-        network = model_by_name(model).to(device, memory_format=torch.channels_last).train(not evaluation)
+        network = model_by_name(model).to(device).train(not evaluation)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         x = torch.randn(batch, 3, side, side, device=device).to(memory_format=torch.channels_last)
         low = dtype != "float32"
         with torch.autocast(device, DTYPES[dtype]) if low else nullcontext():

@@ -2,7 +2,7 @@
 
 The table `triton_resources.json` is checked in. Rows whose source changed are compiled again;
 FUSEDRES_RECOMPILE=1 compiles all of them. A row that differs from the table fails:
-`python -P tests/triton_resources.py` writes it anew.
+`python tests/triton_resources.py` writes it anew.
 """
 
 import os
@@ -25,7 +25,7 @@ TABLE = read_table()
 
 def row_of(version, entry_id, architecture):
     key = f"{entry_id} sm_{architecture}"
-    assert key in TABLE[version], f"{key} is not in the table: python -P tests/triton_resources.py"
+    assert key in TABLE[version], f"{key} is not in the table: python tests/triton_resources.py"
     return TABLE[version][key]
 
 

@@ -86,7 +86,7 @@ def products() -> Iterator[Entry]:
 
     below = conv1x1_gram_backward_input.conv1x1_gram_backward_input_kernel
     frozen = types(A="dy c weight_dz dz_below", F="mean scale shift tile_sums", U="mask", I="P")
-    training = {**frozen, **types(A="weight_a", F="center offset")}
+    training = {**frozen, **types(A="weight_a", F="offset")}
     for tile in tiles.CONV1X1_GRAM_BACKWARD_INPUT:
         constants = {"CIN": tile.bn if tile.bn < 128 else 512, "COUT": 1024, "TERMS": 2}
         yield product("training", below, training, constants, tile)

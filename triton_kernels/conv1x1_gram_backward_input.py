@@ -20,7 +20,7 @@ def conv1x1_gram_backward_input_kernel(
     shift,
     weight_dz,  # [COUT, CIN] in dy's dtype
     weight_a,  # [TERMS, CIN, CIN] in dy's dtype, their sum is the weight; None with what follows: frozen statistics
-    center,  # [CIN]
+    center,  # [CIN], or None: a is taken as it is
     offset,  # [CIN]
     dz_below,  # [P, CIN]
     tile_sums,  # [ceil(P / BM), 2, CIN]: sum dz_below, sum dz_below*(c - mean)
@@ -66,8 +66,9 @@ def conv1x1_gram_backward_input_kernel(
             k0 = step % padded
             valid_k = k0 + k < CIN
             ck = tl.load(c_tile + row * CIN + (k0 + k)[None, :], mask=valid & valid_k[None, :], other=0.0)
-            a = activation(ck, scale, shift, k0 + k, CIN).to(tl.float32) - load_vector(center, k0 + k, CIN)
-            a = a.to(c.dtype.element_ty)
+            a = activation(ck, scale, shift, k0 + k, CIN)
+            if center is not None:
+                a = a - load_vector(center, k0 + k, CIN)
             w_place = (step // padded * CIN + k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
             w = tl.load(weight_a + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
@@ -103,9 +104,13 @@ def conv1x1_gram_backward_input(
     tile = tiles.output_tile(tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin)
     row_tiles = triton.cdiv(total, tile.bm)
     terms = 1 if c.dtype == torch.float32 else 2
-    if weight_a is not None:
+    if weight_a is not None and offset is not None and center is not None:
         high = weight_a.to(c.dtype)
         weight_a = torch.stack((high, (weight_a - high).to(c.dtype))[:terms])
+        if terms == 2:
+            # a - center would round, and a is exact as it is: what center adds goes into the offset, in float64
+            added = center.double() @ weight_a.double().sum(0)
+            offset, center = (offset.double() - added).to(offset.dtype), None
     dz_below = layout.empty(tuple(c.shape), c)
     tile_sums = layout.empty((row_tiles, 2, cin), c, torch.float32)
     conv1x1_gram_backward_input_kernel[(row_tiles * triton.cdiv(cin, tile.bn),)](
