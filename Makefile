@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint check-package bench bench-check clean
+.PHONY: demo test lint check-package mutants bench bench-check clean
 
 # Relative paths only, so that a checkout whose path has spaces works. The pinned torch comes first: an
 # unpinned one pulls a different build with gigabytes of CUDA libraries.
@@ -28,6 +28,10 @@ lint: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=90
 	$(MAKE) check-package
+
+# wrong patchers, each of which its named test must catch
+mutants: $(STAMP)
+	$(BIN)/python -P tests/mutants.py
 
 check-package: $(STAMP)
 	$(BIN)/python tests/check_package.py

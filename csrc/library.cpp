@@ -33,6 +33,13 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "bn_add_relu_forward(Tensor c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
       " Tensor? residual_shift, bool relu, bool save_mask) -> (Tensor y, Tensor? mask)");
+  // bn_add_relu_forward with y in the storage of c, bn_add_relu_backward_input with dc in that of dy
+  m.def(
+      "bn_add_relu_forward_(Tensor(a!) c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
+      " Tensor? residual_shift, bool relu) -> ()");
+  m.def(
+      "bn_add_relu_backward_input_(Tensor(a!) dy, Tensor c, Tensor scale, Tensor shift, Tensor A, Tensor? B,"
+      " Tensor? K, Tensor? mask, bool relu) -> ()");
   m.def(
       "bn_add_relu_backward_reduce(Tensor dy, Tensor c, Tensor mean, Tensor scale, Tensor shift, Tensor? mask,"
       " bool relu, Tensor? shortcut_c, Tensor? shortcut_mean)"
@@ -54,6 +61,9 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tensor A, Tensor? B, Tensor? K,"
       " int kernel_size, int stride, int padding) -> Tensor");
+  m.def(
+      "conv_backward_weight(Tensor dy, Tensor x, int kernel_height, int kernel_width, int stride_height,"
+      " int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width) -> Tensor");
   // the instruction set in use; "none" below AVX2
   m.def("cpu_capability() -> str");
   // what the binary holds GPU code for, such as "80;90;120+PTX"; "" without CUDA

@@ -27,6 +27,7 @@ CPU_SOURCES = (
     "cpu/kernels_avx2.cpp",
     "cpu/kernels_avx512.cpp",
     "cpu/launch_bn.cpp",
+    "cpu/launch_conv.cpp",
     "cpu/launch_pool.cpp",
 )
 DEFAULT_ARCHS = "80;86;89;90;100;120"

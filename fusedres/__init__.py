@@ -22,6 +22,7 @@ from fusedres.patching import (
     report,
     unpatch,
     verify,
+    warmup,
 )
 
 __version__ = version("fusedres")
@@ -41,4 +42,5 @@ __all__ = [
     "unpatch",
     "use_backend",
     "verify",
+    "warmup",
 ]

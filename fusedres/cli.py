@@ -1,4 +1,4 @@
-"""The command line: `fusedres demo`, `fusedres doctor`, `fusedres explain MODEL`. Needs the extra `fusedres[demo]`."""
+"""The command line: `fusedres demo`, `doctor`, `explain MODEL`, `tune MODEL`. Needs the extra `fusedres[demo]`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fusedres import doctor as examination
-from fusedres import errors, models, patching
+from fusedres import errors, models, patching, tune_command
 from fusedres.patching.report import COLUMNS, PatchReport
 
 app = typer.Typer(
@@ -99,6 +99,9 @@ def doctor(
             typer.echo(line)
         typer.echo("the self-test passed" if found["passed"] else "the self-test FAILED")
     raise typer.Exit(0 if found["passed"] else 1)
+
+
+tune_command.register(app, model_by_name, console)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from fusedres.patching.api import is_patched, patch, report, unpatch
 from fusedres.patching.report import BlockReport, PatchReport
 from fusedres.patching.scoped import disabled, patched
 from fusedres.patching.verify import VerifyReport, verify
+from fusedres.patching.warmup import warmup
 
 __all__ = [
     "BlockReport",
@@ -16,4 +17,5 @@ __all__ = [
     "report",
     "unpatch",
     "verify",
+    "warmup",
 ]

@@ -78,12 +78,12 @@ def shared_modules(model: nn.Module) -> set[int]:
     return shared
 
 
-def find_plan(module: nn.Module, shared: set[int]) -> BlockPlan:
-    """The module's plan, known or found anew. Raises NoMatch."""
+def find_plan(module: nn.Module, shared: set[int], renew: bool) -> BlockPlan:
+    """The module's plan; of a patched one, the known plan, or with `renew` found anew. Raises NoMatch."""
     known = vars(module)[install.STATE].plan if install.is_patched_block(module) else None
-    if isinstance(known, BlockPlan):
+    if isinstance(known, BlockPlan) and not renew:
         return known
-    plan = grammar.plan(module)
+    plan = grammar.plan(install.original_view(module))
     units = [module.get_submodule(path) for unit in plan.units for path in (unit.conv, unit.bn)]
     if any(id(unit) in shared for unit in units):
         raise NoMatch("shared_module")
@@ -99,8 +99,11 @@ def find_stem(name: str, model: nn.Module) -> Found:
         return Found(name, model, None, refusal.code)
 
 
-def find(model: nn.Module) -> list[Found]:
-    """The residual blocks of the model, outermost first, and the innermost modules that only look like one."""
+def find(model: nn.Module, renew: bool = False) -> list[Found]:
+    """The residual blocks of the model, outermost first, and the innermost modules that only look like one.
+
+    renew: look at patched blocks again, for what changed in them since.
+    """
     shared, seen = shared_modules(model), set()
 
     def visit(name: str, module: nn.Module) -> Iterator[Found]:
@@ -112,7 +115,7 @@ def find(model: nn.Module) -> list[Found]:
             yield find_stem(f"{name}.{STEM}" if name else STEM, module)
         if grammar.looks_residual(module):
             try:
-                yield Found(name, module, find_plan(module, shared), None)
+                yield Found(name, module, find_plan(module, shared, renew), None)
                 return
             except NoMatch as refusal:
                 code = refusal.code
@@ -184,7 +187,7 @@ def patch(
     check_model(model, "patch")
     check_recipe(recipe)
     check_backend(backend)
-    found = [choose_block(f, include, exclude) for f in find(model)]
+    found = [choose_block(f, include, exclude) for f in find(model, renew=True)]
     if not found:
         raise UnsupportedModelError(
             f"fusedres.patch: no residual block found in {type(model).__name__}; it needs modules that compute "

@@ -128,6 +128,8 @@ class CallRecorder:
                 self.calls_on_input[output.grad_fn] = path
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def read(module: nn.Module, channels: int, training: bool) -> Dataflow:
     """The dataflow of `module` on an input of that many channels, in training or evaluation mode.
 
@@ -153,8 +155,7 @@ def read(module: nn.Module, channels: int, training: bool) -> Dataflow:
     recorder = CallRecorder(clone, x)
     before, python_rng, torch_rng = plain_state(clone), random.getstate(), torch.get_rng_state()
     try:
-        with torch.enable_grad():
-            out = functional_call(clone, state, (x,))
+        out = functional_call(clone, state, (x,))
     except Exception as error:
         raise DryRunError(f"dry_run_failed:{type(error).__name__}") from error
     if random.getstate() != python_rng or not torch.equal(torch.get_rng_state(), torch_rng):

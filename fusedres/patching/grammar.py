@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fusedres.blocks.config import Shortcut
-from fusedres.patching import dataflow
+from fusedres.patching import dataflow, structure
 from fusedres.patching.dataflow import INPUT, PARAMETER, Dataflow, DryRunError, Node
 from fusedres.patching.plan import BlockPlan, ConvBNNames
 
@@ -35,7 +35,6 @@ ACTIVATIONS = {
     "Prelu",
 }
 KNOWN = {CONV, BN, RELU, ADD, INPUT, PARAMETER}
-PLAIN = (bool, int, float, str, type(None))
 MAX_CONVS = 4  # of a main path
 
 
@@ -178,15 +177,6 @@ def geometry(conv: nn.Conv2d) -> tuple:
     return conv.stride, conv.padding, conv.dilation, conv.groups
 
 
-def structure(module: nn.Module) -> tuple[tuple[str, type], ...]:
-    return tuple((path, type(m)) for path, m in module.named_modules(remove_duplicate=False) if path)
-
-
-def plain_attributes(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    """The block's own flags and numbers: its forward may branch on them."""
-    return tuple((k, v) for k, v in vars(module).items() if k != "training" and isinstance(v, PLAIN))
-
-
 def by_name(form: Form, module: nn.Module, flow: Dataflow) -> tuple:
     """The form without nodes: what both modes must agree on."""
     units = form.main if form.projection is None else (*form.main, form.projection)
@@ -227,7 +217,7 @@ def plan(module: nn.Module) -> BlockPlan:
     main = len(forms[0].main)
     main_names = (*named[: main - 1], named[main - 1]._replace(relu=True))
     projection = named[-1] if shortcut is Shortcut.PROJECTION else None
-    return BlockPlan(main_names, shortcut, projection, path, structure(module), plain_attributes(module))
+    return BlockPlan(main_names, shortcut, projection, path, structure.describe(module))
 
 
 def looks_residual(module: nn.Module) -> bool:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from fusedres.blocks.config import Shortcut
 
+STATE = "_fusedres"  # the attribute of a patched block that holds its plan
+BASE = "__fusedres_base__"  # the attribute of a patched class that holds the class it was made from
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation, groups
 
 
@@ -21,19 +23,27 @@ class ConvBNNames(NamedTuple):
     geometry: Geometry
 
 
+class Submodule(NamedTuple):
+    """One module of a block as found: its path, its class, its children's names in order, its own attributes."""
+
+    path: str
+    cls: type
+    children: tuple[str, ...]
+    attributes: tuple[tuple[str, object], ...]
+
+
 class BlockPlan(NamedTuple):
     """One matched block.
 
-    shortcut_path: the submodule to call for Shortcut.TENSOR; structure: every submodule's path and class as
-    found; attributes: the block's own plain attributes as found.
+    shortcut_path: the submodule to call for Shortcut.TENSOR; structure: the block and every module below it, as
+    found.
     """
 
     main: tuple[ConvBNNames, ...]
     shortcut: Shortcut
     projection: ConvBNNames | None
     shortcut_path: str | None
-    structure: tuple[tuple[str, type], ...]
-    attributes: tuple[tuple[str, object], ...]
+    structure: tuple[Submodule, ...]
 
     @property
     def method(self) -> str:
