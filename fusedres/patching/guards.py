@@ -81,9 +81,10 @@ def structure_changed(block: nn.Module, plan: BlockPlan) -> str | None:
             return "instance_forward"
     if next(modules, None) is not None:
         return "module_replaced"
-    attributes = vars(block)
-    if any(attributes.get(k, plan) != v for k, v in plan.attributes):
-        return "attribute_changed"
+    for path, values in plan.attributes:
+        attributes = vars(block.get_submodule(path))
+        if any(attributes.get(k, plan) != v for k, v in values):
+            return "attribute_changed"
     return None
 
 
@@ -108,8 +109,11 @@ def unfit_unit(block: nn.Module, names: ConvBNNames, x: Tensor, dtype: torch.dty
     ):
         return "dtype"
     bn_dtypes = {t.dtype for t in tensors[2:] if t is not None}
-    if len(bn_dtypes) > 1 or not bn_dtypes <= {dtype, torch.float32}:
+    # a frozen norm is plain arithmetic: constants of another dtype would change the result's
+    if len(bn_dtypes) > 1 or not bn_dtypes <= ({dtype} if names.frozen else {dtype, torch.float32}):
         return "dtype"
+    if names.frozen and (bn.running_mean.requires_grad or bn.running_var.requires_grad):  # type: ignore[union-attr]
+        return "trainable_statistics"
     if conv.padding_mode != "zeros":
         return "attribute_changed"
     return None
@@ -159,7 +163,9 @@ def unfit_shapes(block: nn.Module, plan: Plan, x: Tensor) -> str | None:
         return "geometry_changed"
     for i in range(len(plan.main)):
         h, w = size_after(block, plan.main[: i + 1], x)
-        if x.shape[0] * h * w == 1 and uses_batch_statistics(block.get_submodule(plan.main[i].bn)):  # type: ignore[arg-type]
+        if plan.main[i].frozen or x.shape[0] * h * w > 1:
+            continue
+        if uses_batch_statistics(block.get_submodule(plan.main[i].bn)):  # type: ignore[arg-type]
             return "single_value_per_channel"
     return None
 

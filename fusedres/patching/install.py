@@ -10,7 +10,8 @@ from __future__ import annotations
 import copyreg
 import logging
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, reduce, wraps
+from operator import add
 from types import FunctionType
 from typing import Any
 
@@ -24,6 +25,7 @@ from fusedres.errors import UnsupportedModelError
 from fusedres.nn.residual_block import ConvBN, compute_dtype, read_block, run, wants_gradient
 from fusedres.nn.stem import stem_block
 from fusedres.patching import guards
+from fusedres.patching.norms import frozen_norm
 from fusedres.patching.plan import BlockPlan, ConvBNNames, Plan, StemPlan
 from fusedres.patching.reasons import describe
 
@@ -50,7 +52,8 @@ def log_once(class_name: str, recipe: str, code: str) -> None:
 
 
 def conv_bn(block: nn.Module, names: ConvBNNames) -> ConvBN:
-    return ConvBN(block.get_submodule(names.conv), block.get_submodule(names.bn), names.relu)  # type: ignore[arg-type]
+    conv, bn = block.get_submodule(names.conv), block.get_submodule(names.bn)
+    return ConvBN(conv, frozen_norm(bn, names.eps) if names.frozen else bn, names.relu)  # type: ignore[arg-type]
 
 
 def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -82,8 +85,9 @@ def fused_block(block: nn.Module, state: BlockState, x: Tensor) -> tuple[str, st
     recipe, reason = choose(state.recipe, data.config, data.tensors, x, ops, wants_gradient(data))
     if recipe == UNFUSED:
         return recipe, reason, None
-    if isinstance(plan, BlockPlan) and plan.shortcut_path is not None:
-        data = read_block(x, main, block.get_submodule(plan.shortcut_path)(x), False)
+    if isinstance(plan, BlockPlan) and plan.shortcut_paths:
+        residual = reduce(add, [block.get_submodule(path)(x) for path in plan.shortcut_paths])
+        data = read_block(x, main, residual, False)
     return recipe, reason, run(data, recipe, ops)
 
 

@@ -13,27 +13,39 @@ Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stri
 
 
 class ConvBNNames(NamedTuple):
-    """Paths of a convolution and its BN inside the block, whether a ReLU follows, and the geometry found."""
+    """Paths of a convolution and its BN inside the block, whether a ReLU follows, and the geometry found.
+
+    frozen: the norm is no BatchNorm2d but one with frozen constants; eps: that norm's, where it has no attribute.
+    """
 
     conv: str
     bn: str
     relu: bool
     geometry: Geometry
+    frozen: bool = False
+    eps: float | None = None
+
+
+class ModuleAttributes(NamedTuple):
+    """A module's path inside the block, and its plain attributes."""
+
+    path: str
+    values: tuple[tuple[str, object], ...]
 
 
 class BlockPlan(NamedTuple):
     """One matched block.
 
-    shortcut_path: the submodule to call for Shortcut.TENSOR; structure: every submodule's path and class as
-    found; attributes: the block's own plain attributes as found.
+    shortcut_paths: the submodules to call for Shortcut.TENSOR, whose outputs are added; structure: every
+    submodule's path and class as found; attributes: plain ones of the block and of containers in it, as found.
     """
 
     main: tuple[ConvBNNames, ...]
     shortcut: Shortcut
     projection: ConvBNNames | None
-    shortcut_path: str | None
+    shortcut_paths: tuple[str, ...]
     structure: tuple[tuple[str, type], ...]
-    attributes: tuple[tuple[str, object], ...]
+    attributes: tuple[ModuleAttributes, ...]
 
     @property
     def method(self) -> str:

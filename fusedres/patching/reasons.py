@@ -36,6 +36,7 @@ REASONS: dict[str, str] = {
     "empty_batch": "the batch has no elements",
     "single_value_per_channel": "one value per channel in training mode: the original forward raises",
     "dtype": "unsupported or mixed dtypes",
+    "trainable_statistics": "the constants of a frozen norm want a gradient",
     "device": "input and parameters are on different devices, or on an unsupported one",
     "layout_nchw": "NCHW on CUDA is slower fused: model.to(memory_format=torch.channels_last), inputs too",
 }
