@@ -120,14 +120,20 @@ class TimmBottleneck(nn.Module):
 
     def __init__(self, cin=CIN, width=8, cout=CIN, stride=1, average=False):
         super().__init__()
-        self.conv1, self.bn1, self.act1 = nn.Conv2d(cin, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)
+        self.conv1, self.bn1, self.act1 = (
+            nn.Conv2d(cin, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(True),
+        )
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
         self.drop_block, self.act2, self.aa = nn.Identity(), nn.ReLU(inplace=True), nn.Identity()
         self.conv3, self.bn3 = nn.Conv2d(width, cout, 1, bias=False), nn.BatchNorm2d(cout)
         self.se = self.drop_path = self.downsample = None
         self.act3 = nn.ReLU(inplace=True)
         if stride != 1 or cin != cout:
-            pool = nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if average else nn.Identity()
+            pool = (
+                nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if average else nn.Identity()
+            )
             conv = nn.Conv2d(cin, cout, 1, 1 if average else stride, bias=False)
             self.downsample = nn.Sequential(pool, conv, nn.BatchNorm2d(cout))
 
@@ -256,7 +262,9 @@ class FastaiResBlock(nn.Module):
     def __init__(self, stride=1, cout=CIN):
         super().__init__()
         self.convpath = nn.Sequential(
-            FastaiConvLayer(CIN, 8, 1), FastaiConvLayer(8, 8, 3, stride), FastaiConvLayer(8, cout, 1, act=False)
+            FastaiConvLayer(CIN, 8, 1),
+            FastaiConvLayer(8, 8, 3, stride),
+            FastaiConvLayer(8, cout, 1, act=False),
         )
         idpath = [nn.AvgPool2d(stride, ceil_mode=True)] if stride > 1 else []
         if cout != CIN:
@@ -273,13 +281,21 @@ class ClipBottleneck(nn.Module):
 
     def __init__(self, stride=1, width=16, cout=4 * 16):
         super().__init__()
-        self.conv1, self.bn1, self.relu1 = nn.Conv2d(CIN, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)
+        self.conv1, self.bn1, self.relu1 = (
+            nn.Conv2d(CIN, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(True),
+        )
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
         self.relu2 = nn.ReLU(inplace=True)
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3, self.bn3 = nn.Conv2d(width, cout, 1, bias=False), nn.BatchNorm2d(cout)
         self.relu3 = nn.ReLU(inplace=True)
-        layers = [("-1", nn.AvgPool2d(stride)), ("0", nn.Conv2d(CIN, cout, 1, bias=False)), ("1", nn.BatchNorm2d(cout))]
+        layers = [
+            ("-1", nn.AvgPool2d(stride)),
+            ("0", nn.Conv2d(CIN, cout, 1, bias=False)),
+            ("1", nn.BatchNorm2d(cout)),
+        ]
         self.downsample = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x):
@@ -358,8 +374,16 @@ class PyclsTransform(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.a_bn, self.a_af = nn.Conv2d(CIN, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
-        self.b, self.b_bn, self.b_af = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.a, self.a_bn, self.a_af = (
+            nn.Conv2d(CIN, 8, 1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+        )
+        self.b, self.b_bn, self.b_af = (
+            nn.Conv2d(8, 8, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+        )
         self.c, self.c_bn = nn.Conv2d(8, CIN, 1, bias=False), nn.BatchNorm2d(CIN)
 
     def forward(self, x):

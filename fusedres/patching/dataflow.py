@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from fusedres.patching.plan import BASE, STATE
+
 INPUT = "X"
 PARAMETER = "%"
 HOOK_DICTS = (
@@ -81,13 +83,19 @@ class Dataflow:
 
 
 def structural_clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    """The same tree of modules over the same parameters, without hooks: what a forward writes lands on the clone."""
+    """The same tree of modules over the same parameters, without hooks and unpatched: what a forward writes lands on
+    the clone."""
     if id(module) in memo:
         return memo[id(module)]
-    clone = module.__new__(type(module))
+    cls = getattr(type(module), BASE, type(module))
+    clone = cls.__new__(cls)
     memo[id(module)] = clone
     clone.__dict__.update(
-        {k: v.copy() if isinstance(v, (dict, list, set)) else v for k, v in vars(module).items()}
+        {
+            k: v.copy() if isinstance(v, (dict, list, set)) else v
+            for k, v in vars(module).items()
+            if k != STATE
+        }
     )
     for hooks in HOOK_DICTS:
         if hooks in clone.__dict__:
@@ -125,14 +133,26 @@ def is_frozen_norm(module: nn.Module) -> bool:
     )
 
 
-class AddedNumbers(TorchFunctionMode):
-    """Notes the number that an addition of a tensor and a number adds: autograd keeps none."""
+def saving_hooks() -> Any:
+    """The innermost hooks on what autograd saves, if any."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+
+
+class Observer(TorchFunctionMode):
+    """Sees every torch function of the run.
+
+    numbers: what an addition of a tensor and a number adds, by its autograd node, which does not keep it;
+    packs: some of it ran under hooks on what autograd saves, as non-reentrant checkpointing does.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.numbers: dict[Any, float] = {}
+        self.hooks = saving_hooks()
+        self.packs = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.packs |= saving_hooks() != self.hooks
         out = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in ADDITIONS and not kwargs and isinstance(out, Tensor):
             numbers = [a for a in args if type(a) in (int, float)]
@@ -190,13 +210,13 @@ def read(module: nn.Module, channels: int, training: bool) -> Dataflow:
     names: dict[int, str] = {id(p): k for k, p in state.items()}
     state |= {k: meta_like(b).requires_grad_(k in frozen) for k, b in clone.named_buffers()}
     names |= {id(b): k for k, b in state.items()}
-    added = AddedNumbers()
+    observer = Observer()
     shape = (2, channels, SPATIAL, SPATIAL)
     x = torch.empty(shape, device="meta", dtype=torch.float64, requires_grad=True) * 1
     recorder = CallRecorder(clone, x)
     before, python_rng, torch_rng = plain_state(clone), random.getstate(), torch.get_rng_state()
     try:
-        with torch.enable_grad(), added:
+        with torch.enable_grad(), observer:
             out = functional_call(clone, state, (x,))
     except Exception as error:
         raise DryRunError(f"dry_run_failed:{type(error).__name__}") from error
@@ -208,11 +228,13 @@ def read(module: nn.Module, channels: int, training: bool) -> Dataflow:
         raise DryRunError("mutates_module")
     if x._version:
         raise DryRunError("mutates_input")
+    if observer.packs:
+        raise DryRunError("checkpointed")
     if not isinstance(out, Tensor) or out.grad_fn is None:
         raise DryRunError("not_residual")
     nodes: dict[Any, Node] = {}
     root = expression(out.grad_fn, x.grad_fn, names, nodes)
-    for fn, number in added.numbers.items():
+    for fn, number in observer.numbers.items():
         if fn in nodes:
             nodes[fn].attributes["number"] = number
     calls, on_input = (

@@ -4,7 +4,8 @@
     chain    = BN(Conv(X)) | BN(Conv(Relu(chain))) | BN(Conv(chain))
     shortcut = X | BN(Conv(X)) | the output of a submodule called with X, or a sum of several
 
-BN stands for a frozen norm too (`norms.py`). Every parameter stands in the expression once. What does not match has a reason code.
+BN stands for a frozen norm too (`norms.py`). Every parameter stands in the expression once. What does not match has
+a reason code.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ ACTIVATIONS = {
 KNOWN = {CONV, BN, RELU, ADD, INPUT, PARAMETER}
 PLAIN = (bool, int, float, str, type(None))
 MAX_CONVS = 4  # of a main path
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)
 
 
 class Unit(NamedTuple):
@@ -126,7 +128,9 @@ def match(flow: Dataflow) -> Form:
             raise NoMatch("not_residual")
         return Form(main, Shortcut.NONE, None, ())
     if len(others) == 1 and (found := chains[others[0]]) is not None and len(found) < 2:
-        return Form(main, Shortcut.PROJECTION if found else Shortcut.IDENTITY, found[0] if found else None, ())
+        return Form(
+            main, Shortcut.PROJECTION if found else Shortcut.IDENTITY, found[0] if found else None, ()
+        )
     paths = [flow.calls_on_input.get(id(terms[i])) for i in others]
     if None in paths:
         raise NoMatch("shortcut_not_a_module")
@@ -236,19 +240,28 @@ def check_parameters(flow: Dataflow, named: tuple[ConvBNNames, ...]) -> None:
         raise NoMatch("shared_module")
 
 
+def read_modes(module: nn.Module) -> list[Dataflow]:
+    """The module's dataflow in training and in evaluation mode, on as many channels as its first convolution takes.
+
+    Raises:
+        NoMatch: it cannot be read.
+    """
+    channels = [m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)]
+    if not channels:
+        raise NoMatch("not_residual")
+    try:
+        return [dataflow.read(module, channels[0], training) for training in (True, False)]
+    except DryRunError as error:
+        raise NoMatch(error.code) from error
+
+
 def plan(module: nn.Module) -> BlockPlan:
     """The plan of a residual block.
 
     Raises:
         NoMatch: the module is none; `code` says why.
     """
-    channels = [m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)]
-    if not channels:
-        raise NoMatch("not_residual")
-    try:
-        flows = [dataflow.read(module, channels[0], training) for training in (True, False)]
-    except DryRunError as error:
-        raise NoMatch(error.code) from error
+    flows = read_modes(module)
     forms = [match(flow) for flow in flows]
     shortcut, paths, named = by_name(forms[0], module, flows[0])
     if by_name(forms[1], module, flows[1]) != (shortcut, paths, named):
@@ -262,7 +275,7 @@ def plan(module: nn.Module) -> BlockPlan:
 
 def looks_residual(module: nn.Module) -> bool:
     """Whether the module is worth a dry run, or a line in the report: not a container, a few convolutions."""
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)):
+    if isinstance(module, CONTAINERS):
         return False
     convs = sum(isinstance(m, nn.Conv2d) for m in module.modules())
     return 2 <= convs <= 2 * MAX_CONVS

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from fusedres.blocks.config import Shortcut, Size, output_size
 from fusedres.nn.residual_block import compute_dtype
 from fusedres.nn.running_stats import uses_batch_statistics
+from fusedres.nn.stem import single, unsuitable_pool
 from fusedres.patching.plan import BlockPlan, ConvBNNames, Plan, StemPlan
 from fusedres.raw_ops import ACTIVATION_DTYPES
 
@@ -50,8 +51,8 @@ def has_global_hooks() -> bool:
     )
 
 
-def stem_changed(model: nn.Module, plan: StemPlan) -> str | None:
-    """A reason if the submodules that the stem's method calls are not those of the plan, or have hooks."""
+def stem_changed(model: nn.Module, plan: Plan) -> str | None:
+    """A reason if the submodules that a model's stem consists of are not those of the plan, or have hooks."""
     if has_global_hooks():
         return "hooks"
     for path, expected in plan.structure:
@@ -65,7 +66,7 @@ def stem_changed(model: nn.Module, plan: StemPlan) -> str | None:
     return None
 
 
-def structure_changed(block: nn.Module, plan: BlockPlan) -> str | None:
+def structure_changed(block: nn.Module, plan: Plan) -> str | None:
     """A reason if the submodules or the block's plain attributes are not those of the plan, or have hooks."""
     if has_global_hooks():
         return "hooks"
@@ -81,7 +82,7 @@ def structure_changed(block: nn.Module, plan: BlockPlan) -> str | None:
             return "instance_forward"
     if next(modules, None) is not None:
         return "module_replaced"
-    for path, values in plan.attributes:
+    for path, values in plan.attributes or ():
         attributes = vars(block.get_submodule(path))
         if any(attributes.get(k, plan) != v for k, v in values):
             return "attribute_changed"
@@ -148,6 +149,23 @@ def size_after(block: nn.Module, names: tuple[ConvBNNames, ...], x: Tensor) -> S
     return size
 
 
+def pooling(model: nn.Module, plan: StemPlan) -> nn.MaxPool2d | None:
+    """The stem's pooling as it is now."""
+    if isinstance(plan.pool, str):
+        return model.get_submodule(plan.pool)  # type: ignore[return-value]
+    return None if plan.pool is None else nn.MaxPool2d(*plan.pool)
+
+
+def unfit_pool(pool: nn.MaxPool2d | None, size: Size) -> bool:
+    """Whether a pooling rewritten since patching is outside what the stem serves, or has no output at all."""
+    if pool is None:
+        return False
+    if unsuitable_pool(pool):
+        return True
+    kernel, padding = single(pool.kernel_size), single(pool.padding)
+    return 2 * padding > kernel or min(size) + 2 * padding < kernel  # type: ignore[operator]
+
+
 def unfit_shapes(block: nn.Module, plan: Plan, x: Tensor) -> str | None:
     """A reason if geometries rewritten since patching no longer meet, or BN would see one value per channel."""
     for unit in plan.units:
@@ -155,7 +173,7 @@ def unfit_shapes(block: nn.Module, plan: Plan, x: Tensor) -> str | None:
         if isinstance(conv.padding, str):
             return "geometry_changed"
     size = size_after(block, plan.main, x)
-    if min(size) < 1:
+    if min(size) < 1 or (isinstance(plan, StemPlan) and unfit_pool(pooling(block, plan), size)):
         return "geometry_changed"
     if plan.projection is not None and size_after(block, (plan.projection,), x) != size:
         return "geometry_changed"
@@ -181,7 +199,7 @@ def refusal(block: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[st
     x = args[0]
     if type(x) not in PLAIN_TENSORS:
         return "tensor_subclass"
-    changed = stem_changed(block, plan) if isinstance(plan, StemPlan) else structure_changed(block, plan)
+    changed = structure_changed(block, plan) if plan.whole else stem_changed(block, plan)
     if (reason := changed or unfit_input(block, plan, x)) is not None:
         return reason
     dtype = compute_dtype(x)

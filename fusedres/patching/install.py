@@ -26,12 +26,10 @@ from fusedres.nn.residual_block import ConvBN, compute_dtype, read_block, run, w
 from fusedres.nn.stem import stem_block
 from fusedres.patching import guards
 from fusedres.patching.norms import frozen_norm
-from fusedres.patching.plan import BlockPlan, ConvBNNames, Plan, StemPlan
+from fusedres.patching.plan import BASE, STATE, BlockPlan, ConvBNNames, Plan, StemPlan
 from fusedres.patching.reasons import describe
 
 logger = logging.getLogger("fusedres")
-STATE = "_fusedres"
-BASE = "__fusedres_base__"
 
 
 @dataclass
@@ -49,6 +47,16 @@ class BlockState:
 def log_once(class_name: str, recipe: str, code: str) -> None:
     """One line per class, recipe and code in a process; `report` has them per block."""
     logger.info("%s runs %s: %s: %s", class_name, recipe, code.partition(":")[0], describe(code))
+
+
+class AfterStem:
+    """A model as its own method sees it once its stem has run: the stem's first part gives y, the others hand it on."""
+
+    def __init__(self, model: nn.Module, parts: list[str], y: Tensor) -> None:
+        self.__dict__.update(dict.fromkeys(parts, lambda x: x), **{parts[0]: lambda x: y}, model=model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
 
 
 def conv_bn(block: nn.Module, names: ConvBNNames) -> ConvBN:
@@ -70,8 +78,12 @@ def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     state.runs_as, state.reason = recipe, reason
     if reason is not None:
         log_once(base_class(module).__qualname__, recipe, reason)
+    original = getattr(base_class(module), plan.method)
     if recipe == UNFUSED:
-        return getattr(base_class(module), plan.method)(module, *args, **kwargs)
+        return original(module, *args, **kwargs)
+    if isinstance(plan, StemPlan) and plan.goes_on:
+        assert y is not None
+        return original(AfterStem(module, [path for path, _ in plan.structure], y), args[0])
     return y
 
 
@@ -94,13 +106,14 @@ def fused_block(block: nn.Module, state: BlockState, x: Tensor) -> tuple[str, st
 def fused_stem(model: nn.Module, state: BlockState, x: Tensor) -> tuple[str, str | None, Tensor | None]:
     """As `fused_block`, for a stem with pooling."""
     plan, ops = state.plan, dispatcher(state.backend)
-    assert isinstance(plan, StemPlan) and plan.pool is not None
+    assert isinstance(plan, StemPlan)
     unit = conv_bn(model, plan.unit)
     recipe, reason = choose_stem(state.recipe, x, ops, torch.is_grad_enabled())
     if recipe == UNFUSED:
         return recipe, reason, None
-    pool = model.get_submodule(plan.pool)
-    return recipe, reason, stem_block(x, unit, pool, backend=ops)  # type: ignore[arg-type]
+    pool = guards.pooling(model, plan)
+    assert pool is not None
+    return recipe, reason, stem_block(x, unit, pool, backend=ops)
 
 
 @cache

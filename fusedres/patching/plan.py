@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from fusedres.blocks.config import Shortcut
 
+STATE = "_fusedres"  # attribute of a patched module: its plan, and what its last call did
+BASE = "__fusedres_base__"  # attribute of its class: the class it had before
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation, groups
 
 
@@ -53,6 +55,11 @@ class BlockPlan(NamedTuple):
         return "forward"
 
     @property
+    def whole(self) -> bool:
+        """Whether the plan is for all of the module."""
+        return True
+
+    @property
     def units(self) -> tuple[ConvBNNames, ...]:
         return self.main if self.projection is None else (*self.main, self.projection)
 
@@ -62,16 +69,32 @@ class BlockPlan(NamedTuple):
         return f"{len(self.main)} conv-bn, {self.shortcut.value} shortcut"
 
 
-class StemPlan(NamedTuple):
-    """A model's stem: the method that computes it, its convolution and BN, its pooling if it has one.
+class PoolWindow(NamedTuple):
+    """A max-pooling without a module: height and width of its window, its stride and padding."""
 
-    structure: paths and classes of the submodules that the method calls, as found.
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+class StemPlan(NamedTuple):
+    """A stem: the method that computes it, its convolution and BN, its pooling if it has one, by path or numbers.
+
+    structure: paths and classes, as found, of the submodules that the stem calls; attributes: as of a block, None
+    where the module is a whole model; goes_on: the method runs the rest of the model too.
     """
 
     method: str
     unit: ConvBNNames
-    pool: str | None
+    pool: str | PoolWindow | None
     structure: tuple[tuple[str, type], ...]
+    attributes: tuple[ModuleAttributes, ...] | None
+    goes_on: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether the module is a stem and nothing else."""
+        return self.attributes is not None
 
     @property
     def shortcut(self) -> Shortcut:
