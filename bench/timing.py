@@ -1,34 +1,14 @@
-"""Clocks and statistics: CUDA events or the host's clock, medians, and the bootstrap interval of a ratio."""
+"""Times of one run after another, each with a cold L2 cache."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 
+from fusedres.timing import seconds
+
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU this runs on
-RESAMPLES = 10_000
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Time of one call: by events on the device's stream, or by the host's clock."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
 
 
 def flushed_seconds(run: Callable[[], object], device: torch.device, rounds: int) -> list[float]:
@@ -41,52 +21,3 @@ def flushed_seconds(run: Callable[[], object], device: torch.device, rounds: int
         flush.zero_()
         found.append(seconds(run, device))
     return found
-
-
-def interleave(
-    baseline: Callable[[], object], target: Callable[[], object], device: torch.device, rounds: int
-) -> tuple[list[float], list[float]]:
-    """Times of both, taken in turns after two calls each to warm up."""
-    for run in (baseline, target) * 2:
-        run()
-    pairs = [(seconds(baseline, device), seconds(target, device)) for _ in range(rounds)]
-    first, second = zip(*pairs, strict=True)
-    return list(first), list(second)
-
-
-def median(values: list[float]) -> float:
-    return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
-
-
-def summary(times: list[float]) -> dict[str, float]:
-    """What a report keeps of a list of seconds."""
-    return {"seconds": median(times), "fastest": min(times), "slowest": max(times), "rounds": len(times)}
-
-
-def paired_ratios(baseline: list[float], target: list[float]) -> list[float]:
-    """How many times faster the target was, round by round. Both lists in the order of the rounds."""
-    assert len(baseline) == len(target) > 0, f"{len(baseline)} baseline and {len(target)} target rounds"
-    return [b / t for b, t in zip(baseline, target, strict=True)]
-
-
-def bootstrap_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile-bootstrap interval of the median (Efron 1979), from a fixed seed."""
-    data = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    medians = data[picks].quantile(0.5, dim=1)
-    tail = (1 - confidence) / 2
-    return medians.quantile(tail).item(), medians.quantile(1 - tail).item()
-
-
-def comparison(baseline: list[float], target: list[float]) -> dict[str, object]:
-    """Medians and the paired ratio of interleaved rounds; above 1 the target is faster."""
-    ratios = paired_ratios(baseline, target)
-    low, high = bootstrap_interval(ratios)
-    return {
-        **summary(target),
-        "baseline_seconds": median(baseline),
-        "ratio": median(ratios),
-        "ratio_low": low,
-        "ratio_high": high,
-    }

@@ -7,8 +7,9 @@ import os
 
 import pytest
 import torch
-from timing import comparison, interleave
 from workloads import BASELINE, CorrectnessGate, Workload, build
+
+from fusedres.timing import comparison, interleave
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = getattr(torch, os.environ.get("BENCH_DTYPE", "float32"))

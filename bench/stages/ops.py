@@ -16,11 +16,12 @@ from accuracy import assert_as_accurate_as_eager
 from op_cases import SMALL, Shape, resnet_shape
 from op_cases import cases as op_cases
 from report import Cell, Settings
-from timing import flushed_seconds, summary
+from timing import flushed_seconds
 from torch import Tensor
 
 from fusedres.backends.reference import ReferenceOps
 from fusedres.dispatch import LOADERS
+from fusedres.timing import summary
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 DRIVER = Path(__file__).resolve().parent.parent / "op_cases.py"
