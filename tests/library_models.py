@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from library_blocks import TorchvisionBasic
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchvision_blocks import TorchvisionBasic
 
 
 class TorchvisionResNet(nn.Module):

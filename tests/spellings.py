@@ -7,7 +7,6 @@ import random
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
 def conv_bn(cin: int, cout: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
@@ -220,28 +219,6 @@ class Broadcasts(TwoConvs):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x[:, :, :1, :1])
 
 
-class Checkpointed(TwoConvs):
-    """Its forward gives up activations and makes them again; fused, it would keep them."""
-
-    def path(self, x):
-        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-
-    def forward(self, x):
-        return F.relu(checkpoint(self.path, x, use_reentrant=False) + x)
-
-
-class CheckpointedReentrant(Checkpointed):
-    def forward(self, x):
-        return F.relu(checkpoint(self.path, x, use_reentrant=True) + x)
-
-
-class BranchOff(TwoConvs):
-    """The sum with a number that is not 0."""
-
-    def forward(self, x):
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x + 1)
-
-
 LEFT_ALONE = [
     (PreActivation, "no_final_relu"),
     (BareAddition, "no_final_relu"),
@@ -258,7 +235,4 @@ LEFT_ALONE = [
     (HiddenCast, "unsupported_op"),
     (DetachedShortcut, "not_residual"),
     (Broadcasts, "not_residual"),
-    (Checkpointed, "checkpointed"),
-    (CheckpointedReentrant, "unsupported_op"),
-    (BranchOff, "not_residual"),
 ]

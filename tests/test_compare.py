@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from block_forms import randomize
-from library_blocks import CIN, TorchvisionBasic
 from torch import nn
+from torchvision_blocks import CIN, TorchvisionBasic
 
 import fusedres
 from fusedres.backends.reference import ReferenceOps

@@ -10,8 +10,10 @@ import torch
 from accuracy import assert_same_float64
 from block_forms import each_bn, one_step, ran_as, randomize
 from frozen_norms import CastingFrozenNorm, ConstantEpsFrozenNorm, FrozenNorm
-from library_blocks import CIN, LIBRARY_BLOCKS, ClipBottleneck, MmcvBottleneck, TorchvisionBasic
+from library_blocks import LIBRARY_BLOCKS
+from repository_blocks import ClipBottleneck, MmcvBottleneck
 from torch import nn
+from torchvision_blocks import CIN, TorchvisionBasic
 from training import assert_trained_alike
 
 import fusedres

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from accuracy import assert_same_float64
 from block_forms import one_step, ran_as, randomize
 from frozen_norms import FrozenNorm
-from library_blocks import NormedConv
 from library_models import DIFFERENT_STEMS, Inherits, TimmResNet, TorchvisionResNet
+from repository_blocks import NormedConv
 from torch import Tensor, nn
 
 import fusedres

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accuracy import assert_same_float64
 from block_forms import one_step, ran_as, randomize
+from look_alikes import LOOK_ALIKES
 from spellings import LEFT_ALONE, MATCHED, InPlaceAdd, SqueezeExcite, TwoConvs
 from torch import nn
 from training import assert_trained_alike
@@ -40,7 +41,9 @@ def test_every_spelling_is_matched_and_equal(spelling, recipe):
         assert_same_float64(actual.gradients[name], exact, name)
 
 
-@pytest.mark.parametrize(("look_alike", "code"), LEFT_ALONE, ids=[c.__name__ for c, _ in LEFT_ALONE])
+@pytest.mark.parametrize(
+    ("look_alike", "code"), LEFT_ALONE + LOOK_ALIKES, ids=[c.__name__ for c, _ in LEFT_ALONE + LOOK_ALIKES]
+)
 def test_look_alikes_are_left_alone_with_their_code(look_alike, code):
     model = nn.Sequential(InPlaceAdd(), look_alike())
     before = type(model[1])

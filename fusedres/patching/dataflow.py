@@ -135,7 +135,7 @@ def is_frozen_norm(module: nn.Module) -> bool:
 
 def saving_hooks() -> Any:
     """The innermost hooks on what autograd saves, if any."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 class Observer(TorchFunctionMode):

@@ -113,7 +113,7 @@ def unfit_unit(block: nn.Module, names: ConvBNNames, x: Tensor, dtype: torch.dty
     # a frozen norm is plain arithmetic: constants of another dtype would change the result's
     if len(bn_dtypes) > 1 or not bn_dtypes <= ({dtype} if names.frozen else {dtype, torch.float32}):
         return "dtype"
-    if names.frozen and (bn.running_mean.requires_grad or bn.running_var.requires_grad):  # type: ignore[union-attr]
+    if names.frozen and (bn.running_mean.requires_grad or bn.running_var.requires_grad):
         return "trainable_statistics"
     if conv.padding_mode != "zeros":
         return "attribute_changed"

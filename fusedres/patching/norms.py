@@ -47,8 +47,8 @@ class FrozenNorm(NamedTuple):
 
 def frozen_norm(module: nn.Module, eps: float | None) -> FrozenNorm:
     """The module's constants as they are now; `eps` as in `Frozen`."""
-    vectors = [getattr(module, name) for name in FROZEN_TENSORS]
-    return FrozenNorm(*vectors, module.eps if eps is None else eps)  # type: ignore[arg-type]
+    weight, bias, mean, var = (getattr(module, name) for name in FROZEN_TENSORS)
+    return FrozenNorm(weight, bias, mean, var, module.eps if eps is None else eps)  # type: ignore[arg-type]
 
 
 def read_norm(node: Node | None) -> Norm | None:
