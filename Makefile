@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint check-package bench bench-check clean
+.PHONY: demo test lint check-package mutants bench bench-check clean
 
 # Relative paths only, so that a checkout whose path has spaces works. The pinned torch comes first: an
 # unpinned one pulls a different build with gigabytes of CUDA libraries.
@@ -29,6 +29,10 @@ test: $(STAMP) lint
 	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=90
 	$(MAKE) check-package
 
+# wrong patchers, each of which its named test must catch
+mutants: $(STAMP)
+	$(BIN)/python -P tests/mutants.py
+
 check-package: $(STAMP)
 	$(BIN)/python tests/check_package.py
 
@@ -42,18 +46,23 @@ bench: $(STAMP)
 bench-check: $(STAMP)
 	$(BIN)/pytest tests/test_speedup.py -q -m speed
 
-# `make wheel` holds code for every supported GPU, `make wheel ARCHS=90` or ARCHS="80;90" for those alone.
+# `make wheel` holds code for every supported GPU, `make wheel ARCHS=90` or ARCHS="80;90" for those alone. auditwheel
+# names the oldest glibc that the library runs on; torch's own libraries stay outside.
 .PHONY: wheel test-abi
 ARCHS ?=
+WHEELS ?= dist
 wheel: $(STAMP)
+	rm -rf build/wheel
 	FUSEDRES_BUILD=$(if $(shell command -v nvcc),cuda,cpu) $(if $(ARCHS),FUSEDRES_CUDA_ARCHS="$(ARCHS)") \
-		$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+		$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so \
+		--wheel-dir $(WHEELS) build/wheel/*.whl
 
 # One wheel, built here once, under other Pythons and other torches. Downloads gigabytes for each.
 ABI_HOSTS ?= python3.12:2.15.0 python3.13:2.10.0
 test-abi: $(STAMP)
 	rm -rf build/abi/dist
-	FUSEDRES_BUILD=cpu $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/abi/dist .
+	$(MAKE) wheel WHEELS=build/abi/dist ARCHS="$(or $(ARCHS),90)"
 	set -e; for host in $(ABI_HOSTS); do \
 		$(BIN)/python tests/abi/run.py build/abi/dist/*.whl --python $${host%%:*} --torch $${host##*:}; \
 	done

@@ -137,6 +137,22 @@ inline void check_pooled(const char* op, const Tensor& dy, const Tensor& indices
   }
 }
 
+// One axis, 2 or 3, of a convolution from x to dy's shape.
+inline void check_convolution(const char* op, const Tensor& dy, const Tensor& x, int64_t kernel, int64_t stride,
+                              int64_t padding, int64_t dilation, int64_t axis) {
+  if (kernel < 1 || stride < 1 || padding < 0 || dilation < 1) {
+    std::ostringstream found;
+    found << "kernel " << kernel << ", stride " << stride << ", padding " << padding << ", dilation " << dilation;
+    fail(op, "the convolution", found.str(), "kernel, stride, dilation >= 1 and padding >= 0", "pass its geometry");
+  }
+  const int64_t room = x.size(axis) + 2 * padding - dilation * (kernel - 1) - 1;
+  const int64_t expected = room < 0 ? 0 : room / stride + 1;
+  if (dy.size(0) != x.size(0) || dy.size(axis) != expected) {
+    fail(op, "dy", sizes_of(dy), "the output's shape, " + std::to_string(expected) + " along dimension " +
+         std::to_string(axis) + " for x " + sizes_of(x), "pass the gradient of the convolution's output");
+  }
+}
+
 // Uninitialised [N, C, height, width] in channels_last on c's device.
 inline Tensor new_pooled(const Tensor& c, int64_t height, int64_t width, ScalarType dtype) {
   const int64_t sizes[] = {c.size(0), c.size(1), height, width};

@@ -1,18 +1,23 @@
-// Which GPUs this binary holds code for: FUSEDRES_CUDA_ARCHS is set by the build, "" without CUDA.
+// Which GPUs this binary runs on. FUSEDRES_CUDA_ARCHS, what it holds code for, is set by a build with CUDA.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <string>
 
 namespace fusedres {
 
-inline std::string cuda_archs() {
 #ifdef FUSEDRES_CUDA_ARCHS
-  return FUSEDRES_CUDA_ARCHS;
+inline std::string cuda_archs() { return FUSEDRES_CUDA_ARCHS; }
+// Both in cuda_binding.cpp. Of the toolkit, such as 13000.
+int64_t cuda_version();
+// Why the kernels cannot run on this device, "" if they can.
+std::string cuda_device_problem(int device);
 #else
-  return "";
+inline std::string cuda_archs() { return ""; }
+inline int64_t cuda_version() { return 0; }
+inline std::string cuda_device_problem(int) { return "it holds no GPU code"; }
 #endif
-}
 
 // Whether code for one of `archs` ("80;90;120+PTX") runs on a device of this compute capability: the same major
 // version and no newer minor one, or PTX that is no newer.

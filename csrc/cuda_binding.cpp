@@ -22,15 +22,16 @@ void check_launch(const char* op, cudaError_t error) {
 
 using CurrentStream = AOTITorchError (*)(int32_t, void**);
 
+// Null: torch is no CUDA build, or older than 2.10.
 CurrentStream find_current_stream() {
   void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   void* symbol = torch_cuda == nullptr ? nullptr : dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
-  if (symbol == nullptr) {
-    throw std::runtime_error(
-        "fusedres: aoti_torch_get_current_cuda_stream was not found, needed a CUDA build of torch >= 2.10; "
-        "install one, or use backend='triton'.");
-  }
   return reinterpret_cast<CurrentStream>(symbol);
+}
+
+cudaError_t compute_capability(int device, int* major, int* minor) {
+  const cudaError_t error = cudaDeviceGetAttribute(major, cudaDevAttrComputeCapabilityMajor, device);
+  return error != cudaSuccess ? error : cudaDeviceGetAttribute(minor, cudaDevAttrComputeCapabilityMinor, device);
 }
 
 // Within its scope the tensor's device is current; `stream` is torch's current stream there.
@@ -44,7 +45,7 @@ class OnDevice {
     } else {
       check_launch(op, cudaSetDevice(device));
     }
-    check_archs(device);
+    check_runs_on(device);
     static const CurrentStream current_stream = find_current_stream();
     void* handle = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(current_stream(device, &handle));
@@ -60,15 +61,14 @@ class OnDevice {
 
  private:
   // Before a device's first launch: our error instead of "no kernel image is available".
-  void check_archs(int device) {
+  void check_runs_on(int device) {
     static thread_local int checked = -1;
     if (device == checked) return;
-    int major = 0, minor = 0;
-    check_launch(op_, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    check_launch(op_, cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    if (!archs_cover(cuda_archs(), major, minor)) {
-      const std::string found = "sm_" + std::to_string(major * 10 + minor);
-      fail(op_, "the device", found, "one of " + cuda_archs(), "install a wheel for it, or use backend='triton'");
+    const std::string problem = cuda_device_problem(device);
+    if (!problem.empty()) {
+      throw std::runtime_error(std::string("fusedres ") + op_ + ": this library does not run on CUDA device " +
+                               std::to_string(device) + ": " + problem +
+                               ". Install a wheel for it, or use backend='triton'.");
     }
     checked = device;
   }
@@ -337,6 +337,27 @@ Tensor bn_relu_maxpool_backward_input_op(Tensor dy, Tensor indices, Tensor c, Te
 }  // namespace
 
 }  // namespace fusedres::cuda
+
+namespace fusedres {
+
+int64_t cuda_version() { return CUDART_VERSION; }
+
+std::string cuda_device_problem(int device) {
+  int major = 0, minor = 0;
+  const cudaError_t error = cuda::compute_capability(device, &major, &minor);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // an error that is kept would be taken for the next launch's
+    return "its CUDA " + std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) +
+           " says: " + cudaGetErrorString(error);
+  }
+  if (!archs_cover(cuda_archs(), major, minor)) {
+    return "it holds code for " + cuda_archs() + ", needed sm_" + std::to_string(major * 10 + minor);
+  }
+  if (cuda::find_current_stream() == nullptr) return "it needs a CUDA build of torch >= 2.10";
+  return "";
+}
+
+}  // namespace fusedres
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CUDA, m) {
   using namespace fusedres::cuda;

@@ -10,6 +10,10 @@ namespace {
 
 std::string cuda_archs() { return fusedres::cuda_archs(); }
 
+int64_t cuda_version() { return fusedres::cuda_version(); }
+
+std::string cuda_device_problem(int64_t device) { return fusedres::cuda_device_problem(static_cast<int>(device)); }
+
 bool cuda_archs_cover(std::string archs, int64_t major, int64_t minor) {
   return fusedres::archs_cover(archs, static_cast<int>(major), static_cast<int>(minor));
 }
@@ -29,6 +33,13 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "bn_add_relu_forward(Tensor c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
       " Tensor? residual_shift, bool relu, bool save_mask) -> (Tensor y, Tensor? mask)");
+  // bn_add_relu_forward with y in the storage of c, bn_add_relu_backward_input with dc in that of dy
+  m.def(
+      "bn_add_relu_forward_(Tensor(a!) c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
+      " Tensor? residual_shift, bool relu) -> ()");
+  m.def(
+      "bn_add_relu_backward_input_(Tensor(a!) dy, Tensor c, Tensor scale, Tensor shift, Tensor A, Tensor? B,"
+      " Tensor? K, Tensor? mask, bool relu) -> ()");
   m.def(
       "bn_add_relu_backward_reduce(Tensor dy, Tensor c, Tensor mean, Tensor scale, Tensor shift, Tensor? mask,"
       " bool relu, Tensor? shortcut_c, Tensor? shortcut_mean)"
@@ -50,15 +61,24 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tensor A, Tensor? B, Tensor? K,"
       " int kernel_size, int stride, int padding) -> Tensor");
+  m.def(
+      "conv_backward_weight(Tensor dy, Tensor x, int kernel_height, int kernel_width, int stride_height,"
+      " int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width) -> Tensor");
   // the instruction set in use; "none" below AVX2
   m.def("cpu_capability() -> str");
   // what the binary holds GPU code for, such as "80;90;120+PTX"; "" without CUDA
   m.def("cuda_archs() -> str");
   m.def("cuda_archs_cover(str archs, int major, int minor) -> bool");
+  // of the toolkit that built the binary, such as 13000; 0 without CUDA
+  m.def("cuda_version() -> int");
+  // why its kernels cannot run on a device: no code for it, no driver for its CUDA; "" if they can
+  m.def("cuda_device_problem(int device) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
   m.impl("cuda_archs_cover", TORCH_BOX(&cuda_archs_cover));
+  m.impl("cuda_version", TORCH_BOX(&cuda_version));
+  m.impl("cuda_device_problem", TORCH_BOX(&cuda_device_problem));
 }

@@ -15,15 +15,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import older_glibc
+
 SOURCES = Path(__file__).resolve().parent
 CPU_SOURCES = (
     "library.cpp",
+    "older_systems.cpp",
     "cpu/binding.cpp",
     "cpu/channel_ops.cpp",
     "cpu/kernels.cpp",
     "cpu/kernels_avx2.cpp",
     "cpu/kernels_avx512.cpp",
     "cpu/launch_bn.cpp",
+    "cpu/launch_conv.cpp",
     "cpu/launch_pool.cpp",
 )
 DEFAULT_ARCHS = "80;86;89;90;100;120"
@@ -155,7 +159,7 @@ def compile_command(plan: Plan, source: str, target: Path) -> list[str]:
     return [compiler(), *COMMON, *flags, *includes, *defines, *files]
 
 
-def link_command(plan: Plan, objects: list[Path], target: Path) -> list[str]:
+def link_command(plan: Plan, objects: list[Path], target: Path, folder: Path) -> list[str]:
     libraries = [
         "-L",
         str(torch_folder() / "lib"),
@@ -164,7 +168,8 @@ def link_command(plan: Plan, objects: list[Path], target: Path) -> list[str]:
         "-Wl,--exclude-libs,ALL",
     ]
     if plan.cuda:
-        libraries += ["-L", str(cuda_home() / "lib64"), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        older = older_glibc.stand_ins(compiler(), folder / "older_glibc")
+        libraries += ["-L", str(cuda_home() / "lib64"), "-lcudart_static", *older]
     return [compiler(), "-shared", *map(str, objects), *libraries, "-o", str(target)]
 
 
@@ -176,7 +181,7 @@ def build(plan: Plan, folder: Path, target: Path) -> None:
     sources = (*CPU_SOURCES, "cuda_binding.cpp", *cuda_sources()) if plan.cuda else CPU_SOURCES
     objects = {folder / (source.replace("/", "_") + ".o"): source for source in sources}
     compiles = {o: compile_command(plan, source, o) for o, source in objects.items()}
-    link = link_command(plan, list(objects), target)
+    link = link_command(plan, list(objects), target, folder)
     ninja = shutil.which("ninja")
     if ninja is None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -7,6 +7,7 @@ Forward calls a recipe and saves; backward unpacks and calls it. Under `create_g
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,9 +37,19 @@ def as_units(flat: tuple[Tensor | None, ...]) -> tuple[ConvBNTensors, ...]:
     return tuple(ConvBNTensors(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS))  # type: ignore[arg-type]
 
 
-def without_autocast(device_type: str) -> torch.autocast:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Recipes choose every dtype themselves; autocast must not cast inside them."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def wants_differentiable(dy: Tensor) -> bool:
+    """Whether backward must be made of torch's own operations: for second derivatives, and for a batch of gradients
+    (`is_grads_batched`, vmap), which is one tensor to those alone."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def memory_format(y: Tensor) -> torch.memory_format:
@@ -90,7 +101,7 @@ class ResidualBlock(torch.autograd.Function):
         tensors = ctx.saved_tensors
         x, flat = tensors[0], tensors[1 : 1 + ctx.inputs]
         saved = Saved.unflatten(tensors[1 + ctx.inputs :], ctx.layout)
-        if torch.is_grad_enabled():
+        if wants_differentiable(dy):
             return differentiable_backward(ctx.config, wanted, x, flat, saved.mask, dy)
         needs = BlockNeeds(
             wanted[FIXED - 2],
@@ -121,7 +132,7 @@ def differentiable_backward(
     inputs = {FIXED - 2: x, **dict(enumerate(flat, FIXED))}
     indices = [i for i in inputs if wanted[i]]
     if indices:
-        with without_autocast(x.device.type):
+        with torch.enable_grad(), without_autocast(x.device.type):
             z = eager.preactivation(config, x, as_units(flat))
             grads = torch.autograd.grad(z, [inputs[i] for i in indices], dz, create_graph=True)  # type: ignore[arg-type]
         for i, grad in zip(indices, grads, strict=True):
@@ -159,10 +170,10 @@ class ConvBNReLUMaxPool(torch.autograd.Function):
             return (None,) * len(wanted)
         x, *rest = ctx.saved_tensors
         t, (c, *vectors, indices) = ConvBNTensors(*rest[:FIELDS]), rest[FIELDS:]
-        if torch.is_grad_enabled():
+        if wants_differentiable(dy):
             inputs = dict(enumerate((x, *t), STEM_X))
             chosen = [i for i in inputs if wanted[i]]
-            with without_autocast(x.device.type):
+            with torch.enable_grad(), without_autocast(x.device.type):
                 y = stem.differentiable(ctx.config, x, t)
                 grads = torch.autograd.grad(y, [inputs[i] for i in chosen], dy, create_graph=True)
             by_index = dict(zip(chosen, grads, strict=True))

@@ -1,4 +1,4 @@
-"""The command line: `fusedres demo`, and explain, verify, compare of a MODEL. Needs the extra `fusedres[demo]`."""
+"""The command line: `fusedres demo`, `doctor`, and explain, verify, compare of a MODEL. Needs `fusedres[demo]`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from fusedres import doctor as examination
 from fusedres import errors, model_names, patching
 from fusedres.blocks import RECIPES
 from fusedres.patching.report import COLUMNS, PatchReport
@@ -76,15 +77,18 @@ def report_table(report: PatchReport, title: str) -> Table:
 
 @app.command()
 def explain(model: ModelName, recipe: Recipe = "auto", as_json: AsJson = False) -> None:
-    """What patch does to a model: its residual blocks, matched or not, and why."""
+    """What patch does to a model: its residual blocks, matched or not, and why; which backend serves each op here."""
     network = model_by_name(model)
     with explained():
         patching.patch(network, recipe=recipe, dry_run=True)
     report = patching.report(network)
+    serving, recipes = examination.serving(), examination.recipe_table()
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2))
+        typer.echo(json.dumps({**report.as_dict(), "serving": serving, "recipe_table": recipes}, indent=2))
     else:
         console.print(report_table(report, model))
+        console.print(examination.recipe_table_table(recipes))
+        console.print(examination.serving_table(serving))
 
 
 @app.command()
@@ -132,6 +136,30 @@ def demo(
     from fusedres.demo.main import run_demo
 
     run_demo(output, epochs, console)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """What this installation is and does on this machine, with a numeric self-test of every op.
+
+    Exit code 1 if the self-test finds a wrong result.
+    """
+    try:
+        found = examination.examine()
+    except errors.BackendUnavailableError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        for table in examination.tables(found):
+            console.print(table)
+        for line in found["advice"]:
+            typer.echo(line)
+        typer.echo("the self-test passed" if found["passed"] else "the self-test FAILED")
+    raise typer.Exit(0 if found["passed"] else 1)
 
 
 def main() -> None:

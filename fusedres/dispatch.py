@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
 
 from fusedres.backends import native
 from fusedres.backends.reference import ReferenceOps
@@ -43,6 +46,8 @@ LOADERS: dict[str, Callable[[], RawOps]] = {
 REQUIREMENTS: dict[str, Callable[[], None]] = {"native": native.load}
 
 _requested: ContextVar[str | None] = ContextVar("fusedres_backend", default=None)
+# the same for graphs being compiled, of whatever thread: Dynamo cannot read a ContextVar, and guards on a global
+_requested_by_any_thread: str | None = None
 
 
 def backend_names() -> tuple[str, ...]:
@@ -114,6 +119,50 @@ def dispatcher(name: str = AUTO) -> Dispatcher:
     return _dispatcher(name)
 
 
+class OpaqueBackend(NamedTuple):
+    """A requested backend inside a graph being compiled, where the operators of `fusedres.opaque_blocks` look it up."""
+
+    name: str
+
+    def serving(self, op: str, x: Tensor) -> str:
+        """As `Dispatcher.serving`, for activations like x."""
+        return backend_serving(self.name, op, x.device.type, x.dtype, is_channels_last(x))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def backend_serving(name: str, op: str, device: str, dtype: torch.dtype, channels_last: bool) -> str:
+    """The backend that would serve `op` on one activation of this kind."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return dispatcher(name).serving(
+        op, torch.empty((2, 8, 2, 2), dtype=dtype, device=device, memory_format=layout)
+    )
+
+
+# what torch.compiler.assume_constant_result does, without importing Dynamo, which takes seconds
+backend_serving._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def opaque_backend(name: str = AUTO) -> OpaqueBackend:
+    """As `dispatcher`, for a graph being compiled: it keeps the backend, and is compiled anew for another.
+
+    `use_backend` counts here whatever thread entered it last; FUSEDRES_BACKEND is read when a graph is compiled.
+    """
+    if name == AUTO:
+        name = _requested_by_any_thread or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    return OpaqueBackend(name)
+
+
+Ops = Dispatcher | OpaqueBackend
+
+
+def operators(name: str = AUTO) -> Ops:
+    """`dispatcher(name)`, or `opaque_backend(name)` in a graph being compiled."""
+    return opaque_backend(name) if torch.compiler.is_compiling() else dispatcher(name)
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the context, in this thread, "auto" means `name`.
@@ -122,8 +171,11 @@ def use_backend(name: str) -> Iterator[None]:
         BackendUnavailableError: the name is unknown or the backend is not installed.
     """
     check_backend(name)
-    token = _requested.set(name)
+    global _requested_by_any_thread
+    token, before = _requested.set(name), _requested_by_any_thread
+    _requested_by_any_thread = name
     try:
         yield
     finally:
         _requested.reset(token)
+        _requested_by_any_thread = before

@@ -26,7 +26,8 @@ Mask
     One bit an element, packed in uint8 of length ceil(N*C*H*W / 8): bit i of byte j belongs to element 8j+i
     of the tensor in NHWC order. A set bit means the gradient passes: `not (y <= 0)`, so NaN passes, as in torch.
 
-Kernels are pure: they never write an argument and never update running statistics.
+Kernels are pure: they never update running statistics, and write an argument only where the caller gives it away
+(`reuse_c`, `reuse_dy`), which a backend may ignore.
 Formulas: Ioffe & Szegedy 2015 (batch normalisation); the Gram identity is derived in `fusedres.blocks.gram`.
 """
 
@@ -118,12 +119,14 @@ class RawOps(Protocol):
         residual_shift: Tensor | None = None,
         relu: bool = True,
         save_mask: bool = False,
+        reuse_c: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """`y = relu(scale*c + shift + r)`, y [N, C, H, W] in c's dtype, and its packed mask if `save_mask`.
 
         r is absent, or `residual` [N, C, H, W] as it is, or, with `residual_scale` and `residual_shift` [C],
         `residual_scale*residual + residual_shift`: the raw convolution output of a projection shortcut.
         The sum is formed in the accumulation dtype and rounded once. relu propagates NaN.
+        `reuse_c`: the caller is done with c, y may take its storage.
         """
 
     def bn_add_relu_backward_reduce(
@@ -167,12 +170,14 @@ class RawOps(Protocol):
         shortcut_c: Tensor | None = None,
         shortcut_grads: BatchNormGrads | None = None,
         save_dz: bool = False,
+        reuse_dy: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """`dc = A*dz + B*c + K` [N, C, H, W], and the gradient of the residual.
 
         The second result is `shortcut_A*dz + shortcut_B*shortcut_c + shortcut_K` for a projection
         (shortcut_c and shortcut_grads given), dz itself if `save_dz` (the identity: the shortcut's gradient
         *is* dz), else None. dz as in `bn_add_relu_backward_reduce`.
+        `reuse_dy`: the caller is done with dy, dc may take its storage.
         """
 
     def relu_backward(self, dy: Tensor, mask: Tensor) -> Tensor:
@@ -299,6 +304,23 @@ class RawOps(Protocol):
         `dc = A*dz + B*c + K` [N, Cout, H, W], rounded, dz from dy and the sign of `scale*c + shift` if relu;
         `dx = dc W` [N, Cin, H, W], plus shortcut_dy, taken through shortcut_mask if that is given.
         Returns (dx, dc): dc is the side output that the library's weight gradient reads.
+        """
+
+    # ---------------------------------------------------------------- other convolutions
+
+    def conv_backward_weight(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> Tensor:
+        """`dW` [Cout, Cin/groups, kh, kw] of `conv2d(x, W)`, in the accumulation dtype and x's memory format.
+
+        dy [N, Cout, H', W'], x [N, Cin, H, W]. Sums over the positions that lie inside x: padding is never read.
         """
 
     # ---------------------------------------------------------------- inference

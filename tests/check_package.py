@@ -1,11 +1,15 @@
-"""Builds sdist and wheel, and imports the wheel in a fresh environment that has torch alone.
+"""Builds sdist and wheels, checks names and symbols, and uses them in a fresh environment that has torch alone.
 
 python tests/check_package.py
+
+Where nvcc is, a slim CUDA wheel too: it has to load and to compute with a torch that knows no CUDA.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +17,8 @@ import venv
 from pathlib import Path
 from zipfile import ZipFile
 
+import cuda_resources
+import native_symbols
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +34,18 @@ for extra in ("rich", "typer", "sklearn", "matplotlib", "pytest"):
     assert extra not in sys.modules
 print("wheel works with torch alone:", fusedres.__version__, fusedres.__file__)
 """
+CUDA_WHEEL = """
+import torch
+from fusedres import selftest
+library = torch.ops.fusedres_native
+assert library.cuda_archs() == "90", library.cuda_archs()
+assert torch.cuda.is_available() or "says: CUDA driver" in library.cuda_device_problem(0)
+served = [o for o in selftest.run() if o.backend == "native" and o.device == "cpu" and not o.unserved]
+assert len(served) > 50 and not any(o.problem for o in served)
+print("CUDA wheel works:", library.cuda_version(), library.cuda_device_problem(0))
+"""
+# torch's own wheels are manylinux_2_28
+TAG = re.compile(r"-py3-none-manylinux_2_(\d+)_x86_64(\.manylinux_2_\d+_x86_64)*\.whl$")
 
 
 def run(*command: object, **options: object) -> None:
@@ -41,6 +59,45 @@ def check_contents(wheel: Path) -> None:
     foreign = [n for n in names if not n.startswith(("fusedres/", "fusedres-"))]
     assert not foreign, f"the wheel holds {foreign}: all of it belongs under fusedres/"
     assert "fusedres/py.typed" in names and "fusedres/triton_kernels/__init__.py" in names
+
+
+def check_library(wheel: Path, folder: Path) -> Path | None:
+    """The wheel's library, unpacked, if it has one: its symbols and the wheel's name have to keep one promise."""
+    with ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(folder, libraries)
+    if not libraries:
+        assert wheel.name.endswith("-py3-none-any.whl"), wheel.name
+        return None
+    assert libraries == ["fusedres/libfusedres_native.so"] and wheel.name.endswith(
+        "-py3-none-linux_x86_64.whl"
+    )
+    violations = native_symbols.violations(folder / libraries[0])
+    assert not violations, "\n".join(violations)
+    path = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so"]
+    run(*repair, "--wheel-dir", folder / "repaired", wheel, env=path)
+    (repaired,) = (folder / "repaired").iterdir()
+    tag = TAG.search(repaired.name)
+    assert tag and int(tag[1]) <= 28, repaired.name
+    print("manylinux:", repaired.name)
+    return folder / libraries[0]
+
+
+def check_cuda_wheel(out: Path, python: Path) -> None:
+    """A slim wheel says what it holds, in its name and in its binary, and holds just that."""
+    wanted = {**os.environ, "FUSEDRES_BUILD": "cuda", "FUSEDRES_CUDA_ARCHS": "90"}
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+    run(*build, "--wheel-dir", out / "slim", ROOT, env=wanted)
+    (wheel,) = (out / "slim").iterdir()
+    assert re.search(r"-[\d.]+\+cu\d{3}\.sm90-py3-none-", wheel.name), wheel.name
+    library = check_library(wheel, out / "unpacked-slim")
+    assert library is not None
+    command = [cuda_resources.toolkit_program("cuobjdump"), "--list-elf", str(library)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"\.(sm_\w+)\.cubin", listed)) == {"sm_90"}, listed
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", wheel)
+    run(python, "-c", CUDA_WHEEL, cwd=out)
 
 
 def environment_with_torch_of_this_one(folder: Path) -> Path:
@@ -69,6 +126,9 @@ def main() -> None:
         python = environment_with_torch_of_this_one(out / "fresh")
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
         run(python, "-c", TORCH_ALONE, cwd=out)
+        check_library(wheel, out / "unpacked")
+        if shutil.which("nvcc"):
+            check_cuda_wheel(out, python)
 
 
 if __name__ == "__main__":

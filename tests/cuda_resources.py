@@ -6,6 +6,7 @@ python tests/cuda_resources.py        rewrites tests/cuda_resources.csv, which C
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
 import re
 import shutil
@@ -77,6 +78,25 @@ def wide_loads(cubin: bytes) -> dict[str, int]:
             words = struct.iter_unpack("<QQ", cubin[offset : offset + size])
             found[name[6:]] = sum(low & 0xFFF == 0x981 and high >> 9 & 7 == 6 for low, high in words)
     return found
+
+
+def toolkit_program(name: str) -> str:
+    """The path of nvdisasm or cuobjdump: the toolkit's, or the one that Triton ships."""
+    triton = importlib.util.find_spec("triton")
+    assert triton is not None and triton.origin is not None
+    shipped = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
+    return shutil.which(name) or str(shipped)
+
+
+def disassembled_wide_loads(cubin: Path) -> dict[str, int]:
+    """`wide_loads` by NVIDIA's disassembler."""
+    command = [toolkit_program("nvdisasm"), "--print-code", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^\.text\.(\S+):$", text, flags=re.MULTILINE)[1:]
+    return {
+        n: len(re.findall(r"\bLDG\.E\S*\.128\b", body))
+        for n, body in zip(parts[::2], parts[1::2], strict=True)
+    }
 
 
 def readable(mangled: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,3 +106,36 @@ def check_conv_bias_add_relu_forward(ops: Any, case: Case) -> None:
     if relu:
         eager, exact = eager.relu(), exact.relu()
     assert_accurate(y, eager, exact, "y")
+
+
+# form: kernel, stride, padding, dilation
+WINDOWS = {
+    "1x1": ((1, 1), (1, 1), (0, 0), (1, 1)),
+    "1x1s2": ((1, 1), (2, 2), (0, 0), (1, 1)),
+    "3x3": ((3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3s2": ((3, 3), (2, 2), (1, 1), (1, 1)),
+    "5x3": ((5, 3), (1, 2), (4, 2), (2, 2)),
+    "groups": ((3, 3), (1, 1), (1, 1), (1, 1)),
+}
+
+
+def check_conv_backward_weight(ops: Any, case: Case) -> None:
+    inputs = Inputs(case)
+    x = inputs.c()
+    channels = case.shape[1]
+    groups = next(g for g in (4, 3, 1) if channels % g == 0) if case.form == "groups" else 1
+    window = WINDOWS[case.form]
+    weight = torch.empty(2 * groups + channels // groups * groups, channels // groups, *window[0])
+    shape = F.conv2d(x.to("meta", torch.float32), weight.to("meta"), None, *window[1:], groups).shape
+    inputs.case = replace(
+        case, special=False
+    )  # whether 0*NaN beside the image counts, torch's kernels disagree
+    dy = inputs.dy(tuple(shape))
+    dw = run(ops, "conv_backward_weight", inputs, dy, x, *window, groups)
+
+    def plain(dtype: torch.dtype) -> torch.Tensor:
+        args = dy.to(dtype), x.to(dtype), weight.to(case.device, dtype), None, *window[1:]
+        return torch.ops.aten.convolution_backward(*args, False, (0, 0), groups, [False, True, False])[1]
+
+    assert dw.dtype == inputs.acc and dw.shape == weight.shape
+    assert_accurate(dw, plain(case.dtype).to(inputs.acc), plain(torch.float64), "dW")

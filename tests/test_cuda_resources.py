@@ -26,6 +26,15 @@ def test_bandwidth_kernels_load_16_bytes_at_a_time_and_two_ahead(kernels):
     assert not [k for k in by_packets if k.loads_of_16_bytes < 2]
 
 
+def test_the_disassembler_sees_the_same_wide_loads(kernels):
+    total = 0
+    for cubin in cuda_resources.compile_all():
+        loads = cuda_resources.disassembled_wide_loads(cubin)
+        assert loads == cuda_resources.wide_loads(cubin.read_bytes()), cubin.name
+        total += sum(loads.values())
+    assert total == sum(k.loads_of_16_bytes for k in kernels) > 0
+
+
 def test_resources_are_those_of_the_table(kernels):
     release, table = cuda_resources.read_table()
     if release == cuda_resources.nvcc_release():

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import native_symbols
 import pytest
 import torch
 
@@ -11,9 +12,6 @@ from fusedres.backends import native
 from fusedres.errors import BackendUnavailableError
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
-
-STABLE = re.compile(r"^(aoti_torch_|torch_)\w+$")
-CUDA = re.compile(r"^(lib(torch_cuda|cudart|cuda)\b)")
 
 
 def image(channels=8, dtype=torch.float32, size=4):
@@ -159,43 +157,38 @@ def test_statistics_repeat_bitwise_for_a_thread_count(ops, threads, dtype):
         torch.set_num_threads(before)
 
 
-def readelf(*arguments):
-    return subprocess.run(
-        ["readelf", *arguments, str(native.LIBRARY)], capture_output=True, text=True, check=True
-    )
+def test_needs_only_the_stable_abi_and_an_old_system():
+    assert native_symbols.violations(native.LIBRARY) == []
+    assert "libtorch_cpu.so" in native_symbols.needed_libraries(native.LIBRARY)
 
 
-def test_needs_nothing_but_libtorch_cpu():
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", readelf("-d").stdout)
-    allowed = {
-        "libtorch_cpu.so",
-        "libstdc++.so.6",
-        "libm.so.6",
-        "libgcc_s.so.1",
-        "libc.so.6",
-        "ld-linux-x86-64.so.2",
-    }
-    assert "libtorch_cpu.so" in needed
-    assert set(needed) - allowed - {"libdl.so.2", "librt.so.1", "libpthread.so.0"} == set()
+BAD_LIBRARY = """
+#include <threads.h>
+void PyErr_Clear(void), _ZN3c105ErrorC1Ev(void), torchvision_new(void);
+void fusedres_shown(thrd_t t) { PyErr_Clear(); _ZN3c105ErrorC1Ev(); torchvision_new(); thrd_join(t, 0); }
+"""
 
 
-def symbols(undefined):
-    """Names of the dynamic symbols, without versions."""
-    rows = [line.split() for line in readelf("--dyn-syms", "-W").stdout.splitlines()]
-    rows = [row for row in rows if len(row) >= 8 and row[0].rstrip(":").isdigit()]
-    return {row[7].split("@")[0] for row in rows if (row[6] == "UND") == undefined and row[3] != "NOTYPE"}
-
-
-def test_uses_only_the_stable_abi():
-    wanted = symbols(undefined=True)
-    assert not {s for s in wanted if re.match(r"_?Py[A-Z_]", s)}, "Python symbols"
-    assert not {s for s in wanted if re.match(r"_Z\w*(2at|3c10|5torch)", s)}, "C++ symbols of libtorch"
-    torch_symbols = {s for s in wanted if "torch" in s}
-    assert torch_symbols and all(STABLE.match(s) for s in torch_symbols)
-
-
-def test_exports_nothing_of_ours():
-    assert not {s for s in symbols(undefined=False) if "fusedres" in s}
+@pytest.mark.parametrize(
+    "seen",
+    [
+        "Python symbol PyErr_Clear",
+        "C++ symbol of libtorch _ZN3c105ErrorC1Ev",
+        "not in torch's stable ABI: torchvision_new",
+        "newer than manylinux_2_28: thrd_join@GLIBC_2.34",
+        "needs libcudart.so.13",
+        "exports fusedres_shown",
+    ],
+)
+def test_a_library_that_breaks_its_promise_is_seen(tmp_path, seen):
+    other, bad = tmp_path / "libcudart.so.13", tmp_path / "bad.so"
+    for source, *arguments in (
+        ("void cudart(void) {}", other, "-Wl,-soname,libcudart.so.13"),
+        (BAD_LIBRARY, bad, "-Wl,--no-as-needed", other),
+    ):
+        command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-x", "none", "-o", *arguments]
+        subprocess.run(command, input=source, text=True, check=True)
+    assert seen in native_symbols.violations(bad)
 
 
 def run_python(code):
@@ -238,6 +231,46 @@ def test_a_broken_library_asked_for_by_name(monkeypatch, tmp_path):
             dispatch.check_backend("native")
     finally:
         native.load.cache_clear()
+
+
+def test_a_library_of_other_sources_is_one_warning_and_the_fallback(monkeypatch):
+    monkeypatch.setattr(native, "LIBRARY_OPS", (*native.LIBRARY_OPS, "op_of_tomorrow"))
+    native.load.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="other sources, it lacks op_of_tomorrow") as caught:
+            assert native.loaders() == {}
+        assert len(caught) == 1
+    finally:
+        native.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "it holds no GPU code",
+        "it holds code for 90, needed sm_120",
+        "its CUDA 13.0 says: CUDA driver version is insufficient for CUDA runtime version",
+    ],
+)
+def test_a_gpu_that_the_library_does_not_serve_is_one_warning_and_the_fallback(ops, monkeypatch, problem):
+    monkeypatch.setattr(ops, "cuda_device_problem", lambda index: problem if index else "")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    served, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    native.device_reason.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=rf"does not run on cuda:1 \(a GPU\): {problem}") as caught:
+            assert [native.device_reason(other) for _ in range(3)] == ["no_code_for_device"] * 3
+            assert native.device_reason(served) is None
+        assert len(caught) == 1
+    finally:
+        native.device_reason.cache_clear()
+
+
+def test_the_library_says_which_gpus_it_serves(ops):
+    """Here without a GPU: without GPU code, or without a driver, and never by crashing."""
+    archs, problem = ops.cuda_archs(), ops.cuda_device_problem(99)
+    assert bool(ops.cuda_version()) == bool(archs)
+    assert re.match(r"its CUDA \d+\.\d+ says: " if archs else "it holds no GPU code$", problem)
 
 
 def test_a_processor_without_avx2_has_no_native_backend():

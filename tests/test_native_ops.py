@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from raw_op_cases import cases_of
-from raw_op_checks import CHECKS
+from raw_op_cases import Case, Inputs, bits, cases_of
+from raw_op_checks import CHECKS, backward_parts, forward_parts
 
 from fusedres.backends import native
 from fusedres.backends.reference import ReferenceOps
@@ -40,6 +40,12 @@ def expected_backend(op, case):
         case.id == "N0" or case.dtype not in native.fused_convolution_dtypes()
     ):
         return "reference"
+    if op == "conv_backward_weight":
+        dense = case.dtype == torch.float32 and case.layout in ("channels_last", "offset")
+        many = case.shape[1] >= native.FEWEST_CHANNELS
+        wide = case.form != "1x1" or case.shape[1] * (case.shape[1] + 2) > native.FEWEST_WEIGHTS
+        grouped = case.form == "groups" and (case.shape[1] % 4 == 0 or case.shape[1] % 3 == 0)
+        return "native" if dense and many and wide and not grouped else "reference"
     kernel3 = case.form in ("3x3s2", "groups", "dilation")  # these have a residual too
     several = kernel3 or "backward_" in op or "identity" in case.form or "projection" in case.form
     dense = ("channels_last", "offset") if several else ("channels_last", "offset", "expanded", "mixed")
@@ -53,3 +59,94 @@ def test_native(op, case, dtype):
     CHECKS[op](ops, case)
     if op != "bn_layer":
         assert {name for called, name in ops.served if called == op} == {expected_backend(op, case)}
+
+
+WEIGHT_GRADIENTS = [c for c in cases_of("conv_backward_weight") if c.layout in ("channels_last", "offset")]
+
+
+@pytest.mark.parametrize("case", [c for c in WEIGHT_GRADIENTS if c.form != "groups"], ids=str)
+def test_weight_gradient_kernel_of_any_size(case):
+    CHECKS["conv_backward_weight"](native.NativeOps(), case)
+
+
+def test_weight_gradient_does_not_depend_on_the_number_of_threads():
+    dy, x = (torch.randn(2, c, 9, 9).contiguous(memory_format=torch.channels_last) for c in (96, 64))
+    window = (3, 3), (1, 1), (1, 1), (1, 1), 1
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5, 16):
+            torch.set_num_threads(count)
+            found.append(native.NativeOps().conv_backward_weight(dy, x, *window))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+REUSED = [c for c in cases_of("bn_add_relu_forward") if "mask" not in c.form and c.layout == "channels_last"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", REUSED, ids=str)
+def test_forward_into_the_storage_of_c(case, dtype):
+    inputs = Inputs(replace(case, dtype=DTYPES[dtype]))
+    c, v, residual, rv = forward_parts(inputs)
+    args = v.scale, v.shift, residual, *((None, None) if rv is None else (rv.scale, rv.shift))
+    relu = "no_relu" not in case.form
+    expected, _ = native.NativeOps().bn_add_relu_forward(c, *args, relu)
+    y, mask = native.NativeOps().bn_add_relu_forward(c, *args, relu, reuse_c=True)
+    assert y is c and mask is None
+    assert torch.equal(bits(y.contiguous()), bits(expected.contiguous()))
+
+
+GIVEN_AWAY = [
+    c
+    for c in cases_of("bn_add_relu_backward_input")
+    if c.form in ("mask", "relu", "relu_frozen", "no_relu") and c.layout == "channels_last"
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", GIVEN_AWAY, ids=str)
+def test_backward_into_the_storage_of_dy(case, dtype):
+    inputs, ops = Inputs(replace(case, dtype=DTYPES[dtype])), native.NativeOps()
+    dy, c, v, mask, _, _ = backward_parts(ops, inputs)
+    grads = inputs.grads(v, c.numel() // c.shape[1], "frozen" in case.form)
+    args = c, v, grads, mask, "no_relu" not in case.form
+    expected, _ = ops.bn_add_relu_backward_input(dy, *args)
+    dc, dresidual = ops.bn_add_relu_backward_input(dy, *args, reuse_dy=True)
+    assert dc is dy and dresidual is None
+    assert torch.equal(bits(dc.contiguous()), bits(expected.contiguous()))
+
+
+def test_nothing_is_given_away_where_it_is_still_needed():
+    """With a mask to take or a second result to give, both stay."""
+    ops, inputs = native.NativeOps(), Inputs(Case("kept"))
+    dy, c, v, _, _, _ = backward_parts(ops, inputs)
+    y, mask = ops.bn_add_relu_forward(c, v.scale, v.shift, save_mask=True, reuse_c=True)
+    assert y is not c and mask is not None
+    dc, dz = ops.bn_add_relu_backward_input(
+        dy, c, v, inputs.grads(v, 70), mask, False, save_dz=True, reuse_dy=True
+    )
+    assert dc is not dy and dz is not dy
+    inputs.assert_unchanged("bn_add_relu_forward, bn_add_relu_backward_input")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"dy": torch.zeros(2, 8, 3, 3)},
+            r"dy is \[2, 8, 3, 3\], needed the output's shape, 5 along dimension 2",
+        ),
+        ({"dy": torch.zeros(1, 8, 5, 5)}, r"dy is \[1, 8, 5, 5\]"),
+        ({"x": torch.zeros(2, 4, 5, 5, dtype=torch.bfloat16)}, "x is bfloat16, needed float32"),
+        ({"stride": (0, 1)}, "stride 0"),
+        ({"dilation": (1, 0)}, "dilation 0"),
+    ],
+)
+def test_weight_gradient_says_what_is_wrong(change, message):
+    args = {"dy": torch.zeros(2, 8, 5, 5), "x": torch.zeros(2, 4, 5, 5), "stride": (1, 1), "dilation": (1, 1)}
+    args |= change
+    dy, x = (args[k].contiguous(memory_format=torch.channels_last) for k in ("dy", "x"))
+    with pytest.raises(RuntimeError, match=message):
+        native.NativeOps().conv_backward_weight(dy, x, (3, 3), args["stride"], (1, 1), args["dilation"], 1)

@@ -6,53 +6,23 @@ import csv
 import io
 import subprocess
 import sys
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import assert_as_accurate_as_eager
-from op_cases import SMALL, Shape, resnet_shape
-from op_cases import cases as op_cases
+from op_cases import resnet_shape
 from report import Cell, Settings
 from timing import flushed_seconds
-from torch import Tensor
 
-from fusedres.backends.reference import ReferenceOps
+from fusedres import selftest
 from fusedres.dispatch import LOADERS
+from fusedres.op_cases import SMALL, Shape
+from fusedres.op_cases import cases as op_cases
 from fusedres.timing import summary
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 DRIVER = Path(__file__).resolve().parent.parent / "op_cases.py"
-
-
-def tensors(value: object) -> Iterable[Tensor]:
-    """The tensors inside arguments or results."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors(item)
-
-
-def in_double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, tuple):
-        items = [in_double(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
-
-
-def check(op: str, arguments: tuple[Any, ...], found: object) -> None:
-    """Raises AssertionError where a floating-point result is less accurate than plain PyTorch's allows."""
-    eager = getattr(ReferenceOps(), op)(*arguments)
-    exact = getattr(ReferenceOps(), op)(*in_double(arguments))
-    triples = zip(tensors(found), tensors(eager), tensors(exact), strict=True)
-    for actual, yardstick, truth in triples:
-        if actual.is_floating_point():
-            assert_as_accurate_as_eager(actual, yardstick, truth, op)
 
 
 def time_op(settings: Settings, backend: str, shape: Shape, dtype: torch.dtype, name: str) -> dict[str, Any]:
@@ -64,8 +34,10 @@ def time_op(settings: Settings, backend: str, shape: Shape, dtype: torch.dtype, 
         return {"unsupported": reason}
     run = partial(getattr(ops, op), *arguments)
     found = run()
-    check(op, arguments, found)
-    moved = sum(t.numel() * t.element_size() for t in (*tensors(arguments), *tensors(found)))
+    wrong = selftest.problem(op, arguments, found)
+    if wrong is not None:
+        raise AssertionError(f"{op}: {wrong}")
+    moved = sum(t.numel() * t.element_size() for t in selftest.tensors((arguments, found)))
     times = summary(flushed_seconds(run, settings.device, 20 if settings.full else 1))
     return {**times, "bytes": moved, "bytes_per_second": moved / times["seconds"]}
 
@@ -90,8 +62,8 @@ def cells(settings: Settings) -> list[Cell]:
         shapes = {f"stage{stage}": resnet_shape(stage, 256) for stage in (1, 2, 3, 4)}
         dtypes = [torch.bfloat16]
     else:
-        shapes, dtypes = {"small": Shape(*SMALL[0])}, [torch.float32]
-    names = [name for name, _, _ in op_cases(Shape(*SMALL[0]), torch.float32, torch.device("cpu"))]
+        shapes, dtypes = {"small": SMALL[0]}, [torch.float32]
+    names = [name for name, _, _ in op_cases(SMALL[0], torch.float32, torch.device("cpu"))]
     timed = [
         Cell(f"{backend}/{name}/{label}", partial(time_op, settings, backend, shape, dtype, name))
         for backend in LOADERS

@@ -74,26 +74,38 @@ std::tuple<Tensor, Tensor, Tensor> scale_shift(Tensor mean, Tensor var, Optional
   return {invstd, scale, shift};
 }
 
+void check_forward(const char* op, const Tensor& c, const Tensor& scale, const Tensor& shift,
+                   const OptionalTensor& residual, const OptionalTensor& residual_scale,
+                   const OptionalTensor& residual_shift) {
+  check_activation(op, "c", c);
+  check_vector(op, "scale", scale, c.size(1));
+  check_vector(op, "shift", shift, c.size(1));
+  check_like(op, "residual", residual, c);
+  check_vector(op, "residual_scale", residual_scale, c.size(1));
+  check_vector(op, "residual_shift", residual_shift, c.size(1));
+  check_together(op, "residual_scale, residual_shift", residual_scale.has_value(), residual_shift.has_value());
+  if (residual_scale && !residual) fail(op, "residual", "None", "a tensor like c", "pass what residual_scale is for");
+}
+
 std::tuple<Tensor, OptionalTensor> bn_add_relu_forward(Tensor c, Tensor scale, Tensor shift, OptionalTensor residual,
                                                        OptionalTensor residual_scale, OptionalTensor residual_shift,
                                                        bool relu, bool save_mask) {
-  const char* op = "bn_add_relu_forward";
-  check_activation(op, "c", c);
-  const Shape shape = shape_of(c);
-  check_vector(op, "scale", scale, shape.channels);
-  check_vector(op, "shift", shift, shape.channels);
-  check_like(op, "residual", residual, c);
-  check_vector(op, "residual_scale", residual_scale, shape.channels);
-  check_vector(op, "residual_shift", residual_shift, shape.channels);
-  check_together(op, "residual_scale, residual_shift", residual_scale.has_value(), residual_shift.has_value());
-  if (residual_scale && !residual) fail(op, "residual", "None", "a tensor like c", "pass what residual_scale is for");
+  check_forward("bn_add_relu_forward", c, scale, shift, residual, residual_scale, residual_shift);
   Tensor y = new_like(c);
   OptionalTensor mask;
   if (save_mask) mask = torch::stable::new_empty(c, {(c.numel() + 7) / 8}, ScalarType::Byte);
-  launch_bn_add_relu_forward(shape, c.const_data_ptr(), {data(scale), data(shift)}, untyped(residual),
+  launch_bn_add_relu_forward(shape_of(c), c.const_data_ptr(), {data(scale), data(shift)}, untyped(residual),
                              {data(residual_scale), data(residual_shift)}, relu, y.mutable_data_ptr(),
                              mask ? mask->mutable_data_ptr<uint8_t>() : nullptr);
   return {y, mask};
+}
+
+// y in the storage of c
+void bn_add_relu_forward_(Tensor c, Tensor scale, Tensor shift, OptionalTensor residual,
+                          OptionalTensor residual_scale, OptionalTensor residual_shift, bool relu) {
+  check_forward("bn_add_relu_forward_", c, scale, shift, residual, residual_scale, residual_shift);
+  launch_bn_add_relu_forward(shape_of(c), c.const_data_ptr(), {data(scale), data(shift)}, untyped(residual),
+                             {data(residual_scale), data(residual_shift)}, relu, c.mutable_data_ptr(), nullptr);
 }
 
 Gradients gradients_of(const char* op, const Tensor& dy, const Tensor& c, const Tensor& scale, const Tensor& shift,
@@ -175,6 +187,16 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input(
   return {dc, dresidual};
 }
 
+// dc in the storage of dy, without a second result
+void bn_add_relu_backward_input_(Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor a, OptionalTensor b,
+                                 OptionalTensor k, OptionalTensor mask, bool relu) {
+  const char* op = "bn_add_relu_backward_input_";
+  const Gradients gradients = gradients_of(op, dy, c, scale, shift, mask, relu);
+  const Shape shape = shape_of(c);
+  launch_bn_add_relu_backward_input(shape, gradients, coefficients_of(op, a, b, k, shape.channels), nullptr, {},
+                                    dy.mutable_data_ptr(), nullptr);
+}
+
 Tensor relu_backward(Tensor dy, Tensor mask) {
   check_activation("relu_backward", "dy", dy);
   check_mask("relu_backward", mask, dy);
@@ -225,6 +247,31 @@ Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tenso
   return dc;
 }
 
+// dy [N, Cout, H', W'], x [N, Cin, H, W] -> [Cout, Cin, kernel_height, kernel_width], channels_last
+Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t kernel_width, int64_t stride_height,
+                            int64_t stride_width, int64_t padding_height, int64_t padding_width,
+                            int64_t dilation_height, int64_t dilation_width) {
+  const char* op = "conv_backward_weight";
+  check_activation(op, "dy", dy);
+  check_activation(op, "x", x);
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"dy", dy}, {"x", x}}) {
+    if (t.scalar_type() != ScalarType::Float) {
+      fail(op, name, dtype_name(t.scalar_type()), "float32", "convert it, or use backend='reference'");
+    }
+  }
+  const ConvAxis height{x.size(2), dy.size(2), kernel_height, stride_height, padding_height, dilation_height};
+  const ConvAxis width{x.size(3), dy.size(3), kernel_width, stride_width, padding_width, dilation_width};
+  check_convolution(op, dy, x, height.kernel, height.stride, height.padding, height.dilation, 2);
+  check_convolution(op, dy, x, width.kernel, width.stride, width.padding, width.dilation, 3);
+  const int64_t sizes[] = {dy.size(1), x.size(1), kernel_height, kernel_width};
+  Tensor dw = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), ScalarType::Float,
+                                   std::nullopt, x.device(), std::nullopt,
+                                   torch::headeronly::MemoryFormat::ChannelsLast);
+  launch_conv_backward_weight({x.size(0), x.size(1), dy.size(1), height, width, data(dy), data(x), written(dw), 0,
+                               nullptr, nullptr});
+  return dw;
+}
+
 }  // namespace
 
 }  // namespace fusedres::cpu
@@ -234,11 +281,14 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("bn_stats", TORCH_BOX(&bn_stats));
   m.impl("bn_scale_shift", TORCH_BOX(&scale_shift));
   m.impl("bn_add_relu_forward", TORCH_BOX(&bn_add_relu_forward));
+  m.impl("bn_add_relu_forward_", TORCH_BOX(&bn_add_relu_forward_));
   m.impl("bn_add_relu_backward_reduce", TORCH_BOX(&bn_add_relu_backward_reduce));
   m.impl("bn_backward_coefficients", TORCH_BOX(&backward_coefficients));
   m.impl("bn_add_relu_backward_input", TORCH_BOX(&bn_add_relu_backward_input));
+  m.impl("bn_add_relu_backward_input_", TORCH_BOX(&bn_add_relu_backward_input_));
   m.impl("relu_backward", TORCH_BOX(&relu_backward));
   m.impl("bn_relu_maxpool_forward", TORCH_BOX(&bn_relu_maxpool_forward));
   m.impl("bn_relu_maxpool_backward_reduce", TORCH_BOX(&bn_relu_maxpool_backward_reduce));
   m.impl("bn_relu_maxpool_backward_input", TORCH_BOX(&bn_relu_maxpool_backward_input));
+  m.impl("conv_backward_weight", TORCH_BOX(&conv_backward_weight));
 }

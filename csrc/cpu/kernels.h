@@ -101,6 +101,22 @@ struct PoolBackwardArgs {
   double* sums;                 // [2, channels], padded: += sum dz, sum dz*(c - mean)
 };
 
+// One axis of a convolution: sizes of x and dy, and the taps along it.
+struct ConvAxis {
+  int64_t in, out, kernel, stride, padding, dilation;
+};
+
+struct ConvWeightArgs {
+  int64_t batch, in_channels, out_channels;
+  ConvAxis height, width;
+  const float* dy;              // [N, height.out, width.out, out_channels]
+  const float* x;               // [N, height.in, width.in, in_channels]
+  float* dw;                    // [out_channels, height.kernel, width.kernel, in_channels], zero at first
+  int64_t piece;                // rows of dy, of N*height.out, that are packed at a time
+  float* packed_dy;             // [piece*width.out * channels of the call + 8], scratch
+  float* packed_x;              // [piece*width.out, 2*width of a vector], scratch
+};
+
 // One set of kernels, compiled for one instruction set. Each walks rows [begin, end): of `period` elements, or,
 // for pooling, of y in the forward and of c in the backward.
 struct Kernels {
@@ -113,6 +129,9 @@ struct Kernels {
   void (*relu_backward)(const MaskArgs&, int64_t begin, int64_t end);
   void (*bn_relu_maxpool_forward)(const PoolForwardArgs&, int64_t begin, int64_t end);
   void (*bn_relu_maxpool_backward)(const PoolBackwardArgs&, int64_t begin, int64_t end);
+  // output channels [channel, channel + channels), taps [tap, last_tap) of height.kernel*width.kernel
+  void (*conv_backward_weight)(const ConvWeightArgs&, int64_t channel, int64_t channels, int64_t tap,
+                               int64_t last_tap);
 };
 
 extern const Kernels avx2_kernels;

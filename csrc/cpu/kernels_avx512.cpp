@@ -2,6 +2,7 @@
 #include "vec_avx512.h"
 
 #include "bn_kernels.h"
+#include "conv_kernels.h"
 #include "pool_kernels.h"
 
 namespace fusedres::cpu {
@@ -16,6 +17,7 @@ const Kernels avx512_kernels = {
     ::relu_backward,
     ::bn_relu_maxpool_forward,
     ::bn_relu_maxpool_backward,
+    ::conv_backward_weight,
 };
 
 }  // namespace fusedres::cpu

@@ -93,7 +93,7 @@ class ReferenceOps:
 
     def bn_scale_shift(self, mean, var, weight, bias, eps):
         invstd = (var.double() + eps).rsqrt()
-        scale = (invstd if weight is None else weight.double() * invstd).to(mean.dtype)
+        scale = (invstd.clone() if weight is None else weight.double() * invstd).to(mean.dtype)
         shift = -mean.double() * scale.double()
         shift = shift if bias is None else shift + bias.double()
         return BatchNormVectors(mean, var, invstd.to(mean.dtype), scale, shift.to(mean.dtype))
@@ -108,6 +108,7 @@ class ReferenceOps:
         residual_shift=None,
         relu=True,
         save_mask=False,
+        reuse_c=False,
     ):
         z = affine(c, scale, shift)
         if residual_scale is not None:
@@ -147,6 +148,7 @@ class ReferenceOps:
         shortcut_c=None,
         shortcut_grads=None,
         save_dz=False,
+        reuse_dy=False,
     ):
         dz = masked_gradient(dy, c, vectors, mask, relu)
         dc = apply_coefficients(dz, c, grads, vectors.mean)
@@ -259,6 +261,14 @@ class ReferenceOps:
                 shortcut_dy = self.relu_backward(shortcut_dy, shortcut_mask)
             dx = dx + shortcut_dy
         return dx.to(c.dtype), dc
+
+    def conv_backward_weight(self, dy, x, kernel_size, stride, padding, dilation, groups):
+        weight = x.new_empty((dy.shape[1], x.shape[1] // groups, *kernel_size))  # only its shape is read
+        window = stride, padding, dilation, False, (0, 0), groups
+        _, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *window, [False, True, False])
+        like_x = torch.empty_like(x).is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if like_x else torch.contiguous_format
+        return dw.to(accumulation_dtype(x.dtype)).contiguous(memory_format=layout)
 
     def conv_bias_add_relu_forward(self, x, weight, bias, residual, relu, stride, padding, dilation, groups):
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)

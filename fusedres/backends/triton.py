@@ -123,6 +123,7 @@ class TritonOps:
         residual_shift=None,
         relu=True,
         save_mask=False,
+        reuse_c=False,
     ):
         with on_device_of(c):
             return launchers().bn_add_relu_forward(
@@ -156,6 +157,7 @@ class TritonOps:
         shortcut_c=None,
         shortcut_grads=None,
         save_dz=False,
+        reuse_dy=False,
     ):
         shortcut = None if shortcut_c is None else coefficients(shortcut_grads)
         activation = activation_vectors(vectors, mask, relu)

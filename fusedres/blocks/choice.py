@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedres.blocks import RECIPES, gram
 from fusedres.blocks.config import BlockConfig, ConvBNTensors
-from fusedres.dispatch import Dispatcher
+from fusedres.dispatch import Dispatcher, Ops
 
 AUTO = "auto"
 UNFUSED = "unfused"
@@ -22,14 +22,22 @@ RECIPE_NAMES = (AUTO, UNFUSED, *RECIPES)
 
 
 class Measured(NamedTuple):
-    """One entry of the table: a recipe, and where it was found to be the fastest."""
+    """One entry of the table: a recipe, from which size on, and where it was found to be the fastest."""
 
     recipe: str
+    least_elements: int  # of x; below, what a call costs outweighs what it saves
+    least_channels: int  # out of the first convolution; narrower ones leave too little to save
     where: str
 
 
+ZEN3 = "2 cores of an AMD Zen 3, AVX2, torch 2.13: bench/results/cpu/README.md"
 # (device type, backend, dtype, gradients wanted) -> entry
-TABLE: dict[tuple[str, str, torch.dtype, bool], Measured] = {}
+Table = dict[tuple[str, str, torch.dtype, bool], Measured]
+TABLE: Table = {  # against eager
+    ("cpu", "native", torch.float32, True): Measured("separate", 400_000, 64, ZEN3),
+    ("cpu", "native", torch.float32, False): Measured("separate", 1_500_000, 64, ZEN3),
+}
+COMPILED: Table = {}  # inside torch.compile, against what it makes of the original forward
 
 
 class Choice(NamedTuple):
@@ -50,11 +58,15 @@ def choose(
     config: BlockConfig,
     units: tuple[ConvBNTensors, ...],
     x: Tensor,
-    ops: Dispatcher,
+    ops: Ops,
     gradients: bool,
 ) -> Choice:
     """The recipe for one call, from what was requested and the block's form."""
-    wanted = requested if requested != AUTO else measured(x, config.dtype, ops, gradients)
+    wanted = (
+        requested
+        if requested != AUTO
+        else measured(x, config.dtype, ops, gradients, units[0].weight.shape[0])
+    )
     if wanted is None:
         return Choice(UNFUSED, "no_faster_recipe")
     if wanted == "gram" and (reason := gram.unsuitable(config, units)) is not None:
@@ -62,7 +74,18 @@ def choose(
     return Choice(wanted, None)
 
 
-def choose_stem(requested: str, x: Tensor, ops: Dispatcher, gradients: bool) -> Choice:
+def never_fused(requested: str, x: Tensor, dtype: torch.dtype, ops: Ops) -> bool:
+    """Whether every block would be given `unfused` for a call on x: known before a block is read."""
+    if requested != AUTO:
+        return requested == UNFUSED
+    device = x.device.type
+    if not any(key[0] == device and key[2] is dtype for key in table_for(ops)):
+        return True
+    modes = (True, False) if torch.is_grad_enabled() else (False,)
+    return all(measured(x, dtype, ops, gradients) is None for gradients in modes)
+
+
+def choose_stem(requested: str, x: Tensor, ops: Ops, gradients: bool) -> Choice:
     """The same for a stem, which has one fused form: `separate`."""
     wanted = requested if requested != AUTO else measured(x, x.dtype, ops, gradients)
     if wanted is None:
@@ -70,7 +93,16 @@ def choose_stem(requested: str, x: Tensor, ops: Dispatcher, gradients: bool) -> 
     return Choice("separate", "no_1x1_expansion") if wanted == "gram" else Choice(wanted, None)
 
 
-def measured(x: Tensor, dtype: torch.dtype, ops: Dispatcher, gradients: bool) -> str | None:
-    """What the table names for calls on tensors like x, or None."""
-    entry = TABLE.get((x.device.type, ops.serving("bn_stats", x), dtype, gradients))
-    return None if entry is None else entry.recipe
+def table_for(ops: Ops) -> Table:
+    """The table that counts for a call that these operators run."""
+    return TABLE if isinstance(ops, Dispatcher) else COMPILED
+
+
+def measured(
+    x: Tensor, dtype: torch.dtype, ops: Ops, gradients: bool, channels: int | None = None
+) -> str | None:
+    """What the table names for calls on tensors like x and a first convolution to `channels` (None: any), or None."""
+    entry = table_for(ops).get((x.device.type, ops.serving("bn_stats", x), dtype, gradients))
+    if entry is None or x.numel() < entry.least_elements:
+        return None
+    return entry.recipe if channels is None or channels >= entry.least_channels else None

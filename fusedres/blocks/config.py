@@ -29,11 +29,10 @@ Size = tuple[int, int]  # height, width, or one number for each
 
 def output_size(size: Size, kernel: Size, stride: Size, padding: Size, dilation: Size) -> Size:
     """H', W' of a convolution."""
-    h, w = (
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    return (
+        (size[0] + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1,
+        (size[1] + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1,
     )
-    return h, w
 
 
 class ConvBNConfig(NamedTuple):

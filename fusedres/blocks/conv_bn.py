@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedres.backends.reference import ReferenceOps
 from fusedres.blocks.config import ConvBNConfig, ConvBNGrads, ConvBNNeeds, ConvBNTensors
 from fusedres.dispatch import Dispatcher
 from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, accumulation_dtype
+
+LIBRARY = ReferenceOps.name  # torch's own convolution: both gradients in one call, where it serves
 
 
 def convolve(x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
@@ -57,31 +60,72 @@ def bn_parameter_grads(
     return dweight, dbias
 
 
+def is_pointwise(unit: ConvBNConfig, t: ConvBNTensors) -> bool:
+    """A 1x1 convolution without padding or groups: a matrix product on the positions that its stride keeps."""
+    return t.weight.shape[2:] == (1, 1) and unit.groups == 1 and unit.padding == (0, 0)
+
+
+def add_input_gradient(dx: Tensor, dc: Tensor, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
+    """`dx` [N, Cin, H, W] plus the input gradient of `convolve` from dc [N, Cout, H', W'], in dx's storage.
+
+    On a CPU a 1x1 convolution's is a product added in place: where eager stores it, zeros between the stride's
+    positions included, and adds it in a pass of its own.
+    """
+    product = is_pointwise(unit, t) and dx.device.type == "cpu" and dx.dtype in (torch.float32, torch.float64)
+    if not product or not all(v.is_contiguous(memory_format=torch.channels_last) for v in (dx, dc)):
+        return dx.add_(input_gradient(dc, x, unit, t))
+    weight = t.weight.to(dx.dtype).flatten(1)  # [Cout, Cin]
+    kept = dx[:, :, :: unit.stride[0], :: unit.stride[1]]
+    columns = dc.permute(0, 2, 3, 1).flatten(0, 2)  # [P', Cout]
+    if unit.stride == (1, 1):
+        dx.permute(0, 2, 3, 1).view(-1, dx.shape[1]).addmm_(columns, weight)
+    else:
+        kept.permute(0, 2, 3, 1).add_((columns @ weight).view(*kept.permute(0, 2, 3, 1).shape))
+    return dx
+
+
+def library_gradients(
+    dc: Tensor, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors, both: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx and, if `both`, dweight of `convolve` from dc [N, Cout, H', W'], by torch's own convolution."""
+    window = unit.stride, unit.padding, unit.dilation, False, [0, 0], unit.groups
+    weight = t.weight.to(x.dtype)
+    return torch.ops.aten.convolution_backward(dc, x, weight, None, *window, [True, both, False])
+
+
+def input_gradient(dc: Tensor, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
+    """dx [N, Cin, H, W] of `convolve` from dc [N, Cout, H', W']."""
+    return library_gradients(dc, x, unit, t, False)[0]
+
+
 def convolution_backward(
-    dc: Tensor, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors, needs: ConvBNNeeds, need_dx: bool
+    ops: Dispatcher,
+    dc: Tensor,
+    x: Tensor,
+    unit: ConvBNConfig,
+    t: ConvBNTensors,
+    needs: ConvBNNeeds,
+    need_dx: bool,
+    onto: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight, dbias of `convolve` from dc [N, Cout, H', W'], None where not wanted."""
-    wanted = [need_dx, needs.weight, needs.conv_bias]
-    if not any(wanted):
-        return None, None, None
-    dx, dweight, dbias = torch.ops.aten.convolution_backward(
-        dc,
-        x,
-        t.weight.to(x.dtype),
-        [t.weight.shape[0]],
-        unit.stride,
-        unit.padding,
-        unit.dilation,
-        False,
-        [0, 0],
-        unit.groups,
-        wanted,
-    )
-    return (
-        dx if need_dx else None,
-        like_parameter(dweight, t.weight) if needs.weight else None,
-        like_parameter(dbias, t.conv_bias) if needs.conv_bias else None,  # type: ignore[arg-type]
-    )
+    """dx, dweight, dbias of `convolve` from dc [N, Cout, H', W'], None where not wanted.
+
+    onto: another gradient of x, which dx is added to, in its storage.
+    """
+    dx = dweight = dbias = None
+    window = unit.stride, unit.padding, unit.dilation, unit.groups
+    args = dc, x, (t.weight.shape[2], t.weight.shape[3]), *window
+    if need_dx and needs.weight and onto is None and ops.serving("conv_backward_weight", *args) == LIBRARY:
+        dx, dweight, _ = library_gradients(dc, x, unit, t, True)
+    elif need_dx:
+        dx = input_gradient(dc, x, unit, t) if onto is None else add_input_gradient(onto, dc, x, unit, t)
+    if needs.weight:
+        dweight = ops.conv_backward_weight(*args) if dweight is None else dweight
+        dweight = like_parameter(dweight, t.weight)
+    if needs.conv_bias:
+        assert t.conv_bias is not None
+        dbias = like_parameter(dc.sum((0, 2, 3)), t.conv_bias)
+    return dx, dweight, dbias
 
 
 def rows(c: Tensor) -> int:
@@ -100,13 +144,15 @@ def conv_bn_backward(
     needs: ConvBNNeeds,
     need_dx: bool,
     sums: tuple[Tensor, Tensor] | None = None,
+    onto: Tensor | None = None,
 ) -> tuple[Tensor | None, ConvBNGrads]:
     """Backward of relu(BN(conv(x))) inside a block.
 
     Args:
-        da: gradient of the activation [N, Cout, H', W']; with `sums` given it is dz already.
+        da: gradient of the activation [N, Cout, H', W'], given away; with `sums` given it is dz already.
         c: raw convolution output, like da.
         sums: `sum dz`, `sum dz*(c - mean)`, if the caller has them.
+        onto: as for `convolution_backward`.
 
     Returns:
         dx [N, Cin, H, W] if need_dx, and the gradients of the parameters.
@@ -117,6 +163,6 @@ def conv_bn_backward(
     grads = ops.bn_backward_coefficients(*sums, vectors, rows(c), unit.training)
     if not (need_dx or needs.weight or needs.conv_bias):
         return None, ConvBNGrads(None, None, *bn_parameter_grads(grads, t, needs))
-    dc, _ = ops.bn_add_relu_backward_input(da, c, vectors, grads, relu=relu)
-    dx, dweight, dbias = convolution_backward(dc, x, unit, t, needs, need_dx)
+    dc, _ = ops.bn_add_relu_backward_input(da, c, vectors, grads, relu=relu, reuse_dy=True)
+    dx, dweight, dbias = convolution_backward(ops, dc, x, unit, t, needs, need_dx, onto)
     return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs))

@@ -48,6 +48,8 @@ from fusedres.blocks.conv_bn import (
 from fusedres.dispatch import Dispatcher
 from fusedres.raw_ops import BatchNormVectors
 
+KEEPS_ACTIVATIONS = False
+
 
 def unsuitable(config: BlockConfig, units: tuple[ConvBNTensors, ...]) -> str | None:
     """Why this block has no Gram form, as a reason code, or None: it must end BN, ReLU, conv1x1 expanding twofold."""
@@ -277,7 +279,7 @@ def joined_input_gradient(
     dx, dc = ops.conv1x1_backward_input(
         da, c, v, grads, t.weight.to(x.dtype), unit.relu, shortcut_dy, shortcut_mask
     )
-    _, dweight, dbias = convolution_backward(dc, x, unit, t, needs, False)
+    _, dweight, dbias = convolution_backward(ops, dc, x, unit, t, needs, False)
     return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs))
 
 
@@ -296,5 +298,5 @@ def projection_backward(
     sums = ops.bn_add_relu_backward_reduce(dy, c, v, saved.mask, False)[:2]
     grads = ops.bn_backward_coefficients(*sums, v, rows(c), unit.training)
     dc, _ = ops.bn_add_relu_backward_input(dy, c, v, grads, saved.mask, False)
-    dx, dweight, dbias = convolution_backward(dc, x, unit, t, needs.units[-1], needs.x)
+    dx, dweight, dbias = convolution_backward(ops, dc, x, unit, t, needs.units[-1], needs.x)
     return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs.units[-1]))

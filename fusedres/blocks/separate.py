@@ -27,6 +27,8 @@ from fusedres.blocks.conv_bn import (
 )
 from fusedres.dispatch import Dispatcher
 
+KEEPS_ACTIVATIONS = True
+
 
 def forward(
     ops: Dispatcher,
@@ -37,17 +39,18 @@ def forward(
     save: bool,
 ) -> BlockOutput:
     """y [N, Cout, H', W'] from x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None."""
-    inner = len(config.main) - 1
+    last = len(config.main) - 1
     activations, convs, vectors = [], [], []
     a = x
-    for unit, t in zip(config.main, units, strict=False):
+    for i, (unit, t) in enumerate(zip(config.main, units, strict=False)):
         c, v = conv_bn_forward(ops, a, unit, t)
-        convs.append(c)
         vectors.append(v)
-        if len(convs) <= inner:
-            a, _ = ops.bn_add_relu_forward(c, v.scale, v.shift, relu=unit.relu)
+        if i < last:
+            a, _ = ops.bn_add_relu_forward(c, v.scale, v.shift, relu=unit.relu, reuse_c=not save)
+        if save:  # what nobody keeps is freed as the block goes on
+            convs.append(c)
             activations.append(a)
-    last = config.main[-1]
+    scale, shift, relu = v.scale, v.shift, config.main[last].relu
     residual_scale = residual_shift = None
     if config.projection is not None:
         residual, v = conv_bn_forward(ops, x, config.projection, units[-1])
@@ -56,11 +59,9 @@ def forward(
         residual_scale, residual_shift = v.scale, v.shift
     elif config.shortcut is Shortcut.IDENTITY:
         residual = x
-    c, v = convs[inner], vectors[inner]
-    y, mask = ops.bn_add_relu_forward(
-        c, v.scale, v.shift, residual, residual_scale, residual_shift, last.relu, save and last.relu
-    )
-    saved = Saved(tuple(activations), tuple(convs), tuple(vectors), mask, None) if save else None
+    shortcut = residual, residual_scale, residual_shift
+    y, mask = ops.bn_add_relu_forward(c, scale, shift, *shortcut, relu, save and relu, reuse_c=not save)
+    saved = Saved(tuple(activations[:last]), tuple(convs), tuple(vectors), mask, None) if save else None
     return BlockOutput(y, tuple(vectors), saved)
 
 
@@ -95,7 +96,10 @@ def backward(
 
     unit_grads: list[ConvBNGrads] = []
     a = saved.activations[last - 1] if last else x
-    da, dweight, dbias = convolution_backward(dc, a, unit, units[last], needs.units[last], needs.below(last))
+    onto = dshortcut if last == 0 and shortcut is Shortcut.IDENTITY else None
+    da, dweight, dbias = convolution_backward(
+        ops, dc, a, unit, units[last], needs.units[last], needs.below(last), onto
+    )
     unit_grads.append(ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, units[last], needs.units[last])))
     for i in reversed(range(last)):
         c = saved.convs[i]
@@ -113,20 +117,16 @@ def backward(
             units[i],
             needs.units[i],
             needs.below(i),
+            onto=dshortcut if i == 0 and shortcut is Shortcut.IDENTITY else None,
         )
         unit_grads.append(grads_i)
     unit_grads.reverse()
 
-    dx, dresidual = da, None
+    dx, dresidual = da, dshortcut if shortcut is Shortcut.TENSOR else None
     if projection is not None and grads_shortcut is not None:
-        dx_shortcut, dweight, dbias = convolution_backward(
-            dshortcut, x, projection, units[-1], needs.units[-1], needs.x
+        dx, dweight, dbias = convolution_backward(
+            ops, dshortcut, x, projection, units[-1], needs.units[-1], needs.x, dx
         )
         parameter_grads = bn_parameter_grads(grads_shortcut, units[-1], needs.units[-1])
         unit_grads.append(ConvBNGrads(dweight, dbias, *parameter_grads))
-        dx = dx if dx is None or dx_shortcut is None else dx.add_(dx_shortcut)
-    elif shortcut is Shortcut.IDENTITY:
-        dx = dx if dx is None else dx.add_(dshortcut)
-    elif shortcut is Shortcut.TENSOR:
-        dresidual = dshortcut
     return BlockGrads(dx, dresidual, tuple(unit_grads))

@@ -69,7 +69,7 @@ def backward(
     if not (need_dx or needs.weight or needs.conv_bias):
         return None, ConvBNGrads(None, None, *parameters)
     dc = ops.bn_relu_maxpool_backward_input(dy, indices, c, grads, *config.pool)
-    dx, dweight, dbias = convolution_backward(dc, x, config.unit, t, needs, need_dx)
+    dx, dweight, dbias = convolution_backward(ops, dc, x, config.unit, t, needs, need_dx)
     return dx, ConvBNGrads(dweight, dbias, *parameters)
 
 

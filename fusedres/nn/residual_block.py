@@ -6,7 +6,7 @@ The modules are read anew in every call: their parameters, modes and attributes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,17 @@ from torch import Tensor, nn
 from fusedres.autograd import ResidualBlock, without_autocast
 from fusedres.blocks import RECIPES
 from fusedres.blocks.choice import UNFUSED, Choice, choose
-from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, Shortcut, output_size
-from fusedres.dispatch import AUTO, Dispatcher, dispatcher
-from fusedres.nn.running_stats import update_running_stats, uses_batch_statistics
+from fusedres.blocks.config import (
+    BlockConfig,
+    ConvBNConfig,
+    ConvBNTensors,
+    Shortcut,
+    Size,
+    output_size,
+)
+from fusedres.dispatch import AUTO, OpaqueBackend, Ops, operators
+from fusedres.nn.running_stats import BatchStatistics, update_running_stats
+from fusedres.opaque_blocks import block_constants, residual_block_operator
 from fusedres.raw_ops import BatchNormVectors
 
 
@@ -45,20 +53,42 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
+def pair(value: Any) -> Size:
+    """A convolution's number for height and width: torch takes one for both as well."""
+    if type(value) is tuple and len(value) == 2:
+        return value
+    if isinstance(value, int):
+        return value, value
+    height, width = value if len(value) > 1 else (*value, *value)
+    return height, width
+
+
+def tensor(module: nn.Module, name: str) -> Any:
+    """module.name for a parameter or buffer, past the slow `nn.Module.__getattr__`."""
+    kept = module._parameters
+    if name in kept:
+        return kept[name]
+    buffers = module._buffers
+    return buffers[name] if name in buffers else getattr(module, name)
+
+
 def read_conv_bn(unit: ConvBN) -> tuple[ConvBNConfig, ConvBNTensors]:
+    """The unit's constants and tensors; the batch's statistics serve in training mode, or where there are no others."""
     conv, bn, relu = unit
-    training = uses_batch_statistics(bn)
+    mean, var = tensor(bn, "running_mean"), tensor(bn, "running_var")
+    training = bn.training or (mean is None and var is None)
     config = ConvBNConfig(
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        conv.dilation,  # type: ignore[arg-type]
+        pair(conv.stride),
+        pair(conv.padding),
+        pair(conv.dilation),
         conv.groups,
         bn.eps,
         training,
         relu,
     )
-    frozen = (None, None) if training else (bn.running_mean, bn.running_var)
-    return config, ConvBNTensors(conv.weight, conv.bias, bn.weight, bn.bias, *frozen)
+    weight, bias = tensor(conv, "weight"), tensor(conv, "bias")
+    frozen = (None, None) if training else (mean, var)
+    return config, ConvBNTensors(weight, bias, tensor(bn, "weight"), tensor(bn, "bias"), *frozen)
 
 
 def read_block(
@@ -89,33 +119,61 @@ def wants_gradient(call: BlockCall) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def run(call: BlockCall, recipe: str, ops: Dispatcher) -> Tensor:
+def run(call: BlockCall, recipe: str, ops: Ops) -> Tensor:
     """y of the block, by that recipe; running statistics are updated."""
-    config, tensors, norms, x, residual = call
+    config, tensors, _, x, residual = call
+    if isinstance(ops, OpaqueBackend):
+        constants = block_constants(config, tensors, recipe, ops.name)
+        y, statistics = residual_block_operator(x, residual, tensors, constants, wants_gradient(call))
+        with torch.no_grad():
+            move_running_stats(call, statistics)
+        return y
 
     def observe(vectors: tuple[BatchNormVectors, ...]) -> None:
-        for i, (unit, bn, v) in enumerate(zip(config.units, norms, vectors, strict=True)):
-            if unit.training:
-                update_running_stats(bn, v.mean, v.var, unit_rows(call, i))
+        move_running_stats(call, [(v.mean, v.var) for v in vectors])
 
     if wants_gradient(call):
         flat = [t for unit in tensors for t in unit]
         return ResidualBlock.apply(config, recipe, ops, observe, x, residual, *flat)
     with torch.no_grad(), without_autocast(x.device.type):
         out = RECIPES[recipe].forward(ops, config, x, residual, tensors, False)
-    observe(out.vectors)
+        observe(out.vectors)
     return out.y
 
 
-def unit_rows(call: BlockCall, index: int) -> int:
-    """P of the unit's output: spatial sizes follow from x through the strides of its path."""
-    units = list(zip(call.config.units, call.tensors, strict=True))
-    path = units[index:] if index == len(call.config.main) else units[: index + 1]
-    size = (call.x.shape[2], call.x.shape[3])
-    for unit, t in path:
-        kernel = (t.weight.shape[2], t.weight.shape[3])
-        size = output_size(size, kernel, unit.stride, unit.padding, unit.dilation)
-    return call.x.shape[0] * size[0] * size[1]
+def move_running_stats(call: BlockCall, statistics: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Moves every BN's running statistics; statistics: mean, var of the batch as `config.units`."""
+    seen = zip(call.config.units, call.norms, statistics, unit_sizes(call), strict=True)
+    n = call.x.shape[0]
+    update_running_stats(
+        [BatchStatistics(bn, *stats, n * h * w) for unit, bn, stats, (h, w) in seen if unit.training]
+    )
+
+
+def with_residual(call: BlockCall, recipe: str, ops: Ops, residual: Any) -> Tensor:
+    """y of a block read without a shortcut, plus a residual computed elsewhere.
+
+    A residual that is not like the main path's output is added by torch, with its promotion and broadcasting.
+    """
+    h, w = unit_sizes(call)[len(call.config.main) - 1]
+    shape = call.x.shape[0], call.tensors[len(call.config.main) - 1].weight.shape[0], h, w
+    if type(residual) is Tensor and residual.dtype is call.config.dtype and residual.shape == shape:
+        config = call.config._replace(shortcut=Shortcut.TENSOR)
+        return run(call._replace(config=config, residual=residual), recipe, ops)
+    *inner, last = call.config.main
+    config = call.config._replace(main=(*inner, last._replace(relu=False)))
+    return torch.relu(run(call._replace(config=config), recipe, ops) + residual)
+
+
+def unit_sizes(call: BlockCall) -> list[Size]:
+    """Height and width of every unit's output, as `config.units`."""
+    size: Size = (call.x.shape[2], call.x.shape[3])
+    sizes = [size]
+    for unit, t in zip(call.config.units, call.tensors, strict=True):
+        start = sizes[0] if len(sizes) > len(call.config.main) else sizes[-1]  # the projection starts from x
+        kernel = t.weight.shape[2], t.weight.shape[3]
+        sizes.append(output_size(start, kernel, unit.stride, unit.padding, unit.dilation))
+    return sizes[1:]
 
 
 def residual_block(
@@ -144,7 +202,7 @@ def residual_block(
         ValueError: unknown recipe; "auto" or "unfused" where no recipe applies.
         BackendUnavailableError: unknown backend.
     """
-    ops = dispatcher(backend)
+    ops = operators(backend)
     call = read_block(x, main, shortcut, identity)
     choice: Choice = choose(recipe, call.config, call.tensors, x, ops, wants_gradient(call))
     if choice.recipe == UNFUSED:

@@ -1,4 +1,4 @@
-"""The state machine of torch's BatchNorm2d: which statistics normalise, and how running ones move.
+"""How the running statistics of torch's BatchNorm2d move.
 
 Semantics of torch.nn.modules.batchnorm._BatchNorm.forward, split around a fused kernel that hands back the batch's
 mean and biased variance.
@@ -6,30 +6,49 @@ mean and biased variance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 
-def uses_batch_statistics(bn: nn.BatchNorm2d) -> bool:
-    """Training mode, or no running statistics to use instead."""
-    return bn.training or (bn.running_mean is None and bn.running_var is None)
+class BatchStatistics(NamedTuple):
+    """What one BN saw in a call: mean, var [C] of the batch, var biased; rows: P."""
+
+    bn: nn.BatchNorm2d
+    mean: Tensor
+    var: Tensor
+    rows: int
 
 
-@torch.no_grad()
-def update_running_stats(bn: nn.BatchNorm2d, mean: Tensor, var: Tensor, rows: int) -> None:
-    """Moves the running statistics, as torch does after a forward in training mode.
+def update_running_stats(seen: Sequence[BatchStatistics]) -> None:
+    """Moves the running statistics of every BN, as torch does after a forward in training mode.
 
-    mean, var [C]: of the batch, var biased; rows: P. momentum None gives the cumulative average.
+    momentum None gives the cumulative average. To be called without grad mode. The BNs are different modules.
     """
-    if not (bn.training and bn.track_running_stats) or bn.running_mean is None or bn.running_var is None:
+    moving = [s for s in seen if s.bn.training and s.bn.track_running_stats]
+    counters = [s.bn.num_batches_tracked for s in moving if s.bn.num_batches_tracked is not None]
+    if counters:
+        torch._foreach_add_(counters, 1)
+    moving = [s for s in moving if s.bn.running_mean is not None and s.bn.running_var is not None]
+    if not moving:
         return
-    momentum = bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    if momentum is None:
-        momentum = 0.0
-    unbiased = var * (rows / (rows - 1))
-    for running, batch in ((bn.running_mean, mean), (bn.running_var, unbiased)):
-        running.copy_(torch.lerp(running.to(batch.dtype), batch, momentum))
+    momenta = [momentum(s.bn) for s in moving]
+    unbiased = torch._foreach_mul([s.var for s in moving], [s.rows / (s.rows - 1) for s in moving])
+    for running, batch in (
+        ([s.bn.running_mean for s in moving], [s.mean for s in moving]),
+        ([s.bn.running_var for s in moving], unbiased),
+    ):
+        if all(r.dtype is b.dtype for r, b in zip(running, batch, strict=True)):  # type: ignore[union-attr]
+            torch._foreach_lerp_(running, batch, momenta)  # type: ignore[arg-type]
+            continue
+        for r, b, m in zip(running, batch, momenta, strict=True):
+            r.copy_(torch.lerp(r.to(b.dtype), b, m))  # type: ignore[union-attr]
+
+
+def momentum(bn: nn.BatchNorm2d) -> float:
+    """The weight of the newest batch, its counter moved already."""
+    if bn.momentum is not None:
+        return bn.momentum
+    return 0.0 if bn.num_batches_tracked is None else 1.0 / float(bn.num_batches_tracked)

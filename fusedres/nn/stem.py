@@ -9,9 +9,10 @@ from fusedres.autograd import ConvBNReLUMaxPool, without_autocast
 from fusedres.blocks import stem
 from fusedres.blocks.config import output_size
 from fusedres.blocks.stem import StemConfig
-from fusedres.dispatch import AUTO, Dispatcher, dispatcher
+from fusedres.dispatch import AUTO, OpaqueBackend, Ops, operators
 from fusedres.nn.residual_block import ConvBN, compute_dtype, read_conv_bn
-from fusedres.nn.running_stats import update_running_stats
+from fusedres.nn.running_stats import BatchStatistics, update_running_stats
+from fusedres.opaque_stem import stem_operator
 from fusedres.raw_ops import BatchNormVectors
 
 
@@ -29,7 +30,7 @@ def unsuitable_pool(pool: nn.MaxPool2d) -> bool:
     return not 1 <= window[0] <= 15  # type: ignore[operator]
 
 
-def stem_block(x: Tensor, unit: ConvBN, pool: nn.MaxPool2d, *, backend: str | Dispatcher = AUTO) -> Tensor:
+def stem_block(x: Tensor, unit: ConvBN, pool: nn.MaxPool2d, *, backend: str | Ops = AUTO) -> Tensor:
     """`maxpool(relu(BN(conv(x))))` with a hand-written backward.
 
     Args:
@@ -47,21 +48,31 @@ def stem_block(x: Tensor, unit: ConvBN, pool: nn.MaxPool2d, *, backend: str | Di
     """
     if unsuitable_pool(pool):
         raise ValueError(f"stem_block: needs a square window of at most 15 without dilation, found {pool}")
-    ops = dispatcher(backend) if isinstance(backend, str) else backend
+    ops = operators(backend) if isinstance(backend, str) else backend
     x = x.to(compute_dtype(x))
     config, tensors = read_conv_bn(unit)
     stem_config = StemConfig(config, *(single(v) for v in (pool.kernel_size, pool.stride, pool.padding)))  # type: ignore[arg-type]
 
-    def observe(vectors: tuple[BatchNormVectors, ...]) -> None:
+    def move(mean: Tensor, var: Tensor) -> None:
         if config.training:
             kernel = (unit.conv.weight.shape[2], unit.conv.weight.shape[3])
             size = (x.shape[2], x.shape[3])
             h, w = output_size(size, kernel, config.stride, config.padding, config.dilation)
-            update_running_stats(unit.bn, vectors[0].mean, vectors[0].var, x.shape[0] * h * w)
+            rows = x.shape[0] * h * w
+            update_running_stats([BatchStatistics(unit.bn, mean, var, rows)])
+
+    if isinstance(ops, OpaqueBackend):
+        y, statistics = stem_operator(x, stem_config, tensors, ops.name)
+        with torch.no_grad():
+            move(*statistics)
+        return y
+
+    def observe(vectors: tuple[BatchNormVectors, ...]) -> None:
+        move(vectors[0].mean, vectors[0].var)
 
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return ConvBNReLUMaxPool.apply(stem_config, ops, observe, x, *tensors)
     with torch.no_grad(), without_autocast(x.device.type):
         y, saved = stem.forward(ops, stem_config, x, tensors)
-    observe((saved.vectors,))
+        observe((saved.vectors,))
     return y

@@ -78,16 +78,17 @@ def shared_modules(model: nn.Module) -> set[int]:
     return shared
 
 
-def find_plan(module: nn.Module, shared: set[int]) -> Plan | None:
-    """The plan of a whole module, known or found anew; None if it looks like nothing. Raises NoMatch."""
+def find_plan(module: nn.Module, shared: set[int], renew: bool) -> Plan | None:
+    """The plan of a whole module; of a patched one the known plan, or with `renew` found anew. None if it looks like
+    nothing. Raises NoMatch."""
     known: Plan | None = vars(module)[install.STATE].plan if install.is_patched_block(module) else None
-    if known is not None and known.whole:
+    if known is not None and known.whole and not renew:
         return known
     plan: Plan
     if grammar.looks_residual(module):
-        plan = grammar.plan(module)
+        plan = grammar.plan(install.original_view(module))
     elif stems.looks_like_stem(module):
-        plan = stems.plan_stem_module(module)
+        plan = stems.plan_stem_module(install.original_view(module))
     else:
         return None
     units = [module.get_submodule(path) for unit in plan.units for path in (unit.conv, unit.bn)]
@@ -105,8 +106,11 @@ def find_stem(name: str, model: nn.Module) -> Found:
         return Found(name, model, None, refusal.code)
 
 
-def find(model: nn.Module) -> list[Found]:
-    """The residual blocks of the model, outermost first, and the innermost modules that only look like one."""
+def find(model: nn.Module, renew: bool = False) -> list[Found]:
+    """The residual blocks of the model, outermost first, and the innermost modules that only look like one.
+
+    renew: look at patched blocks again, for what changed in them since.
+    """
     shared, seen = shared_modules(model), set()
 
     def visit(name: str, module: nn.Module) -> Iterator[Found]:
@@ -117,7 +121,7 @@ def find(model: nn.Module) -> list[Found]:
         if stems.has_stem(install.base_class(module)):
             yield find_stem(f"{name}.{STEM}" if name else STEM, module)
         try:
-            if (plan := find_plan(module, shared)) is not None:
+            if (plan := find_plan(module, shared, renew)) is not None:
                 yield Found(name, module, plan, None)
                 return
         except NoMatch as refusal:
@@ -192,7 +196,7 @@ def patch(
     check_model(model, "patch")
     check_recipe(recipe)
     check_backend(backend)
-    found = [choose_block(f, include, exclude) for f in find(model)]
+    found = [choose_block(f, include, exclude) for f in find(model, renew=True)]
     if not found:
         raise UnsupportedModelError(
             f"fusedres.patch: no residual block found in {type(model).__name__}; it needs modules that compute "

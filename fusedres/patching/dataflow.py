@@ -127,7 +127,7 @@ def is_frozen_norm(module: nn.Module) -> bool:
     """Whether it holds a BN's four vectors without being one of torch's; what it does with them, the dataflow says."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm) or module._modules:
         return False
-    tensors = [getattr(module, name, None) for name in FROZEN_TENSORS]
+    tensors = [module._parameters.get(name, module._buffers.get(name)) for name in FROZEN_TENSORS]
     return all(isinstance(t, Tensor) and t.is_floating_point() and t.dim() == 1 for t in tensors) and (
         len({t.shape for t in tensors}) == 1  # type: ignore[union-attr]
     )
@@ -193,6 +193,8 @@ def prepare(clone: nn.Module, training: bool) -> set[str]:
     return frozen
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def read(module: nn.Module, channels: int, training: bool) -> Dataflow:
     """The dataflow of `module` on an input of that many channels, in training or evaluation mode.
 
@@ -216,7 +218,7 @@ def read(module: nn.Module, channels: int, training: bool) -> Dataflow:
     recorder = CallRecorder(clone, x)
     before, python_rng, torch_rng = plain_state(clone), random.getstate(), torch.get_rng_state()
     try:
-        with torch.enable_grad(), observer:
+        with observer:
             out = functional_call(clone, state, (x,))
     except Exception as error:
         raise DryRunError(f"dry_run_failed:{type(error).__name__}") from error

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from fusedres.blocks.config import Shortcut
-from fusedres.patching import dataflow
+from fusedres.patching import dataflow, structure
 from fusedres.patching.dataflow import INPUT, PARAMETER, Dataflow, DryRunError, Node
 from fusedres.patching.norms import BN, Norm, read_norm
-from fusedres.patching.plan import BlockPlan, ConvBNNames, ModuleAttributes
+from fusedres.patching.plan import BlockPlan, ConvBNNames
 
 CONV, RELU, ADD = "Convolution", "Relu", "Add"
 ACTIVATIONS = {
@@ -37,7 +37,6 @@ ACTIVATIONS = {
     "Prelu",
 }
 KNOWN = {CONV, BN, RELU, ADD, INPUT, PARAMETER}
-PLAIN = (bool, int, float, str, type(None))
 MAX_CONVS = 4  # of a main path
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)
 
@@ -202,25 +201,6 @@ def geometry(conv: nn.Conv2d) -> tuple:
     return conv.stride, conv.padding, conv.dilation, conv.groups
 
 
-def structure(module: nn.Module) -> tuple[tuple[str, type], ...]:
-    return tuple((path, type(m)) for path, m in module.named_modules(remove_duplicate=False) if path)
-
-
-def is_plain(value: object) -> bool:
-    return isinstance(value, PLAIN) or (isinstance(value, tuple) and all(is_plain(v) for v in value))
-
-
-def plain_attributes(module: nn.Module) -> tuple[ModuleAttributes, ...]:
-    """Flags and numbers that a forward may branch on: the block's own, and those of the containers in it."""
-    found = []
-    for path, m in module.named_modules():
-        if path and (not m._modules or type(m).__module__.startswith("torch.") or isinstance(m, nn.Conv2d)):
-            continue
-        plain = tuple((k, v) for k, v in vars(m).items() if k != "training" and is_plain(v))
-        found.append(ModuleAttributes(path, plain))
-    return tuple(found)
-
-
 def by_name(form: Form, module: nn.Module, flow: Dataflow) -> tuple:
     """The form without nodes: what both modes must agree on."""
     units = form.main if form.projection is None else (*form.main, form.projection)
@@ -270,7 +250,7 @@ def plan(module: nn.Module) -> BlockPlan:
     main = len(forms[0].main)
     main_names = (*named[: main - 1], named[main - 1]._replace(relu=True))
     projection = named[-1] if shortcut is Shortcut.PROJECTION else None
-    return BlockPlan(main_names, shortcut, projection, paths, structure(module), plain_attributes(module))
+    return BlockPlan(main_names, shortcut, projection, paths, structure.describe(module))
 
 
 def looks_residual(module: nn.Module) -> bool:

@@ -1,209 +1,207 @@
 """Whether one call of a patched block may run fused: cheap checks, each with its reason code.
 
-What a recipe cannot reproduce exactly goes to the original forward. Nothing is cached between calls.
+What a recipe cannot reproduce exactly goes to the original forward. Nothing is cached between calls. In the order of
+their cost: `unfit_call`, `unfit_input`, then the modules (`structure.resolve`), `unreadable` on them, and `unfit_block`
+on what was read from them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-from fusedres.blocks.config import Shortcut, Size, output_size
-from fusedres.nn.residual_block import compute_dtype
-from fusedres.nn.running_stats import uses_batch_statistics
+from fusedres.blocks.config import ConvBNConfig, ConvBNTensors, Shortcut
+from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype, tensor, unit_sizes
 from fusedres.nn.stem import single, unsuitable_pool
-from fusedres.patching.plan import BlockPlan, ConvBNNames, Plan, StemPlan
+from fusedres.patching.norms import FrozenNorm
 from fusedres.raw_ops import ACTIVATION_DTYPES
 
 DISABLED: ContextVar[bool] = ContextVar("fusedres_disabled", default=False)
+DISABLED_SCOPES: list[object] = []  # entered now, in any thread: what a graph being compiled goes by
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 DEVICES = ("cpu", "cuda")
+PROXY_MODE = torch._C._TorchDispatchModeKey.PROXY
 
 
 def transformed() -> str | None:
     """A reason if torch is tracing, exporting or transforming: those want the original operations."""
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
         return "tracing"
-    if torch._C._are_functorch_transforms_active():
+    if not torch.compiler.is_dynamo_compiling() and torch._C._get_dispatch_mode(PROXY_MODE) is not None:
         return "tracing"
     return "forward_ad" if torch.autograd.forward_ad._current_level >= 0 else None
 
 
-def has_hooks(module: Any) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def has_global_hooks() -> bool:
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
-def stem_changed(model: nn.Module, plan: Plan) -> str | None:
-    """A reason if the submodules that a model's stem consists of are not those of the plan, or have hooks."""
-    if has_global_hooks():
-        return "hooks"
-    for path, expected in plan.structure:
-        module = model._modules.get(path)
-        if module is None or type(module) is not expected:
-            return "module_replaced"
-        if has_hooks(module):
-            return "hooks"
-        if "forward" in vars(module):
-            return "instance_forward"
-    return None
-
-
-def structure_changed(block: nn.Module, plan: Plan) -> str | None:
-    """A reason if the submodules or the block's plain attributes are not those of the plan, or have hooks."""
-    if has_global_hooks():
-        return "hooks"
-    modules = block.named_modules(remove_duplicate=False)
-    next(modules)
-    for path, expected in plan.structure:
-        found, module = next(modules, (None, None))
-        if module is None or found != path or type(module) is not expected:
-            return "module_replaced"
-        if has_hooks(module):
-            return "hooks"
-        if "forward" in vars(module):
-            return "instance_forward"
-    if next(modules, None) is not None:
-        return "module_replaced"
-    for path, values in plan.attributes or ():
-        attributes = vars(block.get_submodule(path))
-        if any(attributes.get(k, plan) != v for k, v in values):
-            return "attribute_changed"
-    return None
-
-
-def unfit_tensor(tensor: Tensor | None, x: Tensor) -> str | None:
-    if tensor is None:
-        return None
-    if type(tensor) not in PLAIN_TENSORS:
+def unfit_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """A reason that lies in how the method is called, whatever the block."""
+    if DISABLED_SCOPES and (torch.compiler.is_compiling() or DISABLED.get()):
+        return "disabled"
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+        return "signature"
+    if type(args[0]) not in PLAIN_TENSORS:
         return "tensor_subclass"
-    return None if tensor.device == x.device else "device"
+    return transformed()
 
 
-def unfit_unit(block: nn.Module, names: ConvBNNames, x: Tensor, dtype: torch.dtype) -> str | None:
-    """A reason if this convolution and BN cannot run on x: kinds of tensors, devices, dtypes."""
-    conv, bn = block.get_submodule(names.conv), block.get_submodule(names.bn)
-    tensors = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    for tensor in tensors:
-        if (reason := unfit_tensor(tensor, x)) is not None:  # type: ignore[arg-type]
-            return reason
-    conv_dtypes = (dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else (dtype,)
-    if conv.weight.dtype not in conv_dtypes or (
-        conv.bias is not None and conv.bias.dtype is not conv.weight.dtype
-    ):
-        return "dtype"
-    bn_dtypes = {t.dtype for t in tensors[2:] if t is not None}
-    # a frozen norm is plain arithmetic: constants of another dtype would change the result's
-    if len(bn_dtypes) > 1 or not bn_dtypes <= ({dtype} if names.frozen else {dtype, torch.float32}):
-        return "dtype"
-    if names.frozen and (bn.running_mean.requires_grad or bn.running_var.requires_grad):
-        return "trainable_statistics"
-    if conv.padding_mode != "zeros":
-        return "attribute_changed"
-    return None
+def unfit_input(x: Tensor, casts: bool) -> str | None:
+    """A reason if x cannot be served: rank, emptiness, device, dtype, layout.
 
-
-def unfit_input(block: nn.Module, plan: Plan, x: Tensor) -> str | None:
-    """A reason if x itself cannot be served: rank, channels, emptiness, dtype, device, layout."""
+    casts: x may be cast to the dtype of the convolutions first.
+    """
+    if x.layout is not torch.strided:
+        return "tensor_subclass"
     if x.dim() != 4:
         return "input_rank"
-    first = block.get_submodule(plan.main[0].conv)
-    if x.shape[1] != first.in_channels:
-        return "input_channels"
     if x.numel() == 0:
         return "empty_batch"
     if x.device.type not in DEVICES:
         return "device"
     dtype = compute_dtype(x)
     # a residual is added in x's own dtype: a block that autocast would feed two dtypes is left to torch
-    if dtype not in ACTIVATION_DTYPES or (x.dtype is not dtype and isinstance(plan, BlockPlan)):
+    if dtype not in ACTIVATION_DTYPES or not (casts or x.dtype is dtype):
         return "dtype"
     if x.is_cuda and not x.is_contiguous(memory_format=torch.channels_last):
         return "layout_nchw"
     return None
 
 
-def size_after(block: nn.Module, names: tuple[ConvBNNames, ...], x: Tensor) -> Size:
-    """Height and width after these convolutions."""
-    size: Size = (x.shape[2], x.shape[3])
-    for unit in names:
-        conv: Any = block.get_submodule(unit.conv)
-        size = output_size(size, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    return size
-
-
-def pooling(model: nn.Module, plan: StemPlan) -> nn.MaxPool2d | None:
-    """The stem's pooling as it is now."""
-    if isinstance(plan.pool, str):
-        return model.get_submodule(plan.pool)  # type: ignore[return-value]
-    return None if plan.pool is None else nn.MaxPool2d(*plan.pool)
-
-
-def unfit_pool(pool: nn.MaxPool2d | None, size: Size) -> bool:
-    """Whether a pooling rewritten since patching is outside what the stem serves, or has no output at all."""
-    if pool is None:
-        return False
-    if unsuitable_pool(pool):
-        return True
-    kernel, padding = single(pool.kernel_size), single(pool.padding)
-    return 2 * padding > kernel or min(size) + 2 * padding < kernel  # type: ignore[operator]
-
-
-def unfit_shapes(block: nn.Module, plan: Plan, x: Tensor) -> str | None:
-    """A reason if geometries rewritten since patching no longer meet, or BN would see one value per channel."""
-    for unit in plan.units:
-        conv: Any = block.get_submodule(unit.conv)
+def unreadable(units: Sequence[ConvBN]) -> str | None:
+    """A reason if the modules cannot be read as a block's data."""
+    for conv, bn, _ in units:
         if isinstance(conv.padding, str):
             return "geometry_changed"
-    size = size_after(block, plan.main, x)
-    if min(size) < 1 or (isinstance(plan, StemPlan) and unfit_pool(pooling(block, plan), size)):
-        return "geometry_changed"
-    if plan.projection is not None and size_after(block, (plan.projection,), x) != size:
-        return "geometry_changed"
-    if plan.shortcut is Shortcut.IDENTITY and size != tuple(x.shape[2:]):
-        return "geometry_changed"
-    for i in range(len(plan.main)):
-        h, w = size_after(block, plan.main[: i + 1], x)
-        if plan.main[i].frozen or x.shape[0] * h * w > 1:
+        if conv.padding_mode != "zeros":
+            return "attribute_changed"
+        weight = tensor(conv, "weight")
+        if weight is None or weight.dim() != 4:
+            return "parameter_shape"
+        if (tensor(bn, "running_mean") is None) != (tensor(bn, "running_var") is None):
+            return "parameter_shape"
+    norms = [id(unit.bn) for unit in units]
+    return "shared_module" if len(set(norms)) < len(norms) else None
+
+
+def unfit_tensors(
+    tensors: Sequence[Tensor], device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> str | None:
+    """A reason unless all are plain, on that device, and of one of the dtypes."""
+    kinds = {(type(t), t.layout, t.device, t.dtype) for t in tensors}
+    for cls, layout, found, dtype in kinds:
+        if cls not in PLAIN_TENSORS or layout is not torch.strided:
+            return "tensor_subclass"
+        if found != device:
+            return "device"
+        if dtype not in dtypes:
+            return "dtype"
+    return "dtype" if len({kind[-1] for kind in kinds}) > 1 else None
+
+
+def unfit_geometry(unit: ConvBNConfig) -> bool:
+    return (
+        unit.stride[0] < 1
+        or unit.stride[1] < 1
+        or unit.dilation[0] < 1
+        or unit.dilation[1] < 1
+        or unit.padding[0] < 0
+        or unit.padding[1] < 0
+        or unit.groups < 1
+    )
+
+
+def is_nchw(weight: Tensor) -> bool:
+    """By strides alone, as torch's convolution reads a layout: a 1x1 weight is contiguous in both."""
+    _, cin, height, width = weight.shape
+    return weight.stride() == (cin * height * width, height * width, width, 1)
+
+
+def norm_vectors(t: ConvBNTensors, bn: nn.BatchNorm2d) -> list[Tensor]:
+    """Every vector that the BN has, whether the call reads it or moves it."""
+    vectors = t.bn_weight, t.bn_bias, tensor(bn, "running_mean"), tensor(bn, "running_var")
+    return [v for v in vectors if v is not None]
+
+
+def unfit_frozen(call: BlockCall) -> str | None:
+    """A reason if a frozen norm's constants would give another dtype, which its arithmetic promotes, or a gradient."""
+    for t, bn in zip(call.tensors, call.norms, strict=True):
+        if not isinstance(bn, FrozenNorm):
             continue
-        if uses_batch_statistics(block.get_submodule(plan.main[i].bn)):  # type: ignore[arg-type]
-            return "single_value_per_channel"
+        vectors = norm_vectors(t, bn)
+        if any(v.dtype is not call.config.dtype for v in vectors):
+            return "dtype"
+        if any(v is not None and v.requires_grad for v in (t.mean, t.var)):
+            return "trainable_statistics"
     return None
 
 
-def refusal(block: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The reason code for running this call by the original forward, or None."""
-    if DISABLED.get():
-        return "disabled"
-    if (reason := transformed()) is not None:
+def unfit_pool(call: BlockCall, pool: nn.MaxPool2d) -> bool:
+    """Whether a stem's pooling, rewritten since patching, is outside what is served or has no output at all."""
+    if unsuitable_pool(pool):
+        return True
+    kernel, padding = single(pool.kernel_size), single(pool.padding)
+    ((height, width),) = unit_sizes(call)
+    return 2 * padding > kernel or min(height, width) + 2 * padding < kernel  # type: ignore[operator]
+
+
+def unfit_block(call: BlockCall) -> str | None:
+    """A reason if what was read of the block does not fit x, or does not fit together."""
+    config, x = call.config, call.x
+    device = x.device
+    norms = [norm_vectors(t, bn) for t, bn in zip(call.tensors, call.norms, strict=True)]
+    convs = [t for unit in call.tensors for t in unit[:2] if t is not None]
+    castable = (config.dtype, torch.float32)
+    casts = torch.is_autocast_enabled(device.type) and config.dtype is not torch.float64
+    dtypes = castable if casts else castable[:1]
+    reason = unfit_tensors(convs, device, dtypes)
+    if (reason := reason or unfit_tensors([v for n in norms for v in n], device, castable)) is not None:
         return reason
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-        return "signature"
-    x = args[0]
-    if type(x) not in PLAIN_TENSORS:
-        return "tensor_subclass"
-    changed = structure_changed(block, plan) if plan.whole else stem_changed(block, plan)
-    if (reason := changed or unfit_input(block, plan, x)) is not None:
+    if (reason := unfit_frozen(call)) is not None:
         return reason
-    dtype = compute_dtype(x)
-    for unit in plan.units:
-        if (reason := unfit_unit(block, unit, x, dtype)) is not None:
-            return reason
-    return unfit_shapes(block, plan, x)
+    if any(map(unfit_geometry, config.units)):
+        return "geometry_changed"
+    if not x.is_contiguous(memory_format=torch.channels_last) and not all(
+        is_nchw(t.weight) for t in call.tensors
+    ):
+        return "layout_mixed"
+    for t, vectors in zip(call.tensors, norms, strict=True):
+        given = vectors if t.conv_bias is None else (*vectors, t.conv_bias)
+        if any(v.dim() != 1 or v.numel() != t.weight.shape[0] for v in given):
+            return "parameter_shape"
+    return unfit_channels(call) or unfit_sizes(call)
+
+
+def unfit_channels(call: BlockCall) -> str | None:
+    """A reason if a convolution's channels are not those that the one before, or x, gives."""
+    config = call.config
+    main = len(config.main)
+    given = channels = call.x.shape[1]
+    for i, (unit, t) in enumerate(zip(config.units, call.tensors, strict=True)):
+        shape = t.weight.shape
+        if shape[1] * unit.groups != (channels if i < main else given):
+            return "input_channels" if i in (0, main) else "parameter_shape"
+        if i < main:
+            channels = shape[0]
+        elif shape[0] != channels:
+            return "parameter_shape"
+    identity = config.shortcut is Shortcut.IDENTITY
+    return "parameter_shape" if identity and channels != given else None
+
+
+def unfit_sizes(call: BlockCall) -> str | None:
+    """A reason if the paths do not meet, or a BN would see one value per channel."""
+    config, x = call.config, call.x
+    sizes = unit_sizes(call)
+    if any(h < 1 or w < 1 for h, w in sizes):
+        return "geometry_changed"
+    end = sizes[len(config.main) - 1]
+    if config.projection is not None and sizes[-1] != end:
+        return "geometry_changed"
+    if config.shortcut is Shortcut.IDENTITY and end != tuple(x.shape[2:]):
+        return "geometry_changed"
+    n = x.shape[0]
+    if any(unit.training and n * h * w == 1 for unit, (h, w) in zip(config.units, sizes, strict=True)):
+        return "single_value_per_channel"
+    return None

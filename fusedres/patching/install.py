@@ -9,27 +9,36 @@ from __future__ import annotations
 
 import copyreg
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, reduce, wraps
 from operator import add
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fusedres.blocks.choice import UNFUSED, choose, choose_stem
+from fusedres.blocks.choice import UNFUSED, choose, choose_stem, never_fused
 from fusedres.blocks.config import Shortcut
-from fusedres.dispatch import dispatcher
+from fusedres.dispatch import Ops, dispatcher, opaque_backend
 from fusedres.errors import UnsupportedModelError
-from fusedres.nn.residual_block import ConvBN, compute_dtype, read_block, run, wants_gradient
+from fusedres.nn.residual_block import (
+    ConvBN,
+    compute_dtype,
+    read_block,
+    run,
+    wants_gradient,
+    with_residual,
+)
 from fusedres.nn.stem import stem_block
-from fusedres.patching import guards
-from fusedres.patching.norms import frozen_norm
+from fusedres.patching import guards, structure
+from fusedres.patching.norms import FrozenNorm
 from fusedres.patching.plan import BASE, STATE, BlockPlan, ConvBNNames, Plan, StemPlan
 from fusedres.patching.reasons import describe
 
 logger = logging.getLogger("fusedres")
+ORIGINAL = "__fusedres_original__"  # the attribute of a patched class that holds the method it replaced
 
 
 @dataclass
@@ -49,6 +58,14 @@ def log_once(class_name: str, recipe: str, code: str) -> None:
     logger.info("%s runs %s: %s: %s", class_name, recipe, code.partition(":")[0], describe(code))
 
 
+class Outcome(NamedTuple):
+    """What a call came to: the recipe, why it is not the one asked for, and y unless the recipe is `unfused`."""
+
+    recipe: str
+    reason: str | None
+    y: Tensor | None = None
+
+
 class AfterStem:
     """A model as its own method sees it once its stem has run: the stem's first part gives y, the others hand it on."""
 
@@ -59,75 +76,108 @@ class AfterStem:
         return getattr(self.__dict__["model"], name)
 
 
-def conv_bn(block: nn.Module, names: ConvBNNames) -> ConvBN:
-    conv, bn = block.get_submodule(names.conv), block.get_submodule(names.bn)
-    return ConvBN(conv, frozen_norm(bn, names.eps) if names.frozen else bn, names.relu)  # type: ignore[arg-type]
-
-
 def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One call of a patched method: fused if nothing speaks against it, else by the original method."""
     state: BlockState = vars(module)[STATE]
-    plan = state.plan
-    if torch.compiler.is_compiling():  # Inductor fuses the original; opaque ops would stop it
-        return getattr(base_class(module), plan.method)(module, *args, **kwargs)
-    reason = guards.refusal(module, plan, args, kwargs)
-    recipe, y = UNFUSED, None
-    if reason is None:
-        fused = fused_stem if isinstance(plan, StemPlan) and plan.pool is not None else fused_block
-        recipe, reason, y = fused(module, state, args[0])
+    base, plan = base_class(module), state.plan
+    original = getattr(base, plan.method)
+    goes_on = isinstance(plan, StemPlan) and plan.goes_on
+    if torch.compiler.is_compiling():  # a graph cannot hold what is noted below, nor a model's stand-in
+        y = None if goes_on else attempt(module, state, args, kwargs, opaque_backend).y
+        return original(module, *args, **kwargs) if y is None else y
+    recipe, reason, y = attempt(module, state, args, kwargs, dispatcher)
     state.runs_as, state.reason = recipe, reason
     if reason is not None:
-        log_once(base_class(module).__qualname__, recipe, reason)
-    original = getattr(base_class(module), plan.method)
-    if recipe == UNFUSED:
+        log_once(base.__qualname__, recipe, reason)
+    if y is None:
         return original(module, *args, **kwargs)
     if isinstance(plan, StemPlan) and plan.goes_on:
-        assert y is not None
-        return original(AfterStem(module, [path for path, _ in plan.structure], y), args[0])
+        return original(AfterStem(module, [path for path, _ in plan.parts], y), args[0])
     return y
 
 
-def fused_block(block: nn.Module, state: BlockState, x: Tensor) -> tuple[str, str | None, Tensor | None]:
-    """The recipe, why it is not the one asked for, and y unless the recipe is `unfused`."""
-    plan, ops = state.plan, dispatcher(state.backend)
-    main = [conv_bn(block, names) for names in plan.main]
-    shortcut = None if plan.projection is None else conv_bn(block, plan.projection)
-    x = x.to(compute_dtype(x))
+def unit(modules: dict[str, Any], names: ConvBNNames) -> ConvBN:
+    bn = modules[names.bn]
+    if names.frozen:
+        bn = FrozenNorm(bn, names.eps)
+    return ConvBN(modules[names.conv], bn, names.relu)
+
+
+def attempt(
+    module: nn.Module,
+    state: BlockState,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    ops_for: Callable[[str], Ops],
+) -> Outcome:
+    """The call's outcome; what is cheap to find out comes first. ops_for: from a backend's name, what runs it."""
+    if state.recipe == UNFUSED:
+        return Outcome(UNFUSED, None)
+    if (reason := guards.unfit_call(args, kwargs)) is not None:
+        return Outcome(UNFUSED, reason)
+    x, plan = args[0], state.plan
+    if (reason := guards.unfit_input(x, isinstance(plan, StemPlan))) is not None:
+        return Outcome(UNFUSED, reason)
+    ops, dtype = ops_for(state.backend), compute_dtype(x)
+    if never_fused(state.recipe, x, dtype, ops):
+        return Outcome(UNFUSED, "no_faster_recipe")
+    if getattr(type(module), ORIGINAL) is not getattr(base_class(module), plan.method):
+        return Outcome(UNFUSED, "forward_replaced")
+    if isinstance(plan, StemPlan) and not plan.whole:
+        modules = structure.resolve_stem(module, plan)
+    else:
+        modules = structure.resolve(module, plan.structure)
+    if isinstance(modules, str):
+        return Outcome(UNFUSED, modules)
+    units = [unit(modules, names) for names in plan.units]
+    if (reason := guards.unreadable(units)) is not None:
+        return Outcome(UNFUSED, reason)
+    return fused(plan, state.recipe, ops, modules, units, x if x.dtype is dtype else x.to(dtype))
+
+
+def fused(
+    plan: Plan, requested: str, ops: Ops, modules: dict[str, Any], units: list[ConvBN], x: Tensor
+) -> Outcome:
+    """The outcome once the modules are known to be those of the plan; x in the dtype of the convolutions."""
+    main, shortcut = (units, None) if plan.projection is None else (units[:-1], units[-1])
     data = read_block(x, main, shortcut, plan.shortcut is Shortcut.IDENTITY)
-    recipe, reason = choose(state.recipe, data.config, data.tensors, x, ops, wants_gradient(data))
+    if (reason := guards.unfit_block(data)) is not None:
+        return Outcome(UNFUSED, reason)
+    if isinstance(plan, StemPlan) and plan.pool is not None:
+        pool = modules[plan.pool] if isinstance(plan.pool, str) else nn.MaxPool2d(*plan.pool)
+        if guards.unfit_pool(data, pool):
+            return Outcome(UNFUSED, "geometry_changed")
+        recipe, reason = choose_stem(requested, x, ops, wants_gradient(data))
+        if recipe == UNFUSED:
+            return Outcome(recipe, reason)
+        return Outcome(recipe, reason, stem_block(x, main[0], pool, backend=ops))
+    recipe, reason = choose(requested, data.config, data.tensors, x, ops, wants_gradient(data))
     if recipe == UNFUSED:
-        return recipe, reason, None
+        return Outcome(recipe, reason)
     if isinstance(plan, BlockPlan) and plan.shortcut_paths:
-        residual = reduce(add, [block.get_submodule(path)(x) for path in plan.shortcut_paths])
-        data = read_block(x, main, residual, False)
-    return recipe, reason, run(data, recipe, ops)
+        residual = reduce(add, [modules[path](x) for path in plan.shortcut_paths])
+        return Outcome(recipe, reason, with_residual(data, recipe, ops, residual))
+    return Outcome(recipe, reason, run(data, recipe, ops))
 
 
-def fused_stem(model: nn.Module, state: BlockState, x: Tensor) -> tuple[str, str | None, Tensor | None]:
-    """As `fused_block`, for a stem with pooling."""
-    plan, ops = state.plan, dispatcher(state.backend)
-    assert isinstance(plan, StemPlan)
-    unit = conv_bn(model, plan.unit)
-    recipe, reason = choose_stem(state.recipe, x, ops, torch.is_grad_enabled())
-    if recipe == UNFUSED:
-        return recipe, reason, None
-    pool = guards.pooling(model, plan)
-    assert pool is not None
-    return recipe, reason, stem_block(x, unit, pool, backend=ops)
+def patched_class(base: type, method: str) -> Any:
+    """The subclass that a module of class `base` is given, with that method replaced."""
+    return subclass(base, method, getattr(base, method))
 
 
 @cache
-def patched_class(base: type, method: str) -> Any:
-    """The subclass that a module of class `base` is given, with that method replaced."""
+def subclass(base: type, method: str, original: Any) -> Any:
+    """The patched class of `base` while its method is `original`."""
 
-    original, fused_or_not = getattr(base, method), call
+    fused_or_not = call
 
     def template(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return fused_or_not(self, args, kwargs)
 
     # torch.jit.script compiles the source of the original, which `wraps` points to, with the names that are global
     # here: they must be the original's
-    code, closure = template.__code__, template.__closure__
+    # a copy: Dynamo keeps what it compiled with the code object, up to a limit for each
+    code, closure = template.__code__.replace(co_name=method), template.__closure__
     replacement = wraps(original)(FunctionType(code, original.__globals__, method, None, closure))
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
@@ -146,6 +196,7 @@ def patched_class(base: type, method: str) -> Any:
             "__reduce_ex__": reduce_ex,
             method: replacement,
             BASE: base,
+            ORIGINAL: original,
         },
     )
     return patched
@@ -164,6 +215,16 @@ def is_patched_block(module: nn.Module) -> bool:
 def base_class(module: nn.Module) -> Any:
     """The class a module had before `install`; its own where it has none of ours."""
     return getattr(type(module), BASE, type(module))
+
+
+def original_view(module: nn.Module) -> nn.Module:
+    """The module as it was before `install`, over the same parts; itself where it is not patched."""
+    if not is_patched_block(module):
+        return module
+    cls = base_class(module)
+    view = cls.__new__(cls)
+    view.__dict__.update({k: v for k, v in vars(module).items() if k != STATE})
+    return view
 
 
 def install(block: nn.Module, state: BlockState) -> None:

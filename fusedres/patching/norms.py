@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from fusedres.patching.dataflow import EPS_PROBE, FROZEN_TENSORS, PARAMETER, Node
 
@@ -34,21 +34,14 @@ class Norm(NamedTuple):
     frozen: Frozen | None
 
 
-class FrozenNorm(NamedTuple):
-    """A frozen norm with the attributes of torch's BatchNorm2d in evaluation mode. Vectors [C]."""
+class FrozenNorm:
+    """A frozen norm, read as torch's BatchNorm2d in evaluation mode is; `eps` as in `Frozen`."""
 
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    eps: float
-    training: bool = False
+    training = False
 
-
-def frozen_norm(module: nn.Module, eps: float | None) -> FrozenNorm:
-    """The module's constants as they are now; `eps` as in `Frozen`."""
-    weight, bias, mean, var = (getattr(module, name) for name in FROZEN_TENSORS)
-    return FrozenNorm(weight, bias, mean, var, module.eps if eps is None else eps)  # type: ignore[arg-type]
+    def __init__(self, module: nn.Module, eps: float | None) -> None:
+        self._parameters, self._buffers = module._parameters, module._buffers
+        self.eps = module.eps if eps is None else eps
 
 
 def read_norm(node: Node | None) -> Norm | None:

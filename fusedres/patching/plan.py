@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from fusedres.blocks.config import Shortcut
 
-STATE = "_fusedres"  # attribute of a patched module: its plan, and what its last call did
-BASE = "__fusedres_base__"  # attribute of its class: the class it had before
+STATE = "_fusedres"  # the attribute of a patched block that holds its plan
+BASE = "__fusedres_base__"  # the attribute of a patched class that holds the class it was made from
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation, groups
 
 
@@ -28,26 +28,27 @@ class ConvBNNames(NamedTuple):
     eps: float | None = None
 
 
-class ModuleAttributes(NamedTuple):
-    """A module's path inside the block, and its plain attributes."""
+class Submodule(NamedTuple):
+    """One module of a block as found: its path, its class, its children's names in order, its own attributes."""
 
     path: str
-    values: tuple[tuple[str, object], ...]
+    cls: type
+    children: tuple[str, ...]
+    attributes: tuple[tuple[str, object], ...]
 
 
 class BlockPlan(NamedTuple):
     """One matched block.
 
-    shortcut_paths: the submodules to call for Shortcut.TENSOR, whose outputs are added; structure: every
-    submodule's path and class as found; attributes: plain ones of the block and of containers in it, as found.
+    shortcut_paths: the submodules to call for Shortcut.TENSOR, whose outputs are added; structure: the block and
+    every module below it, as found.
     """
 
     main: tuple[ConvBNNames, ...]
     shortcut: Shortcut
     projection: ConvBNNames | None
     shortcut_paths: tuple[str, ...]
-    structure: tuple[tuple[str, type], ...]
-    attributes: tuple[ModuleAttributes, ...]
+    structure: tuple[Submodule, ...]
 
     @property
     def method(self) -> str:
@@ -80,21 +81,21 @@ class PoolWindow(NamedTuple):
 class StemPlan(NamedTuple):
     """A stem: the method that computes it, its convolution and BN, its pooling if it has one, by path or numbers.
 
-    structure: paths and classes, as found, of the submodules that the stem calls; attributes: as of a block, None
-    where the module is a whole model; goes_on: the method runs the rest of the model too.
+    parts: of a model's own stem, paths and classes of the submodules that it calls, in their order; structure: of a
+    module that is a stem, as of a block. goes_on: the method runs the rest of the model too.
     """
 
     method: str
     unit: ConvBNNames
     pool: str | PoolWindow | None
-    structure: tuple[tuple[str, type], ...]
-    attributes: tuple[ModuleAttributes, ...] | None
+    parts: tuple[tuple[str, type], ...]
+    structure: tuple[Submodule, ...]
     goes_on: bool
 
     @property
     def whole(self) -> bool:
         """Whether the module is a stem and nothing else."""
-        return self.attributes is not None
+        return bool(self.structure)
 
     @property
     def shortcut(self) -> Shortcut:

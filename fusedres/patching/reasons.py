@@ -31,8 +31,10 @@ REASONS: dict[str, str] = {
     "forward_ad": "forward-mode differentiation: the original forward runs",
     "hooks": "a hook is registered on a submodule, or globally on all modules",
     "module_replaced": "a submodule was replaced or changed its class; patch again",
-    "attribute_changed": "a plain attribute of the block changed since patching; patch again",
+    "forward_replaced": "its class was given another forward since patching; patch again",
+    "attribute_changed": "an attribute of the block or a submodule changed since patching; patch again",
     "geometry_changed": "a convolution's stride, padding or dilation no longer fits the shortcut",
+    "parameter_shape": "a parameter or buffer has a shape that does not fit the rest of the block",
     "input_rank": "the input is not [N, C, H, W]",
     "input_channels": "the input's channels are not those of the first convolution",
     "empty_batch": "the batch has no elements",
@@ -40,6 +42,7 @@ REASONS: dict[str, str] = {
     "dtype": "unsupported or mixed dtypes",
     "trainable_statistics": "the constants of a frozen norm want a gradient",
     "device": "input and parameters are on different devices, or on an unsupported one",
+    "layout_mixed": "NCHW input under channels_last weights: the layout that comes out depends on the spelling",
     "layout_nchw": "NCHW on CUDA is slower fused: model.to(memory_format=torch.channels_last), inputs too",
 }
 

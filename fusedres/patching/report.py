@@ -7,7 +7,7 @@ from typing import Any
 
 from fusedres.patching.reasons import describe
 
-PENDING = "not called yet"
+PENDING = "no eager call yet"
 COLUMNS = ("block", "class", "form", "matched", "runs as", "reason")
 
 
@@ -15,7 +15,8 @@ COLUMNS = ("block", "class", "form", "matched", "runs as", "reason")
 class BlockReport:
     """One residual block, or a module that looks like one.
 
-    matched: it is patched (in a dry run: would be). runs_as: the recipe of its last call, None before the first.
+    matched: it is patched (in a dry run: would be). runs_as: the recipe of its last eager call, None before the first;
+    calls inside torch.compile leave no note, for a graph cannot hold one.
     code: the stable reason code for not being matched or for not running as `recipe`; see
     `fusedres.patching.reasons.REASONS`.
     """

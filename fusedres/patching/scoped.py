@@ -41,7 +41,9 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
 def disabled() -> Iterator[None]:
     """Within the context, in this thread, patched models run their original forwards (code `disabled`)."""
     token = guards.DISABLED.set(True)
+    guards.DISABLED_SCOPES.append(token)
     try:
         yield
     finally:
+        guards.DISABLED_SCOPES.remove(token)
         guards.DISABLED.reset(token)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fusedres.nn.stem import single, unsuitable_pool
+from fusedres.patching import structure
 from fusedres.patching.dataflow import Dataflow
 from fusedres.patching.grammar import (
     CONTAINERS,
@@ -19,10 +20,8 @@ from fusedres.patching.grammar import (
     chain,
     geometry,
     names,
-    plain_attributes,
     read_modes,
     refusal,
-    structure,
 )
 from fusedres.patching.plan import ConvBNNames, PoolWindow, StemPlan
 from fusedres.patching.stem_source import begins_with
@@ -95,7 +94,7 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
     conv = model.get_submodule(form.conv)
     unit = ConvBNNames(form.conv, form.bn, True, geometry(conv))  # type: ignore[arg-type]
     parts = tuple((path, type(model.get_submodule(path))) for path in form.parts)
-    return StemPlan(form.method, unit, form.pool, parts, None, form.goes_on)
+    return StemPlan(form.method, unit, form.pool, parts, (), form.goes_on)
 
 
 def looks_like_stem(module: nn.Module) -> bool:
@@ -117,6 +116,8 @@ def match_stem(module: nn.Module, flow: Dataflow) -> tuple[ConvBNNames, str | Po
     path = flow.calls.get(id(root))
     if path is not None and type(module.get_submodule(path)) is nn.MaxPool2d:
         pool: str | PoolWindow = path
+    elif path is not None and isinstance(module.get_submodule(path), nn.MaxPool2d):
+        raise NoMatch(f"unsupported_module:{type(module.get_submodule(path)).__name__}")
     else:
         if single(root.attributes["dilation"]) != 1 or root.attributes["ceil_mode"]:
             raise NoMatch("unsupported_op:max_pool2d")
@@ -137,4 +138,4 @@ def plan_stem_module(module: nn.Module) -> StemPlan:
     if len(found) > 1:
         raise NoMatch("mode_dependent")
     unit, pool = found.pop()
-    return StemPlan("forward", unit, pool, structure(module), plain_attributes(module), False)
+    return StemPlan("forward", unit, pool, (), structure.describe(module), False)

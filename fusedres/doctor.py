@@ -1,0 +1,241 @@
+"""What this installation is and does on this machine: versions, devices, backends, a self-test, what to install.
+
+`examine()` gathers it as plain data, `tables` lays it out; `fusedres doctor` prints it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from fusedres import selftest
+from fusedres.backends import native
+from fusedres.blocks.choice import TABLE
+from fusedres.dispatch import check_backend, dispatcher
+from fusedres.errors import BackendUnavailableError
+from fusedres.op_cases import SMALL, cases
+from fusedres.raw_ops import RAW_OPS
+from fusedres.selftest import Outcome
+
+BACKENDS = ("native", "triton", "reference")
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def versions() -> dict[str, str | None]:
+    """Of everything that a bug report needs; None: not there."""
+    return {
+        "fusedres": package_version("fusedres"),
+        "torch": torch.__version__,
+        "torch's CUDA": torch.version.cuda,
+        "cuDNN": str(torch.backends.cudnn.version()) if torch.backends.cudnn.is_available() else None,
+        "triton": package_version("triton"),
+        "python": platform.python_version(),
+        "system": f"{platform.platform()}, {' '.join(platform.libc_ver())}",
+    }
+
+
+def unavailable(backend: str) -> str | None:
+    """Why a backend is absent from this installation, or None."""
+    try:
+        check_backend(backend)
+    except BackendUnavailableError as error:
+        return str(error)
+    return None
+
+
+def native_library() -> dict[str, Any]:
+    """Where the library is, whether it loads, and what it says of itself; None where it cannot be asked."""
+    problem = unavailable("native")
+    ask = None if problem else torch.ops.fusedres_native
+    return {
+        "path": str(native.LIBRARY),
+        "problem": problem,
+        "cpu_kernels": ask.cpu_capability() if ask else None,
+        "cuda_archs": ask.cuda_archs() if ask else None,
+        "cuda_version": ask.cuda_version() if ask else None,
+    }
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Every CUDA device; `problem`: why the native library has no code for it, None if it has."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        problem = unavailable("native")
+        problem = problem or torch.ops.fusedres_native.cuda_device_problem(index) or None
+        found.append(
+            {
+                "index": index,
+                "name": properties.name,
+                "arch": f"sm_{properties.major}{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "native_code": problem is None,
+                "problem": problem,
+            }
+        )
+    return found
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": platform.machine(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus(),
+    }
+
+
+def serving() -> list[dict[str, str]]:
+    """For each device, dtype and op, the backend that serves an ordinary channels_last call."""
+    rows = []
+    for device in selftest.devices():
+        for dtype in selftest.DTYPES:
+            row = {"device": str(device), "dtype": dtype_name(dtype)}
+            for case in cases(SMALL[0], dtype, device):
+                row.setdefault(case.op, dispatcher().serving(case.op, *case.arguments))
+            rows.append(row)
+    return rows
+
+
+def recipe_table() -> list[dict[str, Any]]:
+    """What `recipe="auto"` takes: every entry of the measured table, as it is."""
+    return [{"key": [str(part) for part in key], **entry._asdict()} for key, entry in TABLE.items()]
+
+
+def summary(outcomes: Iterable[Outcome]) -> list[dict[str, Any]]:
+    """For each backend, device and dtype: calls that passed, problems, and reasons for not serving a call."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for o in outcomes:
+        where = {"backend": o.backend, "device": o.device, "dtype": o.dtype}
+        empty = {**where, "passed": 0, "problems": [], "unserved": Counter()}
+        row = rows.setdefault((o.backend, o.device, o.dtype), empty)
+        if o.unserved is not None:
+            row["unserved"][o.unserved] += 1
+        elif o.problem is not None:
+            row["problems"].append(f"{o.case}: {o.problem}")
+        else:
+            row["passed"] += 1
+    return list(rows.values())
+
+
+def own_archs() -> list[str]:
+    """Compute capabilities of the GPUs that a CUDA build of torch sees here, such as ["90"]."""
+    return sorted({gpu["arch"].removeprefix("sm_") for gpu in gpus()}) if torch.version.cuda else []
+
+
+def install_line() -> str:
+    """The command that builds and installs, in a checkout, what this machine can use."""
+    archs = own_archs()
+    build = f'FUSEDRES_BUILD=cuda FUSEDRES_CUDA_ARCHS="{";".join(archs)}"' if archs else "FUSEDRES_BUILD=cpu"
+    return f"{build} pip install --no-build-isolation ."
+
+
+def wheel_name() -> str:
+    """The smallest wheel that serves this machine; the one without a local version serves every GPU."""
+    archs = own_archs()
+    local = f"+cu*.{'.'.join(f'sm{arch}' for arch in archs)}" if archs else ""
+    return f"fusedres-{(package_version('fusedres') or '*').partition('+')[0]}{local}-py3-none-*_x86_64.whl"
+
+
+def advice() -> list[str]:
+    """What to do about what was found; empty: nothing."""
+    said = []
+    if unavailable("native"):
+        said.append(f"the native backend is absent; to have it: {install_line()}")
+    elif any(not gpu["native_code"] for gpu in gpus()):
+        said.append(f"the native library does not run on every GPU here; to have that: {install_line()}")
+    if torch.cuda.is_available() and package_version("triton") is None:
+        said.append('the Triton backend is absent; to have it: pip install "fusedres[triton]"')
+    return said
+
+
+def examine() -> dict[str, Any]:
+    """Everything, as plain data; `passed` is False where the self-test found a wrong result.
+
+    Raises:
+        BackendUnavailableError: FUSEDRES_BACKEND names a backend that is not there.
+    """
+    in_use = [backend.name for backend in dispatcher().backends]
+    tested = summary(selftest.run())
+    return {
+        "versions": versions(),
+        "machine": machine(),
+        "native_library": native_library(),
+        "backends": {name: unavailable(name) for name in BACKENDS},
+        "backends_in_use": in_use,
+        "serving": serving(),
+        "recipe_table": recipe_table(),
+        "selftest": tested,
+        "install": install_line(),
+        "wheel": wheel_name(),
+        "advice": advice(),
+        "passed": not any(row["problems"] for row in tested),
+    }
+
+
+def pairs_table(title: str, pairs: dict[str, Any]) -> Table:
+    table = Table("", "", title=title, show_header=False)
+    for key, value in pairs.items():
+        table.add_row(key.replace("_", " "), "-" if value in (None, "") else str(value))
+    return table
+
+
+def serving_table(rows: list[dict[str, str]]) -> Table:
+    """One line an op, one column for each device and dtype."""
+    table = Table(
+        "op", *(f"{row['device']} {row['dtype']}" for row in rows), title="which backend serves an op"
+    )
+    for op in RAW_OPS:
+        table.add_row(op, *(row[op] for row in rows))
+    return table
+
+
+def recipe_table_table(entries: list[dict[str, Any]]) -> Table:
+    caption = None if entries else "empty: every block runs its original forward unless a recipe is asked for"
+    table = Table("case", "entry", title="recipe='auto'", caption=caption)
+    for entry in entries:
+        table.add_row(", ".join(entry["key"]), ", ".join(str(entry[k]) for k in entry if k != "key"))
+    return table
+
+
+def selftest_table(rows: list[dict[str, Any]]) -> Table:
+    caption = "error <= 2 * eager's + 8 * eps, against float64"
+    table = Table("backend", "where", "passed", "wrong", "not served", title="self-test", caption=caption)
+    for row in rows:
+        unserved = ", ".join(f"{count} {reason}" for reason, count in row["unserved"].items())
+        where = f"{row['device']} {row['dtype']}"
+        table.add_row(row["backend"], where, str(row["passed"]), "\n".join(row["problems"]) or "0", unserved)
+    return table
+
+
+def tables(found: dict[str, Any]) -> Iterator[Table]:
+    """What `examine` found, for a terminal."""
+    yield pairs_table("versions", found["versions"])
+    yield pairs_table("machine", {k: v for k, v in found["machine"].items() if k != "gpus"})
+    for gpu in found["machine"]["gpus"]:
+        code = {"contains code for your GPU": "yes" if gpu["native_code"] else "no"}
+        yield pairs_table(f"cuda:{gpu['index']}", {"GPU": gpu["name"], **code, **gpu})
+    yield pairs_table("native library", found["native_library"])
+    yield pairs_table("backends", {k: v or "present" for k, v in found["backends"].items()})
+    yield serving_table(found["serving"])
+    yield recipe_table_table(found["recipe_table"])
+    yield selftest_table(found["selftest"])
+    yield pairs_table("to install", {key: found[key] for key in ("install", "wheel")})

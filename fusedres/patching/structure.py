@@ -1,0 +1,131 @@
+"""The tree of modules under a block: as it was found, and, per call, whether it still is so.
+
+A call resolves every module by name, once, and reads everything else from what this gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from fusedres.patching.dataflow import is_frozen_norm
+from fusedres.patching.plan import BASE, STATE, StemPlan, Submodule
+
+BOOKKEEPING = frozenset({STATE, *vars(nn.Module())})  # what torch keeps on every module, and what we keep
+READ_ANEW = {  # what a call reads from the modules themselves, or what changes no result
+    nn.Conv2d: frozenset(vars(nn.Conv2d(1, 1, 1))),
+    nn.BatchNorm2d: frozenset(vars(nn.BatchNorm2d(1))),
+    nn.MaxPool2d: frozenset(vars(nn.MaxPool2d(1))),
+    nn.ReLU: frozenset({"inplace"}),
+}
+SCALARS = (bool, int, float, str, type(None))
+CONTAINERS = (list, tuple, set, frozenset)
+
+
+def is_plain(value: object) -> bool:
+    """A value that is compared by value: a scalar, or scalars in a container."""
+    if isinstance(value, SCALARS):
+        return True
+    if isinstance(value, dict):
+        return all(isinstance(v, SCALARS) for pair in value.items() for v in pair)
+    return isinstance(value, CONTAINERS) and all(isinstance(v, SCALARS) for v in value)
+
+
+def kept(value: Any) -> Any:
+    """What a plan keeps of an attribute: a copy of what can change in place, else the value itself."""
+    return value.copy() if isinstance(value, (list, dict, set)) and is_plain(value) else value
+
+
+def same(found: object, expected: object) -> bool:
+    if found is expected:
+        return True
+    return type(found) is type(expected) and is_plain(found) and is_plain(expected) and found == expected
+
+
+def attributes(module: nn.Module) -> tuple[tuple[str, object], ...]:
+    """The module's own flags, numbers and functions: its forward may depend on them."""
+    ignored = BOOKKEEPING.union(*(keys for cls, keys in READ_ANEW.items() if isinstance(module, cls)))
+    if is_frozen_norm(module):
+        ignored |= {"eps"}
+    return tuple((k, kept(v)) for k, v in vars(module).items() if k not in ignored)
+
+
+def describe(block: nn.Module) -> tuple[Submodule, ...]:
+    """The block and everything below it, breadth first, names that hold None included."""
+    found: list[Submodule] = []
+    queue: list[tuple[str, Any]] = [("", block)]
+    for path, module in queue:
+        if module is None:
+            found.append(Submodule(path, type(None), (), ()))
+            continue
+        children = module._modules
+        cls = getattr(type(module), BASE, type(module))
+        found.append(Submodule(path, cls, tuple(children), attributes(module)))
+        queue.extend((f"{path}.{name}" if path else name, child) for name, child in children.items())
+    return tuple(found)
+
+
+def has_global_hooks() -> bool:
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def intervenes(state: dict[str, Any]) -> str | None:
+    """A reason if a submodule with this `__dict__` does more when called than its class says."""
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return "hooks"
+    return "instance_forward" if "forward" in state else None
+
+
+def resolve(block: nn.Module, expected: tuple[Submodule, ...]) -> dict[str, Any] | str:
+    """Every module of the block by path, or the reason why it is not what was found at patching."""
+    # a non-full backward hook is given the gradients of the block's last operation, whatever that is
+    if has_global_hooks() or (block._backward_hooks and not block._is_full_backward_hook):
+        return "hooks"
+    modules: dict[str, Any] = {}
+    queue: list[Any] = [block]
+    for (path, cls, children, values), module in zip(expected, queue, strict=False):  # the queue grows
+        if path:
+            if type(module) is not cls:
+                return "module_replaced"
+            if module is None:
+                continue
+            if (reason := intervenes(module.__dict__)) is not None:
+                return reason
+        below = module._modules
+        if (below or children) and tuple(below) != children:
+            return "module_replaced"
+        queue.extend(below.values())
+        if values:
+            state = module.__dict__
+            for name, value in values:
+                if not same(state.get(name, BOOKKEEPING), value):
+                    return "attribute_changed"
+        modules[path] = module
+    return modules
+
+
+def resolve_stem(model: nn.Module, plan: StemPlan) -> dict[str, Any] | str:
+    """The same for the submodules that a model's own stem calls."""
+    if has_global_hooks():
+        return "hooks"
+    modules: dict[str, Any] = {}
+    for path, cls in plan.parts:
+        module = model._modules.get(path)
+        if module is None or type(module) is not cls:
+            return "module_replaced"
+        if (reason := intervenes(module.__dict__)) is not None:
+            return reason
+        modules[path] = module
+    return modules

@@ -1,0 +1,143 @@
+"""Runs every raw op on every backend that serves it here, and judges the results by the rule of `fusedres.accuracy`.
+
+Exact values: the reference in float64. Yardstick: plain PyTorch in the tested dtype on the same device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedres.accuracy import error_limit, relative_error
+from fusedres.backends.reference import ReferenceOps, activation, rows_by_channels, sums
+from fusedres.dispatch import LOADERS
+from fusedres.op_cases import SMALL, OpCase, cases
+from fusedres.raw_ops import RawOps
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One op on one backend. problem: None if it passed. unserved: the backend's reason for not taking the call."""
+
+    backend: str
+    device: str
+    dtype: str
+    case: str
+    problem: str | None = None
+    unserved: str | None = None
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors inside arguments or results, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from tensors(item)
+
+
+def exactly(value: Any) -> Any:
+    """Arguments in float64."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        items = [exactly(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+def yardstick(op: str, arguments: tuple[Any, ...]) -> Any:
+    """The op in plain PyTorch in the arguments' dtype; products take operands of it, as the contract lets them."""
+    products = {
+        "gram": eager_gram,
+        "conv1x1_backward_weight": eager_backward_weight,
+        "conv1x1_gram_backward_input": eager_gram_backward_input,
+    }
+    return products.get(op, getattr(ReferenceOps(), op))(*arguments)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).to(x.dtype)
+
+
+def activation_rows(c: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return rows_by_channels(activation(c, scale, shift)).to(scale.dtype)  # [N, C, H, W] -> [P, C]
+
+
+def eager_gram(c, scale, shift):
+    a = activation_rows(c, scale, shift)  # [P, Cin]
+    centered = rounded(a - a.mean(0), c.dtype)
+    return a.mean(0), centered.t() @ centered / a.shape[0]
+
+
+def eager_backward_weight(dy, mask, c, scale, shift, center):
+    dz = rows_by_channels(ReferenceOps().relu_backward(dy, mask)).to(scale.dtype)  # [P, Cout]
+    a = activation_rows(c, scale, shift)  # [P, Cin]
+    return dz.t() @ rounded(a - center, c.dtype), dz.sum(0)
+
+
+def eager_gram_backward_input(dy, mask, c, vectors, weight_dz, weight_a, center, offset):
+    n, channels, h, w = c.shape
+    acc, dtype = vectors.scale.dtype, c.dtype
+    dz = rows_by_channels(ReferenceOps().relu_backward(dy, mask)).to(acc)  # [P, Cout]
+    a = activation_rows(c, vectors.scale, vectors.shift)  # [P, Cin]
+    da = dz @ rounded(weight_dz, dtype) + rounded(a - center, dtype) @ rounded(weight_a, dtype) + offset
+    below = torch.where(a <= 0, 0, da).to(dtype).view(n, h, w, channels).permute(0, 3, 1, 2)
+    return below, *sums(below, c, vectors.mean)
+
+
+def problem(op: str, arguments: tuple[Any, ...], found: Any) -> str | None:
+    """What is wrong with the result of a call, or None: masks and indices exact, all else by the rule of accuracy."""
+    exact = list(tensors(getattr(ReferenceOps(), op)(*exactly(arguments))))
+    eager, actual = list(tensors(yardstick(op, arguments))), list(tensors(found))
+    if len(actual) != len(exact):
+        return f"{len(actual)} results, needed {len(exact)}"
+    for place, (a, e, x) in enumerate(zip(actual, eager, exact, strict=True)):
+        if a.shape != x.shape or a.dtype != e.dtype:
+            return f"result {place} is {a.dtype} {list(a.shape)}, needed {e.dtype} {list(x.shape)}"
+        if not a.is_floating_point():
+            wrong = int((a != x).sum())
+            if wrong:
+                return f"result {place} differs in {wrong} of {a.numel()} values"
+            continue
+        error, limit = relative_error(a, x), error_limit(relative_error(e, x), a.dtype)
+        if not error <= limit:  # true for NaN
+            return f"result {place} has error {error:.1e}, limit {limit:.1e}"
+    return None
+
+
+def outcome(backend: RawOps, device: torch.device, dtype: torch.dtype, case: OpCase) -> Outcome:
+    """Runs one case on one backend; what it raises is a problem too."""
+    where = backend.name, str(device), str(dtype).removeprefix("torch."), case.name
+    reason = backend.supports(case.op, *case.arguments)
+    if reason is not None:
+        return Outcome(*where, unserved=reason)
+    try:
+        found = getattr(backend, case.op)(*case.arguments)
+        return Outcome(*where, problem=problem(case.op, case.arguments, found))
+    except Exception as error:  # whatever a kernel or a compiler raises is what a self-test is to show
+        return Outcome(*where, problem=f"{type(error).__name__}: {error}")
+
+
+def devices() -> tuple[torch.device, ...]:
+    """The CPU and every CUDA device."""
+    return torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))
+
+
+def run() -> list[Outcome]:
+    """Every backend but the reference, which is the yardstick, on every device, dtype and op at small shapes."""
+    backends = [load() for name, load in LOADERS.items() if name != "reference"]
+    return [
+        outcome(backend, device, dtype, case)
+        for device in devices()
+        for dtype in DTYPES
+        for shape in SMALL
+        for case in cases(shape, dtype, device)
+        for backend in backends
+    ]

@@ -1,0 +1,289 @@
+"""Wrong patchers, each of which its named test must catch: `python tests/mutants.py [NAME ...]`, `make mutants`.
+
+A mutant changes the installed package in memory. Each runs in a forked process, with its test alone; the run fails if
+a test passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedres import autograd
+from fusedres.blocks import separate
+from fusedres.nn import running_stats
+from fusedres.patching import guards, install, structure
+
+residual_block = sys.modules["fusedres.nn.residual_block"]
+TESTS = Path(__file__).parent
+MUTANTS: dict[str, tuple[str, Callable[[], None]]] = {}
+
+
+def mutant(test: str):
+    """Registers a wrong patcher under its function's name, with the test that must fail."""
+
+    def register(apply: Callable[[], None]) -> Callable[[], None]:
+        MUTANTS[apply.__name__] = (test, apply)
+        return apply
+
+    return register
+
+
+def wrap(owner, name: str, make) -> None:
+    """Replaces owner.name by what `make` makes of it."""
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def on_result(change):
+    return lambda right: lambda *args: change(right(*args))
+
+
+def on_config(**fields):
+    """read_conv_bn with fields of the configuration overwritten."""
+    return on_result(lambda read: (read[0]._replace(**fields), read[1]))
+
+
+def remembering(key):
+    """A function that gives its first result again for the same key."""
+
+    def make(right):
+        known = {}
+
+        def wrong(*args):
+            if key(*args) not in known:
+                known[key(*args)] = right(*args)
+            return known[key(*args)]
+
+        return wrong
+
+    return make
+
+
+def on_statistics(change):
+    """update_running_stats with every entry changed."""
+    return lambda right: lambda seen: right([change(s) for s in seen])
+
+
+def on_output(change):
+    """A recipe's forward with its y changed."""
+    return on_result(lambda out: out._replace(y=change(out.y)))
+
+
+def on_gradients(change):
+    """A recipe's backward with its gradients changed; change also gets dy."""
+    return lambda right: lambda *args: change(right(*args), args[5])
+
+
+@mutant("test_hooks.py::test_hook_on_a_module[late-convolution-forward]")
+def ignores_hooks_of_submodules():
+    structure.intervenes = lambda state: "instance_forward" if "forward" in state else None
+
+
+@mutant("test_hooks.py::test_hook_on_every_module[full_backward]")
+def ignores_global_hooks():
+    structure.has_global_hooks = lambda: False
+
+
+@mutant("test_hooks.py::test_hook_on_a_module[late-norm-full_backward_pre]")
+def ignores_backward_hooks():
+    structure.intervenes = lambda state: "hooks" if state["_forward_hooks"] else None
+
+
+@mutant("test_guards.py::TestPerCallGuards::test_late_hook")
+def remembers_that_a_block_was_sound():
+    wrap(structure, "resolve", remembering(lambda block, expected: id(block)))
+
+
+@mutant("test_copies.py::test_a_copy_trains_the_same_and_apart[deepcopy-separate]")
+def keeps_the_modules_in_the_plan():
+    wrap(structure, "resolve", remembering(lambda block, expected: tuple(e.path for e in expected)))
+
+
+@mutant("test_late_changes.py::test_a_change_that_no_recipe_covers_runs_the_original[submodule_forward]")
+def ignores_forwards_set_on_submodules():
+    structure.intervenes = lambda state: "hooks" if state["_forward_hooks"] else None
+
+
+@mutant("test_late_changes.py::test_a_change_that_no_recipe_covers_runs_the_original[padding_mode]")
+def ignores_the_padding_mode():
+    guards.unreadable = lambda units: None
+
+
+@mutant("test_late_changes.py::test_an_attribute_of_a_submodule")
+def ignores_attributes():
+    structure.same = lambda found, expected: True
+
+
+@mutant("test_late_changes.py::test_an_option_changed_in_place")
+def compares_attributes_by_identity():
+    structure.kept = lambda value: value
+
+
+@mutant("test_late_changes.py::test_a_change_is_seen[parameters_replaced-separate]")
+def caches_the_weights():
+    wrap(residual_block, "read_conv_bn", remembering(lambda unit: id(unit.conv)))
+
+
+@mutant("test_late_changes.py::test_a_change_is_seen[dilation-separate]")
+def keeps_the_dilation():
+    wrap(residual_block, "read_conv_bn", on_config(dilation=(1, 1), padding=(1, 1)))
+
+
+@mutant("test_late_changes.py::test_a_change_is_seen[eps-separate]")
+def keeps_eps():
+    wrap(residual_block, "read_conv_bn", on_config(eps=1e-5))
+
+
+@mutant("test_late_changes.py::test_a_change_is_seen[norm_eval-separate]")
+def keeps_batch_statistics_in_norm_eval():
+    wrap(residual_block, "read_conv_bn", on_config(training=True))
+
+
+@mutant("test_late_changes.py::test_momentum[0.9-separate]")
+def forgets_the_unbiased_variance():
+    wrap(residual_block, "update_running_stats", on_statistics(lambda s: s._replace(rows=10**12)))
+
+
+@mutant("test_late_changes.py::test_momentum[None-separate]")
+def ignores_momentum_none():
+    running_stats.momentum = lambda bn: 0.1 if bn.momentum is None else bn.momentum
+
+
+@mutant("test_late_changes.py::test_momentum[0.0-gram]")
+def forgets_to_count_batches():
+    def uncounted(s):
+        s.bn.num_batches_tracked.sub_(1)
+        return s
+
+    wrap(residual_block, "update_running_stats", on_statistics(uncounted))
+
+
+@mutant("test_late_changes.py::test_statistics_no_longer_tracked[train]")
+def moves_untracked_statistics():
+    def tracked(s):
+        s.bn.track_running_stats = True
+        return s
+
+    wrap(residual_block, "update_running_stats", on_statistics(tracked))
+
+
+@mutant("test_late_changes.py::test_one_value_per_channel_raises_as_unpatched")
+def normalises_one_value_per_channel():
+    guards.unfit_sizes = lambda call: None
+    running_stats.update_running_stats = residual_block.update_running_stats = lambda seen: None
+
+
+@mutant("test_same_as_eager.py::test_every_change_made_after_patching[short_running_mean-separate]")
+def trusts_the_shapes_of_parameters():
+    guards.norm_vectors = lambda t, bn: []
+    residual_block.update_running_stats = lambda seen: None
+
+
+@mutant("test_blocks.py::test_only_wanted_gradients_are_made[separate]")
+def wants_gradients_for_the_input_only():
+    residual_block.wants_gradient = install.wants_gradient = lambda call: call.x.requires_grad
+
+
+@mutant("test_blocks.py::test_gradients_own_their_storage_and_dy_is_untouched[separate-basic]")
+def writes_into_the_incoming_gradient():
+    def change(grads, dy):
+        dy.zero_()
+        return grads
+
+    wrap(separate, "backward", on_gradients(change))
+
+
+@mutant("test_copies.py::test_gradients_through_an_inner_step[separate]")
+def differentiates_saved_tensors_twice():
+    autograd.wants_differentiable = lambda dy: False
+
+
+@mutant("test_copies.py::test_a_batch_of_gradients[gram]")
+def takes_no_batch_of_gradients():
+    autograd.wants_differentiable = lambda dy: torch.is_grad_enabled()
+
+
+@mutant("test_copies.py::test_a_copy_trains_the_same_and_apart[pickle-separate]")
+def loses_reduce():
+    def change(cls):
+        if "__reduce_ex__" in vars(cls):
+            del cls.__reduce_ex__
+        return cls
+
+    wrap(install, "subclass", on_result(change))
+
+
+@mutant("test_patching.py::test_patch_returns_the_same_model_and_changes_nothing_visible")
+def adds_a_buffer():
+    def make(right):
+        def wrong(block, state):
+            block.register_buffer("mask", torch.zeros(1))
+            right(block, state)
+
+        return wrong
+
+    wrap(install, "install", make)
+
+
+@mutant("test_transforms.py::test_an_in_place_operation_on_the_output_is_legal")
+def returns_a_view():
+    wrap(separate, "forward", on_output(lambda y: y[:]))
+
+
+@mutant("test_dtypes_and_layouts.py::test_half_weights_with_float32_norms[separate-basic-bf16]")
+def returns_float32():
+    wrap(separate, "forward", on_output(lambda y: y.float()))
+
+
+@mutant("test_dtypes_and_layouts.py::test_memory_formats[InPlaceAdd-channels_last]")
+def returns_nchw():
+    wrap(separate, "forward", on_output(lambda y: y.contiguous()))
+
+
+@mutant("test_dtypes_and_layouts.py::test_memory_formats[FunctionalReLU-channels_last]")
+def ignores_mixed_layouts():
+    guards.is_nchw = lambda weight: True
+
+
+@mutant("test_guards.py::TestPerCallGuards::test_autocast_with_float32_input_keeps_the_result_type")
+def ignores_autocast():
+    for module in (residual_block, guards, install):
+        module.compute_dtype = lambda x: x.dtype
+
+
+def run(name: str) -> None:
+    """Exits with pytest's status for the mutant's test: 1 where it failed, as it must."""
+    test, apply = MUTANTS[name]
+    apply()
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", str(TESTS / test)])
+    if status not in (0, 1):
+        print(output.getvalue(), file=sys.stderr)
+    sys.exit(int(status))
+
+
+def main() -> int:
+    names = sys.argv[1:] or list(MUTANTS)
+    context = multiprocessing.get_context("fork")
+    missed = []
+    for name in names:
+        process = context.Process(target=run, args=(name,))
+        process.start()
+        process.join()
+        caught = process.exitcode == pytest.ExitCode.TESTS_FAILED
+        print(f"{'caught' if caught else 'MISSED'}  {name}  by {MUTANTS[name][0]}", flush=True)
+        if not caught:
+            missed.append(name)
+    print(f"{len(names) - len(missed)} of {len(names)} wrong patchers caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

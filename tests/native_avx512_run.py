@@ -1,0 +1,46 @@
+"""Runs the raw-op checks on the vector kernels of the native library, in a process of its own.
+
+python native_avx512_run.py CAPABILITY    exit 0, or the first failure; CAPABILITY is what must be in use
+"""
+
+import sys
+from dataclasses import replace
+
+import torch
+from raw_op_cases import FORMS, Case, cases_of
+from raw_op_checks import CHECKS
+
+from fusedres.backends import native
+
+# every remainder of a vector of 16, an unaligned start, NaN and Inf, sums over several threads, nothing at all
+CASES = ("C3", "C17", "C24", "offset", "nan_inf_C17", "rows8000", "N0")
+SCALAR = ("bn_scale_shift", "bn_backward_coefficients", "conv_bias_add_relu_forward")
+
+
+def main(capability: str) -> None:
+    ops = native.NativeOps()
+    assert torch.ops.fusedres_native.cpu_capability() == capability
+    checked = 0
+    for op in (op for op in CHECKS if op not in SCALAR):
+        for case in cases_of(op):
+            if case.id not in CASES or (case.id == "rows8000" and case.form != FORMS[op][0]):
+                continue
+            if case.form == "groups":  # not of the native kernel
+                continue
+            for dtype in (
+                (torch.float32,) if op == "conv_backward_weight" else (torch.float32, torch.bfloat16)
+            ):
+                check(ops, op, replace(case, dtype=dtype))
+                checked += 1
+    print(f"{checked} passed, 0 failed")
+
+
+def check(ops: native.NativeOps, op: str, case: Case) -> None:
+    try:
+        CHECKS[op](ops, case)
+    except AssertionError as error:
+        raise AssertionError(f"{op} {case} {case.dtype}: {error}") from error
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

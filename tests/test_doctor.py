@@ -1,0 +1,141 @@
+"""`fusedres doctor`: what it finds, and that its self-test finds wrong results."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fusedres import doctor, selftest
+from fusedres.backends import native
+from fusedres.backends.reference import ReferenceOps
+from fusedres.cli import app
+from fusedres.dispatch import LOADERS
+from fusedres.op_cases import SMALL, cases
+from fusedres.raw_ops import RAW_OPS
+
+CPU = torch.device("cpu")
+run = CliRunner().invoke
+EMPTY = {
+    **{key: {} for key in ("versions", "native_library", "backends", "install", "wheel")},
+    **{key: [] for key in ("serving", "recipe_table", "selftest")},
+}
+
+
+class Broken(ReferenceOps):
+    """Wrong in one op, each in its own way, and raising in another."""
+
+    name = "broken"
+
+    def bn_stats(self, c):
+        mean, var = super().bn_stats(c)
+        return mean, var * (1 + 1e-4)
+
+    def conv_bias_add_relu_forward(self, *args):
+        raise RuntimeError("no kernel image is available")
+
+    def bn_relu_maxpool_forward(self, *args):
+        y, indices = super().bn_relu_maxpool_forward(*args)
+        return y, torch.where(indices == 255, 0, indices)
+
+    def bn_scale_shift(self, *args):
+        vectors = super().bn_scale_shift(*args)
+        return vectors._replace(shift=vectors.shift[:-1])
+
+    def gram(self, *args):
+        m, S = super().gram(*args)
+        return m, torch.full_like(S, float("nan"))
+
+    def supports(self, op, *args):
+        return "not_here" if op == "conv1x1_forward" else None
+
+
+@pytest.fixture
+def with_broken_backend(monkeypatch):
+    monkeypatch.setitem(LOADERS, "broken", Broken)
+    monkeypatch.setattr(selftest, "SMALL", SMALL[:1])
+
+
+def test_cases_cover_every_raw_op():
+    assert {case.op for case in cases(SMALL[0], torch.float32, CPU)} == set(RAW_OPS)
+
+
+@pytest.mark.parametrize("dtype", selftest.DTYPES, ids=doctor.dtype_name)
+def test_plain_pytorch_passes_the_self_test_in_every_dtype(dtype):
+    for case in cases(SMALL[1], dtype, CPU):
+        assert selftest.outcome(ReferenceOps(), CPU, dtype, case).problem is None, case.name
+
+
+def test_every_backend_passes_here():
+    outcomes = selftest.run()
+    assert [o for o in outcomes if o.problem] == []
+    assert native.is_built() == any(o.backend == "native" and not o.unserved for o in outcomes)
+
+
+def test_the_self_test_finds_wrong_results(with_broken_backend):
+    wrong = {
+        o.case.partition("/")[0]: o.problem for o in selftest.run() if o.backend == "broken" and o.problem
+    }
+    raising = "conv_bias_add_relu_forward"
+    assert set(wrong) == {"bn_stats", raising, "bn_relu_maxpool_forward", "bn_scale_shift", "gram"}
+    assert "result 1 has error 1.0e-04" in wrong["bn_stats"] and "nan" in wrong["gram"]
+    assert wrong[raising] == "RuntimeError: no kernel image is available"
+    assert "result 1 differs in" in wrong["bn_relu_maxpool_forward"]
+    assert "result 4 is torch.float32 [7], needed torch.float32 [8]" in wrong["bn_scale_shift"]
+
+
+def test_exit_codes_and_json(monkeypatch):
+    monkeypatch.setattr(selftest, "SMALL", SMALL[:1])
+    result = run(app, ["doctor", "--json"])
+    found = json.loads(result.output)
+    assert result.exit_code == 0 and found["passed"]
+    assert found["versions"]["torch"] == torch.__version__ and found["backends"]["reference"] is None
+    assert {op for row in found["serving"] for op in row} == {"device", "dtype", *RAW_OPS}
+    assert "pip install" in found["install"] and found["wheel"].endswith("_x86_64.whl")
+
+
+def test_a_wrong_result_is_exit_code_1(with_broken_backend):
+    result = run(app, ["doctor"], env={"COLUMNS": "200"})
+    assert result.exit_code == 1 and "the self-test FAILED" in result.output
+    assert "no kernel image is available" in result.output and "not_here" in result.output
+
+
+def test_a_request_for_an_absent_backend_is_explained(monkeypatch):
+    monkeypatch.setenv("FUSEDRES_BACKEND", "abacus")
+    result = run(app, ["doctor"])
+    assert result.exit_code == 1 and "'abacus' is not available" in result.output
+
+
+def test_an_installation_without_the_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.delitem(LOADERS, "native", raising=False)
+    native.load.cache_clear()
+    try:
+        library = doctor.native_library()
+        assert "is not there" in library["problem"] and library["cpu_kernels"] is None
+        assert "the native backend is absent" in doctor.advice()[0]
+    finally:
+        native.load.cache_clear()
+
+
+@pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+def test_gpus_with_and_without_code(monkeypatch):
+    """Two devices, as torch and the library would describe them."""
+    described = [SimpleNamespace(name="A", major=9, minor=0, total_memory=2**36)]
+    described.append(SimpleNamespace(name="B", major=12, minor=0, total_memory=2**35))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", described.__getitem__)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    problems = ["", "it holds code for 90, needed sm_120"]
+    monkeypatch.setattr(torch.ops.fusedres_native, "cuda_device_problem", problems.__getitem__)
+    first, second = doctor.gpus()
+    assert first["native_code"] and first["problem"] is None and first["arch"] == "sm_90"
+    assert not second["native_code"] and second["problem"] == problems[1] and second["memory_gib"] == 32.0
+    assert doctor.install_line().startswith('FUSEDRES_BUILD=cuda FUSEDRES_CUDA_ARCHS="120;90" pip install')
+    assert "+cu*.sm120.sm90-py3-none-" in doctor.wheel_name()
+    assert "does not run on every GPU" in doctor.advice()[0]
+    tables = doctor.tables({**EMPTY, "machine": {"gpus": [first, second]}})
+    assert [t.title for t in tables if t.title.startswith("cuda:")] == ["cuda:0", "cuda:1"]
