@@ -24,6 +24,7 @@ from fusedres.patching import (
     report,
     unpatch,
     verify,
+    warmup,
 )
 
 __version__ = version("fusedres")
@@ -46,4 +47,5 @@ __all__ = [
     "unpatch",
     "use_backend",
     "verify",
+    "warmup",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `fusedres demo`, `doctor`, and explain, verify, compare of a MODEL. Needs `fusedres[demo]`."""
+"""The command line: `fusedres demo`, `doctor`, and explain, verify, compare, tune of a MODEL."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import nn
 
 from fusedres import doctor as examination
-from fusedres import errors, model_names, patching
+from fusedres import errors, model_names, patching, tune_command
 from fusedres.blocks import RECIPES
 from fusedres.patching.report import COLUMNS, PatchReport
 
@@ -29,7 +29,7 @@ ModelName = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Recipe = Annotated[str, typer.Option(help="the recipe to ask for")]
 Batch = Annotated[int, typer.Option(min=1, help="images")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-Device = Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU if there is one")]
 
 
 def model_by_name(name: str) -> nn.Module:
@@ -51,7 +51,8 @@ def explained() -> Iterator[None]:
 
 def on_device(network: nn.Module, device: str, batch: int, size: int) -> tuple[nn.Module, torch.Tensor]:
     """The model and its example [batch, 3, size, size], channels_last, on the device."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     images = model_names.images(batch, size)
     try:
         network.to(device)
@@ -97,7 +98,7 @@ def verify(
     recipe: Annotated[list[str], typer.Option(help="a recipe to check; all by default")] = [],  # noqa: B006
     batch: Batch = 2,
     size: Annotated[int, typer.Option(min=1, help="height and width of the images")] = 64,
-    device: Device = "",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compares outputs, gradients and running statistics, patched and unpatched; fails if they differ."""
@@ -115,7 +116,7 @@ def compare(
     batch: Batch = 8,
     size: Annotated[int, typer.Option(min=0, help="height and width of the images; 0: the model's own")] = 0,
     rounds: Annotated[int, typer.Option(min=2, help="timed steps of each")] = 15,
-    device: Device = "",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Times the patched model against the unpatched one, in turns, once both compute the same."""
@@ -160,6 +161,9 @@ def doctor(
             typer.echo(line)
         typer.echo("the self-test passed" if found["passed"] else "the self-test FAILED")
     raise typer.Exit(0 if found["passed"] else 1)
+
+
+tune_command.register(app, model_by_name, console)
 
 
 def main() -> None:

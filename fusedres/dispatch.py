@@ -1,4 +1,4 @@
-"""Which backend serves a raw op: the only place that chooses, and the only one that reads the environment.
+"""Which backend serves a raw op: the only place that chooses, and the only one that reads its variable.
 
 A `Dispatcher` has every raw op as a method; each call goes to the first of its backends whose `supports`
 gives no reason against it. The reference comes last and takes everything.

@@ -75,11 +75,13 @@ class Tensors:
 
     def vectors(self, c: Tensor) -> BatchNormVectors:
         weight, bias = self.vector(c.shape[1]), self.vector(c.shape[1])
-        return self.reference.bn_scale_shift(*self.reference.bn_stats(c), weight, bias, 1e-5)
+        mean, var = self.reference.bn_stats(c)
+        return self.reference.bn_scale_shift(mean, var, weight, bias, 1e-5)
 
     def grads(self, dy: Tensor, c: Tensor, vectors: BatchNormVectors) -> BatchNormGrads:
-        sums = self.reference.bn_add_relu_backward_reduce(dy, c, vectors)[:2]
-        return self.reference.bn_backward_coefficients(*sums, vectors, dy.numel() // dy.shape[1], True)
+        sum_dz, centered, _ = self.reference.bn_add_relu_backward_reduce(dy, c, vectors)
+        rows = dy.numel() // dy.shape[1]
+        return self.reference.bn_backward_coefficients(sum_dz, centered, vectors, rows, True)
 
     def layer(self, channels: int) -> Layer:
         c, dy = self.map(channels), self.map(channels)
@@ -145,9 +147,9 @@ def join_cases(t: Tensors, layer: Layer) -> Iterator[OpCase]:
     reduce, masked = "bn_add_relu_backward_reduce", (dy, c, v, mask, False)
     yield OpCase(f"{reduce}/identity", reduce, masked)
     yield OpCase(f"{reduce}/projection", reduce, (*masked, s, vs.mean))
-    back, masked = "bn_add_relu_backward_input", (dy, c, v, g, mask, False)
-    yield OpCase(f"{back}/identity", back, (*masked, None, None, True))
-    yield OpCase(f"{back}/projection", back, (*masked, s, t.grads(dy, s, vs)))
+    back, given = "bn_add_relu_backward_input", (dy, c, v, g, mask, False)
+    yield OpCase(f"{back}/identity", back, (*given, None, None, True))
+    yield OpCase(f"{back}/projection", back, (*given, s, t.grads(dy, s, vs)))
     yield OpCase("relu_backward", "relu_backward", (dy, mask))
 
 

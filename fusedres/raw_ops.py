@@ -285,7 +285,9 @@ class RawOps(Protocol):
         `sum dz_below` and `sum dz_below*(c - mean)`, each [Cin], for the BN below.
         dy [N, Cout, H, W]; c, vectors: the BN below, `a = relu(scale*c + shift)`, rounded;
         weight_dz [Cout, Cin], weight_a [Cin, Cin], center, offset [Cin] in the accumulation dtype.
-        weight_a, center and offset are None together: frozen statistics.
+        weight_a, center and offset are None together: frozen statistics. A backend may round weight_dz to the
+        activation dtype, but keeps what rounding weight_a leaves: a and the ReLU's mask go together, so its errors
+        would not average out.
         """
 
     def conv1x1_backward_input(

@@ -220,9 +220,9 @@ def tensors_for(
     return x, torch.randn_like(y) + form.dy_mean
 
 
-def patched(block: nn.Module, recipe: str) -> nn.Module:
+def patched(block: nn.Module, recipe: str, backend: str = "auto") -> nn.Module:
     """The block itself, patched; it must be matched."""
-    return fusedres.patch(block, recipe=recipe, strict=True)
+    return fusedres.patch(block, recipe=recipe, backend=backend, strict=True)
 
 
 def ran_as(block: nn.Module, recipe: str) -> bool:

@@ -1,13 +1,18 @@
 """Which calls the Triton backend takes, with the reason against the others; nothing is launched here."""
 
+import contextlib
+import inspect
 import subprocess
 import sys
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from fusedres.backends import triton as triton_backend
 from fusedres.backends.triton import SERVED, TritonOps
 from fusedres.dispatch import dispatcher
 from fusedres.raw_ops import RAW_OPS
@@ -50,6 +55,14 @@ def test_cpu_tensors_only_under_the_interpreter(monkeypatch):
         ("bn_stats", (torch.empty((2**31, 1, 1, 1), dtype=torch.float16),), "too_many_rows"),
         ("conv1x1_forward", (activation(2, 8, 3, 3), torch.zeros(4, 8, 1, 1)), "mixed_dtypes"),
         ("bn_relu_maxpool_backward_reduce", (activation(0, 8, 2, 2), None, activation(0, 8, 4, 4)), "empty"),
+        ("gram", (activation(1, 4096, 1, 1), None, None), None),
+        ("gram", (activation(1, 16384, 1, 1), None, None), "too_many_channels"),
+        ("conv1x1_backward_weight", (activation(1, 8192, 1, 1), None, activation(1, 2048, 1, 1)), None),
+        (
+            "conv1x1_backward_weight",
+            (activation(1, 16384, 1, 1), None, activation(1, 4096, 1, 1)),
+            "too_many_channels",
+        ),
         ("conv_bias_add_relu_forward", (activation(2, 8, 3, 3),), "no_triton_kernel"),
         ("bn_scale_shift", (torch.zeros(8), torch.ones(8), None, None, 1e-5), None),
         (
@@ -78,3 +91,41 @@ def test_triton_is_imported_at_the_first_served_op():
         "dispatcher().bn_stats(torch.randn(2, 3, 4, 4)); assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("op", SERVED)
+def test_every_launch_is_on_the_device_of_its_tensors(op, monkeypatch):
+    """The argument that decides sets the current device, and the launch happens while it is set."""
+    current = []
+
+    @contextmanager
+    def on_device_of(tensor):
+        current.append(tensor)
+        yield
+        current.clear()
+
+    class Launchers:
+        def __getattr__(self, name):
+            def launch(*args):
+                launched.append((name, list(current)))
+                return mock.MagicMock(), mock.MagicMock(), mock.MagicMock(), None
+
+            return launch
+
+    launched = []
+    monkeypatch.setattr(triton_backend, "on_device_of", on_device_of)
+    monkeypatch.setattr(triton_backend, "launchers", Launchers)
+    method = getattr(TritonOps(), op)
+    required = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty]
+    arguments = [mock.MagicMock(name=p.name) for p in required]
+    with contextlib.suppress(TypeError, ValueError):  # the results are no tensors
+        method(*arguments)
+    assert launched == [(op, [arguments[SERVED[op]]])]
+
+
+def test_the_guard_is_the_device_of_the_tensor(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: ("guard", device))
+    tensor = mock.MagicMock(is_cuda=True, device=torch.device("cuda", 1))
+    assert triton_backend.on_device_of(tensor) == ("guard", torch.device("cuda", 1))
+    with triton_backend.on_device_of(torch.zeros(1)) as nothing:
+        assert nothing is None

@@ -2,7 +2,7 @@
 
 The table `triton_resources.json` is checked in. Rows whose source changed are compiled again;
 FUSEDRES_RECOMPILE=1 compiles all of them. A row that differs from the table fails:
-`python -P tests/triton_resources.py` writes it anew.
+`python tests/triton_resources.py` writes it anew.
 """
 
 import os
@@ -12,8 +12,10 @@ import pytest
 pytest.importorskip("triton")
 
 import triton
-import triton_resources
-from triton_resources import compile_entry, entries, read_table
+from triton_entries import entries
+from triton_resources import compile_entry, read_table
+
+from fusedres.triton_kernels import elementwise, tiles
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a program, in bytes
 ENTRIES = {entry.id: entry for entry in entries()}
@@ -23,7 +25,7 @@ TABLE = read_table()
 
 def row_of(version, entry_id, architecture):
     key = f"{entry_id} sm_{architecture}"
-    assert key in TABLE[version], f"{key} is not in the table: python -P tests/triton_resources.py"
+    assert key in TABLE[version], f"{key} is not in the table: python tests/triton_resources.py"
     return TABLE[version][key]
 
 
@@ -61,15 +63,24 @@ def test_changed_rows_compile_to_what_the_table_says():
             assert compile_entry(entry, architecture) == row, f"{entry_id} sm_{architecture}"
 
 
+def test_a_row_follows_the_functions_that_its_kernel_calls():
+    calls, does_not = ENTRIES["bn_add_relu_forward-projection_mask-C256"], ENTRIES["bn_stats"]
+    before, source = (calls.hash(), does_not.hash()), elementwise.pack_bits.src
+    elementwise.pack_bits._unsafe_update_src(source + "\n    # changed")
+    try:
+        assert calls.hash() != before[0] and does_not.hash() == before[1]
+    finally:
+        elementwise.pack_bits._unsafe_update_src(source)
+    assert calls.hash() == before[0]
+
+
 def test_statistics_tiles_do_not_depend_on_tuning():
-    tiles = triton_resources.tiles
     for table in (tiles.CONV1X1_FORWARD, tiles.CONV1X1_GRAM_BACKWARD_INPUT):
         assert {tile.bm for tile in table} == {tiles.STATISTICS_ROWS}
     assert tiles.STATISTICS_ROWS % 8 == tiles.REDUCTION_ROWS % 8 == 0
 
 
 def test_partials_stay_small():
-    tiles = triton_resources.tiles
     for cin in (16, 24, 64, 128, 256, 512):
         bn = tiles.output_tile(tiles.GRAM, cin).bn
         count = -(-cin // bn)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fusedres.backends.reference import ReferenceOps
 from fusedres.backends.triton import TritonOps
 from fusedres.dispatch import Dispatcher
+from fusedres.raw_ops import RawOps
 
 MARGIN = 256  # elements before and after every tensor that a launcher makes
 PATTERN = 0xA5  # every byte of a margin
@@ -58,6 +59,18 @@ class CountingOps(TritonOps):
         reason = super().supports(op, *args)
         self.reasons.append((op, reason))
         return reason
+
+
+class TracedOps:
+    """A backend that notes (op, its name) in `trace` for every call it serves."""
+
+    def __init__(self, backend: RawOps, trace: list[tuple[str, str]]) -> None:
+        self.backend, self.trace, self.name = backend, trace, backend.name
+        self.supports = backend.supports
+
+    def __getattr__(self, op: str) -> Any:
+        self.trace.append((op, self.name))
+        return getattr(self.backend, op)
 
 
 @contextmanager

@@ -1,216 +1,27 @@
 """Ahead-of-time compilation of every Triton kernel with every tile entry, and what each one takes.
 
-    python -P tests/triton_resources.py          compile what the table lacks or whose source changed
-    python -P tests/triton_resources.py --all    compile everything
+    python tests/triton_resources.py          compile what the table lacks or whose source changed
+    python tests/triton_resources.py --all    compile everything
 Rows belong to the Triton that is imported; put another one first on PYTHONPATH to write its rows.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from fusedres.triton_kernels import (
-    bn_add_relu_backward_input,
-    bn_add_relu_backward_reduce,
-    bn_add_relu_forward,
-    bn_relu_maxpool,
-    bn_stats,
-    bn_vectors,
-    conv1x1_backward_input,
-    conv1x1_backward_weight,
-    conv1x1_forward,
-    conv1x1_gram_backward_input,
-    gram,
-    merge,
-    relu_backward,
-    tiles,
-)
+from triton_entries import Entry, entries
 
 TABLE = Path(__file__).with_name("triton_resources.json")
-ARCHITECTURES = (80, 90, 100)
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
-# activations, vectors, merged sums, bytes, sizes
-KINDS = {"A": "*bf16", "F": "*fp32", "D": "*fp64", "U": "*u8", "I": "i32"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One kernel with one set of compile-time arguments; every argument in neither mapping is None."""
-
-    id: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    warps: int = 4
-    stages: int = 3
-    product: bool = False
-    architectures: tuple[int, ...] = ARCHITECTURES
-
-    def hash(self) -> str:
-        """Of the kernel's source, of every jitted function it calls, and of this entry."""
-        sources: dict[str, str] = {}
-
-        def collect(function: Any) -> None:
-            if function.src in sources.values():
-                return
-            sources[function.__name__] = function.src
-            for name in re.findall(r"\w+", function.src):
-                callee = function.fn.__globals__.get(name)
-                if isinstance(callee, triton.JITFunction):
-                    collect(callee)
-
-        collect(self.kernel)
-        rest = (self.id, self.signature, self.constants, self.warps, self.stages)
-        return hashlib.sha256(repr((sorted(sources.items()), rest)).encode()).hexdigest()[:16]
-
-
-def types(**groups: str) -> dict[str, str]:
-    """types(A="x y") -> {"x": "*bf16", "y": "*bf16"}."""
-    return {name: KINDS[kind] for kind, names in groups.items() for name in names.split()}
-
-
-def products() -> Iterator[Entry]:
-    forward = conv1x1_forward.conv1x1_forward_kernel
-    sizes = "P H W H_OUT W_OUT"
-    forms = {
-        "stats": types(A="x weight y", D="tile_mean", F="tile_m2", I=sizes),
-        "prologue_stats": types(A="x weight y", D="tile_mean", F="in_scale in_shift tile_m2", I=sizes),
-        "prologue_projection_mask": types(
-            A="x weight residual y",
-            F="in_scale in_shift scale shift residual_scale residual_shift",
-            U="mask",
-            I=sizes,
-        ),
-    }
-    for tile in tiles.CONV1X1_FORWARD:
-        for form, signature in forms.items():
-            for stride in (1, 2) if form == "stats" else (1,):
-                constants = {"CIN": 256, "COUT": 4 * tile.bn, "STRIDE": stride, "RELU": "mask" in form}
-                yield product(f"{form}_stride{stride}", forward, signature, constants, tile)
-
-    below = conv1x1_gram_backward_input.conv1x1_gram_backward_input_kernel
-    frozen = types(A="dy c weight_dz dz_below", F="mean scale shift tile_sums", U="mask", I="P")
-    training = {**frozen, **types(A="weight_a", F="center offset")}
-    for tile in tiles.CONV1X1_GRAM_BACKWARD_INPUT:
-        constants = {"CIN": tile.bn if tile.bn < 128 else 512, "COUT": 1024}
-        yield product("training", below, training, constants, tile)
-        yield product("frozen", below, frozen, constants, tile)
-
-    backward = conv1x1_backward_input.conv1x1_backward_input_kernel
-    plain = types(A="dy c weight dx dc", F="scale shift A B K", I="P")
-    joined = {**plain, **types(A="shortcut_dy", U="shortcut_mask")}
-    for tile in tiles.CONV1X1_BACKWARD_INPUT:
-        constants = {"CIN": 4 * tile.bn, "COUT": 256}
-        yield product("plain", backward, plain, constants, tile)
-        yield product("identity_mask", backward, joined, constants, tile)
-
-    weight = conv1x1_backward_weight.conv1x1_backward_weight_kernel
-    signature = types(A="dy c", F="scale shift partial_r partial_dbias", U="mask", I="P")
-    for tile in tiles.CONV1X1_BACKWARD_WEIGHT:
-        constants = {"CIN": 2 * tile.bn, "COUT": 8 * tile.bn, "ROWS": tiles.weight_rows(2 * tile.bn)}
-        yield product("mask", weight, signature, constants, tile)
-
-    signature = types(A="c", F="scale shift reference partial_products partial_sums", I="P")
-    for tile in tiles.GRAM:
-        constants = {"CIN": 4 * tile.bn, "ROWS": tiles.gram_rows(4 * tile.bn, tile.bn)}
-        yield product("", gram.gram_kernel, signature, constants, tile)
-
-
-def product(
-    form: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], tile: tiles.GemmTile
-) -> Entry:
-    sizes = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "PRECISION": "tf32"}
-    constants = {**constants, **{k: v for k, v in sizes.items() if k in kernel.arg_names}}
-    name = kernel.__name__.removesuffix("_kernel")
-    label = f"{name}-{form}-{tile.bm}x{tile.bn}x{tile.bk}w{tile.warps}s{tile.stages}"
-    # `tiles.forward_tile` does not choose this one on Blackwell
-    narrowed = name == "conv1x1_forward" and "stats" in form and tile == tiles.CONV1X1_FORWARD[-1]
-    architectures = (80, 90) if narrowed else ARCHITECTURES
-    return Entry(label, kernel, signature, constants, tile.warps, tile.stages, True, architectures)
-
-
-def elementwise() -> Iterator[Entry]:
-    reduction = {"C": 256, "ROWS": tiles.REDUCTION_ROWS, "COLUMNS": tiles.REDUCTION_COLUMNS}
-    warps = tiles.REDUCTION_WARPS
-    stats = types(A="c", D="tile_mean", F="tile_m2", I="P")
-    yield Entry("bn_stats", bn_stats.bn_stats_kernel, stats, reduction, warps)
-    kernel = bn_add_relu_backward_reduce.bn_add_relu_backward_reduce_kernel
-    relu = types(A="dy c", F="mean scale shift tile_sums", I="P")
-    yield Entry("bn_add_relu_backward_reduce-relu", kernel, relu, {**reduction, "SUMS": 2}, warps)
-    mask = types(A="dy c shortcut_c", F="mean shortcut_mean tile_sums", U="mask", I="P")
-    yield Entry("bn_add_relu_backward_reduce-projection_mask", kernel, mask, {**reduction, "SUMS": 3}, warps)
-
-    for channels in (17, 256):
-        width, rows, columns = tiles.elementwise_tile(channels)
-        shape = {"C": channels, "WIDTH": width, "ROWS": rows, "COLUMNS": columns}
-        warps = tiles.ELEMENTWISE_WARPS
-        kernel = bn_add_relu_forward.bn_add_relu_forward_kernel
-        forward = types(A="c residual y", F="scale shift residual_scale residual_shift", U="mask", I="N")
-        label = f"bn_add_relu_forward-projection_mask-C{channels}"
-        yield Entry(label, kernel, forward, {**shape, "RELU": True}, warps)
-        kernel = bn_add_relu_backward_input.bn_add_relu_backward_input_kernel
-        coefficients = "A B K shortcut_A shortcut_B shortcut_K"
-        backward = types(A="dy c shortcut_c dc dresidual", F=coefficients, U="mask", I="N")
-        yield Entry(f"bn_add_relu_backward_input-projection_mask-C{channels}", kernel, backward, shape, warps)
-        relu = types(A="dy c dc", F="scale shift A B K", I="N")
-        yield Entry(f"bn_add_relu_backward_input-relu-C{channels}", kernel, relu, shape, warps)
-
-    pool = {"C": 64, "KERNEL": 3, "STRIDE": 2, "PADDING": 1}
-    pool |= {"ROWS": tiles.POOL_ROWS, "COLUMNS": tiles.POOL_COLUMNS}
-    sizes = "P H W H_OUT W_OUT"
-    kernel = bn_relu_maxpool.bn_relu_maxpool_forward_kernel
-    forward = types(A="c y", F="scale shift", U="indices", I=sizes)
-    yield Entry("bn_relu_maxpool_forward", kernel, forward, pool, tiles.POOL_WARPS)
-    kernel = bn_relu_maxpool.bn_relu_maxpool_backward_kernel
-    sums = types(A="dy c", F="mean tile_sums", U="indices", I=sizes)
-    yield Entry("bn_relu_maxpool_backward-reduce", kernel, sums, pool, tiles.POOL_WARPS)
-    dc = types(A="dy c dc", F="A B K", U="indices", I=sizes)
-    yield Entry("bn_relu_maxpool_backward-input", kernel, dc, pool, tiles.POOL_WARPS)
-
-
-def small() -> Iterator[Entry]:
-    block = {"C": 256, "BLOCK": bn_vectors.BLOCK}
-    scale_shift = types(F="mean var weight bias invstd scale shift")
-    yield Entry("bn_scale_shift", bn_vectors.bn_scale_shift_kernel, scale_shift, {**block, "EPS": 1e-5})
-    coefficients = types(F="sum_dz sum_dz_centered mean invstd scale dweight B K", I="P")
-    yield Entry("bn_backward_coefficients", bn_vectors.bn_backward_coefficients_kernel, coefficients, block)
-    bytes_ = {"BYTES": relu_backward.BLOCK_BYTES}
-    yield Entry("relu_mask", relu_backward.relu_mask_kernel, types(A="y", U="mask", I="N"), bytes_)
-    elements = {"BLOCK": 8 * relu_backward.BLOCK_BYTES}
-    yield Entry(
-        "relu_backward", relu_backward.relu_backward_kernel, types(A="dy dz", U="mask", I="N"), elements
-    )
-    span = {"SPAN": tiles.MERGE_ROWS, "BT": merge.BLOCK_ROWS, "BC": merge.BLOCK_COLUMNS}
-    sums = types(F="partials left right out", I="T W")
-    yield Entry("merge_sums-outer", merge.merge_sums_kernel, sums, {**span, "RIGHT": 64})
-    first = types(F="partials", D="out", I="T W")
-    yield Entry("merge_sums-first", merge.merge_sums_kernel, first, {**span, "RIGHT": 1})
-    moments = types(D="tile_mean out", F="tile_m2", I="T P C")
-    yield Entry("merge_moments", merge.merge_moments_kernel, moments, {**span, "ROWS": tiles.STATISTICS_ROWS})
-    finish = types(D="power_sums", F="mean var", I="P C")
-    yield Entry("finish_moments", merge.finish_moments_kernel, finish, {"BC": 128})
-    sample = {"CIN": 256, "SAMPLE": tiles.GRAM_SAMPLE, "BN": tiles.GRAM_SAMPLE_COLUMNS}
-    reference = types(A="c", F="scale shift reference", I="P")
-    yield Entry("gram_reference", gram.gram_reference_kernel, reference, sample)
-    finish = types(D="products sums", F="reference m S", I="P")
-    yield Entry("gram_finish", gram.gram_finish_kernel, finish, {"CIN": 256, "BLOCK": 128})
-
-
-def entries() -> list[Entry]:
-    return [*products(), *elementwise(), *small()]
 
 
 def compile_entry(entry: Entry, architecture: int) -> dict[str, Any]:

@@ -19,14 +19,15 @@ def conv1x1_gram_backward_input_kernel(
     scale,  # [CIN], BN below: a = relu(scale*c + shift)
     shift,
     weight_dz,  # [COUT, CIN] in dy's dtype
-    weight_a,  # [CIN, CIN] in dy's dtype, or None with center and offset: frozen statistics
-    center,  # [CIN]
+    weight_a,  # [TERMS, CIN, CIN] in dy's dtype, their sum is the weight; None with what follows: frozen statistics
+    center,  # [CIN], or None: a is taken as it is
     offset,  # [CIN]
     dz_below,  # [P, CIN]
     tile_sums,  # [ceil(P / BM), 2, CIN]: sum dz_below, sum dz_below*(c - mean)
     P,
     CIN: tl.constexpr,
     COUT: tl.constexpr,
+    TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -44,32 +45,39 @@ def conv1x1_gram_backward_input_kernel(
     c_tile = c + base * CIN
 
     acc = tl.zeros((BM, BN), tl.float32)
+    if weight_a is not None:
+        acc += load_vector(offset, n, CIN)
     for k0 in range(0, COUT, BK):
         valid_k = k0 + k < COUT
-        place = row * COUT + (k0 + k)[None, :]  # [BM, BK]
-        dz = tl.load(dy_tile + place, mask=valid & valid_k[None, :], other=0.0)
+        dy_place = row * COUT + (k0 + k)[None, :]  # [BM, BK]
+        dz = tl.load(dy_tile + dy_place, mask=valid & valid_k[None, :], other=0.0)
         if mask is not None:
             # BM is a multiple of 8, so a tile starts at bit 0 of a byte for any channel count
-            dz = select_by_mask(dz, mask + base // 8 * COUT, place, valid & valid_k[None, :])
+            dz = select_by_mask(dz, mask + base // 8 * COUT, dy_place, valid & valid_k[None, :])
         w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
         w = tl.load(weight_dz + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
         acc = tl.dot(dz, w, acc, input_precision=PRECISION)
 
     if weight_a is not None:
-        for k0 in range(0, CIN, BK):
+        # once with each term of weight_a: a and the mask below go together, so that errors of rounded weights would
+        # not average out
+        padded: tl.constexpr = (CIN + BK - 1) // BK * BK
+        for step in range(0, TERMS * padded, BK):
+            k0 = step % padded
             valid_k = k0 + k < CIN
             ck = tl.load(c_tile + row * CIN + (k0 + k)[None, :], mask=valid & valid_k[None, :], other=0.0)
-            a = activation(ck, scale, shift, k0 + k, CIN).to(tl.float32) - load_vector(center, k0 + k, CIN)
-            a = a.to(c.dtype.element_ty)
-            w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
+            a = activation(ck, scale, shift, k0 + k, CIN)
+            if center is not None:
+                a = a - load_vector(center, k0 + k, CIN)
+            w_place = (step // padded * CIN + k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
             w = tl.load(weight_a + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
             acc = tl.dot(a, w, acc, input_precision=PRECISION)
-        acc += load_vector(offset, n, CIN)
 
     keep = valid & valid_n[None, :]
     place = row * CIN + n[None, :]  # [BM, BN]
     cn = tl.load(c_tile + place, mask=keep, other=0.0)
-    dz = tl.where(activation(cn, scale, shift, n, CIN) <= 0, 0.0, acc).to(dz_below.dtype.element_ty)
+    an = activation(cn, scale, shift, n, CIN)
+    dz = tl.where(an <= 0, 0.0, acc).to(dz_below.dtype.element_ty)
     tl.store(dz_below + base * CIN + place, dz, mask=keep)
     dz = tl.where(keep, dz.to(tl.float32), 0.0)
     centered = tl.where(keep, cn.to(tl.float32) - load_vector(mean, n, CIN), 0.0)
@@ -95,6 +103,14 @@ def conv1x1_gram_backward_input(
     total = layout.rows(c)
     tile = tiles.output_tile(tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin)
     row_tiles = triton.cdiv(total, tile.bm)
+    terms = 1 if c.dtype == torch.float32 else 2
+    if weight_a is not None and offset is not None and center is not None:
+        high = weight_a.to(c.dtype)
+        weight_a = torch.stack((high, (weight_a - high).to(c.dtype))[:terms])
+        if terms == 2:
+            # a - center would round, and a is exact as it is: what center adds goes into the offset, in float64
+            added = center.double() @ weight_a.double().sum(0)
+            offset, center = (offset.double() - added).to(offset.dtype), None
     dz_below = layout.empty(tuple(c.shape), c)
     tile_sums = layout.empty((row_tiles, 2, cin), c, torch.float32)
     conv1x1_gram_backward_input_kernel[(row_tiles * triton.cdiv(cin, tile.bn),)](
@@ -105,7 +121,7 @@ def conv1x1_gram_backward_input(
         scale,
         shift,
         weight_dz.to(c.dtype).contiguous(),
-        None if weight_a is None else weight_a.to(c.dtype).contiguous(),
+        weight_a,
         center,
         offset,
         dz_below,
@@ -113,6 +129,7 @@ def conv1x1_gram_backward_input(
         total,
         CIN=cin,
         COUT=cout,
+        TERMS=terms,
         PRECISION=layout.precision(c),
         BM=tile.bm,
         BN=tile.bn,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +48,24 @@ def launchers() -> ModuleType:
     return launchers
 
 
+def wide_tensors(args: tuple[Any, ...]) -> list[Tensor]:
+    """The activations and convolution weights among the arguments."""
+    return [t for t in args if isinstance(t, Tensor) and t.dim() == 4]
+
+
+@lru_cache(maxsize=4096)
+def offsets_fit(op: str, cin: int, widest: int) -> bool:
+    """Whether offsets inside one program's share of the rows, and inside the weight, stay below 2^31."""
+    from fusedres.triton_kernels import tiles
+
+    rows = tiles.STATISTICS_ROWS
+    if op == "gram":
+        rows = tiles.gram_rows(cin, tiles.output_tile(tiles.GRAM, cin).bn)
+    elif op == "conv1x1_backward_weight":
+        rows = tiles.weight_rows(cin)
+    return max(rows, 2 * widest) * widest < 2**31
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
@@ -80,7 +98,7 @@ class TritonOps:
         reason = self._device_reason(tensor)
         if reason is not None or tensor.dim() != 4:
             return reason
-        activations = {t.dtype for t in args if isinstance(t, Tensor) and t.dim() == 4}
+        activations = {t.dtype for t in wide_tensors(args)}
         if len(activations - {torch.uint8}) > 1:
             return "mixed_dtypes"
         if tensor.numel() == 0:
@@ -89,6 +107,10 @@ class TritonOps:
             return "not_channels_last"
         if tensor.numel() // tensor.shape[1] > MAX_ROWS:
             return "too_many_rows"
+        if op in PRODUCTS and not offsets_fit(
+            op, tensor.shape[1], max(t.shape[1] for t in wide_tensors(args))
+        ):
+            return "too_many_channels"
         # TF32 would round a and W differently in the statistics than in the product
         return (
             "float32_product" if op in PRODUCTS and tensor.is_cuda and tensor.dtype == torch.float32 else None

@@ -1,4 +1,4 @@
-"""Which recipe a block runs as: the measured table, and what to do where it is silent.
+"""Which recipe a block runs as: the user's table, then the measured one, and what to do where they are silent.
 
 A request for a recipe that the block's form does not have falls to the next one, with a reason code. "auto" takes
 what the table names for the fastest backend that would serve the call, and `unfused`, the original forward, where
@@ -7,17 +7,17 @@ nothing is known to be faster.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from fusedres.blocks import RECIPES, gram
+from fusedres.blocks import RECIPES, gram, user_table
 from fusedres.blocks.config import BlockConfig, ConvBNTensors
 from fusedres.dispatch import Dispatcher, Ops
 
 AUTO = "auto"
-UNFUSED = "unfused"
+UNFUSED = user_table.UNFUSED
 RECIPE_NAMES = (AUTO, UNFUSED, *RECIPES)
 
 
@@ -62,12 +62,11 @@ def choose(
     gradients: bool,
 ) -> Choice:
     """The recipe for one call, from what was requested and the block's form."""
-    wanted = (
-        requested
-        if requested != AUTO
-        else measured(x, config.dtype, ops, gradients, units[0].weight.shape[0])
-    )
-    if wanted is None:
+    wanted: str | None = requested
+    if requested == AUTO:
+        wanted = user_table.block_recipe(x, config, units, ops, gradients) if is_eager(ops) else None
+        wanted = wanted or measured(x, config.dtype, ops, gradients, units[0].weight.shape[0])
+    if wanted is None or (requested == AUTO and wanted == UNFUSED):
         return Choice(UNFUSED, "no_faster_recipe")
     if wanted == "gram" and (reason := gram.unsuitable(config, units)) is not None:
         return Choice("separate", reason)
@@ -78,6 +77,8 @@ def never_fused(requested: str, x: Tensor, dtype: torch.dtype, ops: Ops) -> bool
     """Whether every block would be given `unfused` for a call on x: known before a block is read."""
     if requested != AUTO:
         return requested == UNFUSED
+    if is_eager(ops) and user_table.is_consulted():
+        return False
     device = x.device.type
     if not any(key[0] == device and key[2] is dtype for key in table_for(ops)):
         return True
@@ -87,15 +88,23 @@ def never_fused(requested: str, x: Tensor, dtype: torch.dtype, ops: Ops) -> bool
 
 def choose_stem(requested: str, x: Tensor, ops: Ops, gradients: bool) -> Choice:
     """The same for a stem, which has one fused form: `separate`."""
-    wanted = requested if requested != AUTO else measured(x, x.dtype, ops, gradients)
-    if wanted is None:
+    wanted: str | None = requested
+    if requested == AUTO:
+        wanted = user_table.stem_recipe(x, ops, gradients) if is_eager(ops) else None
+        wanted = wanted or measured(x, x.dtype, ops, gradients)
+    if wanted is None or (requested == AUTO and wanted == UNFUSED):
         return Choice(UNFUSED, "no_faster_recipe")
     return Choice("separate", "no_1x1_expansion") if wanted == "gram" else Choice(wanted, None)
 
 
+def is_eager(ops: Ops) -> TypeGuard[Dispatcher]:
+    """Whether the call runs now, and is not traced into a compiled graph."""
+    return isinstance(ops, Dispatcher)
+
+
 def table_for(ops: Ops) -> Table:
     """The table that counts for a call that these operators run."""
-    return TABLE if isinstance(ops, Dispatcher) else COMPILED
+    return TABLE if is_eager(ops) else COMPILED
 
 
 def measured(

@@ -174,9 +174,11 @@ def expansion_backward(
     c_below = saved.convs[last - 1]
     assert c_below is not None
     w, count = expansion_weight(t, c_below.dtype), rows(c_below)
-    m = None if saved.moments is None else saved.moments[0]
-    r, sum_dz = ops.conv1x1_backward_weight(dy, saved.mask, c_below, below.scale, below.shift, m)
-    r = r.double()
+    center = rest = None
+    if saved.moments is not None:
+        center, rest = split_center(saved.moments[0], c_below.dtype)
+    r, sum_dz = ops.conv1x1_backward_weight(dy, saved.mask, c_below, below.scale, below.shift, center)
+    r = r.double() if rest is None else r.double() - torch.outer(sum_dz.double(), rest)
     sum_centered = (r * w).sum(1)  # sum dz*(c - mean) [Cout]
     if not unit.training:
         bias = 0 if t.conv_bias is None else t.conv_bias.to(c_below.dtype)
@@ -184,12 +186,8 @@ def expansion_backward(
     grads = ops.bn_backward_coefficients(sum_dz, sum_centered.to(sum_dz.dtype), v, count, unit.training)
     A = grads.A.double()
     dw = A[:, None] * r
-    weight_a = offset = None
-    if saved.moments is not None:  # batch statistics
-        B, acc = grads.B.double(), sum_dz.dtype
-        dw = dw + B[:, None] * (w @ (saved.moments[1].double() * count))
-        weight_a = (w.t() @ (B[:, None] * w)).to(acc)
-        offset = (-(A * sum_dz.double() / count) @ w).to(acc)
+    if saved.moments is not None:
+        dw = dw + grads.B.double()[:, None] * (w @ (saved.moments[1].double() * count))
     db = (torch.zeros_like(A) if unit.training else A * sum_dz.double()) if needs.conv_bias else None
     parameters = ConvBNGrads(
         like_parameter(dw, t.weight) if needs.weight else None,
@@ -198,11 +196,27 @@ def expansion_backward(
     )
     if not need_da:
         return ExpansionGrads(parameters, sum_dz, None, None)
-    weight_dz = (A[:, None] * w).to(below.scale.dtype)
+    acc = below.scale.dtype
+    weight_dz = (A[:, None] * w).to(c_below.dtype)  # as the product takes it
+    weight_a = offset = None
+    if rest is not None:
+        exact_a = w.t() @ (grads.B.double()[:, None] * w)
+        # from the rounded weights: what a mean of dz adds through their rounding cancels
+        offset = (-(sum_dz.double() / count) @ weight_dz.double() - rest @ exact_a).to(acc)
+        weight_a = exact_a.to(acc)
     dz_below, *sums = ops.conv1x1_gram_backward_input(
-        dy, saved.mask, c_below, below, weight_dz, weight_a, m, offset
+        dy, saved.mask, c_below, below, weight_dz.to(acc), weight_a, center, offset
     )
     return ExpansionGrads(parameters, sum_dz, dz_below, tuple(sums))
+
+
+def split_center(m: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """m [Cin] as a value of the activations' dtype, and the rest of it in float64.
+
+    Where the ReLU gave 0, `a - center` is then exact: with m itself one rounding error would repeat in every such row.
+    """
+    center = m.to(dtype).to(m.dtype)
+    return center, m.double() - center.double()
 
 
 def backward(

@@ -5,6 +5,7 @@ from fusedres.patching.comparison import Comparison, compare
 from fusedres.patching.report import BlockReport, PatchReport
 from fusedres.patching.scoped import disabled, patched
 from fusedres.patching.verify import VerifyReport, verify
+from fusedres.patching.warmup import warmup
 
 __all__ = [
     "BlockReport",
@@ -19,4 +20,5 @@ __all__ = [
     "report",
     "unpatch",
     "verify",
+    "warmup",
 ]

@@ -1,0 +1,229 @@
+"""The user table: which recipe was fastest on this machine, as `fusedres tune` measured it. Data in a JSON file.
+
+    FUSEDRES_TABLE=/path/to/table.json    where it is; by default fusedres/table.json below $XDG_CACHE_HOME or ~/.cache
+
+An entry holds for one device, one set of versions, and one class of call: everything a `Key` has. A file that is not
+such a table is ignored, with one warning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedres.blocks import RECIPES
+from fusedres.blocks.config import BlockConfig, ConvBNTensors, Shortcut
+from fusedres.dispatch import Dispatcher
+
+ENVIRONMENT_VARIABLE = "FUSEDRES_TABLE"
+KIND = "fusedres recipes measured on this machine"
+PACKAGES = ("fusedres", "torch", "triton")
+UNFUSED = "unfused"
+
+
+class Key(NamedTuple):
+    """What an entry is for. `call` is a class of block, as `block_class` names it."""
+
+    device: str
+    versions: str
+    backend: str
+    dtype: str
+    gradients: bool
+    call: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The fastest recipe, and how many times as fast as the original forward it was."""
+
+    recipe: str
+    ratio: float
+
+
+_recorded: ContextVar[list[Key] | None] = ContextVar("fusedres_recorded_keys", default=None)
+
+
+def path() -> Path:
+    """Where the table is, or would be."""
+    given = os.environ.get(ENVIRONMENT_VARIABLE)
+    if given:
+        return Path(given)
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_home) / "fusedres" / "table.json"
+
+
+@cache
+def processor() -> str:
+    """The CPU's model name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or os.uname().machine
+
+
+@cache
+def gpu(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's model and the number of threads."""
+    return gpu(device) if device.type == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
+
+
+@cache
+def versions() -> str:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} absent")
+    return ", ".join(found)
+
+
+@lru_cache(maxsize=4096)
+def block_class(config: BlockConfig, weights: tuple[torch.Size, ...], x: torch.Size) -> str:
+    """A block and the size of its input in words; the batch down to a power of two.
+
+    Args:
+        weights: shapes of the convolutions' weights, as `config.units`.
+        x: shape [N, C, H, W].
+    """
+    parts = []
+    for unit, (cout, _, kh, kw) in zip(config.units, weights, strict=True):
+        numbers = "x".join(map(str, (kh, kw))) + f"-{cout}"
+        for letter, value, usual in (
+            ("s", unit.stride, (1, 1)),
+            ("d", unit.dilation, (1, 1)),
+            ("g", unit.groups, 1),
+        ):
+            if value != usual:
+                numbers += letter + ("x".join(map(str, value)) if isinstance(value, tuple) else str(value))
+        parts.append(numbers + ("" if unit.training else "f") + ("" if unit.relu else "n"))
+    shortcut = "" if config.shortcut is Shortcut.NONE else f" + {config.shortcut.value}"
+    return f"{size_class(x)}: {' '.join(parts)}{shortcut}"
+
+
+def size_class(x: torch.Size) -> str:
+    batch, *rest = x
+    return "x".join(map(str, (1 << (batch.bit_length() - 1), *rest)))
+
+
+def read(file: Path) -> dict[Key, Entry]:
+    """The table in a file; {} where there is none, and with a warning where it is something else."""
+    try:
+        data = json.loads(file.read_text())
+        if data["kind"] != KIND:
+            raise ValueError(f"its kind is {data['kind']!r}")
+        found = {Key(**entry["key"]): Entry(**entry["found"]) for entry in data["entries"]}
+        unknown = {entry.recipe for entry in found.values()} - {UNFUSED, *RECIPES}
+        if unknown:
+            raise ValueError(f"its recipes {sorted(unknown)} are unknown")
+        return found
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        warnings.warn(
+            f"fusedres: {file} is no table of recipes ({type(error).__name__}: {error}) and is ignored. "
+            f"Remove it, write it anew with `fusedres tune`, or set {ENVIRONMENT_VARIABLE}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+@cache
+def table() -> Mapping[Key, Entry]:
+    """This process's table, read at its first use."""
+    return read(path())
+
+
+def write(entries: Mapping[Key, Entry]) -> Path:
+    """Puts entries into the user's table, beside those of other keys; returns its path.
+
+    The file is replaced as a whole: a reader sees the old one or the new one.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    file = path()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    merged = {**read(file), **entries}
+    data = {
+        "kind": KIND,
+        "entries": [{"key": k._asdict(), "found": asdict(entry)} for k, entry in merged.items()],
+    }
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump(data, stream, indent=1)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    table.cache_clear()
+    return file
+
+
+@contextmanager
+def recorded_keys() -> Iterator[list[Key]]:
+    """Within the context, in this thread, the keys that calls look up."""
+    keys: list[Key] = []
+    token = _recorded.set(keys)
+    try:
+        yield keys
+    finally:
+        _recorded.reset(token)
+
+
+def is_consulted() -> bool:
+    """Whether a look-up can matter: without a table none does."""
+    return bool(table()) or _recorded.get() is not None
+
+
+def look_up(
+    x: Tensor, ops: Dispatcher, dtype: torch.dtype, gradients: bool, call: Callable[[], str]
+) -> str | None:
+    """The recipe that the table names for a call on x, or None.
+
+    Args:
+        dtype: of activations; gradients: whether any is wanted.
+        call: names the class of the call, where it is needed.
+    """
+    if not is_consulted():
+        return None
+    backend, name = ops.serving("bn_stats", x), str(dtype).removeprefix("torch.")
+    key = Key(device_name(x.device), versions(), backend, name, gradients, call())
+    if (keys := _recorded.get()) is not None:
+        keys.append(key)
+    entry = table().get(key)
+    return None if entry is None else entry.recipe
+
+
+def block_recipe(
+    x: Tensor, config: BlockConfig, units: tuple[ConvBNTensors, ...], ops: Dispatcher, gradients: bool
+) -> str | None:
+    """What the table names for this call of a block, or None."""
+
+    def call() -> str:
+        return block_class(config, tuple(t.weight.shape for t in units), x.shape)
+
+    return look_up(x, ops, config.dtype, gradients, call)
+
+
+def stem_recipe(x: Tensor, ops: Dispatcher, gradients: bool) -> str | None:
+    """The same for a stem."""
+    return look_up(x, ops, x.dtype, gradients, lambda: f"{size_class(x.shape)}: stem")

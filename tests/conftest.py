@@ -1,0 +1,10 @@
+"""For every test: the table of recipes that someone measured on this machine must not choose for it."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_user_table(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setenv("FUSEDRES_TABLE", str(tmp_path_factory.mktemp("table") / "table.json"))
+        yield

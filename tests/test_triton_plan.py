@@ -1,0 +1,100 @@
+"""Launches on tensors of more than 2^31 elements: what the kernels are given, with nothing allocated or launched."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from counted_bytes import MetaTriton
+from triton.runtime import jit
+
+from fusedres.raw_ops import BatchNormGrads, BatchNormVectors
+
+INT32 = 2**31
+# elements, which may be counted in 64 bits; everything else is a 32-bit number in the kernels
+ELEMENTS = ("N",)
+# offsets inside the share of one program, which are 32-bit: rows and channels that bound them
+WITHIN = {
+    "bn_stats": lambda k: k["ROWS"] * k["C"],
+    "bn_add_relu_forward": lambda k: k["ROWS"] * k["WIDTH"],
+    "bn_add_relu_backward_reduce": lambda k: k["ROWS"] * k["C"],
+    "bn_add_relu_backward_input": lambda k: k["ROWS"] * k["WIDTH"],
+    "conv1x1_forward": lambda k: max(k["BM"] * k["COUT"], k["CIN"] * k["COUT"]),
+    "conv1x1_backward_weight": lambda k: k["ROWS"] * max(k["CIN"], k["COUT"]),
+    "conv1x1_backward_input": lambda k: max(k["BM"], k["CIN"]) * max(k["COUT"], k["CIN"]),
+    "conv1x1_gram_backward_input": lambda k: max(k["BM"], 2 * k["CIN"]) * max(k["COUT"], k["CIN"]),
+    "gram": lambda k: k["ROWS"] * k["CIN"],
+}
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple[str, int, dict[str, Any]]]:
+    """Name, number of programs and arguments of every launch."""
+    found = []
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        named = dict(zip(kernel.arg_names, args, strict=False)) | options
+        found.append((kernel.__name__.removesuffix("_kernel"), math.prod(grid), named))
+
+    monkeypatch.setattr(jit.JITFunction, "run", run)
+    return found
+
+
+def wide(channels: int, side: int = 4096) -> torch.Tensor:
+    """A meta tensor of 3 * side^2 * channels elements."""
+    shape = (3, channels, side, side)
+    return torch.empty(shape, device="meta", dtype=torch.bfloat16, memory_format=torch.channels_last)
+
+
+def vector(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def call(op: str) -> None:
+    """One call of `op` with 256 channels at the wide end and 64 at the narrow one."""
+    ops, narrow, c = MetaTriton(), wide(64), wide(256)
+    v64, v256 = (BatchNormVectors(*(vector(n) for _ in range(5))) for n in (64, 256))
+    g256 = BatchNormGrads(*(vector(256) for _ in range(5)))
+    mask = torch.empty(c.numel() // 8, device="meta", dtype=torch.uint8)
+    weight = torch.empty(256, 64, 1, 1, device="meta", dtype=torch.bfloat16)
+    moments = vector(256, 64), vector(64, 64), vector(64), vector(64)
+    calls: dict[str, tuple[Any, ...]] = {
+        "bn_stats": (c,),
+        "bn_add_relu_forward": (c, v256.scale, v256.shift, c, None, None, True, True),
+        "bn_add_relu_backward_reduce": (c, c, v256, mask, False),
+        "bn_add_relu_backward_input": (c, c, v256, g256, mask, False, None, None, True),
+        "relu_backward": (c, mask),
+        "bn_relu_maxpool_forward": (c, v256.scale, v256.shift, 3, 2, 1),
+        "conv1x1_forward": (narrow, weight, None, 1, v64.scale, v64.shift, v256.scale, v256.shift, c),
+        "gram": (c, v256.scale, v256.shift),
+        "conv1x1_backward_weight": (c, mask, narrow, v64.scale, v64.shift, v64.mean),
+        "conv1x1_gram_backward_input": (c, mask, narrow, v64, *moments),
+        "conv1x1_backward_input": (c, c, v256, g256, weight, True, narrow, None),
+    }
+    assert ops.supports(op, *calls[op]) is None
+    getattr(ops, op)(*calls[op])
+
+
+@pytest.mark.parametrize("op", [*WITHIN, "relu_backward", "bn_relu_maxpool_forward"])
+def test_numbers_fit_their_width(op, launches):
+    assert wide(256).numel() > 4 * INT32
+    call(op)
+    assert launches
+    for kernel, programs, named in launches:
+        assert 0 < programs < INT32, kernel
+        for name, value in named.items():
+            if isinstance(value, int) and name not in ELEMENTS:
+                assert value < INT32, (kernel, name)
+        if kernel in WITHIN:
+            assert WITHIN[kernel](named) < INT32, kernel
+
+
+def test_the_recorder_sees_a_launch(launches):
+    """The counter-test: without the launches' arguments none of this would be looked at."""
+    call("bn_stats")
+    assert launches[0][0] == "bn_stats" and launches[0][2]["P"] == 3 * 4096**2

@@ -1,0 +1,142 @@
+"""fusedres tune: measures, rejects what is wrong, writes the table that recipe "auto" then follows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from block_forms import basic, bottleneck, projection
+from torch import nn
+from typer.testing import CliRunner
+
+import fusedres
+from fusedres import tuning
+from fusedres.backends.reference import ReferenceOps
+from fusedres.blocks import user_table
+from fusedres.cli import app
+from fusedres.models import Bottleneck
+from fusedres.tuning import Timing, Tuned, tune
+
+
+@pytest.fixture
+def table_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSEDRES_TABLE", str(tmp_path / "table.json"))
+    user_table.table.cache_clear()
+    yield tmp_path / "table.json"
+    user_table.table.cache_clear()
+
+
+def features(channels):
+    return torch.randn(2, channels, 6, 6).to(memory_format=torch.channels_last)
+
+
+def bottlenecks():
+    """Two blocks of one class, and one of another."""
+    wider = Bottleneck(32, 16, 1, projection(32, 64))
+    return nn.Sequential(bottleneck()(), bottleneck()(), wider)
+
+
+def one_basic():
+    return nn.Sequential(basic()())
+
+
+def fake_clock(monkeypatch, times: dict[str, float]):
+    """Seconds by the recipe that a step last ran; the step runs all the same."""
+
+    def seconds(run, device):
+        run()
+        return times[run.recipe]
+
+    plain = tuning.step_of
+
+    def step_of(place, module, gradients):
+        step = plain(place, module, gradients)
+
+        def run():
+            y = step()
+            rows = fusedres.report(module).matched if fusedres.is_patched(module) else ()
+            run.recipe = rows[0].runs_as if rows else "unfused"
+            return y
+
+        return run
+
+    monkeypatch.setattr(tuning, "seconds", seconds)
+    monkeypatch.setattr(tuning, "step_of", step_of)
+
+
+@pytest.mark.parametrize(
+    ("fastest", "gradients"), [("separate", False), ("gram", True), ("unfused", True)], ids=str
+)
+def test_the_fastest_recipe_is_taken_and_auto_follows(monkeypatch, table_file, fastest, gradients):
+    times = {"unfused": 2.0, "separate": 3.0, "gram": 4.0, fastest: 1.0}
+    model, x = bottlenecks().train(gradients), features(32)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with monkeypatch.context() as patching:
+        fake_clock(patching, times)
+        found = tune(model, x, gradients=gradients, backend="reference", rounds=3)
+    assert not fusedres.is_patched(model) and model.training is gradients
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert [tuned.blocks for tuned in found] == [("0", "1"), ("2",)]
+    user_table.write({tuned.key: tuned.entry for tuned in found})
+    fusedres.patch(model, backend="reference")
+    with torch.set_grad_enabled(gradients):
+        model(x)
+    assert [row.runs_as for row in fusedres.report(model).matched] == [fastest] * 3
+
+
+def test_a_wrong_recipe_is_rejected(monkeypatch):
+    plain = ReferenceOps.bn_add_relu_forward
+
+    def wrong(self, *args, **kwargs):
+        y, mask = plain(self, *args, **kwargs)
+        return y * 1.01, mask
+
+    monkeypatch.setattr(ReferenceOps, "bn_add_relu_forward", wrong)
+    monkeypatch.setattr(tuning, "seconds", lambda run, device: 1.0)
+    found = tune(one_basic(), features(16), backend="reference", rounds=3)
+    for tuned in found:
+        assert "eager has" in tuned.rejected["separate"]
+        assert tuned.rejected["gram"] == "no_1x1_expansion"
+        assert tuned.entry.recipe == "unfused"
+
+
+def test_a_recipe_with_infinite_gradients_is_rejected(monkeypatch):
+    plain = ReferenceOps.bn_add_relu_backward_input
+
+    def wrong(self, *args, **kwargs):
+        dc, other = plain(self, *args, **kwargs)
+        return dc / 0, other
+
+    monkeypatch.setattr(ReferenceOps, "bn_add_relu_backward_input", wrong)
+    monkeypatch.setattr(tuning, "seconds", lambda run, device: 1.0)
+    found = tune(one_basic(), features(16), backend="reference", rounds=3)
+    assert {tuned.rejected["separate"] for tuned in found} == {"a gradient is not finite"}
+
+
+def test_doubt_leaves_a_block_unfused():
+    timings = (Timing("separate", 1.0, 1.2, 0.99, 1.3), Timing("unfused", 1.2, 1.0, 1.0, 1.0))
+    key = user_table.Key("", "", "", "", True, "")
+    assert Tuned(key, ("a",), timings, {}).entry.recipe == "unfused"
+    sure = Timing("separate", 1.0, 1.2, 1.01, 1.3)
+    assert Tuned(key, ("a",), (sure, timings[1]), {}).entry == user_table.Entry("separate", 1.2)
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(fusedres.UnsupportedModelError, match="residual block"):
+        tune(nn.Sequential(nn.Conv2d(16, 16, 1)), features(16))
+
+
+def test_command_writes_the_table(table_file):
+    arguments = ["tune", "fusedres:cifar_resnet20", "--batch", "2", "--size", "8", "--rounds", "3"]
+    result = CliRunner().invoke(app, [*arguments, "--backend", "reference"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "6 classes of block" in result.output and str(table_file.name) in result.output
+    assert len(user_table.read(table_file)) == 6
+
+
+def test_command_explains_bad_options():
+    for arguments, message in (
+        (["tune", "resnet50"], "fusedres:resnet50"),
+        (["tune", "fusedres:cifar_resnet20", "--dtype", "int8"], "bfloat16"),
+    ):
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+        assert result.exit_code == 2 and message in result.output
