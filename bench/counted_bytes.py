@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import jit
 
 from fusedres import models
+from fusedres.backends.reference import ReferenceOps
 from fusedres.backends.triton import TritonOps
 from fusedres.blocks import RECIPES, stem
 from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNNeeds, ConvBNTensors, Shortcut
@@ -166,7 +167,7 @@ class Chain:
     """Stem and blocks of a ResNet on meta tensors, forward and then backward, as a training step runs them."""
 
     def __init__(self, model: nn.Module, recipe: str, counter: LaunchCounter) -> None:
-        self.ops = Dispatcher((MetaTriton(),))
+        self.ops = Dispatcher((MetaTriton(), ReferenceOps()))
         self.model, self.recipe, self.counter = model, recipe, counter
         self.backwards: list[Any] = []
 

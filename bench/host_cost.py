@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import bootstrap_interval, interleave, median
 from torch import Tensor, nn
 
 import fusedres
 from fusedres.models import BasicBlock, Bottleneck, cifar_resnet
+from fusedres.timing import bootstrap_interval, interleave, median
 
 CPU = torch.device("cpu")
 CALLS = 20  # of a block, in one round

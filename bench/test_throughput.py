@@ -13,7 +13,6 @@ from itertools import product
 
 import pytest
 import torch
-from timing import comparison, seconds
 from workloads import (
     BASELINE,
     FUSEDRES,
@@ -23,6 +22,8 @@ from workloads import (
     build,
     needs_graph,
 )
+
+from fusedres.timing import comparison, seconds
 
 ARCHITECTURES = (
     "resnet50",

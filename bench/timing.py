@@ -1,4 +1,4 @@
-"""How the benchmarks take times: with a cold L2 cache, or two implementations in turns. Clocks: `fusedres.timing`."""
+"""Times of one run after another, each with a cold L2 cache."""
 
 from __future__ import annotations
 
@@ -6,19 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fusedres.timing import bootstrap_interval, median, paired_ratios, seconds, synchronize
-
-__all__ = [
-    "bootstrap_interval",
-    "comparison",
-    "flushed_seconds",
-    "interleave",
-    "median",
-    "paired_ratios",
-    "seconds",
-    "summary",
-    "synchronize",
-]
+from fusedres.timing import seconds
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU this runs on
 
@@ -33,32 +21,3 @@ def flushed_seconds(run: Callable[[], object], device: torch.device, rounds: int
         flush.zero_()
         found.append(seconds(run, device))
     return found
-
-
-def interleave(
-    baseline: Callable[[], object], target: Callable[[], object], device: torch.device, rounds: int
-) -> tuple[list[float], list[float]]:
-    """Times of both, taken in turns after two calls each to warm up."""
-    for run in (baseline, target) * 2:
-        run()
-    pairs = [(seconds(baseline, device), seconds(target, device)) for _ in range(rounds)]
-    first, second = zip(*pairs, strict=True)
-    return list(first), list(second)
-
-
-def summary(times: list[float]) -> dict[str, float]:
-    """What a report keeps of a list of seconds."""
-    return {"seconds": median(times), "fastest": min(times), "slowest": max(times), "rounds": len(times)}
-
-
-def comparison(baseline: list[float], target: list[float]) -> dict[str, object]:
-    """Medians and the paired ratio of interleaved rounds; above 1 the target is faster."""
-    ratios = paired_ratios(baseline, target)
-    low, high = bootstrap_interval(ratios)
-    return {
-        **summary(target),
-        "baseline_seconds": median(baseline),
-        "ratio": median(ratios),
-        "ratio_low": low,
-        "ratio_high": high,
-    }

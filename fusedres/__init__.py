@@ -10,11 +10,13 @@ Importing it needs torch alone, touches no GPU and prints nothing.
 from importlib.metadata import version
 
 from fusedres.dispatch import use_backend
-from fusedres.errors import BackendUnavailableError, FusedresError, UnsupportedModelError
+from fusedres.errors import BackendUnavailableError, FusedresError, UnsupportedModelError, VerificationError
 from fusedres.patching import (
     BlockReport,
+    Comparison,
     PatchReport,
     VerifyReport,
+    compare,
     disabled,
     is_patched,
     patch,
@@ -30,10 +32,13 @@ __version__ = version("fusedres")
 __all__ = [
     "BackendUnavailableError",
     "BlockReport",
+    "Comparison",
     "FusedresError",
     "PatchReport",
     "UnsupportedModelError",
+    "VerificationError",
     "VerifyReport",
+    "compare",
     "disabled",
     "is_patched",
     "patch",

@@ -11,3 +11,7 @@ class UnsupportedModelError(FusedresError):
 
 class BackendUnavailableError(FusedresError):
     """A backend was asked for by name that this installation or machine does not have."""
+
+
+class VerificationError(FusedresError):
+    """A patched model computes something else than the unpatched one."""

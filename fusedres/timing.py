@@ -10,11 +10,6 @@ import torch
 RESAMPLES = 10_000
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """Time of one call: by events on the device's stream, or by the host's clock."""
     if device.type != "cuda":
@@ -30,8 +25,24 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
+def interleave(
+    baseline: Callable[[], object], target: Callable[[], object], device: torch.device, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Times of both, taken in turns after two calls each to warm up."""
+    for run in (baseline, target) * 2:
+        run()
+    pairs = [(seconds(baseline, device), seconds(target, device)) for _ in range(rounds)]
+    first, second = zip(*pairs, strict=True)
+    return list(first), list(second)
+
+
 def median(values: list[float]) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """What a report keeps of a list of seconds."""
+    return {"seconds": median(times), "fastest": min(times), "slowest": max(times), "rounds": len(times)}
 
 
 def paired_ratios(baseline: list[float], target: list[float]) -> list[float]:
@@ -48,3 +59,16 @@ def bootstrap_interval(values: list[float], confidence: float = 0.95) -> tuple[f
     medians = data[picks].quantile(0.5, dim=1)
     tail = (1 - confidence) / 2
     return medians.quantile(tail).item(), medians.quantile(1 - tail).item()
+
+
+def comparison(baseline: list[float], target: list[float]) -> dict[str, object]:
+    """Medians and the paired ratio of interleaved rounds; above 1 the target is faster."""
+    ratios = paired_ratios(baseline, target)
+    low, high = bootstrap_interval(ratios)
+    return {
+        **summary(target),
+        "baseline_seconds": median(baseline),
+        "ratio": median(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
+    }

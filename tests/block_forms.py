@@ -18,7 +18,8 @@ def projection(cin: int, cout: int, stride: int = 1, bias: bool = False) -> nn.S
 
 
 def each_bn(block: nn.Module) -> list[nn.BatchNorm2d]:
-    return [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    """torch's, and frozen ones."""
+    return [m for m in block.modules() if hasattr(m, "running_var")]  # type: ignore[misc]
 
 
 def randomize(block: nn.Module, seed: int = 0) -> nn.Module:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from timing import bootstrap_interval, comparison, interleave
 from torch import nn
 from workloads import BASELINE, CorrectnessGate, Step, Workload, build
+
+from fusedres.timing import bootstrap_interval, comparison, interleave
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

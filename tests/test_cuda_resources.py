@@ -27,12 +27,13 @@ def test_bandwidth_kernels_load_16_bytes_at_a_time_and_two_ahead(kernels):
 
 
 def test_the_disassembler_sees_the_same_wide_loads(kernels):
-    total = 0
-    for cubin in cuda_resources.compile_all():
+    """On each architecture, in one source with packets and one with tiles."""
+    cubins = [c for c in cuda_resources.compile_all() if c.name.startswith(("relu_backward", "bn_stats"))]
+    assert len(cubins) == 2 * len(cuda_resources.ARCHITECTURES)
+    for cubin in cubins:
         loads = cuda_resources.disassembled_wide_loads(cubin)
         assert loads == cuda_resources.wide_loads(cubin.read_bytes()), cubin.name
-        total += sum(loads.values())
-    assert total == sum(k.loads_of_16_bytes for k in kernels) > 0
+        assert sum(loads.values()) > 0
 
 
 def test_resources_are_those_of_the_table(kernels):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from accuracy import assert_same_float64
 from block_forms import one_step, ran_as, randomize
+from look_alikes import LOOK_ALIKES
 from spellings import LEFT_ALONE, MATCHED, InPlaceAdd, SqueezeExcite, TwoConvs
 from torch import nn
+from training import assert_trained_alike
 
 import fusedres
 from fusedres.models import BasicBlock, Bottleneck, cifar_resnet, resnet18, resnet50
@@ -39,7 +41,9 @@ def test_every_spelling_is_matched_and_equal(spelling, recipe):
         assert_same_float64(actual.gradients[name], exact, name)
 
 
-@pytest.mark.parametrize(("look_alike", "code"), LEFT_ALONE, ids=[c.__name__ for c, _ in LEFT_ALONE])
+@pytest.mark.parametrize(
+    ("look_alike", "code"), LEFT_ALONE + LOOK_ALIKES, ids=[c.__name__ for c, _ in LEFT_ALONE + LOOK_ALIKES]
+)
 def test_look_alikes_are_left_alone_with_their_code(look_alike, code):
     model = nn.Sequential(InPlaceAdd(), look_alike())
     before = type(model[1])
@@ -213,23 +217,8 @@ def test_three_sgd_steps_equal_unpatched_in_float64(build, recipe):
     torch.manual_seed(0)
     plain = build(num_classes=5, zero_init_residual=True).double()  # else noise grows tenfold a step
     fused = fusedres.patch(copy.deepcopy(plain), recipe=recipe, strict=True)
-    images, labels = torch.randn(3, 6, 3, 48, 48, dtype=torch.float64), torch.randint(5, (3, 6))
-    losses = []
-    for model in (plain, fused):
-        optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
-        for x, target in zip(images, labels, strict=True):
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), target)
-            loss.backward()
-            optimizer.step()
-        losses.append(loss.detach())
-    assert all(row.runs_as in ("separate", "gram") for row in fusedres.report(fused).blocks)
-    assert_same_float64(losses[1], losses[0], "loss")
-    for (name, exact), actual in zip(plain.state_dict().items(), fused.state_dict().values(), strict=True):
-        if exact.is_floating_point():
-            assert_same_float64(actual, exact, name)
-        else:
-            assert torch.equal(actual, exact), name
+    images, labels = torch.randn(3, 6, 3, 48, 48, dtype=torch.float64), torch.randint(5, (6,))
+    assert_trained_alike(plain, fused, images, lambda y: nn.functional.cross_entropy(y, labels))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

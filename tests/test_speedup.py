@@ -7,12 +7,14 @@ import os
 
 import pytest
 import torch
-from timing import comparison, interleave
 from workloads import BASELINE, CorrectnessGate, Workload, build
+
+from fusedres.timing import comparison, interleave, seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = getattr(torch, os.environ.get("BENCH_DTYPE", "float32"))
-ROUNDS = 15
+SECONDS = 20.0  # of one case, so that the interval of short steps is narrow too
+ROUNDS = 15, 400  # at least and at most
 # architecture: least ratio, images a step on a CPU and on a GPU
 LIMITS = {
     "resnet50": (1.0, 8, 256),
@@ -35,6 +37,8 @@ def test_patched_is_not_slower_than_eager(architecture, phase):
     workload = Workload(architecture, phase, batch, DTYPE, DEVICE)
     patched, baseline = build(workload, "fusedres_auto"), build(workload, BASELINE)
     CorrectnessGate().check(workload, patched, "fusedres_auto")
-    found = comparison(*interleave(baseline.run, patched.run, DEVICE, ROUNDS))
+    rounds = int(SECONDS / 2 / seconds(baseline.run, DEVICE))
+    rounds = min(max(rounds, ROUNDS[0]), ROUNDS[1])
+    found = comparison(*interleave(baseline.run, patched.run, DEVICE, rounds))
     shown = f"{found['ratio']:.3f} [{found['ratio_low']:.3f} {found['ratio_high']:.3f}]"
     assert found["ratio_low"] >= least, f"{workload.name}: {shown}, runs as {patched.runs_as()}"

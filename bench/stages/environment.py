@@ -9,7 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from report import Cell, Settings
-from timing import flushed_seconds, seconds, summary
+from timing import flushed_seconds
+
+from fusedres.timing import seconds, summary
 
 QUERY = (
     "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from op_cases import resnet_shape
 from report import Cell, Settings
-from timing import flushed_seconds, summary
+from timing import flushed_seconds
 
 from fusedres import selftest
 from fusedres.dispatch import LOADERS
 from fusedres.op_cases import SMALL, Shape
 from fusedres.op_cases import cases as op_cases
+from fusedres.timing import summary
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 DRIVER = Path(__file__).resolve().parent.parent / "op_cases.py"

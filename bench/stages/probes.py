@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from accuracy import relative_error
 from report import Cell, Settings
-from timing import flushed_seconds, summary
+from timing import flushed_seconds
 from torch import Tensor
+
+from fusedres.timing import summary
 
 # stage of ResNet-50 and direction: height and width, Cin, Cout
 SHAPES = {

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from report import Cell, Settings
-from timing import comparison, interleave
 from torch.profiler import ProfilerActivity, profile
 from workloads import BASELINE, CorrectnessGate, Step, Workload, build, needs_graph
+
+from fusedres.timing import comparison, interleave
 
 ROUNDS = 30
 SMALL_ROUNDS = 2

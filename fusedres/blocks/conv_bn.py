@@ -73,7 +73,9 @@ def add_input_gradient(dx: Tensor, dc: Tensor, x: Tensor, unit: ConvBNConfig, t:
     """
     product = is_pointwise(unit, t) and dx.device.type == "cpu" and dx.dtype in (torch.float32, torch.float64)
     if not product or not all(v.is_contiguous(memory_format=torch.channels_last) for v in (dx, dc)):
-        return dx.add_(input_gradient(dc, x, unit, t))
+        added, _ = library_gradients(dc, x, unit, t, (True, False))
+        assert added is not None
+        return dx.add_(added)
     weight = t.weight.to(dx.dtype).flatten(1)  # [Cout, Cin]
     kept = dx[:, :, :: unit.stride[0], :: unit.stride[1]]
     columns = dc.permute(0, 2, 3, 1).flatten(0, 2)  # [P', Cout]
@@ -85,17 +87,13 @@ def add_input_gradient(dx: Tensor, dc: Tensor, x: Tensor, unit: ConvBNConfig, t:
 
 
 def library_gradients(
-    dc: Tensor, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors, both: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx and, if `both`, dweight of `convolve` from dc [N, Cout, H', W'], by torch's own convolution."""
+    dc: Tensor, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dweight of `convolve`, as far as wanted, from dc [N, Cout, H', W'], by torch's own convolution."""
     window = unit.stride, unit.padding, unit.dilation, False, [0, 0], unit.groups
     weight = t.weight.to(x.dtype)
-    return torch.ops.aten.convolution_backward(dc, x, weight, None, *window, [True, both, False])
-
-
-def input_gradient(dc: Tensor, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
-    """dx [N, Cin, H, W] of `convolve` from dc [N, Cout, H', W']."""
-    return library_gradients(dc, x, unit, t, False)[0]
+    gradients = torch.ops.aten.convolution_backward(dc, x, weight, None, *window, [*wanted, False])
+    return tuple(g if wants else None for g, wants in zip(gradients, wanted, strict=False))  # type: ignore[return-value]
 
 
 def convolution_backward(
@@ -115,12 +113,16 @@ def convolution_backward(
     dx = dweight = dbias = None
     window = unit.stride, unit.padding, unit.dilation, unit.groups
     args = dc, x, (t.weight.shape[2], t.weight.shape[3]), *window
-    if need_dx and needs.weight and onto is None and ops.serving("conv_backward_weight", *args) == LIBRARY:
-        dx, dweight, _ = library_gradients(dc, x, unit, t, True)
-    elif need_dx:
-        dx = input_gradient(dc, x, unit, t) if onto is None else add_input_gradient(onto, dc, x, unit, t)
-    if needs.weight:
-        dweight = ops.conv_backward_weight(*args) if dweight is None else dweight
+    if ops.serving("conv_backward_weight", *args) == LIBRARY:
+        wanted = need_dx and onto is None, needs.weight
+        dx, dweight = library_gradients(dc, x, unit, t, wanted) if any(wanted) else (None, None)
+    elif needs.weight:
+        dweight = ops.conv_backward_weight(*args)
+    if need_dx and onto is not None:
+        dx = add_input_gradient(onto, dc, x, unit, t)
+    elif need_dx and dx is None:
+        dx, _ = library_gradients(dc, x, unit, t, (True, False))
+    if dweight is not None:
         dweight = like_parameter(dweight, t.weight)
     if needs.conv_bias:
         assert t.conv_bias is not None

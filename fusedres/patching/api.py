@@ -18,7 +18,7 @@ from fusedres.errors import UnsupportedModelError
 from fusedres.patching import grammar, install, stems
 from fusedres.patching.grammar import NoMatch
 from fusedres.patching.install import BlockState
-from fusedres.patching.plan import BlockPlan, Plan
+from fusedres.patching.plan import Plan
 from fusedres.patching.report import BlockReport, PatchReport
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -78,12 +78,19 @@ def shared_modules(model: nn.Module) -> set[int]:
     return shared
 
 
-def find_plan(module: nn.Module, shared: set[int], renew: bool) -> BlockPlan:
-    """The module's plan; of a patched one, the known plan, or with `renew` found anew. Raises NoMatch."""
-    known = vars(module)[install.STATE].plan if install.is_patched_block(module) else None
-    if isinstance(known, BlockPlan) and not renew:
+def find_plan(module: nn.Module, shared: set[int], renew: bool) -> Plan | None:
+    """The plan of a whole module; of a patched one the known plan, or with `renew` found anew. None if it looks like
+    nothing. Raises NoMatch."""
+    known: Plan | None = vars(module)[install.STATE].plan if install.is_patched_block(module) else None
+    if known is not None and known.whole and not renew:
         return known
-    plan = grammar.plan(install.original_view(module))
+    plan: Plan
+    if grammar.looks_residual(module):
+        plan = grammar.plan(install.original_view(module))
+    elif stems.looks_like_stem(module):
+        plan = stems.plan_stem_module(install.original_view(module))
+    else:
+        return None
     units = [module.get_submodule(path) for unit in plan.units for path in (unit.conv, unit.bn)]
     if any(id(unit) in shared for unit in units):
         raise NoMatch("shared_module")
@@ -113,12 +120,14 @@ def find(model: nn.Module, renew: bool = False) -> list[Found]:
         code = None
         if stems.has_stem(install.base_class(module)):
             yield find_stem(f"{name}.{STEM}" if name else STEM, module)
-        if grammar.looks_residual(module):
-            try:
-                yield Found(name, module, find_plan(module, shared, renew), None)
+        try:
+            if (plan := find_plan(module, shared, renew)) is not None:
+                yield Found(name, module, plan, None)
                 return
-            except NoMatch as refusal:
-                code = refusal.code
+        except NoMatch as refusal:
+            # few modules with one convolution are stems: only an activation says that this one was meant as one
+            is_block = grammar.looks_residual(module) or refusal.code.startswith("activation_not_relu")
+            code = refusal.code if is_block else None
         below = [
             found
             for child_name, child in module.named_children()

@@ -2,9 +2,10 @@
 
     block    = Relu(Add(chain, shortcut)) | Relu(Add(shortcut, chain)) | Relu(chain)
     chain    = BN(Conv(X)) | BN(Conv(Relu(chain))) | BN(Conv(chain))
-    shortcut = X | BN(Conv(X)) | the output of a submodule called with X
+    shortcut = X | BN(Conv(X)) | the output of a submodule called with X, or a sum of several
 
-Every parameter stands in the expression once. What does not match has a reason code.
+BN stands for a frozen norm too (`norms.py`). Every parameter stands in the expression once. What does not match has
+a reason code.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch import nn
 from fusedres.blocks.config import Shortcut
 from fusedres.patching import dataflow, structure
 from fusedres.patching.dataflow import INPUT, PARAMETER, Dataflow, DryRunError, Node
+from fusedres.patching.norms import BN, Norm, read_norm
 from fusedres.patching.plan import BlockPlan, ConvBNNames
 
-CONV, BN, RELU, ADD = "Convolution", "NativeBatchNorm", "Relu", "Add"
+CONV, RELU, ADD = "Convolution", "Relu", "Add"
 ACTIVATIONS = {
     "Sigmoid",
     "Silu",
@@ -36,13 +38,14 @@ ACTIVATIONS = {
 }
 KNOWN = {CONV, BN, RELU, ADD, INPUT, PARAMETER}
 MAX_CONVS = 4  # of a main path
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)
 
 
 class Unit(NamedTuple):
     """One BN(Conv(.)) as matched."""
 
     conv: Node
-    bn: Node
+    norm: Norm
     relu: bool  # a ReLU follows, inside the chain
 
 
@@ -52,7 +55,7 @@ class Form(NamedTuple):
     main: tuple[Unit, ...]
     shortcut: Shortcut
     projection: Unit | None
-    path: str | None  # of the shortcut's submodule
+    paths: tuple[str, ...]  # of the submodules that make the shortcut
 
 
 class NoMatch(Exception):
@@ -71,14 +74,33 @@ def chain(node: Node | None) -> tuple[Unit, ...] | None:
         if node.op == RELU and units and not relu:
             relu, node = True, node.args[0]
             continue
-        if node.op != BN or len(units) == MAX_CONVS:
+        norm = read_norm(node)
+        if norm is None or len(units) == MAX_CONVS:
             return None
-        conv = node.args[0]
-        if conv is None or conv.op != CONV or conv.attributes["transposed"]:
+        conv = norm.input
+        if conv.op != CONV or conv.attributes["transposed"]:
             return None
-        units.append(Unit(conv, node, relu))
+        units.append(Unit(conv, norm, relu))
         relu, node = False, conv.args[0]
     return tuple(reversed(units)) if node is not None and not relu else None
+
+
+def summands(node: Node | None) -> list[Node] | None:
+    """The terms of a sum, in order, with a norm as one term; None where a term is scaled or has no gradient.
+
+    The number 0 is no term: it stands for a branch that is switched off.
+    """
+    if node is None:
+        return None
+    if node.op != ADD or read_norm(node) is not None:
+        return [node]
+    if node.attributes["alpha"] != 1:
+        return None
+    first, second = node.args
+    if second is None and node.attributes.get("number") == 0:
+        return summands(first)
+    terms = summands(first), summands(second)
+    return None if terms[0] is None or terms[1] is None else terms[0] + terms[1]
 
 
 def match(flow: Dataflow) -> Form:
@@ -89,38 +111,33 @@ def match(flow: Dataflow) -> Form:
     """
     if flow.root.op != RELU:
         raise NoMatch(refusal(flow.root))
-    top = flow.root.args[0]
-    assert top is not None
-    if (units := chain(top)) is not None:
-        if len(units) < 2:
-            raise NoMatch("not_residual")
-        return Form(units, Shortcut.NONE, None, None)
-    if top.op != ADD or top.attributes["alpha"] != 1:
+    terms = summands(flow.root.args[0])
+    if terms is None:
         raise NoMatch(refusal(flow.root))
-    first, second = top.args
-    candidates = [(chain(a), b) for a, b in ((first, second), (second, first))]
-    mains = [(units, other) for units, other in candidates if units and other is not None]
-    if not mains:
+    chains = [chain(term) for term in terms]
+    longest = max(range(len(terms)), key=lambda i: len(chains[i] or ()))
+    main = chains[longest]
+    if not main:
         raise NoMatch(refusal(flow.root))
-    units, other = max(mains, key=lambda pair: len(pair[0]))
-    return joined(flow, top, units, other)
-
-
-def joined(flow: Dataflow, top: Node, units: tuple[Unit, ...], other: Node) -> Form:
-    """The form of an addition, its main path known."""
-    if other.op == INPUT:
-        if flow.input_shape != top.shape:
-            raise NoMatch("not_residual")
-        return Form(units, Shortcut.IDENTITY, None, None)
-    if other.shape != top.shape:
+    others = [i for i in range(len(terms)) if i != longest]
+    if any(shape_of(terms[i], flow) != flow.root.shape for i in range(len(terms))):
         raise NoMatch("not_residual")
-    projection = chain(other)
-    if projection is not None and len(projection) == 1:
-        return Form(units, Shortcut.PROJECTION, projection[0], None)
-    path = flow.calls_on_input.get(id(other))
-    if path is None:
+    if not others:
+        if len(main) < 2:
+            raise NoMatch("not_residual")
+        return Form(main, Shortcut.NONE, None, ())
+    if len(others) == 1 and (found := chains[others[0]]) is not None and len(found) < 2:
+        return Form(
+            main, Shortcut.PROJECTION if found else Shortcut.IDENTITY, found[0] if found else None, ()
+        )
+    paths = [flow.calls_on_input.get(id(terms[i])) for i in others]
+    if None in paths:
         raise NoMatch("shortcut_not_a_module")
-    return Form(units, Shortcut.TENSOR, None, path)
+    return Form(main, Shortcut.TENSOR, None, tuple(paths))  # type: ignore[arg-type]
+
+
+def shape_of(node: Node, flow: Dataflow) -> tuple[int, ...]:
+    return flow.input_shape if node.op == INPUT else node.shape
 
 
 def refusal(root: Node) -> str:
@@ -163,12 +180,19 @@ def bn_owner(flow: Dataflow, bn: Node) -> str:
 
 def names(module: nn.Module, flow: Dataflow, unit: Unit) -> ConvBNNames:
     """The unit by module paths, its modules' attributes held against the dataflow."""
-    conv_path, bn_path = owner(parameter(unit.conv.args[1]), "weight"), bn_owner(flow, unit.bn)
-    conv, bn = module.get_submodule(conv_path), module.get_submodule(bn_path)
-    if not isinstance(conv, nn.Conv2d) or type(bn) is not nn.BatchNorm2d:
-        raise NoMatch(f"unsupported_module:{type(bn if isinstance(conv, nn.Conv2d) else conv).__name__}")
-    found = tuple(unit.conv.attributes[k] for k in ("stride", "padding", "dilation", "groups"))
-    if found != geometry(conv) or bn.eps != unit.bn.attributes["eps"]:
+    conv_path = owner(parameter(unit.conv.args[1]), "weight")
+    conv, frozen = module.get_submodule(conv_path), unit.norm.frozen
+    if not isinstance(conv, nn.Conv2d):
+        raise NoMatch(f"unsupported_module:{type(conv).__name__}")
+    if tuple(unit.conv.attributes[k] for k in ("stride", "padding", "dilation", "groups")) != geometry(conv):
+        raise NoMatch("unsupported_module")
+    if frozen is not None:
+        return ConvBNNames(conv_path, frozen.path, unit.relu, geometry(conv), True, frozen.eps)
+    bn_path = bn_owner(flow, unit.norm.node)
+    bn = module.get_submodule(bn_path)
+    if type(bn) is not nn.BatchNorm2d:
+        raise NoMatch(f"unsupported_module:{type(bn).__name__}")
+    if bn.eps != unit.norm.node.attributes["eps"]:
         raise NoMatch("unsupported_module")
     return ConvBNNames(conv_path, bn_path, unit.relu, geometry(conv))
 
@@ -180,7 +204,7 @@ def geometry(conv: nn.Conv2d) -> tuple:
 def by_name(form: Form, module: nn.Module, flow: Dataflow) -> tuple:
     """The form without nodes: what both modes must agree on."""
     units = form.main if form.projection is None else (*form.main, form.projection)
-    return form.shortcut, form.path, tuple(names(module, flow, unit) for unit in units)
+    return form.shortcut, form.paths, tuple(names(module, flow, unit) for unit in units)
 
 
 def check_parameters(flow: Dataflow, named: tuple[ConvBNNames, ...]) -> None:
@@ -196,33 +220,42 @@ def check_parameters(flow: Dataflow, named: tuple[ConvBNNames, ...]) -> None:
         raise NoMatch("shared_module")
 
 
+def read_modes(module: nn.Module) -> list[Dataflow]:
+    """The module's dataflow in training and in evaluation mode, on as many channels as its first convolution takes.
+
+    Raises:
+        NoMatch: it cannot be read.
+    """
+    channels = [m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)]
+    if not channels:
+        raise NoMatch("not_residual")
+    try:
+        return [dataflow.read(module, channels[0], training) for training in (True, False)]
+    except DryRunError as error:
+        raise NoMatch(error.code) from error
+
+
 def plan(module: nn.Module) -> BlockPlan:
     """The plan of a residual block.
 
     Raises:
         NoMatch: the module is none; `code` says why.
     """
-    channels = [m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)]
-    if not channels:
-        raise NoMatch("not_residual")
-    try:
-        flows = [dataflow.read(module, channels[0], training) for training in (True, False)]
-    except DryRunError as error:
-        raise NoMatch(error.code) from error
+    flows = read_modes(module)
     forms = [match(flow) for flow in flows]
-    shortcut, path, named = by_name(forms[0], module, flows[0])
-    if by_name(forms[1], module, flows[1]) != (shortcut, path, named):
+    shortcut, paths, named = by_name(forms[0], module, flows[0])
+    if by_name(forms[1], module, flows[1]) != (shortcut, paths, named):
         raise NoMatch("mode_dependent")
     check_parameters(flows[0], named)
     main = len(forms[0].main)
     main_names = (*named[: main - 1], named[main - 1]._replace(relu=True))
     projection = named[-1] if shortcut is Shortcut.PROJECTION else None
-    return BlockPlan(main_names, shortcut, projection, path, structure.describe(module))
+    return BlockPlan(main_names, shortcut, projection, paths, structure.describe(module))
 
 
 def looks_residual(module: nn.Module) -> bool:
     """Whether the module is worth a dry run, or a line in the report: not a container, a few convolutions."""
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)):
+    if isinstance(module, CONTAINERS):
         return False
     convs = sum(isinstance(m, nn.Conv2d) for m in module.modules())
     return 2 <= convs <= 2 * MAX_CONVS

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fusedres.blocks.config import ConvBNConfig, ConvBNTensors, Shortcut
 from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype, tensor, unit_sizes
+from fusedres.nn.stem import single, unsuitable_pool
+from fusedres.patching.norms import FrozenNorm
 from fusedres.raw_ops import ACTIVATION_DTYPES
 
 DISABLED: ContextVar[bool] = ContextVar("fusedres_disabled", default=False)
@@ -122,6 +124,28 @@ def norm_vectors(t: ConvBNTensors, bn: nn.BatchNorm2d) -> list[Tensor]:
     return [v for v in vectors if v is not None]
 
 
+def unfit_frozen(call: BlockCall) -> str | None:
+    """A reason if a frozen norm's constants would give another dtype, which its arithmetic promotes, or a gradient."""
+    for t, bn in zip(call.tensors, call.norms, strict=True):
+        if not isinstance(bn, FrozenNorm):
+            continue
+        vectors = norm_vectors(t, bn)
+        if any(v.dtype is not call.config.dtype for v in vectors):
+            return "dtype"
+        if any(v is not None and v.requires_grad for v in (t.mean, t.var)):
+            return "trainable_statistics"
+    return None
+
+
+def unfit_pool(call: BlockCall, pool: nn.MaxPool2d) -> bool:
+    """Whether a stem's pooling, rewritten since patching, is outside what is served or has no output at all."""
+    if unsuitable_pool(pool):
+        return True
+    kernel, padding = single(pool.kernel_size), single(pool.padding)
+    ((height, width),) = unit_sizes(call)
+    return 2 * padding > kernel or min(height, width) + 2 * padding < kernel  # type: ignore[operator]
+
+
 def unfit_block(call: BlockCall) -> str | None:
     """A reason if what was read of the block does not fit x, or does not fit together."""
     config, x = call.config, call.x
@@ -133,6 +157,8 @@ def unfit_block(call: BlockCall) -> str | None:
     dtypes = castable if casts else castable[:1]
     reason = unfit_tensors(convs, device, dtypes)
     if (reason := reason or unfit_tensors([v for n in norms for v in n], device, castable)) is not None:
+        return reason
+    if (reason := unfit_frozen(call)) is not None:
         return reason
     if any(map(unfit_geometry, config.units)):
         return "geometry_changed"

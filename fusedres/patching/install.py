@@ -11,7 +11,8 @@ import copyreg
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, reduce, wraps
+from operator import add
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ from fusedres.nn.residual_block import (
 )
 from fusedres.nn.stem import stem_block
 from fusedres.patching import guards, structure
-from fusedres.patching.plan import BASE, STATE, BlockPlan, Plan, StemPlan
+from fusedres.patching.norms import FrozenNorm
+from fusedres.patching.plan import BASE, STATE, BlockPlan, ConvBNNames, Plan, StemPlan
 from fusedres.patching.reasons import describe
 
 logger = logging.getLogger("fusedres")
@@ -64,18 +66,41 @@ class Outcome(NamedTuple):
     y: Tensor | None = None
 
 
+class AfterStem:
+    """A model as its own method sees it once its stem has run: the stem's first part gives y, the others hand it on."""
+
+    def __init__(self, model: nn.Module, parts: list[str], y: Tensor) -> None:
+        self.__dict__.update(dict.fromkeys(parts, lambda x: x), **{parts[0]: lambda x: y}, model=model)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["model"], name)
+
+
 def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One call of a patched method: fused if nothing speaks against it, else by the original method."""
     state: BlockState = vars(module)[STATE]
-    base = base_class(module)
-    if torch.compiler.is_compiling():  # a graph cannot hold what is noted below
-        y = attempt(module, state, args, kwargs, opaque_backend).y
-        return getattr(base, state.plan.method)(module, *args, **kwargs) if y is None else y
-    recipe, reason, y = outcome = attempt(module, state, args, kwargs, dispatcher)
+    base, plan = base_class(module), state.plan
+    original = getattr(base, plan.method)
+    goes_on = isinstance(plan, StemPlan) and plan.goes_on
+    if torch.compiler.is_compiling():  # a graph cannot hold what is noted below, nor a model's stand-in
+        y = None if goes_on else attempt(module, state, args, kwargs, opaque_backend).y
+        return original(module, *args, **kwargs) if y is None else y
+    recipe, reason, y = attempt(module, state, args, kwargs, dispatcher)
     state.runs_as, state.reason = recipe, reason
     if reason is not None:
         log_once(base.__qualname__, recipe, reason)
-    return getattr(base, state.plan.method)(module, *args, **kwargs) if outcome.y is None else y
+    if y is None:
+        return original(module, *args, **kwargs)
+    if isinstance(plan, StemPlan) and plan.goes_on:
+        return original(AfterStem(module, [path for path, _ in plan.parts], y), args[0])
+    return y
+
+
+def unit(modules: dict[str, Any], names: ConvBNNames) -> ConvBN:
+    bn = modules[names.bn]
+    if names.frozen:
+        bn = FrozenNorm(bn, names.eps)
+    return ConvBN(modules[names.conv], bn, names.relu)
 
 
 def attempt(
@@ -98,13 +123,13 @@ def attempt(
         return Outcome(UNFUSED, "no_faster_recipe")
     if getattr(type(module), ORIGINAL) is not getattr(base_class(module), plan.method):
         return Outcome(UNFUSED, "forward_replaced")
-    if isinstance(plan, StemPlan):
+    if isinstance(plan, StemPlan) and not plan.whole:
         modules = structure.resolve_stem(module, plan)
     else:
         modules = structure.resolve(module, plan.structure)
     if isinstance(modules, str):
         return Outcome(UNFUSED, modules)
-    units = [ConvBN(modules[names.conv], modules[names.bn], names.relu) for names in plan.units]
+    units = [unit(modules, names) for names in plan.units]
     if (reason := guards.unreadable(units)) is not None:
         return Outcome(UNFUSED, reason)
     return fused(plan, state.recipe, ops, modules, units, x if x.dtype is dtype else x.to(dtype))
@@ -119,15 +144,19 @@ def fused(
     if (reason := guards.unfit_block(data)) is not None:
         return Outcome(UNFUSED, reason)
     if isinstance(plan, StemPlan) and plan.pool is not None:
+        pool = modules[plan.pool] if isinstance(plan.pool, str) else nn.MaxPool2d(*plan.pool)
+        if guards.unfit_pool(data, pool):
+            return Outcome(UNFUSED, "geometry_changed")
         recipe, reason = choose_stem(requested, x, ops, wants_gradient(data))
         if recipe == UNFUSED:
             return Outcome(recipe, reason)
-        return Outcome(recipe, reason, stem_block(x, main[0], modules[plan.pool], backend=ops))
+        return Outcome(recipe, reason, stem_block(x, main[0], pool, backend=ops))
     recipe, reason = choose(requested, data.config, data.tensors, x, ops, wants_gradient(data))
     if recipe == UNFUSED:
         return Outcome(recipe, reason)
-    if isinstance(plan, BlockPlan) and plan.shortcut_path is not None:
-        return Outcome(recipe, reason, with_residual(data, recipe, ops, modules[plan.shortcut_path](x)))
+    if isinstance(plan, BlockPlan) and plan.shortcut_paths:
+        residual = reduce(add, [modules[path](x) for path in plan.shortcut_paths])
+        return Outcome(recipe, reason, with_residual(data, recipe, ops, residual))
     return Outcome(recipe, reason, run(data, recipe, ops))
 
 

@@ -15,12 +15,17 @@ Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stri
 
 
 class ConvBNNames(NamedTuple):
-    """Paths of a convolution and its BN inside the block, whether a ReLU follows, and the geometry found."""
+    """Paths of a convolution and its BN inside the block, whether a ReLU follows, and the geometry found.
+
+    frozen: the norm is no BatchNorm2d but one with frozen constants; eps: that norm's, where it has no attribute.
+    """
 
     conv: str
     bn: str
     relu: bool
     geometry: Geometry
+    frozen: bool = False
+    eps: float | None = None
 
 
 class Submodule(NamedTuple):
@@ -35,20 +40,25 @@ class Submodule(NamedTuple):
 class BlockPlan(NamedTuple):
     """One matched block.
 
-    shortcut_path: the submodule to call for Shortcut.TENSOR; structure: the block and every module below it, as
-    found.
+    shortcut_paths: the submodules to call for Shortcut.TENSOR, whose outputs are added; structure: the block and
+    every module below it, as found.
     """
 
     main: tuple[ConvBNNames, ...]
     shortcut: Shortcut
     projection: ConvBNNames | None
-    shortcut_path: str | None
+    shortcut_paths: tuple[str, ...]
     structure: tuple[Submodule, ...]
 
     @property
     def method(self) -> str:
         """The method of the class that is replaced."""
         return "forward"
+
+    @property
+    def whole(self) -> bool:
+        """Whether the plan is for all of the module."""
+        return True
 
     @property
     def units(self) -> tuple[ConvBNNames, ...]:
@@ -60,16 +70,32 @@ class BlockPlan(NamedTuple):
         return f"{len(self.main)} conv-bn, {self.shortcut.value} shortcut"
 
 
-class StemPlan(NamedTuple):
-    """A model's stem: the method that computes it, its convolution and BN, its pooling if it has one.
+class PoolWindow(NamedTuple):
+    """A max-pooling without a module: height and width of its window, its stride and padding."""
 
-    structure: paths and classes of the submodules that the method calls, as found.
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+class StemPlan(NamedTuple):
+    """A stem: the method that computes it, its convolution and BN, its pooling if it has one, by path or numbers.
+
+    parts: of a model's own stem, paths and classes of the submodules that it calls, in their order; structure: of a
+    module that is a stem, as of a block. goes_on: the method runs the rest of the model too.
     """
 
     method: str
     unit: ConvBNNames
-    pool: str | None
-    structure: tuple[tuple[str, type], ...]
+    pool: str | PoolWindow | None
+    parts: tuple[tuple[str, type], ...]
+    structure: tuple[Submodule, ...]
+    goes_on: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether the module is a stem and nothing else."""
+        return bool(self.structure)
 
     @property
     def shortcut(self) -> Shortcut:

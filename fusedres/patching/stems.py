@@ -1,6 +1,7 @@
-"""Stems, `[maxpool](relu(BN(conv(x))))`: they lie in a model's own methods, so exact classes are listed, not guessed.
+"""Stems, `[maxpool](relu(BN(conv(x))))`: matched by dataflow where a module computes nothing else.
 
-A stem is fused where the model's class is one of these, its method is untouched, and its parts are torch's own.
+Where a stem lies in a model's own method, nothing is guessed: the class is listed here by its name, the method must
+begin with the stem (`stem_source.py`), and its parts must be torch's own.
 """
 
 from __future__ import annotations
@@ -9,52 +10,132 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fusedres.models import CifarResNet, ResNet
-from fusedres.nn.stem import unsuitable_pool
-from fusedres.patching.grammar import NoMatch, geometry
-from fusedres.patching.plan import ConvBNNames, StemPlan
+from fusedres.nn.stem import single, unsuitable_pool
+from fusedres.patching import structure
+from fusedres.patching.dataflow import Dataflow
+from fusedres.patching.grammar import (
+    CONTAINERS,
+    RELU,
+    NoMatch,
+    chain,
+    geometry,
+    names,
+    read_modes,
+    refusal,
+)
+from fusedres.patching.plan import ConvBNNames, PoolWindow, StemPlan
+from fusedres.patching.stem_source import begins_with
+
+MAX_POOL = "MaxPool2DWithIndices"
 
 
 class StemForm(NamedTuple):
-    """Which method of a class computes its stem, from which submodules."""
+    """Which method of a class computes its stem, from which submodules; `goes_on`: with the model after it."""
 
     method: str
     conv: str
     bn: str
     activation: str
     pool: str | None
+    goes_on: bool
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """In the order in which they run."""
+        return tuple(path for path in (self.conv, self.bn, self.activation, self.pool) if path is not None)
 
 
-STEMS: dict[type[nn.Module], StemForm] = {
-    ResNet: StemForm("stem", "conv1", "bn1", "activation", "maxpool"),
-    CifarResNet: StemForm("stem", "conv1", "bn1", "activation", None),
+STEMS: dict[str, StemForm] = {
+    "fusedres.models.resnet.ResNet": StemForm("stem", "conv1", "bn1", "activation", "maxpool", False),
+    "fusedres.models.cifar.CifarResNet": StemForm("stem", "conv1", "bn1", "activation", None, False),
+    "torchvision.models.resnet.ResNet": StemForm("_forward_impl", "conv1", "bn1", "relu", "maxpool", True),
+    "timm.models.resnet.ResNet": StemForm("forward_features", "conv1", "bn1", "act1", "maxpool", True),
 }
 
 
-def has_stem(base: type[nn.Module]) -> bool:
-    return base in STEMS
+def listed(base: type) -> tuple[type, StemForm] | None:
+    """The class among `base` and its bases that the list names, and its form."""
+    for cls in base.__mro__:
+        form = STEMS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if form is not None:
+            return cls, form
+    return None
 
 
-def plan_stem(model: nn.Module, base: type[nn.Module]) -> StemPlan:
-    """The plan of a model's stem; `base` is its class as the user knows it.
+def has_stem(base: type) -> bool:
+    return listed(base) is not None
+
+
+def plan_stem(model: nn.Module, base: type) -> StemPlan:
+    """The plan of a listed model's stem; `base` is its class as the user knows it.
 
     Raises:
-        NoMatch: its parts are not torch's own, or a method was set on the instance.
+        NoMatch: its method is another, its parts are not torch's own, or a method was set on the instance.
     """
-    form = STEMS[base]
+    found = listed(base)
+    assert found is not None
+    cls, form = found
     if form.method in vars(model) or "forward" in vars(model):
         raise NoMatch("instance_forward")
+    method = getattr(base, form.method, None)
+    known = begins_with(method, form.parts) if form.goes_on else method is getattr(cls, form.method)
+    if not known:
+        raise NoMatch("stem_differs")
     expected = {form.conv: nn.Conv2d, form.bn: nn.BatchNorm2d}
     if form.pool is not None:
         expected[form.pool] = nn.MaxPool2d
-    for path, cls in expected.items():
-        if type(getattr(model, path, None)) is not cls:
+    for path, part in expected.items():
+        if type(getattr(model, path, None)) is not part:
             raise NoMatch(f"unsupported_module:{type(getattr(model, path, None)).__name__}")
     if type(getattr(model, form.activation, None)) is not nn.ReLU:
         raise NoMatch("activation_not_relu")
     if form.pool is not None and unsuitable_pool(model.get_submodule(form.pool)):  # type: ignore[arg-type]
         raise NoMatch("unsupported_module:MaxPool2d")
     conv = model.get_submodule(form.conv)
-    names = ConvBNNames(form.conv, form.bn, True, geometry(conv))  # type: ignore[arg-type]
-    paths = [path for path in form[1:] if path is not None]
-    return StemPlan(form.method, names, form.pool, tuple((p, type(model.get_submodule(p))) for p in paths))
+    unit = ConvBNNames(form.conv, form.bn, True, geometry(conv))  # type: ignore[arg-type]
+    parts = tuple((path, type(model.get_submodule(path))) for path in form.parts)
+    return StemPlan(form.method, unit, form.pool, parts, (), form.goes_on)
+
+
+def looks_like_stem(module: nn.Module) -> bool:
+    """Whether the module is worth a dry run: one convolution, and something around it."""
+    if isinstance(module, (*CONTAINERS, nn.Conv2d)):
+        return False
+    return sum(isinstance(m, nn.Conv2d) for m in module.modules()) == 1
+
+
+def match_stem(module: nn.Module, flow: Dataflow) -> tuple[ConvBNNames, str | PoolWindow]:
+    """The convolution with its BN, and the pooling: by its path, or by its numbers where no module does it."""
+    root = flow.root
+    if root.op != MAX_POOL or root.args[0] is None:
+        raise NoMatch("not_residual")
+    relu = root.args[0]
+    units = chain(relu.args[0]) if relu.op == RELU else None
+    if not units or len(units) > 1:
+        raise NoMatch(refusal(relu))
+    path = flow.calls.get(id(root))
+    if path is not None and type(module.get_submodule(path)) is nn.MaxPool2d:
+        pool: str | PoolWindow = path
+    elif path is not None and isinstance(module.get_submodule(path), nn.MaxPool2d):
+        raise NoMatch(f"unsupported_module:{type(module.get_submodule(path)).__name__}")
+    else:
+        if single(root.attributes["dilation"]) != 1 or root.attributes["ceil_mode"]:
+            raise NoMatch("unsupported_op:max_pool2d")
+        pool = PoolWindow(*(root.attributes[k] for k in ("kernel_size", "stride", "padding")))
+    made = module.get_submodule(pool) if isinstance(pool, str) else nn.MaxPool2d(*pool)
+    if unsuitable_pool(made):  # type: ignore[arg-type]
+        raise NoMatch("unsupported_module:MaxPool2d")
+    return names(module, flow, units[0])._replace(relu=True), pool
+
+
+def plan_stem_module(module: nn.Module) -> StemPlan:
+    """The plan of a module that is a stem.
+
+    Raises:
+        NoMatch: it is none; `code` says why.
+    """
+    found = {match_stem(module, flow) for flow in read_modes(module)}
+    if len(found) > 1:
+        raise NoMatch("mode_dependent")
+    unit, pool = found.pop()
+    return StemPlan("forward", unit, pool, (), structure.describe(module), False)

@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from fusedres.patching.dataflow import is_frozen_norm
 from fusedres.patching.plan import BASE, STATE, StemPlan, Submodule
 
 BOOKKEEPING = frozenset({STATE, *vars(nn.Module())})  # what torch keeps on every module, and what we keep
 READ_ANEW = {  # what a call reads from the modules themselves, or what changes no result
     nn.Conv2d: frozenset(vars(nn.Conv2d(1, 1, 1))),
     nn.BatchNorm2d: frozenset(vars(nn.BatchNorm2d(1))),
+    nn.MaxPool2d: frozenset(vars(nn.MaxPool2d(1))),
     nn.ReLU: frozenset({"inplace"}),
 }
 SCALARS = (bool, int, float, str, type(None))
@@ -45,6 +47,8 @@ def same(found: object, expected: object) -> bool:
 def attributes(module: nn.Module) -> tuple[tuple[str, object], ...]:
     """The module's own flags, numbers and functions: its forward may depend on them."""
     ignored = BOOKKEEPING.union(*(keys for cls, keys in READ_ANEW.items() if isinstance(module, cls)))
+    if is_frozen_norm(module):
+        ignored |= {"eps"}
     return tuple((k, kept(v)) for k, v in vars(module).items() if k not in ignored)
 
 
@@ -113,11 +117,11 @@ def resolve(block: nn.Module, expected: tuple[Submodule, ...]) -> dict[str, Any]
 
 
 def resolve_stem(model: nn.Module, plan: StemPlan) -> dict[str, Any] | str:
-    """The same for the submodules that a stem's method calls."""
+    """The same for the submodules that a model's own stem calls."""
     if has_global_hooks():
         return "hooks"
     modules: dict[str, Any] = {}
-    for path, cls in plan.structure:
+    for path, cls in plan.parts:
         module = model._modules.get(path)
         if module is None or type(module) is not cls:
             return "module_replaced"

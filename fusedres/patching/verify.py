@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.blocks import RECIPES
+from fusedres.dispatch import AUTO as AUTO_BACKEND
 from fusedres.patching.api import check_model, patch, report, unpatch
 
 FLOAT64_LIMIT = 1e-10
@@ -114,19 +115,26 @@ def cast(example: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in example)
 
 
-def verify(model: nn.Module, example: Any, *, recipes: tuple[str, ...] = tuple(RECIPES)) -> VerifyReport:
+def verify(
+    model: nn.Module,
+    example: Any,
+    *,
+    recipes: tuple[str, ...] = tuple(RECIPES),
+    backend: str = AUTO_BACKEND,
+) -> VerifyReport:
     """Compares copies of the model, patched with each recipe and unpatched.
 
     Args:
         model: patched or not; it is left alone.
         example: an input tensor, or a tuple of positional arguments.
         recipes: which to force.
+        backend: as for `fusedres.patch`.
 
     Returns:
         A report that is true if everything agrees.
 
     Raises:
-        TypeError, UnsupportedModelError: as `fusedres.patch`.
+        TypeError, UnsupportedModelError, BackendUnavailableError: as `fusedres.patch`.
     """
     check_model(model, "verify")
     example = example if isinstance(example, tuple) else (example,)
@@ -142,13 +150,13 @@ def verify(model: nn.Module, example: Any, *, recipes: tuple[str, ...] = tuple(R
     fused: dict[str, int] = {}
     for recipe in recipes:
         for training, mode in ((True, "training"), (False, "evaluation")):
-            patched = patch(copy.deepcopy(plain).double(), recipe=recipe)
+            patched = patch(copy.deepcopy(plain).double(), recipe=recipe, backend=backend)
             found = run(patched, exact_example, training, True)
             fused[recipe] = sum(block.runs_as in RECIPES for block in report(patched).matched)
             for what in ("outputs", "gradients", "buffers"):
                 value = error(getattr(found, what), getattr(exact[training], what))
                 checks.append(Check(f"{mode}: {what}, float64", recipe, value, FLOAT64_LIMIT))
-            low = run(patch(copy.deepcopy(plain), recipe=recipe), example, training, False)
+            low = run(patch(copy.deepcopy(plain), recipe=recipe, backend=backend), example, training, False)
             eager = run(copy.deepcopy(plain), example, training, False)
             value, own = (error(r.outputs, exact[training].outputs) for r in (low, eager))
             limit = 2 * own + 8 * torch.finfo(dtype).eps

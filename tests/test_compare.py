@@ -1,0 +1,122 @@
+"""compare: what it times, that it refuses wrong models, and what it says."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from block_forms import randomize
+from torch import nn
+from torchvision_blocks import CIN, TorchvisionBasic
+
+import fusedres
+from fusedres.backends.reference import ReferenceOps
+from fusedres.patching import comparison
+from fusedres.patching.comparison import Comparison, summarise
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(randomize(TorchvisionBasic()))
+
+
+EXAMPLE = torch.randn(2, CIN, 8, 8, generator=torch.Generator().manual_seed(0))
+TIMES = [1.0, 1.1, 0.9, 1.0]
+FUSED = {"separate": 1}
+
+
+def said(*phases: tuple[str, float], checks: object = True) -> str:
+    """The sentence for phases in which the patched model takes that multiple of the unpatched one's time."""
+    found = [summarise(phase, TIMES, [t * factor for t in TIMES], FUSED) for phase, factor in phases]
+    return Comparison(tuple(found), checks or None).sentence  # type: ignore[arg-type]
+
+
+def test_both_phases_are_timed_and_the_model_is_left_alone():
+    plain = model()
+    before = copy.deepcopy(plain.state_dict())
+    found = fusedres.compare(plain, EXAMPLE, recipe="separate", rounds=3)
+    assert [phase.phase for phase in found.phases] == ["training", "inference"]
+    for phase in found.phases:
+        assert phase.runs_as == FUSED and phase.rounds == 3
+        assert 0 < phase.low <= phase.ratio <= phase.high
+        assert phase.patched_seconds > 0 and phase.unpatched_seconds > 0
+    assert found.checks and found.checks.fused_blocks == FUSED
+    assert str(found).splitlines()[-1] == found.sentence == found.as_dict()["sentence"]
+    assert not fusedres.is_patched(plain) and plain[0].conv1.weight.grad is None
+    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
+
+
+def test_the_steps_are_whole_ones(monkeypatch):
+    """Each timed step of training runs a backward, none of inference does; both models take turns."""
+    steps = []
+
+    def interleave(unpatched, patched, device, rounds):
+        steps.append((unpatched, patched))
+        return [1.0] * rounds, [1.0] * rounds
+
+    monkeypatch.setattr(comparison, "interleave", interleave)
+    fusedres.compare(model(), EXAMPLE, recipe="separate", rounds=2)
+    backwards, forwards, inner = [], [], torch.autograd.backward
+
+    def backward(outputs, gradients):
+        backwards.append([type(out.grad_fn).__name__ for out in outputs])
+        inner(outputs, gradients)
+
+    monkeypatch.setattr(torch.autograd, "backward", backward)
+    handle = nn.modules.module.register_module_forward_pre_hook(
+        lambda m, _: forwards.append((m.training, torch.is_grad_enabled()))
+    )
+    try:
+        (unpatched, _), (inference, _) = steps
+        unpatched()
+        assert backwards == [["ReluBackward0"]] and set(forwards) == {(True, True)}
+        forwards.clear()
+        inference()
+        assert len(backwards) == 1 and set(forwards) == {(False, False)}
+    finally:
+        handle.remove()
+    steps[0][1]()
+    assert backwards[1] == ["ResidualBlockBackward"]
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    right = ReferenceOps.bn_add_relu_forward
+
+    def wrong(self, *args, **kwargs):
+        y, *rest = right(self, *args, **kwargs)
+        return (y * 1.001, *rest)
+
+    monkeypatch.setattr(ReferenceOps, "bn_add_relu_forward", wrong)
+    with pytest.raises(fusedres.VerificationError, match="FAIL"):
+        fusedres.compare(model(), EXAMPLE, recipe="separate", backend="reference", rounds=2)
+
+
+def test_nothing_fused_says_so():
+    found = fusedres.compare(model(), EXAMPLE, recipe="unfused", rounds=2)
+    assert found.checks is None and found.sentence.endswith("no block runs fused")
+
+
+def test_a_frozen_model_has_no_training_step():
+    frozen = model().requires_grad_(False)
+    found = fusedres.compare(frozen, (EXAMPLE,), recipe="unfused", rounds=2)
+    assert [phase.phase for phase in found.phases] == ["inference"]
+
+
+def test_sentences():
+    assert said(("training", 0.5)) == "patched trains 2.00x as fast [2.00 2.00]"
+    slower = said(("training", 0.5), ("inference", 2.0))
+    assert slower == (
+        "patched trains 2.00x as fast [2.00 2.00] and infers slower, 0.50x as fast [0.50 0.50]: "
+        "leave it unpatched for inference"
+    )
+    noise = summarise("training", [1.0, 1.0, 1.0], [0.5, 1.0, 2.0], FUSED)
+    assert noise.clause == "trains no faster within the noise, 1.00x as fast [0.50 2.00]"
+    assert said(("training", 1.0), checks=None).endswith("no block runs fused")
+
+
+def test_bad_requests_raise():
+    with pytest.raises(ValueError, match="at least 2 rounds, found 1"):
+        fusedres.compare(model(), EXAMPLE, rounds=1)
+    with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module"):
+        fusedres.compare(EXAMPLE, EXAMPLE)
