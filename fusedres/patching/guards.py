@@ -1,8 +1,8 @@
 """Whether one call of a patched block may run fused: cheap checks, each with its reason code.
 
 What a recipe cannot reproduce exactly goes to the original forward. Nothing is cached between calls. In the order of
-their cost: `unfit_call`, `unfit_input`, then the modules (`structure.resolve`), `unreadable` on them, and `unfit_block`
-on what was read from them.
+their cost: `unfit_call`, `transformed`, `unfit_input`, then the modules (`structure.resolve`), `unreadable` on them,
+and `unfit_block` on what was read from them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PROXY_MODE = torch._C._TorchDispatchModeKey.PROXY
 
 
 def transformed() -> str | None:
-    """A reason if torch is tracing, exporting or transforming: those want the original operations."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+    """A reason if torch is exporting or transforming: those want the original operations."""
+    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
         return "tracing"
     if not torch.compiler.is_dynamo_compiling() and torch._C._get_dispatch_mode(PROXY_MODE) is not None:
         return "tracing"
@@ -37,14 +37,14 @@ def transformed() -> str | None:
 
 
 def unfit_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """A reason that lies in how the method is called, whatever the block."""
+    """A reason that lies in how the method is called, whatever the block; `transformed` is asked apart."""
     if DISABLED_SCOPES and (torch.compiler.is_compiling() or DISABLED.get()):
         return "disabled"
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return "signature"
     if type(args[0]) not in PLAIN_TENSORS:
         return "tensor_subclass"
-    return transformed()
+    return "tracing" if torch._C._get_tracing_state() is not None else None  # sizes are tensors there
 
 
 def unfit_input(x: Tensor, casts: bool) -> str | None:

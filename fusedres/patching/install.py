@@ -11,7 +11,7 @@ import copyreg
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, reduce, wraps
+from functools import cache, partial, reduce, wraps
 from operator import add
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -53,9 +53,9 @@ class BlockState:
 
 
 @cache
-def log_once(class_name: str, recipe: str, code: str) -> None:
+def log_once(base: type, recipe: str, code: str) -> None:
     """One line per class, recipe and code in a process; `report` has them per block."""
-    logger.info("%s runs %s: %s: %s", class_name, recipe, code.partition(":")[0], describe(code))
+    logger.info("%s runs %s: %s: %s", base.__qualname__, recipe, code.partition(":")[0], describe(code))
 
 
 class Outcome(NamedTuple):
@@ -64,6 +64,10 @@ class Outcome(NamedTuple):
     recipe: str
     reason: str | None
     y: Tensor | None = None
+
+
+AS_ASKED = Outcome(UNFUSED, None)
+NO_FASTER_RECIPE = Outcome(UNFUSED, "no_faster_recipe")
 
 
 class AfterStem:
@@ -76,19 +80,18 @@ class AfterStem:
         return getattr(self.__dict__["model"], name)
 
 
-def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One call of a patched method: fused if nothing speaks against it, else by the original method."""
-    state: BlockState = vars(module)[STATE]
-    base, plan = base_class(module), state.plan
-    original = getattr(base, plan.method)
-    goes_on = isinstance(plan, StemPlan) and plan.goes_on
+def call(module: nn.Module, base: type, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One call of a patched method of `base`: fused if nothing speaks against it, else by the original method."""
+    state: BlockState = module.__dict__[STATE]
+    plan, original = state.plan, getattr(base, method)
     if torch.compiler.is_compiling():  # a graph cannot hold what is noted below, nor a model's stand-in
+        goes_on = isinstance(plan, StemPlan) and plan.goes_on
         y = None if goes_on else attempt(module, state, args, kwargs, opaque_backend).y
         return original(module, *args, **kwargs) if y is None else y
     recipe, reason, y = attempt(module, state, args, kwargs, dispatcher)
     state.runs_as, state.reason = recipe, reason
     if reason is not None:
-        log_once(base.__qualname__, recipe, reason)
+        log_once(base, recipe, reason)
     if y is None:
         return original(module, *args, **kwargs)
     if isinstance(plan, StemPlan) and plan.goes_on:
@@ -112,15 +115,16 @@ def attempt(
 ) -> Outcome:
     """The call's outcome; what is cheap to find out comes first. ops_for: from a backend's name, what runs it."""
     if state.recipe == UNFUSED:
-        return Outcome(UNFUSED, None)
+        return AS_ASKED
     if (reason := guards.unfit_call(args, kwargs)) is not None:
         return Outcome(UNFUSED, reason)
     x, plan = args[0], state.plan
-    if (reason := guards.unfit_input(x, isinstance(plan, StemPlan))) is not None:
+    channels = partial(structure.first_channels, module, plan)
+    if never_fused(state.recipe, x, channels, ops_for is opaque_backend):
+        return NO_FASTER_RECIPE
+    if (reason := guards.transformed() or guards.unfit_input(x, isinstance(plan, StemPlan))) is not None:
         return Outcome(UNFUSED, reason)
     ops, dtype = ops_for(state.backend), compute_dtype(x)
-    if never_fused(state.recipe, x, dtype, ops):
-        return Outcome(UNFUSED, "no_faster_recipe")
     if getattr(type(module), ORIGINAL) is not getattr(base_class(module), plan.method):
         return Outcome(UNFUSED, "forward_replaced")
     if isinstance(plan, StemPlan) and not plan.whole:
@@ -172,7 +176,7 @@ def subclass(base: type, method: str, original: Any) -> Any:
     fused_or_not = call
 
     def template(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return fused_or_not(self, args, kwargs)
+        return fused_or_not(self, base, method, args, kwargs)
 
     # torch.jit.script compiles the source of the original, which `wraps` points to, with the names that are global
     # here: they must be the original's

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from fusedres.patching.dataflow import is_frozen_norm
-from fusedres.patching.plan import BASE, STATE, StemPlan, Submodule
+from fusedres.patching.plan import BASE, STATE, Plan, StemPlan, Submodule
 
 BOOKKEEPING = frozenset({STATE, *vars(nn.Module())})  # what torch keeps on every module, and what we keep
 READ_ANEW = {  # what a call reads from the modules themselves, or what changes no result
@@ -65,6 +65,19 @@ def describe(block: nn.Module) -> tuple[Submodule, ...]:
         found.append(Submodule(path, cls, tuple(children), attributes(module)))
         queue.extend((f"{path}.{name}" if path else name, child) for name, child in children.items())
     return tuple(found)
+
+
+def first_channels(block: nn.Module, plan: Plan) -> int | None:
+    """Out of the block's first convolution; None for a stem, or where no weight is found there."""
+    if isinstance(plan, StemPlan):
+        return None
+    module: Any = block
+    for name in plan.main[0].conv.split("."):
+        module = module._modules.get(name)
+        if module is None:
+            return None
+    weight = module._parameters.get("weight")
+    return None if weight is None else weight.shape[0]
 
 
 def has_global_hooks() -> bool:
