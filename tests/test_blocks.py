@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from block_forms import (
     RECIPE_FORMS,
     basic,
     bottleneck,
+    each_bn,
     one_step,
     patched,
     ran_as,
@@ -196,3 +198,35 @@ def test_nan_and_inf_reach_output_and_gradient(recipe):
     assert expected.y.isnan().any() and expected.dx.isnan().any()
     assert torch.equal(actual.y.isnan(), expected.y.isnan())
     assert torch.equal(actual.dx.isnan(), expected.dx.isnan())
+
+
+@pytest.mark.parametrize("recipe", ["separate", "gram"])
+@pytest.mark.parametrize("momentum", [0.1, 0.5, 1.0, None])
+@pytest.mark.parametrize(
+    "values", [(math.inf,), (-math.inf,), (math.nan,), (math.inf, -math.inf)], ids=lambda values: str(values)
+)
+def test_infinity_in_training(recipe, momentum, values):
+    """Running statistics, output and gradients are infinite and NaN where they are unpatched, and stay so."""
+    form = next(f for f in FORMS if f.name == "bottleneck-projection")
+    plain = form.build()
+    for bn in each_bn(plain):
+        bn.momentum = momentum
+    fused = patched(copy.deepcopy(plain), recipe)
+    x, dy = tensors_for(form, plain, torch.float32)
+    poisoned = x.clone()
+    poisoned[1, 3, 2, 2 : 2 + len(values)] = torch.tensor(values)
+    for batch in (poisoned, x, poisoned):
+        expected, actual = one_step(plain, batch, dy), one_step(fused, batch, dy)
+        assert ran_as(fused, recipe)
+        assert not plain.bn1.running_mean.isfinite().any()
+        for name in ("y", "dx"):
+            assert_special_values(getattr(actual, name), getattr(expected, name), name)
+        for kind in ("buffers", "gradients"):
+            for name, tensor in getattr(expected, kind).items():
+                assert_special_values(getattr(actual, kind)[name], tensor, name)
+
+
+def assert_special_values(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """NaN and the infinities stand at the same places."""
+    found, wanted = (torch.where(t.isfinite(), 0, t) for t in (actual, expected))
+    assert torch.equal(found.nan_to_num(nan=1.0), wanted.nan_to_num(nan=1.0)), what

@@ -1,5 +1,6 @@
 """The native backend on the CPU, by the checks that every backend has to pass."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,26 @@ def test_native(op, case, dtype):
     CHECKS[op](ops, case)
     if op != "bn_layer":
         assert {name for called, name in ops.served if called == op} == {expected_backend(op, case)}
+
+
+@pytest.mark.parametrize("ops", [native.NativeOps, ReferenceOps], ids=["native", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_of_infinities_are_those_of_eager(ops, dtype):
+    """The mean of a channel with an infinity is infinite in torch's BatchNorm2d on the CPU, at any row."""
+    inf, nan = math.inf, math.nan
+    bad = (inf,), (-inf,), (nan,), (inf, inf), (inf, -inf), (nan, inf)
+    for rows in (3, 50, 3000):
+        c = torch.randn(rows, 8, 1, 1).to(DTYPES[dtype], memory_format=torch.channels_last)
+        for values in bad:
+            for first in {0, 1, rows // 2, rows - len(values)}:
+                poisoned = c.clone()
+                poisoned[first : first + len(values), 3, 0, 0] = torch.tensor(values, dtype=c.dtype)
+                bn = torch.nn.BatchNorm2d(8, momentum=1.0)
+                bn(poisoned)
+                mean, var = ops().bn_stats(poisoned)
+                place = f"{values} at {first} of {rows}"
+                assert torch.equal(mean[3].nan_to_num(nan=0.0), bn.running_mean[3].nan_to_num(nan=0.0)), place
+                assert var[3].isnan() and bn.running_var[3].isnan(), place
 
 
 WEIGHT_GRADIENTS = [c for c in cases_of("conv_backward_weight") if c.layout in ("channels_last", "offset")]

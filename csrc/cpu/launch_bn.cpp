@@ -19,7 +19,8 @@ float element(Dtype dtype, const void* tensor, int64_t i) {
 }
 
 // A mean of some rows, [channels]: close to the true one, so that sums of c - shift lose nothing. The rows lie at
-// multiples of the golden ratio: evenly spread, and in step with no image width.
+// multiples of the golden ratio: evenly spread, and in step with no image width. 0 where it is not finite: inf - inf
+// would make NaN of an infinite mean.
 std::vector<float> sampled_mean(const Shape& shape, const void* c) {
   std::vector<float> mean(shape.channels);
   const int64_t samples = std::min(kSamples, shape.rows);
@@ -28,7 +29,7 @@ std::vector<float> sampled_mean(const Shape& shape, const void* c) {
     const int64_t row = std::min(shape.rows - 1, static_cast<int64_t>((place - std::floor(place)) * shape.rows));
     for (int64_t j = 0; j < shape.channels; ++j) mean[j] += element(shape.dtype, c, row * shape.channels + j);
   }
-  for (float& m : mean) m /= static_cast<float>(samples);
+  for (float& m : mean) m = std::isfinite(m) ? m / static_cast<float>(samples) : 0;
   return mean;
 }
 

@@ -88,8 +88,10 @@ class ReferenceOps:
         return None
 
     def bn_stats(self, c):
-        var, mean = torch.var_mean(c.to(accumulation_dtype(c.dtype)), (0, 2, 3), correction=0)
-        return mean, var
+        c = c.to(accumulation_dtype(c.dtype))
+        var, mean = torch.var_mean(c, (0, 2, 3), correction=0)
+        # one infinity makes the variance NaN and the mean infinite; Welford's updates lose the latter in inf - inf
+        return torch.where(mean.isnan(), c.mean((0, 2, 3)), mean), var
 
     def bn_scale_shift(self, mean, var, weight, bias, eps):
         invstd = (var.double() + eps).rsqrt()

@@ -35,16 +35,20 @@ def update_running_stats(seen: Sequence[BatchStatistics]) -> None:
     if not moving:
         return
     momenta = [momentum(s.bn) for s in moving]
-    unbiased = torch._foreach_mul([s.var for s in moving], [s.rows / (s.rows - 1) for s in moving])
-    for running, batch in (
-        ([s.bn.running_mean for s in moving], [s.mean for s in moving]),
-        ([s.bn.running_var for s in moving], unbiased),
-    ):
-        if all(r.dtype is b.dtype for r, b in zip(running, batch, strict=True)):  # type: ignore[union-attr]
-            torch._foreach_lerp_(running, batch, momenta)  # type: ignore[arg-type]
-            continue
-        for r, b, m in zip(running, batch, momenta, strict=True):
-            r.copy_(torch.lerp(r.to(b.dtype), b, m))  # type: ignore[union-attr]
+    means, variances = [s.bn.running_mean for s in moving], [s.bn.running_var for s in moving]
+    running: list[Tensor] = [*means, *variances]  # type: ignore[list-item]
+    batch = [s.mean for s in moving] + [s.var for s in moving]
+    unbiased = [m * (s.rows / (s.rows - 1)) for m, s in zip(momenta, moving, strict=True)]
+    new, old = momenta + unbiased, [1 - m for m in momenta] * 2
+    # not lerp, whose difference makes NaN of an infinite mean
+    if all(r.dtype is b.dtype for r, b in zip(running, batch, strict=True)):
+        torch._foreach_mul_(running, old)
+        for weight in dict.fromkeys(new):  # few: BNs share momentum and size
+            same = [(r, b) for r, b, w in zip(running, batch, new, strict=True) if w == weight]
+            torch._foreach_add_([r for r, _ in same], [b for _, b in same], alpha=weight)
+        return
+    for r, b, keep, weight in zip(running, batch, old, new, strict=True):
+        r.copy_(r.to(b.dtype) * keep + b * weight)
 
 
 def momentum(bn: nn.BatchNorm2d) -> float:
