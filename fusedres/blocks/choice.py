@@ -69,7 +69,7 @@ def choose(
         wanted = wanted or measured(x, config.dtype, ops, gradients, units[0].weight.shape[0])
     if wanted is None or (requested == AUTO and wanted == UNFUSED):
         return Choice(UNFUSED, "no_faster_recipe")
-    if wanted == "gram" and (reason := gram.unsuitable(config, units)) is not None:
+    if wanted == "gram" and (reason := gram.unsuitable(config, units, x)) is not None:
         return Choice("separate", reason)
     return Choice(wanted, None)
 

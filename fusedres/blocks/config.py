@@ -98,6 +98,17 @@ class BlockConfig(NamedTuple):
         return self.main if self.projection is None else (*self.main, self.projection)
 
 
+def unit_sizes(config: BlockConfig, units: tuple[ConvBNTensors, ...], x: Tensor) -> list[Size]:
+    """Height and width of every unit's output, as `config.units`, from x [N, Cin, H, W]."""
+    size: Size = (x.shape[2], x.shape[3])
+    sizes = [size]
+    for unit, t in zip(config.units, units, strict=True):
+        start = sizes[0] if len(sizes) > len(config.main) else sizes[-1]  # the projection starts from x
+        kernel = t.weight.shape[2], t.weight.shape[3]
+        sizes.append(output_size(start, kernel, unit.stride, unit.padding, unit.dilation))
+    return sizes[1:]
+
+
 class BlockNeeds(NamedTuple):
     """Which inputs of the block want a gradient; `units` as in `BlockConfig.units`."""
 

@@ -20,7 +20,7 @@ from fusedres.blocks.config import (
     ConvBNTensors,
     Shortcut,
     Size,
-    output_size,
+    unit_sizes,
 )
 from fusedres.dispatch import AUTO, OpaqueBackend, Ops, operators
 from fusedres.nn.running_stats import BatchStatistics, update_running_stats
@@ -143,7 +143,9 @@ def run(call: BlockCall, recipe: str, ops: Ops) -> Tensor:
 
 def move_running_stats(call: BlockCall, statistics: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Moves every BN's running statistics; statistics: mean, var of the batch as `config.units`."""
-    seen = zip(call.config.units, call.norms, statistics, unit_sizes(call), strict=True)
+    seen = zip(
+        call.config.units, call.norms, statistics, unit_sizes(call.config, call.tensors, call.x), strict=True
+    )
     n = call.x.shape[0]
     update_running_stats(
         [BatchStatistics(bn, *stats, n * h * w) for unit, bn, stats, (h, w) in seen if unit.training]
@@ -155,7 +157,7 @@ def with_residual(call: BlockCall, recipe: str, ops: Ops, residual: Any) -> Tens
 
     A residual that is not like the main path's output is added by torch, with its promotion and broadcasting.
     """
-    h, w = unit_sizes(call)[len(call.config.main) - 1]
+    h, w = unit_sizes(call.config, call.tensors, call.x)[len(call.config.main) - 1]
     shape = call.x.shape[0], call.tensors[len(call.config.main) - 1].weight.shape[0], h, w
     if type(residual) is Tensor and residual.dtype is call.config.dtype and residual.shape == shape:
         config = call.config._replace(shortcut=Shortcut.TENSOR)
@@ -163,17 +165,6 @@ def with_residual(call: BlockCall, recipe: str, ops: Ops, residual: Any) -> Tens
     *inner, last = call.config.main
     config = call.config._replace(main=(*inner, last._replace(relu=False)))
     return torch.relu(run(call._replace(config=config), recipe, ops) + residual)
-
-
-def unit_sizes(call: BlockCall) -> list[Size]:
-    """Height and width of every unit's output, as `config.units`."""
-    size: Size = (call.x.shape[2], call.x.shape[3])
-    sizes = [size]
-    for unit, t in zip(call.config.units, call.tensors, strict=True):
-        start = sizes[0] if len(sizes) > len(call.config.main) else sizes[-1]  # the projection starts from x
-        kernel = t.weight.shape[2], t.weight.shape[3]
-        sizes.append(output_size(start, kernel, unit.stride, unit.padding, unit.dilation))
-    return sizes[1:]
 
 
 def residual_block(

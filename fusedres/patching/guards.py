@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedres.blocks.config import ConvBNConfig, ConvBNTensors, Shortcut
-from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype, tensor, unit_sizes
+from fusedres.blocks.config import ConvBNConfig, ConvBNTensors, Shortcut, unit_sizes
+from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype, tensor
 from fusedres.nn.stem import single, unsuitable_pool
 from fusedres.patching.norms import FrozenNorm
 from fusedres.raw_ops import ACTIVATION_DTYPES
@@ -142,7 +142,7 @@ def unfit_pool(call: BlockCall, pool: nn.MaxPool2d) -> bool:
     if unsuitable_pool(pool):
         return True
     kernel, padding = single(pool.kernel_size), single(pool.padding)
-    ((height, width),) = unit_sizes(call)
+    ((height, width),) = unit_sizes(call.config, call.tensors, call.x)
     return 2 * padding > kernel or min(height, width) + 2 * padding < kernel  # type: ignore[operator]
 
 
@@ -193,7 +193,7 @@ def unfit_channels(call: BlockCall) -> str | None:
 def unfit_sizes(call: BlockCall) -> str | None:
     """A reason if the paths do not meet, or a BN would see one value per channel."""
     config, x = call.config, call.x
-    sizes = unit_sizes(call)
+    sizes = unit_sizes(call.config, call.tensors, call.x)
     if any(h < 1 or w < 1 for h, w in sizes):
         return "geometry_changed"
     end = sizes[len(config.main) - 1]
