@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from workloads import BASELINE
 
 RESULTS = pytest.StashKey[list[dict[str, object]]]()
 
@@ -18,6 +19,7 @@ def pytest_addoption(parser):
     group.addoption("--dtype", default="float32", help="float32, or autocast to bfloat16 or float16")
     group.addoption("--batch", type=int, help="images a step; the default depends on model and device")
     group.addoption("--backend", default="auto", help="fusedres backend")
+    group.addoption("--baseline", default=BASELINE, help="implementation that the others are compared with")
     group.addoption("--rounds", type=int, default=7, help="interleaved rounds a cell")
 
 
@@ -39,9 +41,10 @@ def shown(cell: dict[str, object]) -> Text:
 
 
 def ratio_table(cells: list[dict[str, object]]) -> Table:
-    """One row a workload, one column an implementation: times as fast as eager channels_last."""
+    """One row a workload, one column an implementation: times as fast as the baseline."""
     implementations = list(dict.fromkeys(cell["implementation"] for cell in cells))
-    table = Table(title="Times as fast as eager channels_last (median of paired ratios, 95 % interval)")
+    against = str(cells[0]["baseline"]).replace("_", " ")
+    table = Table(title=f"Times as fast as {against} (median of paired ratios, 95 % interval)")
     table.add_column("workload")
     table.add_column("baseline ms", justify="right")
     for name in implementations:

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cpu_ops
 import pytest
 import torch
 from torch import nn
 from workloads import BASELINE, CorrectnessGate, Step, Workload, build
 
+from fusedres.dispatch import LOADERS
+from fusedres.op_cases import SMALL, cases
 from fusedres.timing import bootstrap_interval, comparison, interleave
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,14 +79,48 @@ def test_unknown_implementations_are_refused():
         build(BLOCK, "fusedres_auto_graph")
 
 
+def a_case(name):
+    return next(case for case in cases(SMALL[0], torch.float32, CPU) if case.name == name)
+
+
+@pytest.mark.skipif("native" not in LOADERS, reason="the native library is not built here")
+class TestOpsAgainstACopy:
+    def test_bytes_and_ratio(self):
+        case = a_case("bn_stats")
+        found = cpu_ops.measure(case, 3)
+        (c,) = case.arguments
+        assert found["bytes"] == 4 * (c.numel() + 2 * c.shape[1])  # reads c, writes mean and var
+        assert found["of_copy_low"] <= found["of_copy"] <= found["of_copy_high"]
+
+    def test_a_wrong_kernel_is_not_measured(self, monkeypatch):
+        class Wrong(type(LOADERS["native"]())):
+            def bn_stats(self, c):
+                mean, var = super().bn_stats(c)
+                return mean, var * 1.01
+
+        monkeypatch.setitem(LOADERS, "native", Wrong)
+        with pytest.raises(AssertionError, match="bn_stats"):
+            cpu_ops.measure(a_case("bn_stats"), 3)
+
+
 def test_suite_end_to_end(tmp_path):
     saved = tmp_path / "results.json"
     cell = "cifar_resnet20-infer-fusedres_separate"
-    options = ["--device", "cpu", "--batch", "2", "--rounds", "3", f"--benchmark-json={saved}"]
+    options = [
+        "--device",
+        "cpu",
+        "--batch",
+        "2",
+        "--rounds",
+        "3",
+        f"--benchmark-json={saved}",
+        "--baseline",
+        "eager_nchw",
+    ]
     command = [sys.executable, "-P", "-m", "pytest", "bench", "-q", "-m", "", "-k", cell, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "fusedres separate" in done.stdout
+    assert "fusedres separate" in done.stdout and "as fast as eager nchw" in done.stdout
     (benchmark,) = json.loads(saved.read_text())["benchmarks"]
     info = benchmark["extra_info"]
     assert benchmark["group"] == info["workload"] == "cifar_resnet20/infer/float32/2"
