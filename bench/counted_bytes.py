@@ -192,7 +192,7 @@ class Chain:
     def block(self, name: str, block: nn.Module, x: Tensor) -> Tensor:
         self.enter(name, "forward")
         config, units = read(block)
-        suits = self.recipe != "gram" or unsuitable(config, units) is None
+        suits = self.recipe != "gram" or unsuitable(config, units, x) is None
         recipe = RECIPES[self.recipe if suits else "separate"]
         out = recipe.forward(self.ops, config, x, None, units, True)
 
