@@ -17,9 +17,7 @@ from torch import nn
 from training import assert_trained_alike
 
 import fusedres
-from fusedres.blocks import choice
 from fusedres.models import BasicBlock, Bottleneck, cifar_resnet, resnet18, resnet50
-from fusedres.patching import structure
 
 
 def wrap(block: nn.Module) -> nn.Sequential:
@@ -259,22 +257,3 @@ def test_report_shows_a_table_and_plain_data():
     data = report.as_dict()
     assert data["matched"] == 1 and data["blocks"][0]["runs_as"] == "gram"
     assert not fusedres.report(TwoConvs())
-
-
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("width", [8, 64])
-def test_auto_reads_a_block_only_where_the_table_can_name_a_recipe(batch, grad, width, monkeypatch):
-    """Small calls are told apart before anything is read, and only those: at 4 images all entries are reached."""
-    entry = choice.Measured("separate", 4 * width * 36, 64, "")
-    train = ("cpu", "reference", torch.float32, True)
-    monkeypatch.setattr(choice, "TABLE", {train: entry, (*train[:3], False): entry})
-    reads = []
-    resolve = structure.resolve
-    monkeypatch.setattr(structure, "resolve", lambda *a: reads.append(1) or resolve(*a))
-    model = fusedres.patch(wrap(BasicBlock(width, width)), recipe="auto", backend="reference")
-    with torch.set_grad_enabled(grad):
-        model(torch.randn(batch, width, 6, 6))
-    reached = batch == 4 and width == 64
-    assert bool(reads) == reached
-    assert ran_as(model, "separate" if reached else "unfused")

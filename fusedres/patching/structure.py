@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fusedres.patching.dataflow import is_frozen_norm
@@ -68,7 +68,7 @@ def describe(block: nn.Module) -> tuple[Submodule, ...]:
 
 
 def first_channels(block: nn.Module, plan: Plan) -> int | None:
-    """Out of the block's first convolution; None for a stem, or where no weight is found there."""
+    """Out of the block's first convolution; None for a stem, or where there is none such now."""
     if isinstance(plan, StemPlan):
         return None
     module: Any = block
@@ -76,8 +76,9 @@ def first_channels(block: nn.Module, plan: Plan) -> int | None:
         module = module._modules.get(name)
         if module is None:
             return None
-    weight = module._parameters.get("weight")
-    return None if weight is None else weight.shape[0]
+    weight = module._parameters.get("weight")  # of a lazy convolution it has no shape yet
+    found = isinstance(module, nn.Conv2d) and type(weight) in (Tensor, nn.Parameter)
+    return weight.shape[0] if found else None
 
 
 def has_global_hooks() -> bool:

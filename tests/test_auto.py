@@ -1,0 +1,56 @@
+"""Recipe "auto" against the measured table: what is decided before a block is read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from block_forms import ran_as
+from torch import nn
+
+import fusedres
+from fusedres.blocks import choice
+from fusedres.models import BasicBlock
+from fusedres.patching import structure
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("width", [8, 64])
+def test_auto_reads_a_block_only_where_the_table_can_name_a_recipe(batch, grad, width, monkeypatch):
+    """Small calls are told apart before anything is read, and only those: at 4 images all entries are reached."""
+    entry = choice.Measured("separate", 4 * width * 36, 64, "")
+    train = ("cpu", "reference", torch.float32, True)
+    monkeypatch.setattr(choice, "TABLE", {train: entry, (*train[:3], False): entry})
+    reads = []
+    resolve = structure.resolve
+    monkeypatch.setattr(structure, "resolve", lambda *a: reads.append(1) or resolve(*a))
+    model = fusedres.patch(nn.Sequential(BasicBlock(width, width)), recipe="auto", backend="reference")
+    with torch.set_grad_enabled(grad):
+        model(torch.randn(batch, width, 6, 6))
+    reached = batch == 4 and width == 64
+    assert bool(reads) == reached
+    assert ran_as(model, "separate" if reached else "unfused")
+
+
+class Scaled(nn.Module):
+    """Has a weight, but is no convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+@pytest.mark.parametrize(
+    "replacement", [Scaled, lambda: nn.LazyConv2d(64, 3, padding=1)], ids=["scalar", "lazy"]
+)
+def test_auto_leaves_alone_what_took_the_place_of_a_convolution(replacement, monkeypatch):
+    entry = choice.Measured("separate", 1, 64, "")
+    monkeypatch.setattr(choice, "TABLE", {("cpu", "reference", torch.float32, True): entry})
+    model = fusedres.patch(nn.Sequential(BasicBlock(64, 64)), recipe="auto", backend="reference")
+    model[0].conv1 = replacement()
+    model(torch.randn(2, 64, 6, 6))
+    (row,) = fusedres.report(model).blocks
+    assert (row.runs_as, row.code) == ("unfused", "module_replaced")
