@@ -33,7 +33,7 @@ from fusedres.backends.reference import ReferenceOps
 from fusedres.backends.triton import TritonOps
 from fusedres.blocks import RECIPES, stem
 from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNNeeds, ConvBNTensors, Shortcut
-from fusedres.blocks.gram import unsuitable
+from fusedres.blocks.gram_form import unsuitable
 from fusedres.blocks.stem import StemConfig
 from fusedres.dispatch import Dispatcher
 from fusedres.nn.residual_block import ConvBN, read_conv_bn

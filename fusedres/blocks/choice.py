@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
-from fusedres.blocks import RECIPES, gram, user_table
+from fusedres.blocks import RECIPES, gram_form, user_table
 from fusedres.blocks.config import BlockConfig, ConvBNTensors
 from fusedres.dispatch import Dispatcher, Ops
 
@@ -69,7 +69,7 @@ def choose(
         wanted = wanted or measured(x, config.dtype, ops, gradients, units[0].weight.shape[0])
     if wanted is None or (requested == AUTO and wanted == UNFUSED):
         return Choice(UNFUSED, "no_faster_recipe")
-    if wanted == "gram" and (reason := gram.unsuitable(config, units, x)) is not None:
+    if wanted == "gram" and (reason := gram_form.unsuitable(config, units, x)) is not None:
         return Choice("separate", reason)
     return Choice(wanted, None)
 

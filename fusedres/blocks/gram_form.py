@@ -1,0 +1,34 @@
+"""Which blocks have a Gram form: whether recipe `gram` may run a call, decided from shapes and constants alone."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, unit_sizes
+
+# S of P values per channel has rank P - 1, so var = w S w^T cancels: rounding S costs var |w|^2 |S| / var units, where
+# the deviations that eager squares lose the root of that. Over the channels this is distributed as 1/chi^2 with P - 1
+# degrees of freedom, and the error of y, a root of its mean square, is finite from five degrees on.
+FEWEST_ROWS = 6
+
+
+def unsuitable(config: BlockConfig, units: tuple[ConvBNTensors, ...], x: Tensor) -> str | None:
+    """Why this block has no Gram form on x [N, Cin, H, W], as a reason code, or None.
+
+    It must end BN, ReLU, conv1x1 expanding twofold, and batch statistics need enough values.
+    """
+    if len(config.main) < 2 or not config.main[-2].relu:
+        return "no_1x1_expansion"
+    cout, cin, *_ = units[len(config.main) - 1].weight.shape
+    expands = is_plain_1x1(config.main[-1], units[len(config.main) - 1]) and cout >= 2 * cin
+    if not expands:
+        return "no_1x1_expansion"
+    h, w = unit_sizes(config, units, x)[len(config.main) - 1]
+    few = config.main[-1].training and x.shape[0] * h * w < FEWEST_ROWS
+    return "few_values_per_channel" if few else None
+
+
+def is_plain_1x1(unit: ConvBNConfig, t: ConvBNTensors) -> bool:
+    """A 1x1 convolution without stride, padding or groups: a plain matrix product."""
+    pointwise = t.weight.shape[2:] == (1, 1) and unit.groups == 1
+    return pointwise and unit.stride == (1, 1) and unit.padding == (0, 0)
