@@ -15,9 +15,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from op_cases import resnet_shape
+from op_cases import checked_bytes, resnet_shape
 
-from fusedres import selftest
 from fusedres.dispatch import LOADERS
 from fusedres.op_cases import OpCase, cases
 from fusedres.timing import comparison, seconds
@@ -37,10 +36,7 @@ def copy_of(bytes_moved: int) -> Callable[[], object]:
 def measure(case: OpCase, rounds: int) -> dict[str, object]:
     """The op against the copy. Raises AssertionError if its results are wrong."""
     run = partial(getattr(LOADERS["native"](), case.op), *case.arguments)
-    found = run()
-    wrong = selftest.problem(case.op, case.arguments, found)
-    assert wrong is None, f"{case.name}: {wrong}"
-    moved = sum(t.numel() * t.element_size() for t in selftest.tensors((case.arguments, found)))
+    moved = checked_bytes(case.op, case.arguments, run())
     copy, flush = copy_of(moved), torch.empty(FLUSH_BYTES, dtype=torch.int8)
 
     def cold(step: Callable[[], object]) -> float:

@@ -11,10 +11,12 @@ import argparse
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from layers import STAGE_SIDES, STAGE_WIDTHS
 
+from fusedres import selftest
 from fusedres.dispatch import AUTO, LOADERS
 from fusedres.op_cases import SMALL, Shape, cases
 
@@ -22,6 +24,14 @@ from fusedres.op_cases import SMALL, Shape, cases
 def resnet_shape(stage: int, batch: int) -> Shape:
     width = STAGE_WIDTHS[stage - 1]
     return Shape(batch, STAGE_SIDES[stage - 1], width, 4 * width)
+
+
+def checked_bytes(op: str, arguments: tuple[Any, ...], found: Any) -> int:
+    """Bytes that arguments and results of a call hold. Raises AssertionError if the results are wrong."""
+    wrong = selftest.problem(op, arguments, found)
+    if wrong is not None:
+        raise AssertionError(f"{op}: {wrong}")
+    return sum(t.numel() * t.element_size() for t in selftest.tensors((arguments, found)))
 
 
 @contextmanager

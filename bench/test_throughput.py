@@ -95,8 +95,6 @@ def test_throughput(request, benchmark, gate, results, workload, implementation)
         times["target"].append(seconds(step.run, workload.device))
 
     benchmark.group = workload.name
-    for _ in range(2 if against != BASELINE else 0):  # one that compiles does so in its first calls
-        baseline.run()
     benchmark.pedantic(time_target, setup=time_baseline, iterations=1, rounds=rounds, warmup_rounds=1)
     found = comparison(times["baseline"][-rounds:], times["target"][-rounds:])
     names = {"workload": workload.name, "implementation": implementation, "baseline": against}

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from op_cases import resnet_shape
+from op_cases import checked_bytes, resnet_shape
 from report import Cell, Settings
 from timing import flushed_seconds
 
-from fusedres import selftest
 from fusedres.dispatch import LOADERS
 from fusedres.op_cases import SMALL, Shape
 from fusedres.op_cases import cases as op_cases
@@ -33,11 +32,7 @@ def time_op(settings: Settings, backend: str, shape: Shape, dtype: torch.dtype, 
     if reason is not None:
         return {"unsupported": reason}
     run = partial(getattr(ops, op), *arguments)
-    found = run()
-    wrong = selftest.problem(op, arguments, found)
-    if wrong is not None:
-        raise AssertionError(f"{op}: {wrong}")
-    moved = sum(t.numel() * t.element_size() for t in selftest.tensors((arguments, found)))
+    moved = checked_bytes(op, arguments, run())
     times = summary(flushed_seconds(run, settings.device, 20 if settings.full else 1))
     return {**times, "bytes": moved, "bytes_per_second": moved / times["seconds"]}
 
