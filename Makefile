@@ -8,12 +8,14 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test lint check-package mutants bench bench-check clean
 
 # Relative paths only, so that a checkout whose path has spaces works. The pinned torch comes first: an
-# unpinned one pulls a different build with gigabytes of CUDA libraries.
+# unpinned one pulls a different build with gigabytes of CUDA libraries. What the package needs is built apart from
+# this environment, where it has to be built; the library itself is built against the torch in it.
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test]"
+	FUSEDRES_BUILD=none $(BIN)/python -m pip install --quiet -e ".[test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 demo: $(STAMP)
