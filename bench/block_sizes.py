@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tes
 
 from workloads import ARCHITECTURES, BASELINE, Workload, build  # noqa: E402
 
-from fusedres.timing import comparison, seconds  # noqa: E402
+from fusedres.timing import comparison, interleave, seconds  # noqa: E402
 
 KINDS = ("basic_identity", "basic_projection", "bottleneck_identity", "bottleneck_projection")
 BATCHES = {1: (1, 2, 4, 8), 2: (1, 4, 8, 16), 3: (1, 4, 16), 4: (2, 8, 16)}  # stage: images
@@ -28,12 +28,11 @@ BATCHES = {1: (1, 2, 4, 8), 2: (1, 4, 8, 16), 3: (1, 4, 16), 4: (2, 8, 16)}  # s
 def measure(workload: Workload, implementation: str, budget: float) -> dict[str, object]:
     """One block against the baseline, in turns for about `budget` seconds."""
     baseline, target = build(workload, BASELINE), build(workload, implementation)
-    for step in (baseline, target) * 2:
-        step.run()
+    for _ in range(2):
+        baseline.run()
     rounds = max(7, min(100, int(budget / 2 / seconds(baseline.run, workload.device))))
-    pairs = [tuple(seconds(step.run, workload.device) for step in (baseline, target)) for _ in range(rounds)]
     shape = (workload.batch, *ARCHITECTURES[workload.architecture].image)
-    found = comparison(*(list(times) for times in zip(*pairs, strict=True)))
+    found = comparison(*interleave(baseline.run, target.run, workload.device, rounds))
     return {"workload": workload.name, "elements": math.prod(shape), **found}
 
 

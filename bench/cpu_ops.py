@@ -19,7 +19,7 @@ from op_cases import checked_bytes, resnet_shape
 
 from fusedres.dispatch import LOADERS
 from fusedres.op_cases import OpCase, cases
-from fusedres.timing import comparison, seconds
+from fusedres.timing import comparison, interleave
 
 CPU = torch.device("cpu")
 FLUSH_BYTES = 128 << 20  # several times the last cache of a desktop's or a shared server's core complex
@@ -38,15 +38,7 @@ def measure(case: OpCase, rounds: int) -> dict[str, object]:
     run = partial(getattr(LOADERS["native"](), case.op), *case.arguments)
     moved = checked_bytes(case.op, case.arguments, run())
     copy, flush = copy_of(moved), torch.empty(FLUSH_BYTES, dtype=torch.int8)
-
-    def cold(step: Callable[[], object]) -> float:
-        flush.zero_()
-        return seconds(step, CPU)
-
-    for step in (copy, run) * 2:
-        step()
-    pairs = [(cold(copy), cold(run)) for _ in range(rounds)]
-    times = comparison(*(list(t) for t in zip(*pairs, strict=True)))
+    times = comparison(*interleave(copy, run, CPU, rounds, before=flush.zero_))
     return {
         "bytes": moved,
         "seconds": times["seconds"],

@@ -26,14 +26,28 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def interleave(
-    baseline: Callable[[], object], target: Callable[[], object], device: torch.device, rounds: int
+    baseline: Callable[[], object],
+    target: Callable[[], object],
+    device: torch.device,
+    rounds: int,
+    before: Callable[[], object] | None = None,
 ) -> tuple[list[float], list[float]]:
-    """Times of both, taken in turns after two calls each to warm up."""
+    """Times of both, in rounds, after two calls each to warm up. Who goes first alternates, so that it favours neither.
+
+    Args:
+        before: called ahead of each call that is timed.
+    """
     for run in (baseline, target) * 2:
         run()
-    pairs = [(seconds(baseline, device), seconds(target, device)) for _ in range(rounds)]
-    first, second = zip(*pairs, strict=True)
-    return list(first), list(second)
+    first: list[float] = []
+    second: list[float] = []
+    sides = (baseline, first), (target, second)
+    for turn in range(rounds):
+        for run, times in sides if turn % 2 == 0 else reversed(sides):
+            if before is not None:
+                before()
+            times.append(seconds(run, device))
+    return first, second
 
 
 def median(values: list[float]) -> float:

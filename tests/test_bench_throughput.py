@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import cpu_ops
@@ -40,9 +42,18 @@ def test_bootstrap_interval_of_normal_data():
 
 def test_rounds_are_interleaved():
     order = []
-    baseline, target = interleave(lambda: order.append("b"), lambda: order.append("t"), CPU, 3)
-    assert "".join(order) == "bt" * 5
+    run = partial(interleave, lambda: order.append("b"), lambda: order.append("t"), CPU, 3)
+    baseline, target = run()
+    assert "".join(order) == "btbt" + "bttbbt"
     assert len(baseline) == len(target) == 3
+    order.clear()
+    run(before=lambda: order.append("-"))
+    assert "".join(order) == "btbt" + "-b-t-t-b-b-t"
+
+
+def test_times_are_of_their_side():
+    baseline, target = interleave(lambda: time.sleep(0.02), lambda: None, CPU, 3)
+    assert min(baseline) > 0.02 > max(target)
 
 
 @pytest.mark.parametrize("implementation", ["fusedres_separate", "fusedres_gram"])

@@ -25,6 +25,18 @@ inline void for_groups(float* partial, double* totals, int64_t length, int64_t b
   }
 }
 
+constexpr int64_t kFetched = 8192;  // bytes of a group; the rows of longer ones lie in pages of their own
+
+// Asks for a share of the next group in the order of memory, at column i of the group that begins at `first`. The
+// hardware does not see that memory is read in sequence where rows of one page are read side by side.
+template <class T>
+__attribute__((always_inline)) inline void fetch_next_group(const T* first, int64_t period, int64_t i) {
+  constexpr int64_t bytes = sizeof(T);
+  if (kGroup * period * bytes > kFetched) return;
+  const char* next = reinterpret_cast<const char*>(first) + kGroup * (period + i) * bytes;
+  for (int64_t line = 0; line < kGroup * kWidth * bytes; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
+}
+
 template <class T>
 void stats_rows(const StatsArgs& args, int64_t begin, int64_t end) {
   const int64_t period = args.period;
@@ -35,6 +47,7 @@ void stats_rows(const StatsArgs& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < period; i += kWidth) {
       const Float shift = load(args.shift + i);
       Float s = load(sum + i), q = load(squares + i);
+      if constexpr (rows.value == kGroup) fetch_next_group(first, period, i);
       for (int64_t r = 0; r < rows.value; ++r) {
         const Float d = load(first + r * period + i) - shift;
         s = s + d;
@@ -104,7 +117,16 @@ void backward_reduce_rows(const BackwardReduceArgs& args, int64_t begin, int64_t
     for (int64_t i = 0; i < period; i += kWidth) {
       const Float mean = load(args.mean + i);
       Float s = load(sum + i), k = load(centered + i), h = zero();
-      if constexpr (with_shortcut) h = load(shortcut + i);
+      if constexpr (with_shortcut) {
+        h = load(shortcut + i);
+        if constexpr (rows.value == kGroup) {
+          fetch_next_group(static_cast<const T*>(args.shortcut_c) + first * period, period, i);
+        }
+      }
+      if constexpr (rows.value == kGroup) {
+        fetch_next_group(static_cast<const T*>(args.c) + first * period, period, i);
+        fetch_next_group(static_cast<const T*>(args.dy) + first * period, period, i);
+      }
       for (int64_t row = first; row < first + rows.value; ++row) {
         const Float c = load(static_cast<const T*>(args.c) + row * period + i);
         const Float dz = gradient_at<T, gradient>(args, static_cast<const T*>(args.dy) + row * period, c, row, i);

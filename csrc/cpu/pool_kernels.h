@@ -95,9 +95,9 @@ struct Covering {
 
 // dz of kWidth channels at row h, column x of image n: dy of the windows whose maximum lies there.
 template <class T>
-inline Float gather(const PoolBackwardArgs& args, int64_t n, int64_t h, int64_t x, Covering rows, int64_t i) {
+inline Float gather(const PoolBackwardArgs& args, int64_t n, int64_t h, int64_t x, Covering rows, Covering columns,
+                    int64_t i) {
   const Window& w = args.window;
-  const Covering columns(x, w.out_width, w);
   const int64_t lanes = w.channels - i;
   Float dz = zero();
   for (int64_t oh = rows.first; oh <= rows.last; ++oh) {
@@ -117,15 +117,17 @@ void pool_backward_rows(const PoolBackwardArgs& args, int64_t begin, int64_t end
   const int64_t padded = (w.channels + kWidth - 1) / kWidth * kWidth;
   float *sum = args.partial, *centered = args.partial + padded;
   for (int64_t row = begin; row < end; ++row) {
-    const Covering rows(row % w.height, w.out_height, w);
+    const int64_t n = row / w.height, h = row % w.height;
+    const Covering rows(h, w.out_height, w);
     if constexpr (sums) {
       for (int64_t i = 0; i < 2 * padded; i += kWidth) store(args.partial + i, zero());
     }
     for (int64_t x = 0; x < w.width; ++x) {
       const int64_t at = (row * w.width + x) * w.channels;
+      const Covering columns(x, w.out_width, w);
       for (int64_t i = 0; i < w.channels; i += kWidth) {
         const Float c = load_lanes(static_cast<const T*>(args.c) + at + i, w.channels - i);
-        const Float dz = gather<T>(args, row / w.height, row % w.height, x, rows, i);
+        const Float dz = gather<T>(args, n, h, x, rows, columns, i);
         if constexpr (sums) {
           store(sum + i, load(sum + i) + dz);
           store(centered + i, fma(dz, c - load(args.mean + i), load(centered + i)));
