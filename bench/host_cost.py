@@ -24,6 +24,7 @@ from fusedres.timing import bootstrap_interval, interleave, median
 
 CPU = torch.device("cpu")
 CALLS = 20  # of a block, in one round
+SHAPE = 8, 64, 1, 1  # of a block's input: as many values per channel as the Gram form asks for, and two more
 
 
 class Case(NamedTuple):
@@ -43,25 +44,25 @@ def projected(block: type[BasicBlock] | type[Bottleneck], cin: int, width: int) 
 
 
 BLOCKS = [
-    Case("basic", lambda: BasicBlock(64, 64), (2, 64, 1, 1), ("auto", "unfused", "separate"), CALLS),
+    Case("basic", lambda: BasicBlock(64, 64), SHAPE, ("auto", "unfused", "separate"), CALLS),
     Case(
         "basic, projection",
         lambda: projected(BasicBlock, 64, 32),
-        (2, 64, 1, 1),
+        SHAPE,
         ("auto", "unfused", "separate"),
         CALLS,
     ),
     Case(
         "bottleneck",
         lambda: Bottleneck(64, 16),
-        (2, 64, 1, 1),
+        SHAPE,
         ("auto", "unfused", "separate", "gram"),
         CALLS,
     ),
     Case(
         "bottleneck, projection",
         lambda: projected(Bottleneck, 64, 32),
-        (2, 64, 1, 1),
+        SHAPE,
         ("auto", "unfused", "separate", "gram"),
         CALLS,
     ),

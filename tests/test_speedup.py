@@ -13,8 +13,8 @@ from fusedres.timing import comparison, interleave, seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = getattr(torch, os.environ.get("BENCH_DTYPE", "float32"))
-SECONDS = 20.0  # of one case, so that the interval of short steps is narrow too
-ROUNDS = 15, 400  # at least and at most
+SECONDS = 40.0  # of one case, so that the interval of short steps is narrow too
+ROUNDS = 15, 800  # at least and at most
 # architecture: least ratio, images a step on a CPU and on a GPU
 LIMITS = {
     "resnet50": (1.0, 8, 256),
