@@ -6,6 +6,7 @@ the two sanitizers, whose modules load only into a Python that preloads the sani
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -84,10 +85,12 @@ def run_ninja(folder: Path, flags: str, lines: list[str]) -> None:
     text = SCRIPT.format(warnings=WARNINGS, flags=flags, includes=includes) + "\n".join(lines) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / "build.ninja"
-    if not script.exists() or script.read_text() != text:
-        script.write_text(text)
     command = ["ninja", "--quiet", "-j", str(os.cpu_count()), "-C", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with (folder / "lock").open("w") as lock:  # of processes that test side by side, one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not script.exists() or script.read_text() != text:
+            script.write_text(text)
+        done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"host build {folder} failed:\n{done.stdout}{done.stderr}"
 
 

@@ -93,17 +93,32 @@ def test_weight_gradient_kernel_of_any_size(case):
     CHECKS["conv_backward_weight"](native.NativeOps(), case)
 
 
-def test_weight_gradient_does_not_depend_on_the_number_of_threads():
-    dy, x = (torch.randn(2, c, 9, 9).contiguous(memory_format=torch.channels_last) for c in (96, 64))
+@pytest.mark.parametrize("cin", [64, 72])
+def test_weight_gradient_does_not_depend_on_the_number_of_threads(cin):
+    """Shared by output channels alone, by input channels as well, and by taps as well."""
+    dy, x = (torch.randn(2, c, 9, 9).contiguous(memory_format=torch.channels_last) for c in (96, cin))
     window = (3, 3), (1, 1), (1, 1), (1, 1), 1
     threads, found = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 5, 16):
+        for count in (1, 2, 5, 8, 16, 24):
             torch.set_num_threads(count)
             found.append(native.NativeOps().conv_backward_weight(dy, x, *window))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_weight_gradient_is_left_to_the_library_where_threads_would_have_little_to_do():
+    dy, x = (torch.randn(1, 64, 9, 9).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    args = dy, x, (3, 3), (1, 1), (1, 1), (1, 1), 1
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(9)
+        assert native.NativeOps().supports("conv_backward_weight", *args) is None
+        torch.set_num_threads(10)
+        assert native.NativeOps().supports("conv_backward_weight", *args) == "too_many_threads"
+    finally:
+        torch.set_num_threads(threads)
 
 
 REUSED = [c for c in cases_of("bn_add_relu_forward") if "mask" not in c.form and c.layout == "channels_last"]

@@ -73,10 +73,10 @@ void pack_dy(const ConvWeightArgs& args, int64_t channel, int64_t channels, cons
   }
 }
 
-// x of kPanelIn channels as [position][channel]; zeros beyond the last channel
+// x of kPanelIn channels as [position][channel]; zeros beyond the last one of the call
 void pack_x(const ConvWeightArgs& args, int64_t channel, const Reach& rows, const Reach& columns, int64_t begin,
             int64_t end) {
-  const int64_t left = args.in_channels - channel, lanes = left < kPanelIn ? left : kPanelIn;
+  const int64_t left = args.last_in - channel, lanes = left < kPanelIn ? left : kPanelIn;
   float* packed = args.packed_x;
   for_rows(args.height, rows, begin, end, [&](int64_t, int64_t row) {
     for (int64_t column = columns.first; column < columns.last; ++column, packed += kPanelIn) {
@@ -133,8 +133,8 @@ void outer_products(int64_t size, const float* dy, const float* x, int64_t posit
   }
 }
 
-// dw of output channels [channel, channel + channels) at taps [tap, last_tap): rows of dy in pieces whose copies stay
-// in the cache, each piece summed in registers and then added to dw.
+// dw of output channels [channel, channel + channels) and input channels [first_in, last_in) at taps [tap, last_tap):
+// rows of dy in pieces whose copies stay in the cache, each piece summed in registers and then added to dw.
 void conv_backward_weight(const ConvWeightArgs& args, int64_t channel, int64_t channels, int64_t tap,
                           int64_t last_tap) {
   const int64_t rows = args.batch * args.height.out, taps = args.height.kernel * args.width.kernel;
@@ -147,9 +147,9 @@ void conv_backward_weight(const ConvWeightArgs& args, int64_t channel, int64_t c
       for_rows(args.height, down, begin, end, [&](int64_t, int64_t) { positions += across.count(); });
       if (positions == 0) continue;
       pack_dy(args, channel, channels, down, across, begin, end, positions);
-      for (int64_t i = 0; i < args.in_channels; i += kPanelIn) {
+      for (int64_t i = args.first_in; i < args.last_in; i += kPanelIn) {
         pack_x(args, i, down, across, begin, end);
-        const int64_t left = args.in_channels - i, lanes = left < kPanelIn ? left : kPanelIn;
+        const int64_t left = args.last_in - i, lanes = left < kPanelIn ? left : kPanelIn;
         for (int64_t p = 0; p < panels; ++p) {
           const Panel panel(channels, panels, p);
           float* dw = args.dw + (channel + panel.first) * stride + t * args.in_channels + i;

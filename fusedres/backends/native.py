@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +44,7 @@ DTYPES = {
 # conv_backward_weight, against oneDNN 3.12 at ResNet-50's shapes, batch 16, on two Zen 3 cores
 FEWEST_CHANNELS = 64
 FEWEST_WEIGHTS = 128 * 512  # of a pointwise convolution
+FEWEST_WEIGHTS_PER_THREAD = 4096  # with fewer, shares are too small or unequal
 
 
 def is_built() -> bool:
@@ -91,6 +93,12 @@ def loaders() -> dict[str, Callable[[], RawOps]]:
         warnings.warn(str(error), RuntimeWarning, stacklevel=2)
         return {}
     return {NativeOps.name: cast(Callable[[], RawOps], NativeOps)}
+
+
+def instruction_set() -> str | None:
+    """What the CPU kernels use on this processor: "avx2" or "avx512"; None where the library is not loaded."""
+    ask = getattr(torch.ops.fusedres_native, "cpu_capability", None)
+    return ask() if ask else None
 
 
 @cache
@@ -178,7 +186,7 @@ def conv_reason(x, weight, bias, residual, *rest):
 
 
 def weight_gradient_reason(dy, x, kernel_size, stride, padding, dilation, groups):
-    """oneDNN is left what it does as fast: few channels, and pointwise convolutions without many of them."""
+    """oneDNN is left what it does as fast: few channels, pointwise convolutions without many, and many threads."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return "no_kernel"
     if groups != 1:
@@ -187,6 +195,8 @@ def weight_gradient_reason(dy, x, kernel_size, stride, padding, dilation, groups
     pointwise = tuple(kernel_size) == tuple(stride) == (1, 1)
     if min(cin, cout) < FEWEST_CHANNELS or (pointwise and cin * cout <= FEWEST_WEIGHTS):
         return "library_as_fast"
+    if cin * cout * prod(kernel_size) < FEWEST_WEIGHTS_PER_THREAD * torch.get_num_threads():
+        return "too_many_threads"
     if dy.dim() != 4 or dy.dtype != x.dtype or dy.device != x.device:
         return "arguments_differ"
     channels_last = all(t.is_contiguous(memory_format=torch.channels_last) for t in (dy, x))

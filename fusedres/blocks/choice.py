@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from fusedres.backends import native
 from fusedres.blocks import RECIPES, gram_form, user_table
 from fusedres.blocks.config import BlockConfig, ConvBNTensors
 from fusedres.dispatch import Dispatcher, Ops
@@ -34,10 +35,11 @@ class Measured(NamedTuple):
 ZEN3 = "2 cores of an AMD Zen 3, AVX2, torch 2.13: bench/results/cpu/README.md"
 # (device type, backend, dtype, gradients wanted) -> entry
 Table = dict[tuple[str, str, torch.dtype, bool], Measured]
-TABLE: Table = {  # against eager
+AVX2: Table = {  # against eager
     ("cpu", "native", torch.float32, True): Measured("separate", 800_000, 64, ZEN3),
     ("cpu", "native", torch.float32, False): Measured("separate", 1_500_000, 64, ZEN3),
 }
+TABLE: Table = AVX2 if native.instruction_set() == "avx2" else {}  # with AVX-512 nothing has been measured
 COMPILED: Table = {}  # inside torch.compile, against what it makes of the original forward
 
 
