@@ -27,8 +27,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# a file at a time to each of two processes: most tests keep one core busy
 test: $(STAMP) lint
-	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
 	$(MAKE) check-package
 
 # wrong patchers, each of which its named test must catch

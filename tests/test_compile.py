@@ -270,7 +270,7 @@ class TestRecipeAuto:
 
     def test_traces_the_original_where_nothing_is_known(self, graphs, monkeypatch):
         everywhere = {
-            ("cpu", b, torch.float32, g): choice.Measured("separate", 0, 0, "")
+            ("cpu", b, torch.float32, g): (choice.Measured("separate", 0, 0, ""),)
             for b in BACKENDS
             for g in (True, False)
         }
@@ -283,7 +283,7 @@ class TestRecipeAuto:
         backend = fusedres.dispatch.dispatcher().serving(
             "bn_stats", torch.empty(2, 8, 2, 2).to(memory_format=torch.channels_last)
         )
-        entry = {("cpu", backend, torch.float32, True): choice.Measured("separate", 0, 0, "")}
+        entry = {("cpu", backend, torch.float32, True): (choice.Measured("separate", 0, 0, ""),)}
         monkeypatch.setattr(choice, "TABLE", {})
         monkeypatch.setattr(choice, "COMPILED", entry)
         call = compiled(patched(BasicBlock(16, 16), "auto"), graphs)

@@ -24,20 +24,26 @@ RECIPE_NAMES = (AUTO, UNFUSED, *RECIPES)
 
 
 class Measured(NamedTuple):
-    """One entry of the table: a recipe, from which size on, and where it was found to be the fastest."""
+    """A recipe, from which size and width on, and where it was found to be the fastest."""
 
     recipe: str
     least_elements: int  # of x; below, what a call costs outweighs what it saves
     least_channels: int  # out of the first convolution; narrower ones leave too little to save
     where: str
 
+    def holds(self, elements: int, channels: int) -> bool:
+        return elements >= self.least_elements and channels >= self.least_channels
+
 
 ZEN3 = "2 cores of an AMD Zen 3, AVX2, torch 2.13: bench/results/cpu/README.md"
-# (device type, backend, dtype, gradients wanted) -> entry
-Table = dict[tuple[str, str, torch.dtype, bool], Measured]
+# (device type, backend, dtype, gradients wanted) -> entries, of which the first that holds is taken
+Table = dict[tuple[str, str, torch.dtype, bool], tuple[Measured, ...]]
 AVX2: Table = {  # against eager
-    ("cpu", "native", torch.float32, True): Measured("separate", 800_000, 64, ZEN3),
-    ("cpu", "native", torch.float32, False): Measured("separate", 1_500_000, 64, ZEN3),
+    ("cpu", "native", torch.float32, True): (
+        Measured("separate", 800_000, 64, ZEN3),
+        Measured("separate", 400_000, 256, ZEN3),
+    ),
+    ("cpu", "native", torch.float32, False): (Measured("separate", 1_500_000, 64, ZEN3),),
 }
 TABLE: Table = AVX2 if native.instruction_set() == "avx2" else {}  # with AVX-512 nothing has been measured
 COMPILED: Table = {}  # inside torch.compile, against what it makes of the original forward
@@ -92,21 +98,25 @@ def never_fused(requested: str, x: Tensor, channels: Callable[[], int | None], c
     table = COMPILED if compiled else TABLE
     if not table:
         return True
-    elements, with_gradients = x.numel(), torch.is_grad_enabled()
-    for (device, _, _, gradients), entry in table.items():
-        if elements >= entry.least_elements and gradients <= with_gradients and x.device.type == device:
-            width = channels()
+    elements, with_gradients, width = x.numel(), torch.is_grad_enabled(), None
+    for (device, _, _, gradients), entries in table.items():
+        if gradients > with_gradients or x.device.type != device:
+            continue
+        for entry in entries:
+            if elements < entry.least_elements:
+                continue
+            width = channels() if width is None else width
             if width is None or width >= entry.least_channels:
                 return False
     return True
 
 
-def choose_stem(requested: str, x: Tensor, ops: Ops, gradients: bool) -> Choice:
-    """The same for a stem, which has one fused form: `separate`."""
+def choose_stem(requested: str, x: Tensor, ops: Ops, gradients: bool, channels: int) -> Choice:
+    """The same for a stem, to `channels`, which has one fused form: `separate`."""
     wanted: str | None = requested
     if requested == AUTO:
         wanted = user_table.stem_recipe(x, ops, gradients) if is_eager(ops) else None
-        wanted = wanted or measured(x, x.dtype, ops, gradients)
+        wanted = wanted or measured(x, x.dtype, ops, gradients, channels)
     if wanted is None or (requested == AUTO and wanted == UNFUSED):
         return Choice(UNFUSED, "no_faster_recipe")
     return Choice("separate", "no_1x1_expansion") if wanted == "gram" else Choice(wanted, None)
@@ -122,11 +132,7 @@ def table_for(ops: Ops) -> Table:
     return TABLE if is_eager(ops) else COMPILED
 
 
-def measured(
-    x: Tensor, dtype: torch.dtype, ops: Ops, gradients: bool, channels: int | None = None
-) -> str | None:
-    """What the table names for calls on tensors like x and a first convolution to `channels` (None: any), or None."""
-    entry = table_for(ops).get((x.device.type, ops.serving("bn_stats", x), dtype, gradients))
-    if entry is None or x.numel() < entry.least_elements:
-        return None
-    return entry.recipe if channels is None or channels >= entry.least_channels else None
+def measured(x: Tensor, dtype: torch.dtype, ops: Ops, gradients: bool, channels: int) -> str | None:
+    """What the table names for calls on tensors like x and a first convolution to `channels`, or None."""
+    entries = table_for(ops).get((x.device.type, ops.serving("bn_stats", x), dtype, gradients), ())
+    return next((entry.recipe for entry in entries if entry.holds(x.numel(), channels)), None)
