@@ -118,7 +118,9 @@ def serving() -> list[dict[str, str]]:
 def recipe_table() -> list[dict[str, Any]]:
     """What `recipe="auto"` takes: every entry of the measured table, as it is."""
     return [
-        {"key": [str(part) for part in key], **entry._asdict()} for key, entries in TABLE.items() for entry in entries
+        {"key": [str(part) for part in key], **entry._asdict()}
+        for key, entries in TABLE.items()
+        for entry in entries
     ]
 
 

@@ -32,7 +32,9 @@ def test_auto_reads_a_block_only_where_the_table_can_name_a_recipe(batch, grad, 
     assert ran_as(model, "separate" if reached else "unfused")
 
 
-@pytest.mark.parametrize(("batch", "width", "fused"), [(4, 64, True), (2, 64, False), (2, 128, True), (4, 32, False)])
+@pytest.mark.parametrize(
+    ("batch", "width", "fused"), [(4, 64, True), (2, 64, False), (2, 128, True), (4, 32, False)]
+)
 def test_auto_takes_any_entry_that_holds(batch, width, fused, monkeypatch):
     """Wide blocks from a smaller size on."""
     least = 4 * 64 * 36

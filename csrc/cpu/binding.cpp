@@ -268,7 +268,7 @@ Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t 
                                    std::nullopt, x.device(), std::nullopt,
                                    torch::headeronly::MemoryFormat::ChannelsLast);
   launch_conv_backward_weight({x.size(0), x.size(1), dy.size(1), height, width, data(dy), data(x), written(dw), 0,
-                               nullptr, nullptr});
+                               nullptr, nullptr, 0, 0});
   return dw;
 }
 

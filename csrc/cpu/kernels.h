@@ -112,10 +112,10 @@ struct ConvWeightArgs {
   const float* dy;              // [N, height.out, width.out, out_channels]
   const float* x;               // [N, height.in, width.in, in_channels]
   float* dw;                    // [out_channels, height.kernel, width.kernel, in_channels], zero at first
-  int64_t first_in, last_in;    // input channels that the call is for
   int64_t piece;                // rows of dy, of N*height.out, that are packed at a time
   float* packed_dy;             // [piece*width.out * channels of the call + 8], scratch
   float* packed_x;              // [piece*width.out, 2*width of a vector], scratch
+  int64_t first_in, last_in;    // input channels that the call is for
 };
 
 // One set of kernels, compiled for one instruction set. Each walks rows [begin, end): of `period` elements, or,

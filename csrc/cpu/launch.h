@@ -51,7 +51,7 @@ void launch_bn_relu_maxpool_backward_reduce(Dtype dtype, int64_t batch, const Wi
 void launch_bn_relu_maxpool_backward_input(Dtype dtype, int64_t batch, const Window& window, const void* dy,
                                            const uint8_t* indices, const void* c, Coefficients main, void* dc);
 
-// dw is written; `piece` and the scratch are chosen here
+// dw is written; `piece`, the scratch and the input channels are chosen here
 void launch_conv_backward_weight(ConvWeightArgs args);
 
 }  // namespace fusedres::cpu

@@ -151,9 +151,7 @@ def fused(
         pool = modules[plan.pool] if isinstance(plan.pool, str) else nn.MaxPool2d(*plan.pool)
         if guards.unfit_pool(data, pool):
             return Outcome(UNFUSED, "geometry_changed")
-        recipe, reason = choose_stem(
-            requested, x, ops, wants_gradient(data), data.tensors[0].weight.shape[0]
-        )
+        recipe, reason = choose_stem(requested, x, ops, wants_gradient(data), data.tensors[0].weight.shape[0])
         if recipe == UNFUSED:
             return Outcome(recipe, reason)
         return Outcome(recipe, reason, stem_block(x, main[0], pool, backend=ops))
