@@ -1,6 +1,11 @@
 """For every test: the table of recipes that someone measured on this machine must not choose for it."""
 
+import os
+
 import pytest
+
+# pytest's worker processes are given a width that Rich, once imported, would keep
+os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -113,9 +113,9 @@ def test_weight_gradient_is_left_to_the_library_where_threads_would_have_little_
     args = dy, x, (3, 3), (1, 1), (1, 1), (1, 1), 1
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(9)
+        torch.set_num_threads(18)
         assert native.NativeOps().supports("conv_backward_weight", *args) is None
-        torch.set_num_threads(10)
+        torch.set_num_threads(19)
         assert native.NativeOps().supports("conv_backward_weight", *args) == "too_many_threads"
     finally:
         torch.set_num_threads(threads)

@@ -44,7 +44,7 @@ DTYPES = {
 # conv_backward_weight, against oneDNN 3.12 at ResNet-50's shapes, batch 16, on two Zen 3 cores
 FEWEST_CHANNELS = 64
 FEWEST_WEIGHTS = 128 * 512  # of a pointwise convolution
-FEWEST_WEIGHTS_PER_THREAD = 4096  # with fewer, shares are too small or unequal
+FEWEST_WEIGHTS_PER_THREAD = 2048  # with fewer, shares are too small or unequal
 
 
 def is_built() -> bool:
