@@ -239,6 +239,9 @@ def algebra() -> Iterator[Entry]:
     kernel = gram_backward_coefficients.gram_offset_kernel
     offset = types(D="products", A="weight_dz", F="sum_dz m center weight_a offset", I="P")
     yield Entry("gram_offset", kernel, offset, by_columns)
+    kernel = conv1x1_gram_backward_input.split_weight_kernel
+    split = types(F="weight center offset moved_offset", A="terms")
+    yield Entry("split_weight", kernel, split, {k: v for k, v in by_columns.items() if k != "COUT"})
 
 
 def entries() -> list[Entry]:

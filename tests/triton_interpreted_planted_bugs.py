@@ -111,6 +111,12 @@ BUGS = {
         "float16",
         (("for o0 in range(0, COUT, BM):", "for o0 in range(0, BM, BM):"),),
     ),
+    "offset_moved_the_other_way": (
+        "conv1x1_gram_backward_input",
+        "bias30-training_mask",
+        "float16",
+        (("to(tl.float64) - added", "to(tl.float64) + added"),),
+    ),
     "last_maximum_instead_of_first": (
         "bn_relu_maxpool_forward",
         "C64-2x2s2p0",
