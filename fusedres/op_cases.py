@@ -168,8 +168,16 @@ def product_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase]:
     yield OpCase("conv1x1_forward/join", "conv1x1_forward", (c, expand, *join))
     mask = t.reference.conv1x1_forward(c, expand, *join).mask
     yield OpCase("gram", "gram", (c, v.scale, v.shift))
-    weight = (dy_wide, mask, c, v.scale, v.shift, v.mean)
+    m, S = t.reference.gram(c, v.scale, v.shift)
+    bias = t.normal(wide_channels)
+    yield OpCase("gram_output_stats", "gram_output_stats", (expand, bias, m, S))
+    center = t.reference.gram_output_stats(expand, bias, m, S)[2]
+    weight = (dy_wide, mask, c, v.scale, v.shift, center)
     yield OpCase("conv1x1_backward_weight", "conv1x1_backward_weight", weight)
+    r, rows = t.reference.conv1x1_backward_weight(*weight), c.numel() // narrow_channels
+    algebra, above = "gram_backward_coefficients", (*r, expand, bias, v_wide, rows)
+    yield OpCase(f"{algebra}/training", algebra, (*above, m, S, center))
+    yield OpCase(f"{algebra}/frozen", algebra, above)
     w, acc = expand.flatten(1), v.scale.dtype
     below = (dy_wide, mask, c, v, w.to(acc), (w.t() @ w).to(acc), v.mean, v.shift)
     yield OpCase("conv1x1_gram_backward_input", "conv1x1_gram_backward_input", below)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusedres.backends.fake import FakeOps
 from fusedres.dispatch import AUTO, dispatcher
-from fusedres.raw_ops import RAW_OPS, BatchNormGrads, BatchNormVectors, Conv1x1Output, RawOps
+from fusedres.raw_ops import RAW_OPS, BatchNormGrads, BatchNormVectors, Conv1x1Output, GramGrads, RawOps
 
 NAMESPACE = "fusedres"
 GIVEN_AWAY = ("reuse_c", "reuse_dy")
@@ -39,6 +39,7 @@ NEW_FIELDS: dict[Any, tuple[str, ...]] = {
     BatchNormVectors: ("invstd", "scale", "shift"),
     BatchNormGrads: ("dweight", "B", "K"),
     Conv1x1Output: Conv1x1Output._fields,
+    GramGrads: GramGrads._fields,
 }
 TUPLES = {
     BatchNormVectors: BatchNormVectors,

@@ -76,6 +76,18 @@ class Conv1x1Output(NamedTuple):
     var: Tensor | None  # [Cout] biased
 
 
+class GramGrads(NamedTuple):
+    """Backward of BN over a 1x1 convolution whose output was never stored: the gradients of the parameters, and the
+    coefficients of `conv1x1_gram_backward_input`. weight_a and offset are None with frozen statistics.
+    """
+
+    dweight: Tensor  # [Cout], of the BN's weight
+    dW: Tensor  # [Cout, Cin], of the convolution's
+    weight_dz: Tensor  # [Cout, Cin] in the activation dtype
+    weight_a: Tensor | None  # [Cin, Cin]
+    offset: Tensor | None  # [Cin]
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of channel vectors and sums for activations of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -251,6 +263,43 @@ class RawOps(Protocol):
         `S = E[(a-m)(a-m)^T]` [Cin, Cin], symmetric, in the accumulation dtype; expectations over the P rows.
         """
 
+    def gram_output_stats(
+        self, weight: Tensor, bias: Tensor | None, m: Tensor, S: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`mean = W m + bias` and `var = max(diag(W S W^T), 0)` [Cout] of the 1x1 convolution of an activation with
+        the moments m [Cin], S [Cin, Cin] of `gram`; and `center` [Cin]: m as a value of the activation dtype.
+
+        weight [Cout, Cin, 1, 1], bias [Cout] in the activation dtype, as the product uses them. Computed in float64,
+        rounded once to the dtype of m. Where the ReLU gave 0, `a - center` is exact: with m itself one rounding error
+        would repeat in every such row.
+        """
+
+    def gram_backward_coefficients(
+        self,
+        r: Tensor,
+        sum_dz: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        vectors: BatchNormVectors,
+        rows: int,
+        m: Tensor | None = None,
+        S: Tensor | None = None,
+        center: Tensor | None = None,
+    ) -> GramGrads:
+        """From Rc [Cout, Cin] and `sum dz` [Cout] of `conv1x1_backward_weight`, and P = rows:
+
+        batch statistics: R = Rc - outer(sum_dz, m - center),  sum_dz_centered = rowsum(R*W)
+            dW = A[:,None]*R + B[:,None]*(W (P*S)),  weight_dz = A[:,None]*W,  weight_a = W^T (B[:,None]*W)
+            offset = -(sum_dz/P) weight_dz - (m - center) weight_a
+        frozen (m, S, center None; Rc = dz^T a): sum_dz_centered = rowsum(Rc*W) + (bias - mean)*sum_dz
+            dW = A[:,None]*Rc,  weight_dz = A[:,None]*W
+
+        dweight, A and B as in `bn_backward_coefficients`. weight [Cout, Cin, 1, 1], bias [Cout] in the activation
+        dtype; vectors: the BN above; m, S as in `gram`, center that of `conv1x1_backward_weight`. Computed in float64,
+        results rounded once: weight_dz to the activation dtype, the rest to the accumulation dtype. offset comes from
+        the rounded weight_dz: what a mean of dz adds through its rounding cancels.
+        """
+
     def conv1x1_backward_weight(
         self,
         dy: Tensor,
@@ -284,7 +333,8 @@ class RawOps(Protocol):
         `dz_below = where(a <= 0, 0, da)` [N, Cin, H, W], rounded; and of the rounded values
         `sum dz_below` and `sum dz_below*(c - mean)`, each [Cin], for the BN below.
         dy [N, Cout, H, W]; c, vectors: the BN below, `a = relu(scale*c + shift)`, rounded;
-        weight_dz [Cout, Cin], weight_a [Cin, Cin], center, offset [Cin] in the accumulation dtype.
+        weight_dz [Cout, Cin] in the activation or the accumulation dtype; weight_a [Cin, Cin], center, offset [Cin]
+        in the accumulation dtype.
         weight_a, center and offset are None together: frozen statistics. A backend may round weight_dz to the
         activation dtype, but keeps what rounding weight_a leaves: a and the ReLU's mask go together, so its errors
         would not average out.

@@ -19,6 +19,7 @@ from conv1x1_cases import (
     vectors_before,
     weight_of,
 )
+from gram_algebra_checks import check_gram_backward_coefficients, check_gram_output_stats
 from raw_op_cases import Inputs
 from raw_op_harness import (
     assert_accurate,
@@ -271,6 +272,8 @@ def check_conv1x1_backward_input(ops: Any, case: Conv1x1Case) -> None:
 CHECKS: dict[str, Callable[[Any, Conv1x1Case], None]] = {
     "conv1x1_forward": check_conv1x1_forward,
     "gram": check_gram,
+    "gram_output_stats": check_gram_output_stats,
+    "gram_backward_coefficients": check_gram_backward_coefficients,
     "conv1x1_backward_weight": check_conv1x1_backward_weight,
     "conv1x1_gram_backward_input": check_conv1x1_gram_backward_input,
     "conv1x1_backward_input": check_conv1x1_backward_input,

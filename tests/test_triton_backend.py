@@ -71,6 +71,17 @@ def test_cpu_tensors_only_under_the_interpreter(monkeypatch):
             "dtype_float64",
         ),
         ("gram", (activation(2, 8, 3, 3), torch.ones(8), torch.ones(8)), None),
+        ("gram_output_stats", (activation(32, 8, 1, 1), None, torch.ones(8), torch.ones(8, 8)), None),
+        (
+            "gram_output_stats",
+            (activation(8, 32, 1, 1).transpose(0, 1), None, None, None),
+            "not_channels_last",
+        ),
+        (
+            "gram_backward_coefficients",
+            (None, None, activation(32, 8, 1, 1, dtype=torch.float64), None, None, 9),
+            "dtype_float64",
+        ),
     ],
 )
 def test_reason(op, arguments, reason):

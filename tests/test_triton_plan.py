@@ -63,6 +63,7 @@ def call(op: str) -> None:
     mask = torch.empty(c.numel() // 8, device="meta", dtype=torch.uint8)
     weight = torch.empty(256, 64, 1, 1, device="meta", dtype=torch.bfloat16)
     moments = vector(256, 64), vector(64, 64), vector(64), vector(64)
+    gram = vector(64), vector(64, 64), vector(64)
     calls: dict[str, tuple[Any, ...]] = {
         "bn_stats": (c,),
         "bn_add_relu_forward": (c, v256.scale, v256.shift, c, None, None, True, True),
@@ -72,6 +73,8 @@ def call(op: str) -> None:
         "bn_relu_maxpool_forward": (c, v256.scale, v256.shift, 3, 2, 1),
         "conv1x1_forward": (narrow, weight, None, 1, v64.scale, v64.shift, v256.scale, v256.shift, c),
         "gram": (c, v256.scale, v256.shift),
+        "gram_output_stats": (weight, None, vector(64), vector(64, 64)),
+        "gram_backward_coefficients": (vector(256, 64), vector(256), weight, None, v256, 2**31 - 1, *gram),
         "conv1x1_backward_weight": (c, mask, narrow, v64.scale, v64.shift, v64.mean),
         "conv1x1_gram_backward_input": (c, mask, narrow, v64, *moments),
         "conv1x1_backward_input": (c, c, v256, g256, weight, True, narrow, None),
@@ -80,7 +83,10 @@ def call(op: str) -> None:
     getattr(ops, op)(*calls[op])
 
 
-@pytest.mark.parametrize("op", [*WITHIN, "relu_backward", "bn_relu_maxpool_forward"])
+WEIGHTS = ("gram_output_stats", "gram_backward_coefficients")
+
+
+@pytest.mark.parametrize("op", [*WITHIN, *WEIGHTS, "relu_backward", "bn_relu_maxpool_forward"])
 def test_numbers_fit_their_width(op, launches):
     assert wide(256).numel() > 4 * INT32
     call(op)

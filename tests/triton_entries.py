@@ -22,6 +22,8 @@ from fusedres.triton_kernels import (
     conv1x1_forward,
     conv1x1_gram_backward_input,
     gram,
+    gram_backward_coefficients,
+    gram_output_stats,
     merge,
     relu_backward,
     tiles,
@@ -216,5 +218,31 @@ def small() -> Iterator[Entry]:
     yield Entry("gram_finish", gram.gram_finish_kernel, finish, {"CIN": 256, "BLOCK": 128})
 
 
+def algebra() -> Iterator[Entry]:
+    """Of Cout x Cin weights, in float64."""
+    by_rows = {"CIN": 512, "COUT": 2048, "BM": tiles.ALGEBRA_ROWS[0], "BK": tiles.ALGEBRA_ROWS[1]}
+    by_columns = {"CIN": 512, "COUT": 2048, "BM": tiles.ALGEBRA_COLUMNS[0], "BN": tiles.ALGEBRA_COLUMNS[1]}
+    stats = types(A="weight", D="products", F="m mean var center")
+    kernel = gram_output_stats.gram_output_stats_kernel
+    yield Entry("gram_output_stats", kernel, stats, by_rows)
+    yield Entry("gram_output_stats-bias", kernel, {**stats, **types(A="bias")}, by_rows)
+    kernel = gram_backward_coefficients.gram_bn_backward_kernel
+    common = types(F="r sum_dz invstd scale dweight", A="weight weight_dz", I="P")
+    training = {**common, **types(F="m center B", D="wide sloped")}
+    frozen = {**common, **types(F="mean dW")}
+    yield Entry("gram_bn_backward-training", kernel, training, by_rows)
+    yield Entry("gram_bn_backward-frozen", kernel, frozen, by_rows)
+    yield Entry("gram_bn_backward-frozen_bias", kernel, {**frozen, **types(A="bias")}, by_rows)
+    kernel = gram_backward_coefficients.gram_weight_gradient_kernel
+    gradient = types(F="r sum_dz scale B m center dW", D="products", I="P")
+    yield Entry("gram_weight_gradient", kernel, gradient, by_rows)
+    kernel = gram_backward_coefficients.gram_offset_kernel
+    offset = types(D="products", A="weight_dz", F="sum_dz m center weight_a offset", I="P")
+    yield Entry("gram_offset", kernel, offset, by_columns)
+    kernel = conv1x1_gram_backward_input.split_weight_kernel
+    split = types(F="weight center offset moved_offset", A="terms")
+    yield Entry("split_weight", kernel, split, {k: v for k, v in by_columns.items() if k != "COUT"})
+
+
 def entries() -> list[Entry]:
-    return [*products(), *elementwise(), *small()]
+    return [*products(), *elementwise(), *small(), *algebra()]

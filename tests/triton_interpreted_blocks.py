@@ -48,7 +48,7 @@ SERVED = {
     "separate": BN,
     "gram": BN
     | {"conv1x1_forward", "gram", "conv1x1_backward_weight", "conv1x1_gram_backward_input"}
-    | {"conv1x1_backward_input"},
+    | {"conv1x1_backward_input", "gram_output_stats", "gram_backward_coefficients"},
 }
 
 

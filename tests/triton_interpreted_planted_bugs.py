@@ -82,6 +82,41 @@ BUGS = {
         "float16",
         (("far = mean * mean * count > 16.0 * m2", "far = mean != mean"),),
     ),
+    "bias_left_out_of_the_mean": (
+        "gram_output_stats",
+        "C3to17-bias",
+        "float16",
+        (("if bias is not None:", "if False:"),),
+    ),
+    "negative_variance_and_nan_to_zero": (
+        "gram_output_stats",
+        "nan_inf_C17-bias",
+        "float16",
+        (
+            (
+                "tl.maximum(second, 0.0, propagate_nan=tl.PropagateNan.ALL)",
+                "tl.where(second > 0, second, 0.0)",
+            ),
+        ),
+    ),
+    "rest_of_the_mean_left_out": (
+        "gram_backward_coefficients",
+        "dy_mean1_bias30-training",
+        "float16",
+        (("sum_dz[:, None] * load_rest(m, center, k, size)[None, :]", "0.0 * sum_dz[:, None]"),),
+    ),
+    "offset_of_the_first_rows_only": (
+        "gram_backward_coefficients",
+        "C40to136-training",
+        "float16",
+        (("for o0 in range(0, COUT, BM):", "for o0 in range(0, BM, BM):"),),
+    ),
+    "offset_moved_the_other_way": (
+        "conv1x1_gram_backward_input",
+        "bias30-training_mask",
+        "float16",
+        (("to(tl.float64) - added", "to(tl.float64) + added"),),
+    ),
     "last_maximum_instead_of_first": (
         "bn_relu_maxpool_forward",
         "C64-2x2s2p0",

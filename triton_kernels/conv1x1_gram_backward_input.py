@@ -86,6 +86,45 @@ def conv1x1_gram_backward_input_kernel(
     tl.store(sums + CIN, column_sums(dz * centered, BM), mask=valid_n)
 
 
+@triton.jit
+def split_weight_kernel(
+    weight,  # [CIN, CIN]
+    center,  # [CIN]
+    offset,  # [CIN]
+    terms,  # [2, CIN, CIN], out: weight in the activation dtype, and what that leaves of it
+    moved_offset,  # [CIN], out: offset - center (the sum of the terms)
+    CIN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    added = tl.zeros((BN,), tl.float64)
+    for k0 in range(0, CIN, BM):
+        k = k0 + tl.arange(0, BM)
+        keep = (k < CIN)[:, None] & (n < CIN)[None, :]
+        place = k.to(tl.int64)[:, None] * CIN + n[None, :]
+        w = tl.load(weight + place, mask=keep, other=0.0)
+        high = w.to(terms.dtype.element_ty)
+        low = (w - high.to(tl.float32)).to(terms.dtype.element_ty)
+        tl.store(terms + place, high, mask=keep)
+        tl.store(terms + CIN * CIN + place, low, mask=keep)
+        c = tl.load(center + k, mask=k < CIN, other=0.0).to(tl.float64)
+        added += tl.sum(c[:, None] * (high.to(tl.float64) + low.to(tl.float64)), 0)
+    exact = tl.load(offset + n, mask=n < CIN, other=0.0).to(tl.float64) - added
+    tl.store(moved_offset + n, exact.to(moved_offset.dtype.element_ty), mask=n < CIN)
+
+
+def split_weight(weight_a: Tensor, center: Tensor, offset: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """weight_a [Cin, Cin] as two terms [2, Cin, Cin] of c's dtype, and the offset [Cin] for an a without center."""
+    cin = weight_a.shape[0]
+    terms, moved_offset = layout.empty((2, cin, cin), c), layout.empty((cin,), offset)
+    rows, columns = tiles.ALGEBRA_COLUMNS
+    split_weight_kernel[(triton.cdiv(cin, columns),)](
+        weight_a, center, offset, terms, moved_offset, CIN=cin, BM=rows, BN=columns, num_warps=4
+    )
+    return terms, moved_offset
+
+
 def conv1x1_gram_backward_input(
     dy: Tensor,
     mask: Tensor | None,
@@ -105,12 +144,11 @@ def conv1x1_gram_backward_input(
     row_tiles = triton.cdiv(total, tile.bm)
     terms = 1 if c.dtype == torch.float32 else 2
     if weight_a is not None and offset is not None and center is not None:
-        high = weight_a.to(c.dtype)
-        weight_a = torch.stack((high, (weight_a - high).to(c.dtype))[:terms])
+        weight_a = weight_a.contiguous()
         if terms == 2:
             # a - center would round, and a is exact as it is: what center adds goes into the offset, in float64
-            added = center.double() @ weight_a.double().sum(0)
-            offset, center = (offset.double() - added).to(offset.dtype), None
+            weight_a, offset = split_weight(weight_a, center, offset, c)
+            center = None
     dz_below = layout.empty(tuple(c.shape), c)
     tile_sums = layout.empty((row_tiles, 2, cin), c, torch.float32)
     conv1x1_gram_backward_input_kernel[(row_tiles * triton.cdiv(cin, tile.bn),)](

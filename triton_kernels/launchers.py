@@ -15,6 +15,8 @@ from fusedres.triton_kernels.conv1x1_backward_weight import conv1x1_backward_wei
 from fusedres.triton_kernels.conv1x1_forward import conv1x1_forward
 from fusedres.triton_kernels.conv1x1_gram_backward_input import conv1x1_gram_backward_input
 from fusedres.triton_kernels.gram import gram
+from fusedres.triton_kernels.gram_backward_coefficients import gram_backward_coefficients
+from fusedres.triton_kernels.gram_output_stats import gram_output_stats
 from fusedres.triton_kernels.relu_backward import relu_backward
 
 __all__ = [
@@ -32,5 +34,7 @@ __all__ = [
     "conv1x1_forward",
     "conv1x1_gram_backward_input",
     "gram",
+    "gram_backward_coefficients",
+    "gram_output_stats",
     "relu_backward",
 ]

@@ -72,6 +72,12 @@ GRAM = (
     GemmTile(64, 64, 32, 4, 3),  # the rest
 )
 
+# Rows and columns that a program of the float64 algebra of Cout x Cin weights takes at a time: a few rows, or a few
+# columns, all along. The fewer, the more programs share a layer (2048 x 512: 256 by rows, 32 by columns); a step
+# is 8 or 16 float64 values a thread at 4 warps.
+ALGEBRA_ROWS = (8, 128)
+ALGEBRA_COLUMNS = (128, 16)
+
 # Elements of a program of the elementwise kernels: four 16-byte loads of a 2-byte dtype a thread, at 4 warps.
 ELEMENTWISE_BLOCK = 4096
 ELEMENTWISE_COLUMNS = 128

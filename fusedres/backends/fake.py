@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output, accumulation_dtype
+from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output, GramGrads, accumulation_dtype
 
 
 def vector(like: Tensor, channels: int, count: int = 1) -> tuple[Tensor, ...]:
@@ -125,6 +125,15 @@ class FakeOps:
     def gram(self, c, scale, shift):
         cin = c.shape[1]
         return *vector(c, cin), scale.new_empty((cin, cin), dtype=accumulation_dtype(c.dtype))
+
+    def gram_output_stats(self, weight, bias, m, S):
+        mean, var = (m.new_empty((weight.shape[0],)) for _ in range(2))
+        return mean, var, torch.empty_like(m)
+
+    def gram_backward_coefficients(self, r, sum_dz, weight, bias, vectors, rows, m=None, S=None, center=None):
+        dweight, dW, weight_dz = torch.empty_like(sum_dz), torch.empty_like(r), weight.new_empty(r.shape)
+        below = (None, None) if m is None else (torch.empty_like(S), torch.empty_like(m))
+        return GramGrads(dweight, dW, weight_dz, *below)
 
     def conv1x1_backward_weight(self, dy, mask, c, scale, shift, center=None):
         cout, cin = dy.shape[1], c.shape[1]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output, accumulation_dtype
+from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output, GramGrads, accumulation_dtype
 
 NO_GRADIENT = 255  # pooling index of a window whose maximum is not positive
 BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -45,6 +45,10 @@ def activation(c: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def rows_by_channels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # [N, C, H, W] -> [P, C]
+
+
+def weight_matrix(weight: Tensor) -> Tensor:
+    return weight.flatten(1).double().contiguous()  # [Cout, Cin, 1, 1] -> W [Cout, Cin] in float64
 
 
 def masked_gradient(
@@ -233,6 +237,34 @@ class ReferenceOps:
         upper = (centered.t() @ centered / a.shape[0]).triu()
         return m.to(scale.dtype), (upper + upper.triu(1).t()).to(scale.dtype)
 
+    def gram_output_stats(self, weight, bias, m, S):
+        w = weight_matrix(weight)
+        mean = w @ m.double()
+        mean = mean if bias is None else mean + bias.double()
+        var = ((w @ S.double()) * w).sum(1).clamp_(min=0)
+        return mean.to(m.dtype), var.to(m.dtype), m.to(weight.dtype, copy=True).to(m.dtype)
+
+    def gram_backward_coefficients(self, r, sum_dz, weight, bias, vectors, rows, m=None, S=None, center=None):
+        w, r, sum_dz64 = weight_matrix(weight), r.double(), sum_dz.double()
+        if m is None:
+            level = -vectors.mean.double() if bias is None else bias.double() - vectors.mean.double()
+            centered = (r * w).sum(1) + level * sum_dz64
+        else:
+            rest = m.double() - center.double()
+            r = r - torch.outer(sum_dz64, rest)
+            centered = (r * w).sum(1)
+        acc, training = sum_dz.dtype, m is not None
+        grads = self.bn_backward_coefficients(sum_dz, centered.to(acc), vectors, rows, training)
+        A = grads.A.double()[:, None]
+        dW, weight_dz = A * r, (A * w).to(weight.dtype)
+        if m is None:
+            return GramGrads(grads.dweight, dW.to(acc), weight_dz, None, None)
+        B = grads.B.double()[:, None]
+        dW = dW + B * (w @ (S.double() * rows))
+        weight_a = w.t() @ (B * w)
+        offset = -(sum_dz64 / rows) @ weight_dz.double() - rest @ weight_a
+        return GramGrads(grads.dweight, dW.to(acc), weight_dz, weight_a.to(acc), offset.to(acc))
+
     def conv1x1_backward_weight(self, dy, mask, c, scale, shift, center=None):
         dz = dy if mask is None else self.relu_backward(dy, mask)
         dz = rows_by_channels(dz).to(scale.dtype)  # [P, Cout]
@@ -243,9 +275,10 @@ class ReferenceOps:
         self, dy, mask, c, vectors, weight_dz, weight_a=None, center=None, offset=None
     ):
         n, _, h, w = c.shape
+        acc = vectors.scale.dtype
         dz = dy if mask is None else self.relu_backward(dy, mask)
-        a = rows_by_channels(activation(c, vectors.scale, vectors.shift)).to(weight_dz.dtype)  # [P, Cin]
-        da = rows_by_channels(dz).to(weight_dz.dtype) @ weight_dz  # [P, Cin]
+        a = rows_by_channels(activation(c, vectors.scale, vectors.shift)).to(acc)  # [P, Cin]
+        da = rows_by_channels(dz).to(acc) @ weight_dz.to(acc)  # [P, Cin]
         if weight_a is not None:
             da = da + (a - center) @ weight_a + offset
         dz_below = torch.where(a <= 0, 0, da).view(n, h, w, c.shape[1]).permute(0, 3, 1, 2)

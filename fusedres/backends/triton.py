@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output
+from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output, GramGrads
 
 # each op, and the place of the argument that decides: its memory format is the output's
 SERVED = {
@@ -31,10 +31,13 @@ SERVED = {
     "bn_relu_maxpool_backward_input": 2,
     "conv1x1_forward": 0,
     "gram": 0,
+    "gram_output_stats": 0,
+    "gram_backward_coefficients": 2,
     "conv1x1_backward_weight": 2,
     "conv1x1_gram_backward_input": 2,
     "conv1x1_backward_input": 1,
 }
+# of activations; those of the other Gram ops are of weights alone, in float64 throughout
 PRODUCTS = {op for op in SERVED if op.startswith("conv1x1")} | {"gram"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_ROWS = 2**31 - 2**16  # row numbers are 32-bit, offsets 64-bit; the difference is room for the last tile
@@ -234,6 +237,17 @@ class TritonOps:
     def gram(self, c, scale, shift):
         with on_device_of(c):
             return launchers().gram(c, scale, shift)
+
+    def gram_output_stats(self, weight, bias, m, S):
+        with on_device_of(weight):
+            return launchers().gram_output_stats(weight, bias, m, S)
+
+    def gram_backward_coefficients(self, r, sum_dz, weight, bias, vectors, rows, m=None, S=None, center=None):
+        above = vectors.mean, vectors.invstd, vectors.scale
+        with on_device_of(weight):
+            return GramGrads(
+                *launchers().gram_backward_coefficients(r, sum_dz, weight, bias, *above, rows, m, S, center)
+            )
 
     def conv1x1_backward_weight(self, dy, mask, c, scale, shift, center=None):
         with on_device_of(c):

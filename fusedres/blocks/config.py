@@ -125,14 +125,14 @@ class Saved(NamedTuple):
     """What forward keeps for backward, besides the inputs.
 
     activations: inputs of main[1:] (recipe separate); convs: raw convolution outputs, as `units` (recipe gram
-    has none for the last of main); vectors: as `units`; moments: m and S (recipe gram, batch statistics).
+    has none for the last of main); vectors: as `units`; moments: m, S and center (recipe gram, batch statistics).
     """
 
     activations: tuple[Tensor, ...]
     convs: tuple[Tensor | None, ...]
     vectors: tuple[BatchNormVectors, ...]
     mask: Tensor | None
-    moments: tuple[Tensor, Tensor] | None
+    moments: tuple[Tensor, Tensor, Tensor] | None
 
     def flatten(self) -> tuple[Tensor | None, ...]:
         """All of it in one tuple, for save_for_backward."""
@@ -156,7 +156,7 @@ class Saved(NamedTuple):
             tensors[starts[1] : starts[2]],
             tuple(BatchNormVectors(*vectors[i * fields : (i + 1) * fields]) for i in range(units)),  # type: ignore[arg-type]
             mask,
-            (moments[0], moments[1]) if moments else None,  # type: ignore[arg-type]
+            tuple(moments) if moments else None,  # type: ignore[arg-type]
         )
 
 

@@ -48,6 +48,8 @@ def like_parameter(grad: Tensor, parameter: Tensor) -> Tensor:
     """The gradient in its parameter's dtype and strides."""
     if grad.dtype == parameter.dtype and grad.stride() == parameter.stride():
         return grad
+    if grad.dtype == parameter.dtype and grad.is_contiguous() and parameter.is_contiguous():
+        return grad.as_strided(parameter.shape, parameter.stride())  # they differ in dimensions of size 1
     return torch.empty_like(parameter).copy_(grad.view(parameter.shape))
 
 

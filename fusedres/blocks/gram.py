@@ -14,7 +14,8 @@ and Rc = dz^T (a - m):
 
 Keeps, besides x: the raw outputs of the other convolutions and one mask bit per element of y; activations are made
 again in backward. An identity bottleneck in a chain keeps x4 c1 c2 mask = 6.25 narrow tensors in bf16.
-The Cin x Cin products are in float64: they are small, and no TF32 setting reaches them.
+The Cout x Cin algebra is in float64 (`gram_output_stats`, `gram_backward_coefficients`): it is small, and no TF32
+setting reaches it.
 """
 
 from __future__ import annotations
@@ -52,26 +53,9 @@ from fusedres.raw_ops import BatchNormVectors
 KEEPS_ACTIVATIONS = False
 
 
-def expansion_weight(t: ConvBNTensors, dtype: torch.dtype) -> Tensor:
-    """W [Cout, Cin] in float64, of the values rounded to `dtype` that the product uses."""
-    return t.weight.flatten(1).to(dtype).double()
-
-
-def expansion_bias(t: ConvBNTensors, dtype: torch.dtype) -> Tensor | None:
-    return None if t.conv_bias is None else t.conv_bias.to(dtype)
-
-
-def output_moments(
-    t: ConvBNTensors, moments: tuple[Tensor, Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """mean and var [Cout] of c = a W^T + b, from the moments m [Cin], S [Cin, Cin] of a."""
-    m, s = moments
-    w = expansion_weight(t, dtype)
-    mean = w @ m.double()
-    if t.conv_bias is not None:
-        mean = mean + t.conv_bias.to(dtype)
-    var = ((w @ s.double()) * w).sum(1).clamp_(min=0)
-    return mean.to(m.dtype), var.to(m.dtype)
+def product_parameters(t: ConvBNTensors, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The convolution's weight and bias, rounded to the activations' dtype."""
+    return t.weight.to(dtype), None if t.conv_bias is None else t.conv_bias.to(dtype)
 
 
 def unit_forward(
@@ -80,7 +64,7 @@ def unit_forward(
     """c and its BN's vectors; a plain 1x1 convolution brings its statistics along."""
     if not (unit.training and is_plain_1x1(unit, t)):
         return conv_bn_forward(ops, x, unit, t)
-    out = ops.conv1x1_forward(x, t.weight.to(x.dtype), expansion_bias(t, x.dtype), save_stats=True)
+    out = ops.conv1x1_forward(x, *product_parameters(t, x.dtype), save_stats=True)
     return out.y, normalization(ops, unit, t, (out.mean, out.var), out.y)
 
 
@@ -103,8 +87,12 @@ def forward(
         if i < last - 1:
             a, _ = ops.bn_add_relu_forward(c, v.scale, v.shift, relu=config.main[i].relu)
     unit, t = config.main[last], units[last]
-    moments = ops.gram(c, v.scale, v.shift) if unit.training else None
-    stats = None if moments is None else output_moments(t, moments, x.dtype)
+    weight, bias = product_parameters(t, x.dtype)
+    moments = stats = None
+    if unit.training:
+        m, S = ops.gram(c, v.scale, v.shift)
+        mean, var, center = ops.gram_output_stats(weight, bias, m, S)
+        moments, stats = (m, S, center), (mean, var)
     vectors.append(normalization(ops, unit, t, stats, c))
 
     residual_scale = residual_shift = None
@@ -118,8 +106,8 @@ def forward(
         residual = x
     out = ops.conv1x1_forward(
         c,
-        t.weight.to(x.dtype),
-        expansion_bias(t, x.dtype),
+        weight,
+        bias,
         in_scale=v.scale,
         in_shift=v.shift,
         scale=vectors[last].scale,
@@ -140,7 +128,6 @@ class ExpansionGrads(NamedTuple):
     """Gradients of the last convolution and its BN, and of what lies below it."""
 
     parameters: ConvBNGrads
-    sum_dz: Tensor  # [Cout]
     dz_below: Tensor | None  # [N, Cin, H, W], through the ReLU below
     sums_below: tuple[Tensor, Tensor] | None  # [Cin] each: for the BN below
 
@@ -159,50 +146,25 @@ def expansion_backward(
     unit, below, v = config.main[last], saved.vectors[last - 1], saved.vectors[last]
     c_below = saved.convs[last - 1]
     assert c_below is not None
-    w, count = expansion_weight(t, c_below.dtype), rows(c_below)
-    center = rest = None
-    if saved.moments is not None:
-        center, rest = split_center(saved.moments[0], c_below.dtype)
+    weight, bias = product_parameters(t, c_below.dtype)
+    m, S, center = saved.moments or (None, None, None)
     r, sum_dz = ops.conv1x1_backward_weight(dy, saved.mask, c_below, below.scale, below.shift, center)
-    r = r.double() if rest is None else r.double() - torch.outer(sum_dz.double(), rest)
-    sum_centered = (r * w).sum(1)  # sum dz*(c - mean) [Cout]
-    if not unit.training:
-        bias = 0 if t.conv_bias is None else t.conv_bias.to(c_below.dtype)
-        sum_centered = sum_centered + (bias - v.mean.double()) * sum_dz.double()
-    grads = ops.bn_backward_coefficients(sum_dz, sum_centered.to(sum_dz.dtype), v, count, unit.training)
-    A = grads.A.double()
-    dw = A[:, None] * r
-    if saved.moments is not None:
-        dw = dw + grads.B.double()[:, None] * (w @ (saved.moments[1].double() * count))
-    db = (torch.zeros_like(A) if unit.training else A * sum_dz.double()) if needs.conv_bias else None
+    grads = ops.gram_backward_coefficients(r, sum_dz, weight, bias, v, rows(c_below), m, S, center)
+    db = None
+    if needs.conv_bias:
+        db = torch.zeros_like(sum_dz) if unit.training else v.scale * sum_dz
     parameters = ConvBNGrads(
-        like_parameter(dw, t.weight) if needs.weight else None,
+        like_parameter(grads.dW, t.weight) if needs.weight else None,
         None if db is None else like_parameter(db, t.conv_bias),  # type: ignore[arg-type]
-        *bn_parameter_grads(grads, t, needs),
+        like_parameter(grads.dweight, t.bn_weight) if needs.bn_weight else None,  # type: ignore[arg-type]
+        like_parameter(sum_dz, t.bn_bias) if needs.bn_bias else None,  # type: ignore[arg-type]
     )
     if not need_da:
-        return ExpansionGrads(parameters, sum_dz, None, None)
-    acc = below.scale.dtype
-    weight_dz = (A[:, None] * w).to(c_below.dtype)  # as the product takes it
-    weight_a = offset = None
-    if rest is not None:
-        exact_a = w.t() @ (grads.B.double()[:, None] * w)
-        # from the rounded weights: what a mean of dz adds through their rounding cancels
-        offset = (-(sum_dz.double() / count) @ weight_dz.double() - rest @ exact_a).to(acc)
-        weight_a = exact_a.to(acc)
+        return ExpansionGrads(parameters, None, None)
     dz_below, *sums = ops.conv1x1_gram_backward_input(
-        dy, saved.mask, c_below, below, weight_dz.to(acc), weight_a, center, offset
+        dy, saved.mask, c_below, below, grads.weight_dz, grads.weight_a, center, grads.offset
     )
-    return ExpansionGrads(parameters, sum_dz, dz_below, tuple(sums))
-
-
-def split_center(m: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """m [Cin] as a value of the activations' dtype, and the rest of it in float64.
-
-    Where the ReLU gave 0, `a - center` is then exact: with m itself one rounding error would repeat in every such row.
-    """
-    center = m.to(dtype).to(m.dtype)
-    return center, m.double() - center.double()
+    return ExpansionGrads(parameters, dz_below, tuple(sums))
 
 
 def backward(
