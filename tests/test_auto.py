@@ -13,6 +13,11 @@ from fusedres.models import BasicBlock
 from fusedres.patching import structure
 
 
+def set_table(monkeypatch, table):
+    monkeypatch.setattr(choice, "TABLE", table)
+    monkeypatch.setattr(choice, "SMALLEST", choice.smallest_sizes(table))
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("width", [8, 64])
@@ -20,7 +25,7 @@ def test_auto_reads_a_block_only_where_the_table_can_name_a_recipe(batch, grad, 
     """Small calls are told apart before anything is read, and only those: at 4 images all entries are reached."""
     entry = choice.Measured("separate", 4 * width * 36, 64, "")
     train = ("cpu", "reference", torch.float32, True)
-    monkeypatch.setattr(choice, "TABLE", {train: (entry,), (*train[:3], False): (entry,)})
+    set_table(monkeypatch, {train: (entry,), (*train[:3], False): (entry,)})
     reads = []
     resolve = structure.resolve
     monkeypatch.setattr(structure, "resolve", lambda *a: reads.append(1) or resolve(*a))
@@ -39,7 +44,7 @@ def test_auto_takes_any_entry_that_holds(batch, width, fused, monkeypatch):
     """Wide blocks from a smaller size on."""
     least = 4 * 64 * 36
     entries = choice.Measured("separate", least, 64, ""), choice.Measured("separate", least // 2, 128, "")
-    monkeypatch.setattr(choice, "TABLE", {("cpu", "reference", torch.float32, True): entries})
+    set_table(monkeypatch, {("cpu", "reference", torch.float32, True): entries})
     model = fusedres.patch(nn.Sequential(BasicBlock(width, width)), recipe="auto", backend="reference")
     model(torch.randn(batch, width, 6, 6))
     assert ran_as(model, "separate" if fused else "unfused")
@@ -61,7 +66,7 @@ class Scaled(nn.Module):
 )
 def test_auto_leaves_alone_what_took_the_place_of_a_convolution(replacement, monkeypatch):
     entry = choice.Measured("separate", 1, 64, "")
-    monkeypatch.setattr(choice, "TABLE", {("cpu", "reference", torch.float32, True): (entry,)})
+    set_table(monkeypatch, {("cpu", "reference", torch.float32, True): (entry,)})
     model = fusedres.patch(nn.Sequential(BasicBlock(64, 64)), recipe="auto", backend="reference")
     model[0].conv1 = replacement()
     model(torch.randn(2, 64, 6, 6))

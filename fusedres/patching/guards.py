@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_tracing_state
 
 from fusedres.blocks.config import ConvBNConfig, ConvBNTensors, Shortcut, unit_sizes
 from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype, tensor
@@ -44,7 +45,7 @@ def unfit_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         return "signature"
     if type(args[0]) not in PLAIN_TENSORS:
         return "tensor_subclass"
-    return "tracing" if torch._C._get_tracing_state() is not None else None  # sizes are tensors there
+    return "tracing" if _get_tracing_state() is not None else None  # sizes are tensors there
 
 
 def unfit_input(x: Tensor, casts: bool) -> str | None:

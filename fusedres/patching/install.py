@@ -16,8 +16,8 @@ from operator import add
 from types import FunctionType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from fusedres.blocks.choice import UNFUSED, choose, choose_stem, never_fused
 from fusedres.blocks.config import Shortcut
@@ -84,14 +84,15 @@ def call(module: nn.Module, base: type, method: str, args: tuple[Any, ...], kwar
     """One call of a patched method of `base`: fused if nothing speaks against it, else by the original method."""
     state: BlockState = module.__dict__[STATE]
     plan, original = state.plan, getattr(base, method)
-    if torch.compiler.is_compiling():  # a graph cannot hold what is noted below, nor a model's stand-in
+    if is_dynamo_compiling():  # a graph cannot hold what is noted below, nor a model's stand-in
         goes_on = isinstance(plan, StemPlan) and plan.goes_on
         y = None if goes_on else attempt(module, state, args, kwargs, opaque_backend).y
         return original(module, *args, **kwargs) if y is None else y
     recipe, reason, y = attempt(module, state, args, kwargs, dispatcher)
-    state.runs_as, state.reason = recipe, reason
-    if reason is not None:
-        log_once(base, recipe, reason)
+    if recipe != state.runs_as or reason != state.reason:
+        state.runs_as, state.reason = recipe, reason
+        if reason is not None:
+            log_once(base, recipe, reason)
     if y is None:
         return original(module, *args, **kwargs)
     if isinstance(plan, StemPlan) and plan.goes_on:
