@@ -28,7 +28,8 @@ inline void for_groups(float* partial, double* totals, int64_t length, int64_t b
 constexpr int64_t kFetched = 8192;  // bytes of a group; the rows of longer ones lie in pages of their own
 
 // Asks for a share of the next group in the order of memory, at column i of the group that begins at `first`. The
-// hardware does not see that memory is read in sequence where rows of one page are read side by side.
+// hardware does not see that memory is read in sequence where rows of one page are read side by side. Always inlined:
+// GCC takes a function that only prefetches for one without effect, and drops its calls.
 template <class T>
 __attribute__((always_inline)) inline void fetch_next_group(const T* first, int64_t period, int64_t i) {
   constexpr int64_t bytes = sizeof(T);
