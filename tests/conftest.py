@@ -1,4 +1,4 @@
-"""For every test: the table of recipes that someone measured on this machine must not choose for it."""
+"""For every test: neither the table of recipes measured on this machine nor a terminal's width has a say."""
 
 import os
 

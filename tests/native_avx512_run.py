@@ -11,6 +11,7 @@ from raw_op_cases import FORMS, Case, cases_of
 from raw_op_checks import CHECKS
 
 from fusedres.backends import native
+from fusedres.blocks import choice
 
 # every remainder of a vector of 16, an unaligned start, NaN and Inf, sums over several threads, nothing at all
 CASES = ("C3", "C17", "C24", "offset", "nan_inf_C17", "rows8000", "N0")
@@ -19,7 +20,8 @@ SCALAR = ("bn_scale_shift", "bn_backward_coefficients", "conv_bias_add_relu_forw
 
 def main(capability: str) -> None:
     ops = native.NativeOps()
-    assert torch.ops.fusedres_native.cpu_capability() == capability
+    assert native.instruction_set() == capability
+    assert choice.TABLE == {}, "the table was measured with AVX2"
     checked = 0
     for op in (op for op in CHECKS if op not in SCALAR):
         for case in cases_of(op):

@@ -8,14 +8,10 @@ from block_forms import ran_as
 from torch import nn
 
 import fusedres
+from fusedres.backends import native
 from fusedres.blocks import choice
 from fusedres.models import BasicBlock
 from fusedres.patching import structure
-
-
-def set_table(monkeypatch, table):
-    monkeypatch.setattr(choice, "TABLE", table)
-    monkeypatch.setattr(choice, "SMALLEST", choice.smallest_sizes(table))
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -25,7 +21,7 @@ def test_auto_reads_a_block_only_where_the_table_can_name_a_recipe(batch, grad, 
     """Small calls are told apart before anything is read, and only those: at 4 images all entries are reached."""
     entry = choice.Measured("separate", 4 * width * 36, 64, "")
     train = ("cpu", "reference", torch.float32, True)
-    set_table(monkeypatch, {train: (entry,), (*train[:3], False): (entry,)})
+    monkeypatch.setattr(choice, "TABLE", {train: (entry,), (*train[:3], False): (entry,)})
     reads = []
     resolve = structure.resolve
     monkeypatch.setattr(structure, "resolve", lambda *a: reads.append(1) or resolve(*a))
@@ -44,9 +40,20 @@ def test_auto_takes_any_entry_that_holds(batch, width, fused, monkeypatch):
     """Wide blocks from a smaller size on."""
     least = 4 * 64 * 36
     entries = choice.Measured("separate", least, 64, ""), choice.Measured("separate", least // 2, 128, "")
-    set_table(monkeypatch, {("cpu", "reference", torch.float32, True): entries})
+    monkeypatch.setattr(choice, "TABLE", {("cpu", "reference", torch.float32, True): entries})
     model = fusedres.patch(nn.Sequential(BasicBlock(width, width)), recipe="auto", backend="reference")
     model(torch.randn(batch, width, 6, 6))
+    assert ran_as(model, "separate" if fused else "unfused")
+
+
+@pytest.mark.skipif(native.instruction_set() != "avx2", reason="the table was measured with AVX2")
+@pytest.mark.parametrize(
+    ("batch", "width", "side", "fused"),
+    [(4, 64, 56, True), (2, 64, 56, False), (8, 256, 14, True), (7, 256, 14, False), (16, 32, 56, False)],
+)
+def test_the_table_as_it_was_measured(batch, width, side, fused):
+    model = fusedres.patch(nn.Sequential(BasicBlock(width, width)).to(memory_format=torch.channels_last))
+    model(torch.randn(batch, width, side, side).to(memory_format=torch.channels_last))
     assert ran_as(model, "separate" if fused else "unfused")
 
 
@@ -66,7 +73,7 @@ class Scaled(nn.Module):
 )
 def test_auto_leaves_alone_what_took_the_place_of_a_convolution(replacement, monkeypatch):
     entry = choice.Measured("separate", 1, 64, "")
-    set_table(monkeypatch, {("cpu", "reference", torch.float32, True): (entry,)})
+    monkeypatch.setattr(choice, "TABLE", {("cpu", "reference", torch.float32, True): (entry,)})
     model = fusedres.patch(nn.Sequential(BasicBlock(64, 64)), recipe="auto", backend="reference")
     model[0].conv1 = replacement()
     model(torch.randn(2, 64, 6, 6))

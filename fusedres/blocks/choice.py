@@ -8,7 +8,6 @@ nothing is known to be faster.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -39,17 +38,6 @@ class Measured(NamedTuple):
 ZEN3 = "2 cores of an AMD Zen 3, AVX2, torch 2.13: bench/results/cpu/README.md"
 # (device type, backend, dtype, gradients wanted) -> entries, of which the first that holds is taken
 Table = dict[tuple[str, str, torch.dtype, bool], tuple[Measured, ...]]
-
-
-def smallest_sizes(table: Table) -> tuple[float, float]:
-    """The least of all `least_elements` that count without gradients, and with them."""
-    sizes = [
-        (gradients, entry.least_elements) for (*_, gradients), entries in table.items() for entry in entries
-    ]
-    without, either = ([size for gradients, size in sizes if gradients <= most] for most in (False, True))
-    return min(without, default=inf), min(either, default=inf)
-
-
 AVX2: Table = {  # against eager
     ("cpu", "native", torch.float32, True): (
         Measured("separate", 800_000, 64, ZEN3),
@@ -58,8 +46,6 @@ AVX2: Table = {  # against eager
     ("cpu", "native", torch.float32, False): (Measured("separate", 1_500_000, 64, ZEN3),),
 }
 TABLE: Table = AVX2 if native.instruction_set() == "avx2" else {}  # with AVX-512 nothing has been measured
-# of x, of any entry for calls without gradients and with them: smaller ones are told apart by one comparison
-SMALLEST = smallest_sizes(TABLE)
 COMPILED: Table = {}  # inside torch.compile, against what it makes of the original forward
 
 
@@ -107,22 +93,15 @@ def never_fused(requested: str, x: Tensor, channels: Callable[[], int | None], c
     """
     if requested != AUTO:
         return requested == UNFUSED
-    if compiled:
-        table = COMPILED
-        if not table:
-            return True
-    else:
-        if user_table.is_consulted():
-            return False
-        table = TABLE
-        if x.numel() < SMALLEST[is_grad_enabled()]:
-            return True
+    if not compiled and user_table.is_consulted():
+        return False
+    table = COMPILED if compiled else TABLE
+    if not table:
+        return True
     elements, with_gradients, width = x.numel(), is_grad_enabled(), None
     for (device, _, _, gradients), entries in table.items():
-        if gradients > with_gradients or x.device.type != device:
-            continue
         for entry in entries:
-            if elements < entry.least_elements:
+            if elements < entry.least_elements or gradients > with_gradients or x.device.type != device:
                 continue
             width = channels() if width is None else width
             if width is None or width >= entry.least_channels:
