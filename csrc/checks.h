@@ -66,11 +66,15 @@ inline void check_channels_last(const char* op, const char* name, const Tensor& 
   }
 }
 
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  return a.size(0) == b.size(0) && a.size(1) == b.size(1) && a.size(2) == b.size(2) && a.size(3) == b.size(3);
+}
+
 // A tensor like another: size, dtype, memory format, device.
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like, ScalarType dtype) {
   check_channels_last(op, name, t);
   check_device(op, name, t, like.is_cuda());
-  if (sizes_of(t) != sizes_of(like)) fail(op, name, sizes_of(t), sizes_of(like), "pass tensors of one shape");
+  if (!same_sizes(t, like)) fail(op, name, sizes_of(t), sizes_of(like), "pass tensors of one shape");
   if (t.scalar_type() != dtype) {
     fail(op, name, dtype_name(t.scalar_type()), dtype_name(dtype), "pass tensors of one dtype");
   }
@@ -151,13 +155,6 @@ inline void check_convolution(const char* op, const Tensor& dy, const Tensor& x,
     fail(op, "dy", sizes_of(dy), "the output's shape, " + std::to_string(expected) + " along dimension " +
          std::to_string(axis) + " for x " + sizes_of(x), "pass the gradient of the convolution's output");
   }
-}
-
-// Uninitialised [N, C, height, width] in channels_last on c's device.
-inline Tensor new_pooled(const Tensor& c, int64_t height, int64_t width, ScalarType dtype) {
-  const int64_t sizes[] = {c.size(0), c.size(1), height, width};
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), dtype, std::nullopt, c.device(),
-                              std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 }  // namespace fusedres

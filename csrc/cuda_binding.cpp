@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
+#include "allocate.h"
 #include "checks.h"
 #include "cuda/launchers.h"
 #include "cuda_archs.h"
@@ -105,14 +106,10 @@ void* untyped_written(const OptionalTensor& v) { return v ? v->mutable_data_ptr(
 float* written(const Tensor& v) { return v.mutable_data_ptr<float>(); }
 float* written(const OptionalTensor& v) { return v ? written(*v) : nullptr; }
 
-Tensor new_vector(const Tensor& like, int64_t channels) {
-  return torch::stable::new_empty(like, {channels}, ScalarType::Float);
-}
-
 // Scratch from torch's allocator: given back at once, reused only by later work of this stream.
 struct Scratch {
   Scratch(const Tensor& like, size_t bytes)
-      : tensor(torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte)), bytes(bytes) {}
+      : tensor(new_bytes(like, static_cast<int64_t>(bytes))), bytes(bytes) {}
   Workspace get() const { return {tensor.mutable_data_ptr(), bytes, false}; }
   Tensor tensor;
   size_t bytes;
@@ -183,9 +180,9 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_forward_op(Tensor c, Tensor scale
   check_together(op, "residual_scale, residual_shift", residual_scale.has_value(), residual_shift.has_value());
   if (residual_scale && !residual) fail(op, "residual", "None", "a tensor like c", "pass what residual_scale is for");
   const OnDevice on(op, c);
-  Tensor y = torch::stable::empty_like(c);
+  Tensor y = new_like(c);
   OptionalTensor mask;
-  if (save_mask) mask = torch::stable::new_empty(c, {(c.numel() + 7) / 8}, ScalarType::Byte);
+  if (save_mask) mask = new_bytes(c, (c.numel() + 7) / 8);
   check_launch(op, bn_add_relu_forward({shape, c.const_data_ptr(), data(scale), data(shift), untyped(residual),
                                         data(residual_scale), data(residual_shift), relu, y.mutable_data_ptr(),
                                         static_cast<uint8_t*>(untyped_written(mask))},
@@ -264,9 +261,9 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input_op(
   const Coefficients shortcut = coefficients_of(op, shortcut_a, shortcut_b, shortcut_k, shape.channels);
   check_together(op, "shortcut_c, shortcut_A", shortcut_c.has_value(), shortcut_a.has_value());
   const OnDevice on(op, c);
-  Tensor dc = torch::stable::empty_like(c);
+  Tensor dc = new_like(c);
   OptionalTensor dresidual;
-  if (shortcut_c || save_dz) dresidual = torch::stable::empty_like(c);
+  if (shortcut_c || save_dz) dresidual = new_like(c);
   check_launch(op, bn_add_relu_backward_input({shape, dy.const_data_ptr(), c.const_data_ptr(), mask_data(mask), relu,
                                                data(scale), data(shift), main, untyped(shortcut_c), shortcut,
                                                dc.mutable_data_ptr(), untyped_written(dresidual)},
@@ -279,7 +276,7 @@ Tensor relu_backward_op(Tensor dy, Tensor mask) {
   check_activation(op, "dy", dy);
   check_mask(op, mask, dy);
   const OnDevice on(op, dy);
-  Tensor dz = torch::stable::empty_like(dy);
+  Tensor dz = new_like(dy);
   check_launch(op, relu_backward({dtype_of(op, "dy", dy), dy.numel(), dy.const_data_ptr(),
                                   mask.const_data_ptr<uint8_t>(), dz.mutable_data_ptr()},
                                  on.stream));
@@ -294,8 +291,9 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_forward_op(Tensor c, Tensor scale, Te
   check_vector(op, "scale", scale, pooling.channels);
   check_vector(op, "shift", shift, pooling.channels);
   const OnDevice on(op, c);
-  Tensor y = new_pooled(c, pooling.pooled_height(), pooling.pooled_width(), c.scalar_type());
-  Tensor indices = new_pooled(c, pooling.pooled_height(), pooling.pooled_width(), ScalarType::Byte);
+  const int64_t height = pooling.pooled_height(), width = pooling.pooled_width();
+  Tensor y = new_channels_last(c, c.size(0), pooling.channels, height, width, dtype_code(c));
+  Tensor indices = new_channels_last(c, c.size(0), pooling.channels, height, width, aoti_torch_dtype_uint8());
   check_launch(op, bn_relu_maxpool_forward({pooling, c.const_data_ptr(), data(scale), data(shift),
                                             y.mutable_data_ptr(), indices.mutable_data_ptr<uint8_t>()},
                                            on.stream));
@@ -327,7 +325,7 @@ Tensor bn_relu_maxpool_backward_input_op(Tensor dy, Tensor indices, Tensor c, Te
   check_pooled(op, dy, indices, c, pooling.pooled_height(), pooling.pooled_width());
   const Coefficients main = coefficients_of(op, a, b, k, pooling.channels);
   const OnDevice on(op, c);
-  Tensor dc = torch::stable::empty_like(c);
+  Tensor dc = new_like(c);
   check_launch(op, bn_relu_maxpool_backward_input({pooling, dy.const_data_ptr(), indices.const_data_ptr<uint8_t>(),
                                                    c.const_data_ptr(), main, dc.mutable_data_ptr()},
                                                   on.stream));

@@ -115,13 +115,19 @@ def run_forward(
     constants: BlockConstants,
     save: bool,
 ) -> list[Tensor]:
-    """y and, with `save`, the flattened `Saved`, a scalar standing for what is absent; else each unit's mean, var."""
+    """y and, with `save`, the flattened `Saved`, else each unit's mean and var of the batch.
+
+    A scalar stands for what is absent.
+    """
     config = constants.config
     with without_autocast(x.device.type):
         out = RECIPES[constants.recipe].forward(ops, config, x, residual, constants.tensors(tensors), save)
         if out.saved is None:
-            return [out.y, *(v for vectors in out.vectors for v in (vectors.mean, vectors.var))]
-        return [out.y, *(x.new_empty(()) if t is None else t for t in out.saved.flatten())]
+            seen = zip(config.units, out.vectors, strict=True)
+            held = [t for unit, v in seen for t in ((v.mean, v.var) if unit.training else (None, None))]
+        else:
+            held = out.saved.flatten()
+        return [out.y, *(x.new_empty(()) if t is None else t for t in held)]
 
 
 def run_backward(

@@ -1,6 +1,7 @@
 // fusedres_native on the CPU: checks the arguments, allocates the results, calls the launchers.
 #include <torch/csrc/stable/library.h>
 
+#include "../allocate.h"
 #include "../checks.h"
 #include "channel_ops.h"
 #include "launch.h"
@@ -33,15 +34,11 @@ const void* untyped(const OptionalTensor& v) { return v ? v->const_data_ptr() : 
 float* written(const Tensor& v) { return v.mutable_data_ptr<float>(); }
 float* written(const OptionalTensor& v) { return v ? written(*v) : nullptr; }
 
-// Uninitialised, like c.
-Tensor new_like(const Tensor& c) {
-  Tensor tensor = torch::stable::empty_like(c);
+// Uninitialised, like c, in huge pages.
+Tensor new_activation(const Tensor& c) {
+  Tensor tensor = new_like(c);
   advise_huge_pages(tensor.mutable_data_ptr(), c.numel() * size_of(shape_of(c).dtype));
   return tensor;
-}
-
-Tensor new_vector(const Tensor& like, int64_t channels) {
-  return torch::stable::new_empty(like, {channels}, ScalarType::Float);
 }
 
 Window window_of(const char* op, const Tensor& c, int64_t kernel_size, int64_t stride, int64_t padding) {
@@ -91,9 +88,9 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_forward(Tensor c, Tensor scale, T
                                                        OptionalTensor residual_scale, OptionalTensor residual_shift,
                                                        bool relu, bool save_mask) {
   check_forward("bn_add_relu_forward", c, scale, shift, residual, residual_scale, residual_shift);
-  Tensor y = new_like(c);
+  Tensor y = new_activation(c);
   OptionalTensor mask;
-  if (save_mask) mask = torch::stable::new_empty(c, {(c.numel() + 7) / 8}, ScalarType::Byte);
+  if (save_mask) mask = new_bytes(c, (c.numel() + 7) / 8);
   launch_bn_add_relu_forward(shape_of(c), c.const_data_ptr(), {data(scale), data(shift)}, untyped(residual),
                              {data(residual_scale), data(residual_shift)}, relu, y.mutable_data_ptr(),
                              mask ? mask->mutable_data_ptr<uint8_t>() : nullptr);
@@ -179,9 +176,9 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input(
   check_like(op, "shortcut_c", shortcut_c, c);
   const Coefficients shortcut = coefficients_of(op, shortcut_a, shortcut_b, shortcut_k, shape.channels);
   check_together(op, "shortcut_c, shortcut_A", shortcut_c.has_value(), shortcut_a.has_value());
-  Tensor dc = new_like(c);
+  Tensor dc = new_activation(c);
   OptionalTensor dresidual;
-  if (shortcut_c || save_dz) dresidual = new_like(c);
+  if (shortcut_c || save_dz) dresidual = new_activation(c);
   launch_bn_add_relu_backward_input(shape, gradients, main, untyped(shortcut_c), shortcut, dc.mutable_data_ptr(),
                                     dresidual ? dresidual->mutable_data_ptr() : nullptr);
   return {dc, dresidual};
@@ -200,7 +197,7 @@ void bn_add_relu_backward_input_(Tensor dy, Tensor c, Tensor scale, Tensor shift
 Tensor relu_backward(Tensor dy, Tensor mask) {
   check_activation("relu_backward", "dy", dy);
   check_mask("relu_backward", mask, dy);
-  Tensor dz = new_like(dy);
+  Tensor dz = new_activation(dy);
   launch_relu_backward(shape_of(dy), dy.const_data_ptr(), mask.const_data_ptr<uint8_t>(), dz.mutable_data_ptr());
   return dz;
 }
@@ -212,8 +209,9 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_forward(Tensor c, Tensor scale, Tenso
   const Window window = window_of(op, c, kernel_size, stride, padding);
   check_vector(op, "scale", scale, window.channels);
   check_vector(op, "shift", shift, window.channels);
-  Tensor y = new_pooled(c, window.out_height, window.out_width, c.scalar_type());
-  Tensor indices = new_pooled(c, window.out_height, window.out_width, ScalarType::Byte);
+  const int64_t height = window.out_height, width = window.out_width;
+  Tensor y = new_channels_last(c, c.size(0), window.channels, height, width, dtype_code(c));
+  Tensor indices = new_channels_last(c, c.size(0), window.channels, height, width, aoti_torch_dtype_uint8());
   launch_bn_relu_maxpool_forward(shape_of(c).dtype, c.size(0), window, c.const_data_ptr(), {data(scale), data(shift)},
                                  y.mutable_data_ptr(), indices.mutable_data_ptr<uint8_t>());
   return {y, indices};
@@ -240,7 +238,7 @@ Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tenso
   const Window window = window_of(op, c, kernel_size, stride, padding);
   check_pooled(op, dy, indices, c, window.out_height, window.out_width);
   const Coefficients main = coefficients_of(op, a, b, k, window.channels);
-  Tensor dc = new_like(c);
+  Tensor dc = new_activation(c);
   launch_bn_relu_maxpool_backward_input(shape_of(c).dtype, c.size(0), window, dy.const_data_ptr(),
                                         indices.const_data_ptr<uint8_t>(), c.const_data_ptr(), main,
                                         dc.mutable_data_ptr());
@@ -263,10 +261,7 @@ Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t 
   const ConvAxis width{x.size(3), dy.size(3), kernel_width, stride_width, padding_width, dilation_width};
   check_convolution(op, dy, x, height.kernel, height.stride, height.padding, height.dilation, 2);
   check_convolution(op, dy, x, width.kernel, width.stride, width.padding, width.dilation, 3);
-  const int64_t sizes[] = {dy.size(1), x.size(1), kernel_height, kernel_width};
-  Tensor dw = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 4), ScalarType::Float,
-                                   std::nullopt, x.device(), std::nullopt,
-                                   torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor dw = new_channels_last(x, dy.size(1), x.size(1), kernel_height, kernel_width, dtype_code(x));
   launch_conv_backward_weight({x.size(0), x.size(1), dy.size(1), height, width, data(dy), data(x), written(dw), 0,
                                nullptr, nullptr, 0, 0});
   return dw;

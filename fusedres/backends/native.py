@@ -124,15 +124,15 @@ def activations_reason(*activations: Tensor | None) -> str | None:
     """Why the kernels do not take these activations together, or None. The first is not None."""
     first = activations[0]
     assert first is not None
-    reason = device_reason(first.device)
-    if reason is not None:
+    device, dtype = first.device, first.dtype
+    if not first.is_cpu and (reason := device_reason(device)) is not None:
         return reason
-    if first.dtype not in DTYPES[first.device.type]:
-        return f"dtype_{str(first.dtype).removeprefix('torch.')}"
+    if dtype not in DTYPES[device.type]:
+        return f"dtype_{str(dtype).removeprefix('torch.')}"
     for t in activations:
         if t is None:
             continue
-        if t.dim() != 4 or t.dtype != first.dtype or t.device != first.device:
+        if t.dim() != 4 or (t is not first and (t.dtype is not dtype or t.device != device)):
             return "arguments_differ"
         if not t.is_contiguous(memory_format=torch.channels_last):
             return "layout_not_channels_last"
@@ -141,13 +141,13 @@ def activations_reason(*activations: Tensor | None) -> str | None:
 
 def vectors_reason(first: Tensor, *others: Tensor | None) -> str | None:
     """Why the kernels do not take these channel vectors, or None."""
-    reason = device_reason(first.device)
-    if reason is not None:
+    device = first.device
+    if not first.is_cpu and (reason := device_reason(device)) is not None:
         return reason
     for v in (first, *others):
-        if v is not None and not (
-            v.dtype == torch.float32 and v.device == first.device and v.is_contiguous()
-        ):
+        if v is None:
+            continue
+        if v.dtype is not torch.float32 or not v.is_contiguous() or (v is not first and v.device != device):
             return "vector_not_float32"
     return None
 

@@ -23,25 +23,28 @@ def convolve(x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
     return F.conv2d(x, t.weight.to(x.dtype), bias, unit.stride, unit.padding, unit.dilation, unit.groups)
 
 
-def normalization(
-    ops: Dispatcher, unit: ConvBNConfig, t: ConvBNTensors, stats: tuple[Tensor, Tensor] | None, like: Tensor
-) -> BatchNormVectors:
-    """The BN's vectors, from the batch's mean and var if `unit.training`, else from the frozen ones of `t`."""
-    if not unit.training:
-        assert t.mean is not None and t.var is not None
-        acc = accumulation_dtype(like.dtype)
-        # copies: the buffers may change in place before backward
-        stats = t.mean.to(acc, copy=True), t.var.to(acc, copy=True)
-    assert stats is not None
-    return ops.bn_scale_shift(*stats, t.bn_weight, t.bn_bias, unit.eps)
+def frozen_vectors(
+    ops: Dispatcher, unit: ConvBNConfig, t: ConvBNTensors, like: Tensor, save: bool
+) -> BatchNormVectors | None:
+    """The vectors of a BN with frozen statistics, for activations of like's dtype; None if the batch's are used.
+
+    save: whether they are kept for backward. Otherwise mean and var may be the buffers themselves.
+    """
+    if unit.training:
+        return None
+    assert t.mean is not None and t.var is not None
+    acc = accumulation_dtype(like.dtype)
+    # kept ones are copies: an operator of a compiled graph must not return what it was given
+    mean, var = t.mean.to(acc, copy=save), t.var.to(acc, copy=save)
+    return ops.bn_scale_shift(mean, var, t.bn_weight, t.bn_bias, unit.eps)
 
 
 def conv_bn_forward(
-    ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors
+    ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors, frozen: BatchNormVectors | None
 ) -> tuple[Tensor, BatchNormVectors]:
-    """c and the vectors of its BN."""
+    """c and the vectors of its BN: `frozen`, or those of the batch."""
     c = convolve(x, unit, t)
-    return c, normalization(ops, unit, t, ops.bn_stats(c) if unit.training else None, c)
+    return c, frozen or ops.bn_scale_shift(*ops.bn_stats(c), t.bn_weight, t.bn_bias, unit.eps)
 
 
 def like_parameter(grad: Tensor, parameter: Tensor) -> Tensor:
@@ -56,8 +59,8 @@ def like_parameter(grad: Tensor, parameter: Tensor) -> Tensor:
 def bn_parameter_grads(
     grads: BatchNormGrads, t: ConvBNTensors, needs: ConvBNNeeds
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dweight and dbias of the BN, where wanted; fresh storage each (one sum may serve two BNs)."""
-    dweight = torch.empty_like(t.bn_weight).copy_(grads.dweight) if needs.bn_weight else None  # type: ignore[arg-type]
+    """dweight and dbias of the BN, where wanted; in storage of their own: one sum may serve two BNs."""
+    dweight = like_parameter(grads.dweight, t.bn_weight) if needs.bn_weight else None  # type: ignore[arg-type]
     dbias = torch.empty_like(t.bn_bias).copy_(grads.dbias) if needs.bn_bias else None  # type: ignore[arg-type]
     return dweight, dbias
 

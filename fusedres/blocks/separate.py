@@ -23,6 +23,7 @@ from fusedres.blocks.conv_bn import (
     conv_bn_backward,
     conv_bn_forward,
     convolution_backward,
+    frozen_vectors,
     rows,
 )
 from fusedres.dispatch import Dispatcher
@@ -41,9 +42,11 @@ def forward(
     """y [N, Cout, H', W'] from x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None."""
     last = len(config.main) - 1
     activations, convs, vectors = [], [], []
+    # side by side, before convolutions take the caches: what is frozen needs none of them
+    frozen = [frozen_vectors(ops, unit, t, x, save) for unit, t in zip(config.units, units, strict=True)]
     a = x
     for i, (unit, t) in enumerate(zip(config.main, units, strict=False)):
-        c, v = conv_bn_forward(ops, a, unit, t)
+        c, v = conv_bn_forward(ops, a, unit, t, frozen[i])
         vectors.append(v)
         if i < last:
             a, _ = ops.bn_add_relu_forward(c, v.scale, v.shift, relu=unit.relu, reuse_c=not save)
@@ -53,7 +56,7 @@ def forward(
     scale, shift, relu = v.scale, v.shift, config.main[last].relu
     residual_scale = residual_shift = None
     if config.projection is not None:
-        residual, v = conv_bn_forward(ops, x, config.projection, units[-1])
+        residual, v = conv_bn_forward(ops, x, config.projection, units[-1], frozen[-1])
         convs.append(residual)
         vectors.append(v)
         residual_scale, residual_shift = v.scale, v.shift

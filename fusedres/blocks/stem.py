@@ -16,6 +16,7 @@ from fusedres.blocks.conv_bn import (
     bn_parameter_grads,
     conv_bn_forward,
     convolution_backward,
+    frozen_vectors,
     rows,
 )
 from fusedres.blocks.eager import conv_bn
@@ -46,7 +47,7 @@ class StemSaved(NamedTuple):
 
 def forward(ops: Dispatcher, config: StemConfig, x: Tensor, t: ConvBNTensors) -> tuple[Tensor, StemSaved]:
     """y [N, Cout, H'', W''] from x [N, Cin, H, W]."""
-    c, v = conv_bn_forward(ops, x, config.unit, t)
+    c, v = conv_bn_forward(ops, x, config.unit, t, frozen_vectors(ops, config.unit, t, x, True))
     y, indices = ops.bn_relu_maxpool_forward(c, v.scale, v.shift, *config.pool)
     return y, StemSaved(c, v, indices)
 

@@ -143,6 +143,8 @@ def run(call: BlockCall, recipe: str, ops: Ops) -> Tensor:
 
 def move_running_stats(call: BlockCall, statistics: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Moves every BN's running statistics; statistics: mean, var of the batch as `config.units`."""
+    if not any(unit.training for unit in call.config.units):
+        return
     seen = zip(
         call.config.units, call.norms, statistics, unit_sizes(call.config, call.tensors, call.x), strict=True
     )

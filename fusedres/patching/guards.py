@@ -89,16 +89,17 @@ def unreadable(units: Sequence[ConvBN]) -> str | None:
 def unfit_tensors(
     tensors: Sequence[Tensor], device: torch.device, dtypes: tuple[torch.dtype, ...]
 ) -> str | None:
-    """A reason unless all are plain, on that device, and of one of the dtypes."""
-    kinds = {(type(t), t.layout, t.device, t.dtype) for t in tensors}
-    for cls, layout, found, dtype in kinds:
-        if cls not in PLAIN_TENSORS or layout is not torch.strided:
+    """A reason unless all are plain, on that device, and of one and the same of the dtypes."""
+    first = tensors[0].dtype if tensors else None
+    for t in tensors:
+        if type(t) not in PLAIN_TENSORS or t.layout is not torch.strided:
             return "tensor_subclass"
-        if found != device:
+        if t.device != device:
             return "device"
-        if dtype not in dtypes:
+        dtype = t.dtype
+        if dtype is not first or dtype not in dtypes:
             return "dtype"
-    return "dtype" if len({kind[-1] for kind in kinds}) > 1 else None
+    return None
 
 
 def unfit_geometry(unit: ConvBNConfig) -> bool:
@@ -168,9 +169,10 @@ def unfit_block(call: BlockCall) -> str | None:
     ):
         return "layout_mixed"
     for t, vectors in zip(call.tensors, norms, strict=True):
-        given = vectors if t.conv_bias is None else (*vectors, t.conv_bias)
-        if any(v.dim() != 1 or v.numel() != t.weight.shape[0] for v in given):
-            return "parameter_shape"
+        given, channels = vectors if t.conv_bias is None else (*vectors, t.conv_bias), t.weight.shape[0]
+        for v in given:
+            if v.dim() != 1 or v.numel() != channels:
+                return "parameter_shape"
     return unfit_channels(call) or unfit_sizes(call)
 
 
