@@ -23,6 +23,7 @@ from fusedres.blocks.config import (
     unit_sizes,
 )
 from fusedres.dispatch import AUTO, OpaqueBackend, Ops, operators
+from fusedres.nn.attributes import tensor
 from fusedres.nn.running_stats import BatchStatistics, update_running_stats
 from fusedres.opaque_blocks import block_constants, residual_block_operator
 from fusedres.raw_ops import BatchNormVectors
@@ -61,15 +62,6 @@ def pair(value: Any) -> Size:
         return value, value
     height, width = value if len(value) > 1 else (*value, *value)
     return height, width
-
-
-def tensor(module: nn.Module, name: str) -> Any:
-    """module.name for a parameter or buffer, past the slow `nn.Module.__getattr__`."""
-    kept = module._parameters
-    if name in kept:
-        return kept[name]
-    buffers = module._buffers
-    return buffers[name] if name in buffers else getattr(module, name)
 
 
 def read_conv_bn(unit: ConvBN) -> tuple[ConvBNConfig, ConvBNTensors]:

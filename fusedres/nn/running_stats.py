@@ -12,6 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fusedres.nn.attributes import tensor
+
+BUFFERS = "num_batches_tracked", "running_mean", "running_var"
+
 
 class BatchStatistics(NamedTuple):
     """What one BN saw in a call: mean, var [C] of the batch, var biased; rows: P."""
@@ -27,16 +31,23 @@ def update_running_stats(seen: Sequence[BatchStatistics]) -> None:
 
     momentum None gives the cumulative average. To be called without grad mode. The BNs are different modules.
     """
-    moving = [s for s in seen if s.bn.training and s.bn.track_running_stats]
-    counters = [s.bn.num_batches_tracked for s in moving if s.bn.num_batches_tracked is not None]
+    counters, moving, means, variances = [], [], [], []
+    for s in seen:
+        if not (s.bn.training and s.bn.track_running_stats):
+            continue
+        counter, mean, var = (tensor(s.bn, name) for name in BUFFERS)
+        if counter is not None:
+            counters.append(counter)
+        if mean is not None and var is not None:
+            moving.append(s)
+            means.append(mean)
+            variances.append(var)
     if counters:
         torch._foreach_add_(counters, 1)
-    moving = [s for s in moving if s.bn.running_mean is not None and s.bn.running_var is not None]
     if not moving:
         return
     momenta = [momentum(s.bn) for s in moving]
-    means, variances = [s.bn.running_mean for s in moving], [s.bn.running_var for s in moving]
-    running: list[Tensor] = [*means, *variances]  # type: ignore[list-item]
+    running = means + variances
     batch = [s.mean for s in moving] + [s.var for s in moving]
     unbiased = [m * (s.rows / (s.rows - 1)) for m, s in zip(momenta, moving, strict=True)]
     new, old = momenta + unbiased, [1 - m for m in momenta] * 2

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch._C import _get_tracing_state
 
 from fusedres.blocks.config import ConvBNConfig, ConvBNTensors, Shortcut, unit_sizes
-from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype, tensor
+from fusedres.nn.attributes import tensor
+from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype
 from fusedres.nn.stem import single, unsuitable_pool
 from fusedres.patching.norms import FrozenNorm
 from fusedres.raw_ops import ACTIVATION_DTYPES
