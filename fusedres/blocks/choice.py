@@ -7,7 +7,6 @@ nothing is known to be faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -82,13 +81,13 @@ def choose(
     return Choice(wanted, None)
 
 
-def never_fused(requested: str, x: Tensor, channels: Callable[[], int | None], compiled: bool) -> bool:
+def never_fused(requested: str, x: Tensor, channels: int | None, compiled: bool) -> bool:
     """Whether a call would be given `unfused` whatever its dtype and backend: known before the block is read.
 
     What this costs is what the patch costs a small model, so it asks for nothing that it can do without.
 
     Args:
-        channels: gives those out of the first convolution, or None where they do not count.
+        channels: those out of the first convolution, or None where they do not count.
         compiled: whether the call is traced into a compiled graph.
     """
     if requested != AUTO:
@@ -98,13 +97,13 @@ def never_fused(requested: str, x: Tensor, channels: Callable[[], int | None], c
     table = COMPILED if compiled else TABLE
     if not table:
         return True
-    elements, with_gradients, width = x.numel(), is_grad_enabled(), None
+    elements, with_gradients = x.numel(), is_grad_enabled()
     for (device, _, _, gradients), entries in table.items():
         for entry in entries:
-            if elements < entry.least_elements or gradients > with_gradients or x.device.type != device:
-                continue
-            width = channels() if width is None else width
-            if width is None or width >= entry.least_channels:
+            large = elements >= entry.least_elements and (
+                channels is None or channels >= entry.least_channels
+            )
+            if large and gradients <= with_gradients and x.device.type == device:
                 return False
     return True
 

@@ -42,10 +42,10 @@ def unfit_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """A reason that lies in how the method is called, whatever the block; `transformed` is asked apart."""
     if DISABLED_SCOPES and (torch.compiler.is_compiling() or DISABLED.get()):
         return "disabled"
-    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+    if len(args) != 1 or kwargs:
         return "signature"
     if type(args[0]) not in PLAIN_TENSORS:
-        return "tensor_subclass"
+        return "tensor_subclass" if isinstance(args[0], Tensor) else "signature"
     return "tracing" if _get_tracing_state() is not None else None  # sizes are tensors there
 
 

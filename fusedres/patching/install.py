@@ -11,7 +11,7 @@ import copyreg
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial, reduce, wraps
+from functools import cache, reduce, wraps
 from operator import add
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -48,6 +48,7 @@ class BlockState:
     plan: Plan
     recipe: str
     backend: str
+    channels: int | None = None  # out of the first convolution, as installed; None: they do not count
     runs_as: str | None = None  # a recipe, once called
     reason: str | None = None  # why runs_as is not what was asked for
 
@@ -89,9 +90,9 @@ def call(module: nn.Module, base: type, method: str, args: tuple[Any, ...], kwar
         y = None if goes_on else attempt(module, state, args, kwargs, opaque_backend).y
         return original(module, *args, **kwargs) if y is None else y
     recipe, reason, y = attempt(module, state, args, kwargs, dispatcher)
-    state.runs_as, state.reason = recipe, reason
-    if reason is not None:
+    if reason is not None and reason != state.reason:
         log_once(base, recipe, reason)
+    state.runs_as, state.reason = recipe, reason
     if y is None:
         return original(module, *args, **kwargs)
     if isinstance(plan, StemPlan) and plan.goes_on:
@@ -119,8 +120,7 @@ def attempt(
     if (reason := guards.unfit_call(args, kwargs)) is not None:
         return Outcome(UNFUSED, reason)
     x, plan = args[0], state.plan
-    channels = partial(structure.first_channels, module, plan)
-    if never_fused(state.recipe, x, channels, ops_for is opaque_backend):
+    if never_fused(state.recipe, x, state.channels, ops_for is opaque_backend):
         return NO_FASTER_RECIPE
     if (reason := guards.transformed() or guards.unfit_input(x, isinstance(plan, StemPlan))) is not None:
         return Outcome(UNFUSED, reason)
@@ -233,6 +233,7 @@ def original_view(module: nn.Module) -> nn.Module:
 
 def install(block: nn.Module, state: BlockState) -> None:
     block.__dict__[STATE] = state
+    state.channels = structure.first_channels(block, state.plan)
     block.__class__ = patched_class(base_class(block), state.plan.method)
 
 
