@@ -27,7 +27,7 @@ def environment(folder: Path, python: str, torch: str) -> Path:
     interpreter = folder / "bin" / "python"
     if not interpreter.is_file():
         run(python, "-m", "venv", folder)
-        run(interpreter, "-m", "pip", "install", "--quiet", f"torch=={torch}", "numpy", "pytest>=8")
+    run(interpreter, "-m", "pip", "install", "--quiet", f"torch=={torch}", "numpy", "pytest>=8")
     return interpreter
 
 
