@@ -8,7 +8,6 @@
 
 namespace fusedres {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline int32_t dtype_code(const Tensor& t) {

@@ -75,7 +75,6 @@ class Dispatcher:
 
     def __init__(self, backends: tuple[RawOps, ...]) -> None:
         self.backends = backends
-        self._preferred, self._last = backends[:-1], backends[-1]
         for op in RAW_OPS:
             setattr(self, op, partial(self._call, op))
 
@@ -84,10 +83,10 @@ class Dispatcher:
         def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
     def _call(self, op: str, *args: Any, **kwargs: Any) -> Any:
-        for backend in self._preferred:
+        for backend in self.backends[:-1]:
             if backend.supports(op, *args) is None:
                 return getattr(backend, op)(*args, **kwargs)
-        return getattr(self._last, op)(*args, **kwargs)
+        return getattr(self.backends[-1], op)(*args, **kwargs)
 
     def serving(self, op: str, *args: Any) -> str:
         """The name of the backend that would serve this call."""

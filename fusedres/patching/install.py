@@ -90,9 +90,9 @@ def call(module: nn.Module, base: type, method: str, args: tuple[Any, ...], kwar
         y = None if goes_on else attempt(module, state, args, kwargs, opaque_backend).y
         return original(module, *args, **kwargs) if y is None else y
     recipe, reason, y = attempt(module, state, args, kwargs, dispatcher)
-    if reason is not None and reason != state.reason:
-        log_once(base, recipe, reason)
     state.runs_as, state.reason = recipe, reason
+    if reason is not None:
+        log_once(base, recipe, reason)
     if y is None:
         return original(module, *args, **kwargs)
     if isinstance(plan, StemPlan) and plan.goes_on:
