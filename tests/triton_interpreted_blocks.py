@@ -1,29 +1,21 @@
 """Whole residual blocks on the Triton backend under Triton's interpreter, in fp16 and fp32.
 
-Run like `triton_interpreted_ops.py`. Gradients are held against float64 with the recipe's own ReLU masks, by the one
-rule of `accuracy.py`; the yardstick is the block in eager PyTorch, held against float64 with eager's masks.
+Run like `triton_interpreted_ops.py`.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-
 import pytest
 import torch
-from accuracy import assert_as_accurate_as_eager
-from block_forms import FORMS, BlockForm, one_step, patched, ran_as, tensors_for
-from torch import Tensor
+from block_accuracy import PARAMETERS, assert_block_as_accurate_as_eager, by_recipe, inputs, read
+from block_forms import FORMS, one_step, patched, ran_as
 from triton_harness import TracedOps, checked_margins
 
 from fusedres.backends.reference import ReferenceOps
 from fusedres.backends.triton import TritonOps
-from fusedres.blocks import RECIPES, masked
-from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNNeeds, ConvBNTensors
+from fusedres.blocks import RECIPES
 from fusedres.dispatch import Dispatcher, dispatcher
-from fusedres.nn.residual_block import ConvBN, read_block
 
-PARAMETERS = len(ConvBNNeeds._fields)  # the first fields of ConvBNTensors; statistics follow
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 BY_NAME = {form.name: form for form in FORMS}
 TRAPS = (
@@ -52,77 +44,6 @@ SERVED = {
 }
 
 
-def inputs(form: BlockForm, dtype: torch.dtype):
-    """The block with convolutions in `dtype` and BN in float32, x and dy; more rows than one tile has."""
-    block = form.build()
-    for module in block.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.to(dtype)
-    x, dy = tensors_for(form, copy.deepcopy(block).float(), torch.float32, batch=8)
-    return block, at_odd_offset(x.to(dtype)), dy.to(dtype)
-
-
-def at_odd_offset(x: Tensor) -> Tensor:
-    """The same values where no element lies on an even address of its dtype's size."""
-    storage = torch.empty(x.numel() + 1, dtype=x.dtype)
-    return storage[1:].as_strided(x.shape, x.stride(), 1).copy_(x)
-
-
-def read(block, x: Tensor) -> tuple[BlockConfig, tuple[ConvBNTensors, ...]]:
-    names = [n for n in ("1", "2", "3") if hasattr(block, "conv" + n)]
-    main = [ConvBN(getattr(block, "conv" + n), getattr(block, "bn" + n), True) for n in names]
-    shortcut = None if block.downsample is None else ConvBN(*block.downsample, False)
-    call = read_block(x, main, shortcut, shortcut is None)
-    return call.config, call.tensors
-
-
-def leaf(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().clone().requires_grad_()
-
-
-@dataclass
-class Result:
-    y: Tensor
-    gradients: list[Tensor | None]  # of x, then of each unit's parameters
-    masks: masked.Masks
-
-
-def by_autograd(config: BlockConfig, x: Tensor, units, dy: Tensor, masks: masked.Masks | None = None):
-    """The block in eager PyTorch, in the dtype of x; what entered each ReLU beside it."""
-    x = x.clone().requires_grad_()
-    leaves = tuple(ConvBNTensors(*(leaf(t) for t in unit[:PARAMETERS]), *unit[PARAMETERS:]) for unit in units)
-    y, found, entered = masked.forward(config, x, None, leaves, masks)
-    wanted = [x, *(t for unit in leaves for t in unit[:PARAMETERS])]
-    present = [t for t in wanted if t is not None]
-    gradients = iter(torch.autograd.grad(y, present, dy))
-    result = Result(y.detach(), [None if t is None else next(gradients) for t in wanted], found)
-    return result, entered
-
-
-def by_recipe(ops: Dispatcher, recipe: str, config: BlockConfig, x: Tensor, units, dy: Tensor) -> Result:
-    needs = BlockNeeds(
-        True, False, tuple(ConvBNNeeds(*(t is not None for t in unit[:PARAMETERS])) for unit in units)
-    )
-    with torch.no_grad():
-        out = RECIPES[recipe].forward(ops, config, x, None, units, True)
-        grads = RECIPES[recipe].backward(ops, config, x, units, out.saved, dy, needs)
-        masks = masked.own_masks(ops, config, out)
-    return Result(out.y, [grads.x, *(g for unit in grads.units for g in unit)], masks)
-
-
-def in_float64(units: tuple[ConvBNTensors, ...]) -> tuple[ConvBNTensors, ...]:
-    return tuple(ConvBNTensors(*(None if t is None else t.detach().double() for t in unit)) for unit in units)
-
-
-def assert_signs_as_sure_as_eager(masks, eager_masks, entered: tuple[Tensor, ...], eps: float) -> None:
-    """A sign may differ from float64's where |z| <= 2*(the largest |z| where eager's does) + 8*eps*max|z|."""
-    for i, (mask, eager, z) in enumerate(zip(masks, eager_masks, entered, strict=True)):
-        size, sign = z.abs(), ~(z <= 0)
-        found, own = (size[m != sign].amax().item() if (m != sign).any() else 0.0 for m in (mask, eager))
-        limit = 2 * own + 8 * eps * size.max().item()
-        assert found <= limit, f"ReLU {i}: a sign differs at |z| = {found:.3e}, more than {limit:.3e}"
-
-
 def traced() -> tuple[Dispatcher, list[tuple[str, str]]]:
     """Triton, then the reference, and the list of (op, backend) of every call served from now on."""
     trace: list[tuple[str, str]] = []
@@ -138,32 +59,7 @@ def test_block_is_as_accurate_as_eager(recipe, name, dtype):
     with checked_margins():
         actual = by_recipe(ops, recipe, config, x, units, dy)
     assert {backend for op, backend in trace if op != "conv_backward_weight"} == {"triton"}, trace
-    eager, _ = by_autograd(config, x, units, dy)
-    wide = (config, x.double(), in_float64(units), dy.double())
-    _, entered = by_autograd(*wide)
-    eps = torch.finfo(x.dtype).eps
-    assert_signs_as_sure_as_eager(actual.masks, eager.masks, [z.detach() for z in entered], eps)
-    exact, _ = by_autograd(*wide, masks=actual.masks)
-    exact_of_eager, _ = by_autograd(*wide, masks=eager.masks)
-    assert_as_accurate_as_eager(actual.y, eager.y, exact.y, "y")
-    largest = max(g.double().norm().item() for g in exact.gradients if g is not None)
-    for place, gradients in enumerate(
-        zip(actual.gradients, eager.gradients, exact.gradients, exact_of_eager.gradients, strict=True)
-    ):
-        what = "dx" if place == 0 else f"gradient {place - 1}"
-        assert len({g is None for g in gradients}) == 1, what
-        if gradients[0] is None:
-            continue
-        found, plain, exact_gradient, exact_plain = gradients
-        if (
-            exact_gradient.norm() <= 1e-10 * largest
-        ):  # zero in exact arithmetic, as of a bias that BN takes out
-            noise, own = (g.double().norm().item() / largest for g in (found, plain))
-            assert noise <= 2 * own + 8 * eps, f"{what}: {noise:.3e} of the largest, eager {own:.3e}"
-        else:
-            # eager's error moves over to the reference of the other masks
-            yardstick = (plain.double() - exact_plain + exact_gradient).to(plain.dtype)
-            assert_as_accurate_as_eager(found, yardstick, exact_gradient, what)
+    assert_block_as_accurate_as_eager(actual, config, x, units, dy)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

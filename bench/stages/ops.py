@@ -39,7 +39,8 @@ def time_op(settings: Settings, backend: str, shape: Shape, dtype: torch.dtype, 
 
 def dram_bytes(backend: str, stage: int, name: str) -> dict[str, Any]:
     """Bytes that one call moved to and from DRAM, kernel by kernel, by the hardware's counters."""
-    driver = [sys.executable, str(DRIVER), "--backend", backend, "--only", f"^{name}$", "--stage", str(stage)]
+    chosen = ["--backend", backend, "--only", f"^{name}$", "--stage", str(stage), "--dtype", "bfloat16"]
+    driver = [sys.executable, str(DRIVER), *chosen]
     options = ["--clock-control", "none", "--profile-from-start", "off", "--csv"]
     command = ["ncu", *options, "--metrics", ",".join(METRICS), *driver]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout

@@ -1,0 +1,80 @@
+"""Whole residual blocks on a GPU: every recipe and backend, by the rule of accuracy, repeatable, in a CUDA graph."""
+
+import copy
+
+import pytest
+import torch
+from block_accuracy import assert_block_as_accurate_as_eager, by_recipe, inputs, read
+from block_forms import FORMS, one_step, patched, ran_as
+from triton_interpreted_blocks import CASES as TRAPS
+
+from fusedres.dispatch import LOADERS, dispatcher
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+DEVICE = "cuda"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BY_NAME = {form.name: form for form in FORMS}
+CASES = [
+    pytest.param(recipe, name, backend, dtype, id=f"{recipe}-{name}-{backend}-{dtype}")
+    for recipe, name in TRAPS
+    for backend in LOADERS
+    for dtype in DTYPES
+]
+
+
+@pytest.mark.parametrize(("recipe", "name", "backend", "dtype"), CASES)
+def test_block_is_as_accurate_as_eager(recipe, name, backend, dtype):
+    block, x, dy = inputs(BY_NAME[name], DTYPES[dtype], DEVICE)
+    config, units = read(block, x)
+    actual = by_recipe(dispatcher(backend), recipe, config, x, units, dy)
+    assert_block_as_accurate_as_eager(actual, config, x, units, dy)
+
+
+def dense(x):
+    return x.clone().contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("backend", LOADERS)
+@pytest.mark.parametrize("recipe", ["separate", "gram"])
+def test_two_runs_are_bitwise_equal(recipe, backend):
+    block, x, dy = inputs(BY_NAME["bottleneck-projection"], torch.bfloat16, DEVICE)
+    first, second = (
+        one_step(patched(copy.deepcopy(block), recipe, backend), dense(x), dense(dy)) for _ in range(2)
+    )
+    assert torch.equal(first.y, second.y) and torch.equal(first.dx, second.dx)
+    for name, gradient in first.gradients.items():
+        assert torch.equal(gradient, second.gradients[name]), name
+
+
+@pytest.mark.parametrize("backend", LOADERS)
+@pytest.mark.parametrize("recipe", ["separate", "gram"])
+def test_a_replayed_graph_gives_what_a_step_gives(recipe, backend):
+    """A captured step, replayed on other values, is the step on those values bit by bit."""
+    block, x, dy = inputs(BY_NAME["bottleneck"], torch.bfloat16, DEVICE)
+    expected = patched(copy.deepcopy(block), recipe, backend)
+    captured = patched(copy.deepcopy(block), recipe, backend)
+    still, still_dy = torch.zeros_like(dense(x)).requires_grad_(), dense(dy)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        captured(still).backward(still_dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    captured.load_state_dict(block.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    still.grad = None
+    captured.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        y = captured(still)
+        y.backward(still_dy)
+    with torch.no_grad():
+        still.copy_(x)
+    graph.replay()
+    step = one_step(expected, dense(x), dense(dy))
+    assert ran_as(expected, recipe) and ran_as(captured, recipe)
+    assert torch.equal(y, step.y) and torch.equal(still.grad, step.dx)
+    for name, parameter in captured.named_parameters():
+        assert torch.equal(parameter.grad, step.gradients[name]), name
+    for name, buffer in captured.named_buffers():
+        assert torch.equal(buffer, step.buffers[name]), name
