@@ -174,7 +174,7 @@ def gram_backward(inputs: Inputs, case: Conv1x1Case, a: Tensor, dz: Tensor) -> G
         t.double().nan_to_num(0.0, 0.0, 0.0) for t in (weight.flatten(1), as_rows(a), as_rows(dz))
     )
     rows = max(1, a64.shape[0])
-    gamma = (0.0 if case.zero_gamma else 1.0) * (1 + 0.3 * inputs.random((case.cout,)))
+    gamma = (0.0 if case.zero_gamma else 1.0) * (1 + 0.3 * inputs.random((case.cout,)).to(case.device))
     c3 = a64 @ w.t()
     m, mean = a64.sum(0) / rows, c3.sum(0) / rows
     invstd = ((c3 - mean).square().sum(0) / rows + EPS).rsqrt()
@@ -254,7 +254,9 @@ def check_conv1x1_backward_input(ops: Any, case: Conv1x1Case) -> None:
         keep = (inputs.random(case.shape) > 0).to(case.device)
         mask, joined = pack(keep, inputs), torch.where(keep, shortcut, 0)
     dx, dc = run(ops, "conv1x1_backward_input", inputs, dy, c, v, grads, weight, relu, shortcut, mask)
-    positive = ~(ops.bn_add_relu_forward(c, v.scale, v.shift)[0] <= 0) if relu else torch.tensor(True)
+    positive = (
+        ~(ops.bn_add_relu_forward(c, v.scale, v.shift)[0] <= 0) if relu else c.new_ones((), dtype=torch.bool)
+    )
     dz = torch.where(positive, dy, 0)
     assert_input_gradient(dc, dz, dz.double(), c, grads, "dc")
     exact, eager = row(grads.A) * dz.double(), grads.A[:, None, None] * dz

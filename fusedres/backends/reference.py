@@ -13,20 +13,24 @@ from torch import Tensor
 from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output, GramGrads, accumulation_dtype
 
 NO_GRADIENT = 255  # pooling index of a window whose maximum is not positive
-BIT_WEIGHTS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def bit_weights(device: torch.device) -> Tensor:
+    """[1, 2, ... 128], uint8, made on the device: a copy from the host cannot be captured in a CUDA graph."""
+    return 1 << torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def pack_mask(keep: Tensor) -> Tensor:
     """Boolean [N, C, H, W] -> uint8 [ceil(numel/8)], bit i of byte j = element 8j+i in NHWC order."""
     bits = keep.permute(0, 2, 3, 1).reshape(-1).to(torch.uint8)
     bits = F.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
-    return (bits * bits.new_tensor(BIT_WEIGHTS)).sum(1, dtype=torch.uint8)
+    return (bits * bit_weights(keep.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
     """The inverse of `pack_mask`: boolean, with the logical shape of `like` [N, C, H, W]."""
     n, c, h, w = like.shape
-    bits = (mask[:, None] & mask.new_tensor(BIT_WEIGHTS)) != 0
+    bits = (mask[:, None] & bit_weights(mask.device)) != 0
     return bits.reshape(-1)[: like.numel()].view(n, h, w, c).permute(0, 3, 1, 2)
 
 
