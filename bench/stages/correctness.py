@@ -1,4 +1,4 @@
-"""The tests that a GPU is needed for, and compute-sanitizer over every raw op."""
+"""The tests that need a GPU, compute-sanitizer over every raw op, and the test suite with every backend."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from typing import Any
 
 from report import Cell, Settings
 
+from fusedres.dispatch import AUTO, ENVIRONMENT_VARIABLE, LOADERS
+
 ROOT = Path(__file__).resolve().parents[2]
 GPU_TESTS = ("tests/test_gpu_ops.py", "tests/test_gpu_blocks.py")
+# the report's own test would start this stage again
+SUITE = ("tests", *(f"--ignore={file}" for file in (*GPU_TESTS, "tests/test_bench_report.py")))
+DTYPES = ("bfloat16", "float32")  # in float32 a GPU's 1x1 products are left to the reference
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 KEPT_OUTPUT = 4000  # characters from the end of a failed command's output
 SECONDS = 480
@@ -39,38 +44,45 @@ def run(command: list[str], **environment: str) -> str:
     return done.stdout
 
 
-def test_suite(tests: list[str]) -> dict[str, Any]:
+def test_suite(backend: str, arguments: list[str]) -> dict[str, Any]:
     """Outcomes of the tests, by pytest's own count."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    printed = run(command)
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    printed = run(command, **{ENVIRONMENT_VARIABLE: backend})
     last = printed.strip().splitlines()[-1]
     return {count[1]: int(count[0]) for count in re.findall(r"(\d+) ([a-z]+)", last.split(" in ")[0])}
 
 
-def driver(settings: Settings) -> list[str]:
-    # in float32 the products of a GPU are left to the reference
-    dtype = "bfloat16" if settings.device.type == "cuda" else "float32"
-    driver = [sys.executable, str(ROOT / "bench/op_cases.py")]
-    return [*driver, "--device", settings.device.type, "--dtype", dtype]
+def driver(settings: Settings, dtype: str) -> list[str]:
+    command = [sys.executable, str(ROOT / "bench/op_cases.py")]
+    return [*command, "--device", settings.device.type, "--dtype", dtype]
 
 
-def every_op(settings: Settings) -> dict[str, Any]:
+def every_op(settings: Settings, dtype: str) -> dict[str, Any]:
     """The driver by itself, which compute-sanitizer runs otherwise."""
-    return {"calls": len(run(driver(settings)).strip().splitlines())}
+    return {"calls": len(run(driver(settings, dtype)).strip().splitlines())}
 
 
-def sanitize(settings: Settings, tool: str) -> dict[str, Any]:
+def sanitize(settings: Settings, dtype: str, tool: str) -> dict[str, Any]:
     """One tool over the driver, each tensor in an allocation of its own."""
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *driver(settings)]
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *driver(settings, dtype)]
     printed = run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return {"summary": next(line for line in printed.splitlines() if "SUMMARY" in line)}
 
 
 def cells(settings: Settings) -> list[Cell]:
-    # they choose their backends themselves; all other tests are of CPU tensors
-    tests = GPU_TESTS if settings.full else ("tests/test_bench_roofline.py",)
-    return [
-        *(Cell(file, partial(test_suite, [file]), ("module:pytest",)) for file in tests),
-        Cell("every_op", partial(every_op, settings)),
-        *(Cell(tool, partial(sanitize, settings, tool), ("cuda", "compute-sanitizer")) for tool in TOOLS),
+    tools = [(tool, dtype) for tool in TOOLS for dtype in DTYPES]
+    found = [
+        *(Cell(f"every_op/{d}", partial(every_op, settings, d)) for d in DTYPES),
+        *(
+            Cell(f"{tool}/{d}", partial(sanitize, settings, d, tool), ("cuda", "compute-sanitizer"))
+            for tool, d in tools
+        ),
     ]
+    if not settings.full:
+        roofline = partial(test_suite, AUTO, ["tests/test_bench_roofline.py"])
+        return [*found, Cell("tests/roofline", roofline, ("module:pytest",))]
+    # the tests of a GPU choose backends themselves; the rest are of CPU tensors, and come last
+    needs = "module:pytest", "module:xdist"
+    gpu = [Cell(file, partial(test_suite, AUTO, ["-n", "auto", file]), needs) for file in GPU_TESTS]
+    rest = [Cell(f"tests/{b}", partial(test_suite, b, ["-n", "auto", *SUITE]), needs) for b in LOADERS]
+    return [*gpu, *found, *rest]
