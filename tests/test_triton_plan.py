@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from counted_bytes import MetaTriton
 from triton.runtime import jit
 
+from fusedres.backends.triton import MAX_ROWS
 from fusedres.raw_ops import BatchNormGrads, BatchNormVectors
 
 INT32 = 2**31
@@ -33,13 +34,13 @@ WITHIN = {
 
 
 @pytest.fixture
-def launches(monkeypatch) -> list[tuple[str, int, dict[str, Any]]]:
-    """Name, number of programs and arguments of every launch."""
+def launches(monkeypatch) -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
+    """Name, grid and arguments of every launch."""
     found = []
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         named = dict(zip(kernel.arg_names, args, strict=False)) | options
-        found.append((kernel.__name__.removesuffix("_kernel"), math.prod(grid), named))
+        found.append((kernel.__name__.removesuffix("_kernel"), grid, named))
 
     monkeypatch.setattr(jit.JITFunction, "run", run)
     return found
@@ -48,6 +49,12 @@ def launches(monkeypatch) -> list[tuple[str, int, dict[str, Any]]]:
 def wide(channels: int, side: int = 4096) -> torch.Tensor:
     """A meta tensor of 3 * side^2 * channels elements."""
     shape = (3, channels, side, side)
+    return torch.empty(shape, device="meta", dtype=torch.bfloat16, memory_format=torch.channels_last)
+
+
+def longest(channels: int, step: int) -> torch.Tensor:
+    """A meta tensor of nearly as many rows as are served, or of one in step^2 of them."""
+    shape = (MAX_ROWS // 2**16, channels, 2**8 // step, 2**8 // step)
     return torch.empty(shape, device="meta", dtype=torch.bfloat16, memory_format=torch.channels_last)
 
 
@@ -62,6 +69,11 @@ def call(op: str) -> None:
     g256 = BatchNormGrads(*(vector(256) for _ in range(5)))
     mask = torch.empty(c.numel() // 8, device="meta", dtype=torch.uint8)
     weight = torch.empty(256, 64, 1, 1, device="meta", dtype=torch.bfloat16)
+    long, pooled = longest(8, 1), longest(8, 2)
+    indices, v8 = (
+        torch.empty_like(pooled, dtype=torch.uint8),
+        BatchNormVectors(*(vector(8) for _ in range(5))),
+    )
     moments = vector(256, 64), vector(64, 64), vector(64), vector(64)
     gram = vector(64), vector(64, 64), vector(64)
     calls: dict[str, tuple[Any, ...]] = {
@@ -71,6 +83,7 @@ def call(op: str) -> None:
         "bn_add_relu_backward_input": (c, c, v256, g256, mask, False, None, None, True),
         "relu_backward": (c, mask),
         "bn_relu_maxpool_forward": (c, v256.scale, v256.shift, 3, 2, 1),
+        "bn_relu_maxpool_backward_reduce": (pooled, indices, long, v8, 2, 2, 0),
         "conv1x1_forward": (narrow, weight, None, 1, v64.scale, v64.shift, v256.scale, v256.shift, c),
         "gram": (c, v256.scale, v256.shift),
         "gram_output_stats": (weight, None, vector(64), vector(64, 64)),
@@ -84,15 +97,17 @@ def call(op: str) -> None:
 
 
 WEIGHTS = ("gram_output_stats", "gram_backward_coefficients")
+OTHERS = ("relu_backward", "bn_relu_maxpool_forward", "bn_relu_maxpool_backward_reduce")
 
 
-@pytest.mark.parametrize("op", [*WITHIN, *WEIGHTS, "relu_backward", "bn_relu_maxpool_forward"])
+@pytest.mark.parametrize("op", [*WITHIN, *WEIGHTS, *OTHERS])
 def test_numbers_fit_their_width(op, launches):
     assert wide(256).numel() > 4 * INT32
     call(op)
     assert launches
-    for kernel, programs, named in launches:
-        assert 0 < programs < INT32, kernel
+    for kernel, grid, named in launches:
+        assert 0 < math.prod(grid) < INT32, kernel
+        assert all(programs < 2**16 for programs in grid[1:]), kernel
         for name, value in named.items():
             if isinstance(value, int) and name not in ELEMENTS:
                 assert value < INT32, (kernel, name)

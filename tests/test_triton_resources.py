@@ -51,6 +51,7 @@ def test_row(version, entry_id, architecture):
         rows = entry.constants.get("BM", entry.constants["BN"])  # wgmma has 64 at least
         assert row["wgmma" if architecture == 90 and rows >= 64 else "mma"] > 0, "no tensor core instruction"
         assert row["async_copies"] > 0, "the loads are not asynchronous"
+        assert row["overwritten_operands"] == 0, "registers are written while a product still reads them"
 
 
 @pytest.mark.skipif(triton.__version__ not in TABLE, reason=f"no rows of Triton {triton.__version__}")

@@ -27,6 +27,7 @@ from fusedres.triton_kernels import (
     merge,
     relu_backward,
     tiles,
+    wgmma,
 )
 
 ARCHITECTURES = (80, 90, 100)
@@ -61,7 +62,8 @@ class Entry:
                     collect(callee)
 
         collect(self.kernel)
-        rest = (self.id, self.signature, self.constants, self.warps, self.stages)
+        waits = [wgmma.waits_on(architecture // 10) for architecture in self.architectures]
+        rest = (self.id, self.signature, self.constants, self.warps, self.stages, waits)
         return hashlib.sha256(repr((sorted(sources.items()), rest)).encode()).hexdigest()[:16]
 
 
@@ -209,8 +211,9 @@ def small() -> Iterator[Entry]:
     yield Entry("merge_sums-first", merge.merge_sums_kernel, first, {**span, "RIGHT": 1})
     moments = types(D="tile_mean out", F="tile_m2", I="T P C")
     yield Entry("merge_moments", merge.merge_moments_kernel, moments, {**span, "ROWS": tiles.STATISTICS_ROWS})
-    finish = types(D="power_sums", F="mean var", I="P C")
-    yield Entry("finish_moments", merge.finish_moments_kernel, finish, {"BC": 128})
+    finish = types(D="power_sums", F="mean var", I="T P C")
+    rows = {"BT": merge.BLOCK_ROWS, "BC": merge.BLOCK_COLUMNS}
+    yield Entry("finish_moments", merge.finish_moments_kernel, finish, rows)
     sample = {"CIN": 256, "SAMPLE": tiles.GRAM_SAMPLE, "BN": tiles.GRAM_SAMPLE_COLUMNS}
     reference = types(A="c", F="scale shift reference", I="P")
     yield Entry("gram_reference", gram.gram_reference_kernel, reference, sample)

@@ -19,6 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_entries import Entry, entries
+from triton_sass import overwritten_operands
+
+from fusedres.triton_kernels.wgmma import waits_on
 
 TABLE = Path(__file__).with_name("triton_resources.json")
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -28,6 +31,8 @@ def compile_entry(entry: Entry, architecture: int) -> dict[str, Any]:
     """Registers, shared memory, spilled bytes, and what the machine code of the products has to show."""
     names = entry.kernel.arg_names
     constants = {name: entry.constants.get(name) for name in names if name not in entry.signature}
+    if "WAIT" in constants:
+        constants["WAIT"] = waits_on(architecture // 10)
     pointers = [i for i, n in enumerate(names) if entry.signature.get(n, "").startswith("*")]
     source = ASTSource(
         fn=entry.kernel,
@@ -51,6 +56,9 @@ def compile_entry(entry: Entry, architecture: int) -> dict[str, Any]:
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync.aligned") + ptx.count("tcgen05.mma"),
         "async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "overwritten_operands": len(overwritten_operands(disassemble(compiled.asm["cubin"])))
+        if architecture == 90
+        else 0,
     }
 
 
@@ -74,6 +82,15 @@ def assemble(ptx: str) -> str:
             if done.returncode == 0:
                 return done.stdout + done.stderr
     raise RuntimeError(f"ptxas: {done.stdout}{done.stderr}")
+
+
+def disassemble(cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run(
+            [BINARIES / "nvdisasm", "-c", path], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def read_table() -> dict[str, dict[str, dict[str, Any]]]:

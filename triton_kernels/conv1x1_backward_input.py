@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import activation, affine, load_vector, select_by_mask
+from fusedres.triton_kernels.wgmma import must_wait, wait
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -26,6 +27,7 @@ def conv1x1_backward_input_kernel(
     CIN: tl.constexpr,
     COUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WAIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -60,7 +62,7 @@ def conv1x1_backward_input_kernel(
         tl.store(dc + base * COUT + place, grad, mask=(row < written_rows) & valid_k[None, :])
         w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
         w = tl.load(weight + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
-        acc = tl.dot(grad, w, acc, input_precision=PRECISION)
+        acc = wait(tl.dot(grad, w, acc, input_precision=PRECISION), WAIT)
 
     place = row * CIN + n[None, :]  # [BM, BN]
     keep = valid & valid_n[None, :]
@@ -111,6 +113,7 @@ def conv1x1_backward_input(
         CIN=cin,
         COUT=cout,
         PRECISION=layout.precision(c),
+        WAIT=must_wait(c),
         BM=tile.bm,
         BN=tile.bn,
         BK=tile.bk,

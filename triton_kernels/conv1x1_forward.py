@@ -9,6 +9,7 @@ from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import activation, affine, load_vector, pack_bits, relu, tile_moments
 from fusedres.triton_kernels.merge import merge_moments
 from fusedres.triton_kernels.relu_backward import relu_mask
+from fusedres.triton_kernels.wgmma import must_wait, wait
 
 
 @triton.jit(do_not_specialize=["P", "H", "W", "H_OUT", "W_OUT"])
@@ -37,6 +38,7 @@ def conv1x1_forward_kernel(
     STRIDE: tl.constexpr,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
+    WAIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -66,6 +68,8 @@ def conv1x1_forward_kernel(
         if in_scale is not None:
             a = activation(a, in_scale, in_shift, k0 + k, CIN)
         acc = tl.dot(a, w, acc, input_precision=PRECISION)
+        if in_scale is not None:
+            acc = wait(acc, WAIT)
 
     base = row_tile.to(tl.int64) * BM * COUT  # of the output tile; offsets inside it fit 32 bits
     inside = tl.arange(0, BM)[:, None] * COUT + n[None, :]  # [BM, BN]
@@ -149,6 +153,7 @@ def conv1x1_forward(
         STRIDE=stride,
         RELU=relu,
         PRECISION=layout.precision(x),
+        WAIT=must_wait(x),
         BM=tile.bm,
         BN=tile.bn,
         BK=tile.bk,

@@ -8,6 +8,7 @@ from torch import Tensor
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import activation, column_sums, load_vector, select_by_mask
 from fusedres.triton_kernels.merge import merge_sums
+from fusedres.triton_kernels.wgmma import must_wait, wait
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -29,6 +30,7 @@ def conv1x1_gram_backward_input_kernel(
     COUT: tl.constexpr,
     TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
+    WAIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -57,6 +59,8 @@ def conv1x1_gram_backward_input_kernel(
         w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
         w = tl.load(weight_dz + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
         acc = tl.dot(dz, w, acc, input_precision=PRECISION)
+        if mask is not None:
+            acc = wait(acc, WAIT)
 
     if weight_a is not None:
         # once with each term of weight_a: a and the mask below go together, so that errors of rounded weights would
@@ -71,7 +75,7 @@ def conv1x1_gram_backward_input_kernel(
                 a = a - load_vector(center, k0 + k, CIN)
             w_place = (step // padded * CIN + k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
             w = tl.load(weight_a + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
-            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+            acc = wait(tl.dot(a, w, acc, input_precision=PRECISION), WAIT)
 
     keep = valid & valid_n[None, :]
     place = row * CIN + n[None, :]  # [BM, BN]
@@ -169,6 +173,7 @@ def conv1x1_gram_backward_input(
         COUT=cout,
         TERMS=terms,
         PRECISION=layout.precision(c),
+        WAIT=must_wait(c),
         BM=tile.bm,
         BN=tile.bn,
         BK=tile.bk,

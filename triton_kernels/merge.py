@@ -25,8 +25,10 @@ def merge_sums_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    w = tl.program_id(0) * BC + tl.arange(0, BC)
-    first = tl.program_id(1) * SPAN
+    column_tiles = tl.cdiv(W, BC)  # one axis for groups and columns: the others end at 65,535
+    group = tl.program_id(0) // column_tiles
+    w = (tl.program_id(0) % column_tiles) * BC + tl.arange(0, BC)
+    first = group * SPAN
     sums = tl.zeros((BC,), tl.float64)
     for t0 in range(0, tl.minimum(SPAN, T - first), BT):
         t = first + t0 + tl.arange(0, BT)
@@ -36,7 +38,7 @@ def merge_sums_kernel(
     if left is not None:
         outer = tl.load(left + w // RIGHT, mask=w < W, other=0.0).to(tl.float64)
         sums -= outer * tl.load(right + w % RIGHT, mask=w < W, other=0.0).to(tl.float64)
-    place = out + tl.program_id(1).to(tl.int64) * W + w
+    place = out + group.to(tl.int64) * W + w
     tl.store(place, sums.to(out.dtype.element_ty), mask=w < W)
 
 
@@ -53,8 +55,10 @@ def merge_moments_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
-    i = tl.program_id(0) * BC + tl.arange(0, BC)
-    first = tl.program_id(1) * SPAN
+    column_tiles = tl.cdiv(C, BC)
+    group = tl.program_id(0) // column_tiles
+    i = (tl.program_id(0) % column_tiles) * BC + tl.arange(0, BC)
+    first = group * SPAN
     total = tl.zeros((BC,), tl.float64)
     squares = tl.zeros((BC,), tl.float64)
     for t0 in range(0, tl.minimum(SPAN, T - first), BT):
@@ -68,16 +72,33 @@ def merge_moments_kernel(
         # raw power sums: in float64 they lose nothing to cancellation that float32 inputs had
         total += tl.sum(count * mean, 0)
         squares += tl.sum(m2 + count * mean * mean, 0)
-    place = out + tl.program_id(1).to(tl.int64) * 2 * C + i
+    place = out + group.to(tl.int64) * 2 * C + i
     tl.store(place, total, mask=i < C)
     tl.store(place + C, squares, mask=i < C)
 
 
-@triton.jit(do_not_specialize=["P", "C"])
-def finish_moments_kernel(power_sums, mean, var, P, C, BC: tl.constexpr):
+@triton.jit(do_not_specialize=["T", "P", "C"])
+def finish_moments_kernel(
+    power_sums,  # [T, 2, C] float64: sum value, sum value^2
+    mean,
+    var,
+    T,
+    P,
+    C,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
     i = tl.program_id(0) * BC + tl.arange(0, BC)
-    center = tl.load(power_sums + i, mask=i < C, other=0.0) / P
-    spread = tl.load(power_sums + C + i, mask=i < C, other=0.0) / P - center * center
+    total = tl.zeros((BC,), tl.float64)
+    squares = tl.zeros((BC,), tl.float64)
+    for t0 in range(0, T, BT):
+        t = t0 + tl.arange(0, BT)
+        keep = (t < T)[:, None] & (i < C)[None, :]
+        place = power_sums + t[:, None] * 2 * C + i[None, :]
+        total += tl.sum(tl.load(place, mask=keep, other=0.0), 0)
+        squares += tl.sum(tl.load(place + C, mask=keep, other=0.0), 0)
+    center = total / P
+    spread = squares / P - center * center
     spread = tl.maximum(spread, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(mean + i, center.to(mean.dtype.element_ty), mask=i < C)
     tl.store(var + i, spread.to(var.dtype.element_ty), mask=i < C)
@@ -98,7 +119,7 @@ def merge_sums(
         last = groups == 1
         out = layout.empty((groups, width), partials, dtype if last else torch.float64)
         left, right = outer if last and outer is not None else (None, None)
-        merge_sums_kernel[(triton.cdiv(width, BLOCK_COLUMNS), groups)](
+        merge_sums_kernel[(triton.cdiv(width, BLOCK_COLUMNS) * groups,)](
             partials,
             left,
             right,
@@ -121,7 +142,7 @@ def merge_moments(tile_mean: Tensor, tile_m2: Tensor, total: int, tile_rows: int
     count, channels = tile_mean.shape
     groups = triton.cdiv(count, MERGE_ROWS)
     power_sums = layout.empty((groups, 2, channels), tile_mean, torch.float64)
-    merge_moments_kernel[(triton.cdiv(channels, BLOCK_COLUMNS), groups)](
+    merge_moments_kernel[(triton.cdiv(channels, BLOCK_COLUMNS) * groups,)](
         tile_mean,
         tile_m2,
         power_sums,
@@ -134,10 +155,18 @@ def merge_moments(tile_mean: Tensor, tile_m2: Tensor, total: int, tile_rows: int
         BC=BLOCK_COLUMNS,
         num_warps=4,
     )
-    if groups > 1:
-        power_sums = merge_sums(power_sums, dtype=torch.float64)
+    if groups > MERGE_ROWS:
+        power_sums = merge_sums(power_sums, dtype=torch.float64)[None]
     mean, var = (layout.empty((channels,), tile_m2) for _ in range(2))
-    finish_moments_kernel[(triton.cdiv(channels, 128),)](
-        power_sums, mean, var, total, channels, BC=128, num_warps=4
+    finish_moments_kernel[(triton.cdiv(channels, BLOCK_COLUMNS),)](
+        power_sums,
+        mean,
+        var,
+        power_sums.shape[0],
+        total,
+        channels,
+        BT=BLOCK_ROWS,
+        BC=BLOCK_COLUMNS,
+        num_warps=4,
     )
     return mean, var

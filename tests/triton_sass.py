@@ -1,0 +1,93 @@
+"""What asynchronous products of Hopper do in machine code, as nvdisasm prints it.
+
+A product (HGMMA) reads the registers of its first operand, and changes those of its sums, until its warp group has
+waited for it (WARPGROUP.DEPBAR). Groups end at instructions marked gsb0 and finish in order, so a wait that leaves N
+groups in flight covers all but the N newest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+PRODUCT = re.compile(r"HGMMA\.64x(\d+)x\S* R(\d+), (?:R(\d+), )?gdesc")
+WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)")
+JUMP = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
+OPERAND_REGISTERS = 4  # of 16-bit [64, 16] among 128 threads
+
+
+def overwritten_operands(listing: str) -> list[str]:
+    """Each product with an instruction that some path reaches before its wait and that writes its registers."""
+    code, labels = parse(listing)
+    found = []
+    for place, instruction in enumerate(code):
+        product = PRODUCT.search(instruction)
+        if product:
+            columns, sums, operand = (int(group or -1) for group in product.groups())
+            busy = registers(sums, columns // 2) | (
+                registers(operand, OPERAND_REGISTERS) if operand >= 0 else set()
+            )
+            found += [
+                f"{instruction} / {other}"
+                for other in in_flight(code, labels, place)
+                if written(other) & busy
+            ]
+    return found
+
+
+def in_flight(code: list[str], labels: dict[str, int], place: int) -> Iterator[str]:
+    """Instructions other than products that may run between the product at `place` and the wait that covers it."""
+    ended = int("gsb0" in code[place])  # groups ended since, its own one among them
+    todo, seen = [(place + 1, ended)], set()
+    while todo:
+        here, ended = todo.pop()
+        if (here, ended) in seen or here >= len(code):
+            continue
+        seen.add((here, ended))
+        instruction = code[here]
+        wait, jump = WAIT.search(instruction), JUMP.search(instruction)
+        if wait and ended > int(wait[1], 16):
+            continue
+        if "HGMMA" not in instruction:
+            yield instruction
+        elif "gsb0" in instruction:
+            ended = min(ended + 1, 8)  # no wait leaves as many
+        if jump:
+            todo.append((labels[jump[1]], ended))
+        conditional = instruction.startswith("@") or (jump and re.search(r"BRA\S* !?U?P\d", instruction))
+        if conditional or not (jump or instruction.startswith("EXIT")):
+            todo.append((here + 1, ended))
+
+
+def parse(listing: str) -> tuple[list[str], dict[str, int]]:
+    """The instructions, and the place of each label among them."""
+    code: list[str] = []
+    labels = {}
+    for line in listing.splitlines():
+        label, instruction = re.match(r"(\.L_\w+):", line), INSTRUCTION.search(line)
+        if label:
+            labels[label[1]] = len(code)
+        elif instruction:
+            code.append(instruction[1])
+    return code, labels
+
+
+def written(instruction: str) -> set[int]:
+    """The general registers that an instruction writes: its first operand, after SHFL's and ATOM's predicate."""
+    name, _, rest = re.sub(r"^@!?U?P\w+\s+", "", instruction).partition(" ")
+    operands = [operand.strip() for operand in rest.split(",")]
+    if name.startswith(("SHFL", "ATOM")) and not re.match(r"R\d", operands[0]):
+        operands = operands[1:]
+    register = re.match(r"R(\d+)", operands[0])
+    if register is None:
+        return set()
+    if re.search(r"\.128|M88\.4|MT88\.4", name):
+        width = 4
+    else:
+        width = 2 if re.search(r"\.64|WIDE|^[FI]2F\.F64|^D[A-Z]|M88\.2|MT88\.2|^CS2R$", name) else 1
+    return registers(int(register[1]), width)
+
+
+def registers(first: int, count: int) -> set[int]:
+    return set(range(first, first + count))
