@@ -86,11 +86,26 @@ def new_parts(result: Any) -> Any:
     return result if fields is None else tuple(getattr(result, name) for name in fields)
 
 
+def apart(result: Any) -> Any:
+    """The same tensors, copied where two share a storage, as sums of one merge do: an operator may not return such."""
+    if isinstance(result, Tensor):
+        return result
+    seen: set[int] = set()
+    parts = []
+    for tensor in result:
+        if tensor is not None:
+            storage = tensor.untyped_storage().data_ptr()
+            tensor = tensor.clone() if storage in seen else tensor
+            seen.add(storage)
+        parts.append(tensor)
+    return tuple(parts)
+
+
 def register(op: str) -> torch.library.CustomOpDef:
     makers = tuple(TUPLES.get(type_) for type_ in parameter_types(op).values())
 
     def implementation(*args: Any, backend: str = AUTO) -> Any:
-        return new_parts(getattr(dispatcher(backend), op)(*as_tuples(makers, args)))
+        return apart(new_parts(getattr(dispatcher(backend), op)(*as_tuples(makers, args))))
 
     def fake(*args: Any, backend: str = AUTO) -> Any:
         return new_parts(getattr(FakeOps(), op)(*as_tuples(makers, args)))

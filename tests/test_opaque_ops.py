@@ -9,6 +9,7 @@ import raw_op_cases
 import raw_op_checks
 import torch
 from block_forms import FORMS, tensors_for
+from opaque_operators import Operators
 
 from fusedres.backends import native
 from fusedres.backends.fake import FakeOps
@@ -18,7 +19,7 @@ from fusedres.nn import ConvBN
 from fusedres.nn.residual_block import read_block, read_conv_bn
 from fusedres.opaque_blocks import block_constants, unit_ints
 from fusedres.opaque_ops import OPAQUE_OPS
-from fusedres.raw_ops import RAW_OPS, BatchNormGrads, BatchNormVectors, Conv1x1Output
+from fusedres.raw_ops import RAW_OPS
 
 BACKENDS = ["reference", *(["native"] if native.is_built() else [])]
 CHECKS = {
@@ -39,29 +40,6 @@ STRIDES = [
     for case in cases.cases_of(op)
     if case.form == cases.FORMS[op][0] and case.id in ODD
 ]
-
-
-class Operators:
-    """Raw ops through `torch.ops.fusedres`; the first call of `op` goes through `torch.library.opcheck` too."""
-
-    def __init__(self, op, backend, *tests):
-        self.op, self.backend, self.tests, self.checked = op, backend, tests, False
-
-    def __getattr__(self, op):
-        def call(*args):
-            operator = getattr(torch.ops.fusedres, op).default
-            given = tuple(list(a) if isinstance(a, BatchNormVectors | BatchNormGrads) else a for a in args)
-            result = operator(*given, backend=self.backend)
-            if op == self.op and not self.checked:
-                self.checked = True
-                torch.library.opcheck(operator, given, {"backend": self.backend}, test_utils=self.tests)
-            if op == "bn_scale_shift":
-                return BatchNormVectors(args[0], args[1], *result)
-            if op == "bn_backward_coefficients":
-                return BatchNormGrads(result[0], args[0], args[2].scale, *result[1:])
-            return Conv1x1Output(*result) if op == "conv1x1_forward" else result
-
-        return call
 
 
 def test_every_raw_op_is_an_operator():
