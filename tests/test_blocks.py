@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, assert_same_float64, relative_error
+from block_accuracy import read
 from block_forms import (
     FORMS,
     RECIPE_FORM_IDS,
@@ -24,6 +26,7 @@ from block_forms import (
 )
 
 import fusedres
+from fusedres.blocks import gram_form
 from fusedres.models import Bottleneck
 
 every_form = pytest.mark.parametrize(("recipe", "form"), RECIPE_FORMS, ids=RECIPE_FORM_IDS)
@@ -154,6 +157,19 @@ def test_few_values_per_channel(rows):
     fused.bn3.eval()
     fused(x)
     assert ran_as(fused, "gram")
+
+
+class OnGPU(NamedTuple):
+    """What of an input the choice of a recipe looks at."""
+
+    shape: tuple[int, ...] = (8, 32, 6, 6)
+    device: torch.device = torch.device("cuda")
+
+
+@pytest.mark.parametrize(("dtype", "reason"), [(torch.float32, "float32_product"), (torch.bfloat16, None)])
+def test_float32_products_on_a_gpu_are_not_the_gram_form_s(dtype, reason):
+    config, units = read(Bottleneck(32, 8), torch.randn(8, 32, 6, 6))
+    assert gram_form.unsuitable(config._replace(dtype=dtype), units, OnGPU()) == reason
 
 
 @every_form

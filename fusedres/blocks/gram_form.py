@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, unit_sizes
@@ -15,7 +16,8 @@ FEWEST_ROWS = 6
 def unsuitable(config: BlockConfig, units: tuple[ConvBNTensors, ...], x: Tensor) -> str | None:
     """Why this block has no Gram form on x [N, Cin, H, W], as a reason code, or None.
 
-    It must end BN, ReLU, conv1x1 expanding twofold, and batch statistics need enough values.
+    It must end BN, ReLU, conv1x1 expanding twofold, and batch statistics need enough values. On a GPU the products of
+    float32 are the library's, in TF32 by default: the statistics would be those of weights that it does not use.
     """
     if len(config.main) < 2 or not config.main[-2].relu:
         return "no_1x1_expansion"
@@ -23,6 +25,8 @@ def unsuitable(config: BlockConfig, units: tuple[ConvBNTensors, ...], x: Tensor)
     expands = is_plain_1x1(config.main[-1], units[len(config.main) - 1]) and cout >= 2 * cin
     if not expands:
         return "no_1x1_expansion"
+    if x.device.type == "cuda" and config.dtype == torch.float32:
+        return "float32_product"
     h, w = unit_sizes(config, units, x)[len(config.main) - 1]
     few = config.main[-1].training and x.shape[0] * h * w < FEWEST_ROWS
     return "few_values_per_channel" if few else None
