@@ -63,6 +63,7 @@ LAYOUTS = tuple(
     )
 )
 VALUES = (
+    Case("mean0", (3, 24, 24, 24), mean_over_std=0.0),
     Case("mean_over_std30", (3, 24, 9, 9), mean_over_std=30.0),
     Case("mean_over_std1000", (3, 24, 9, 9), mean_over_std=1000.0),
     Case("dy_mean1", (3, 24, 9, 9), dy_mean=1.0),

@@ -47,15 +47,16 @@ void stats_rows(const StatsArgs& args, int64_t begin, int64_t end) {
     const T* first = c + row * period;
     for (int64_t i = 0; i < period; i += kWidth) {
       const Float shift = load(args.shift + i);
-      Float s = load(sum + i), q = load(squares + i);
       if constexpr (rows.value == kGroup) fetch_next_group(first, period, i);
+      // a group is summed by itself: its terms keep digits that the long sums would round off
+      Float s = zero(), q = zero();
       for (int64_t r = 0; r < rows.value; ++r) {
         const Float d = load(first + r * period + i) - shift;
-        s = s + d;
-        q = fma(d, d, q);
+        s = r == 0 ? d : s + d;
+        q = r == 0 ? d * d : fma(d, d, q);
       }
-      store(sum + i, s);
-      store(squares + i, q);
+      store(sum + i, load(sum + i) + s);
+      store(squares + i, load(squares + i) + q);
     }
   });
 }

@@ -18,9 +18,19 @@ float element(Dtype dtype, const void* tensor, int64_t i) {
   return value;
 }
 
+// m without the 16 bits that a bfloat16 lacks.
+float upper_half(float m) {
+  uint32_t bits;
+  std::memcpy(&bits, &m, sizeof bits);
+  bits &= 0xffff0000u;
+  std::memcpy(&m, &bits, sizeof m);
+  return m;
+}
+
 // A mean of some rows, [channels]: close to the true one, so that sums of c - shift lose nothing. The rows lie at
 // multiples of the golden ratio: evenly spread, and in step with no image width. 0 where it is not finite: inf - inf
-// would make NaN of an infinite mean.
+// would make NaN of an infinite mean. Of bfloat16 values it has their precision: the differences are exact then, where
+// the lower bits of one shift would be rounded the same way in all of them, and the errors would add up.
 std::vector<float> sampled_mean(const Shape& shape, const void* c) {
   std::vector<float> mean(shape.channels);
   const int64_t samples = std::min(kSamples, shape.rows);
@@ -29,7 +39,10 @@ std::vector<float> sampled_mean(const Shape& shape, const void* c) {
     const int64_t row = std::min(shape.rows - 1, static_cast<int64_t>((place - std::floor(place)) * shape.rows));
     for (int64_t j = 0; j < shape.channels; ++j) mean[j] += element(shape.dtype, c, row * shape.channels + j);
   }
-  for (float& m : mean) m = std::isfinite(m) ? m / static_cast<float>(samples) : 0;
+  for (float& m : mean) {
+    m = std::isfinite(m) ? m / static_cast<float>(samples) : 0;
+    if (shape.dtype == Dtype::bfloat16) m = upper_half(m);
+  }
   return mean;
 }
 

@@ -1,6 +1,6 @@
 // Batch statistics: shifted sums per thread, then merges of (mean, M2, count) by Chan, Golub & LeVeque 1983.
-// The merged means are relative to the first row of c, so that they keep their digits where mean/std is
-// large.
+// The merged means are relative to that of a few rows of c, so that they keep their digits where mean/std is large,
+// and where it is small: what they are relative to is off by a fraction of std.
 #include "bn_math.h"
 #include "launch.h"
 #include "tile_reduce.h"
@@ -10,7 +10,8 @@ namespace fusedres::cuda {
 namespace {
 constexpr int kUnroll16 = 4;
 constexpr int kBlocksPerMultiprocessor = 2;
-template <int V> constexpr int kValues = 2 * V + 1;  // mean - first row [V], M2 [V], count
+constexpr int kPivotRows = 8;
+template <int V> constexpr int kValues = 2 * V + 1;  // mean - pivot [V], M2 [V], count
 }  // namespace
 
 template <int V> struct MomentMerge {
@@ -27,6 +28,19 @@ template <int V> struct MomentMerge {
     a[2 * V] = n;
   }
 };
+
+// The mean of a few rows of c, [P, C] from some channel on; the same wherever it is computed.
+template <class T, int V>
+__device__ __forceinline__ void pivot(const T* c, const TilePlan& plan, float (&value)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; i++) value[i] = 0.f;
+#pragma unroll
+  for (int k = 0; k < kPivotRows; k++) {
+    const Packet<T, V> row = load_channels<T, V>(c + plan.rows * k / kPivotRows * plan.channels, l2_policy(true));
+#pragma unroll
+    for (int i = 0; i < V; i++) value[i] = fmaf(to_float(row.value[i]), 1.f / kPivotRows, value[i]);
+  }
+}
 
 template <class T, int V>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
@@ -57,19 +71,24 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
           }
         });
     const float n = float(rows);
-    const Packet<T, V> reference = load_channels<T, V>(c, l2_policy(true));
+    float reference[V];
+    pivot<T, V>(c, plan, reference);
 #pragma unroll
     for (int i = 0; i < V; i++) {
       const float mean = sum[i] / n, m2 = square[i] - sum[i] * mean;
-      acc[i] = shift[i] - to_float(reference.value[i]) + mean;
+      acc[i] = shift[i] - reference[i] + mean;
       acc[V + i] = m2 < 0.f ? 0.f : m2;
     }
     acc[2 * V] = n;
   }
   reduce_tile<V>(acc, shared, workspace, plan, MomentMerge<V>(), [&](int64_t channel, auto moment) {
     const float var = moment(1) / float(plan.rows);
-    // an infinity makes the mean NaN too, as torch's Welford does; so do no rows at all
-    const float mean = isnan(var) ? var : to_float(static_cast<const T*>(args.c)[channel]) + moment(0);
+    float mean = var;  // an infinity makes the mean NaN too, as torch's Welford does; so do no rows at all
+    if (!isnan(var)) {
+      float reference[1];
+      pivot<T, 1>(static_cast<const T*>(args.c) + channel, plan, reference);
+      mean = reference[0] + moment(0);
+    }
     args.mean[channel] = mean;
     args.var[channel] = var;
     if (args.scale_shift.scale != nullptr) scale_shift_of_channel(args.scale_shift, channel, mean, var);
