@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
 # Turns a GPU into evidence: runs each stage for at most 9 minutes and writes DIR/<stage>.json as it goes.
 #
-#   bench/gpu_report.sh [--output DIR] [STAGE...] [option of bench/report.py...]
+#   bench/gpu_report.sh [--output DIR] [--total SECONDS] [STAGE...] [option of bench/report.py...]
 #
-# Stages: environment baselines probes correctness ops blocks models (all by default). Run it again to go on.
+# Stages: environment baselines probes correctness ops blocks models (all by default). Run it again to go on. They share
+# the total, if one is given; what one leaves goes to the next. Where a cell has lost the device, the rest of its stage
+# runs in a new process.
 # Needs python3 with torch; no network, no make, no virtual environment. PYTHON names another interpreter.
 # fusedres is used as installed; else a wheel in dist/ is unpacked, else the checkout is built, beside DIR never.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 output=${FUSEDRES_REPORT:-$root/bench/results/report}
+total=86400
 stages=()
 options=()
 while (($#)); do
   case $1 in
     --output) output=$2; shift 2 ;;
+    --total) total=$2; shift 2 ;;
     -*) options+=("$1" "$2"); shift 2 ;;
     *) stages+=("$1"); shift ;;
   esac
@@ -33,9 +37,25 @@ if ! "$python" -P -c "import fusedres.triton_kernels" 2>/dev/null; then
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
+declare -A weight=([correctness]=4 [ops]=2 [blocks]=2 [models]=2) # of a stage's share; 1 for the others
+device_lost=3                                                     # bench/report.py's exit status
+end=$((SECONDS + total))
 status=0
-for stage in "${stages[@]}"; do
+for place in "${!stages[@]}"; do
+  stage=${stages[place]}
+  weights=0
+  for later in "${stages[@]:place}"; do weights=$((weights + ${weight[$later]:-1})); done
+  share=$(((end - SECONDS) * ${weight[$stage]:-1} / weights))
+  stop=$((SECONDS + (share < 540 ? share : 540)))
   echo "== $stage"
-  timeout --kill-after=10 540 "$python" "$root/bench/report.py" "$stage" --output "$output" "${options[@]}" || status=1
+  for attempt in 1 2 3; do
+    left=$((stop - SECONDS))
+    if ((left < 10)); then echo "no time left"; status=1; break; fi
+    code=0
+    timeout --kill-after=10 "$left" "$python" "$root/bench/report.py" "$stage" --output "$output" \
+      --seconds "$((left - left / 25))" "${options[@]}" || code=$?
+    if ((code)); then status=1; fi
+    if ((code != device_lost)); then break; fi
+  done
 done
 exit "$status"

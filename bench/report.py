@@ -2,8 +2,9 @@
 
     python bench/report.py STAGE... [--output DIR] [--size small|full] [--seconds 520] [--only REGEX]
 
-A cell that was measured on this machine is not run again; a failed, skipped or unfinished one is. A cell
-during which the run was cut comes last in the next, so that one that hangs cannot hold up the others.
+A cell that was measured on this machine is not run again; a failed, skipped or unfinished one is. A cell that failed
+or was cut comes last in the next run, so that one that hangs cannot hold up the others. Exit status: 1 where a cell
+failed, 3 where one left the device unusable, as an illegal access does: the rest needs a new process.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 
 STAGES = ("environment", "baselines", "probes", "correctness", "ops", "blocks", "models")
 RUNNING, MEASURED, FAILED, SKIPPED = "running", "measured", "failed", "skipped"
+DEVICE_LOST = 3
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def run_stage(stage: str, settings: Settings, only: str, deadline: float) -> tup
     results = Results(stage, settings)
     cells = importlib.import_module(f"stages.{stage}").cells(settings)
     cells = [c for c in cells if re.search(only, c.name) and results.status(c.name) != MEASURED]
-    cells.sort(key=lambda c: results.status(c.name) == RUNNING)
+    cells.sort(key=lambda c: results.status(c.name) in (RUNNING, FAILED))
     failed = 0
     for done, cell in enumerate(cells):
         if time.monotonic() > deadline:
@@ -115,7 +117,19 @@ def run_stage(stage: str, settings: Settings, only: str, deadline: float) -> tup
         wall = round(time.monotonic() - start, 2)
         results.write(cell.name, outcome.pop("status"), wall_seconds=wall, **outcome)
         print(f"{stage:12} {cell.name:56} {wall:7.1f} s  {headline(outcome)}", flush=True)
+        if "error" in outcome and not usable(settings.device):
+            print(f"the device is lost after {cell.name}", flush=True)
+            raise SystemExit(DEVICE_LOST)
     return failed, 0
+
+
+def usable(device: torch.device) -> bool:
+    """Whether this process can still use the device: after an illegal access every call fails."""
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
 
 
 def headline(outcome: dict[str, Any]) -> str:

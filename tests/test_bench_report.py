@@ -92,6 +92,47 @@ def test_a_failure_is_kept_and_counted_and_run_again(run):
     assert cells["good"]["result"] == {"value": 1}
 
 
+def test_after_a_lost_device_the_rest_is_left_to_a_new_process(run, settings, monkeypatch):
+    def fail():
+        raise RuntimeError("planted")
+
+    ran = []
+    bad, good = report.Cell("bad", fail), report.Cell("good", lambda: ran.append(1) or {})
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(report, "usable", lambda device: False)
+        run(bad, good)
+    assert stopped.value.code == report.DEVICE_LOST and not ran
+    assert report.Results("invented", settings).status("bad") == report.FAILED
+    counts, _ = run(bad, good)
+    assert counts == (1, 0) and ran, "the failed cell comes last"
+
+
+FAKE_REPORT = """#!/usr/bin/env bash
+# stands for python: says what it was asked for, loses the device once, takes a second
+[[ "$*" == *-c* ]] && exit 0
+echo "$@" >> "$LOG"
+sleep 1
+[[ "$*" == *probes* && $(grep -c probes "$LOG") == 1 ]] && exit 3
+exit 0
+"""
+
+
+def test_stages_share_a_total_and_go_on_after_a_lost_device(tmp_path):
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(FAKE_REPORT)
+    python.chmod(0o755)
+    command = [str(ROOT / "bench/gpu_report.sh"), "--total", "300", "--output", str(tmp_path)]
+    environment = {**os.environ, "PYTHON": str(python), "LOG": str(log)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, "a device was lost"
+    calls = [line.split() for line in log.read_text().splitlines()]
+    names = [next(word for word in call if word in report.STAGES) for call in calls]
+    assert names == ["environment", "baselines", "probes", "probes", *report.STAGES[3:]]
+    given = {name: int(call[call.index("--seconds") + 1]) for name, call in zip(names, calls, strict=True)}
+    assert given["correctness"] > 3 * given["baselines"] > 0
+    assert given["models"] > given["ops"], "what the others leave goes to the last"
+
+
 def test_a_number_that_json_cannot_hold_is_a_failure(run):
     counts, cells = run(report.Cell("bad", lambda: {"value": float("nan")}))
     assert counts == (1, 0)
