@@ -1,8 +1,8 @@
 """From which size on a fused block pays: blocks of each kind and stage at rising batches, against eager channels_last.
 
-    python bench/block_sizes.py {train,infer} [RECIPE] [--seconds 2] > bench/results/cpu/block_sizes_train.json
+    python bench/block_sizes.py {train,infer} [RECIPE] [--seconds 2] [--dtype float32] > block_sizes_train.json
 
-What the sizes in `fusedres/blocks/choice.py` are set from. float32, the CPU or the first GPU.
+What the sizes in `fusedres/blocks/choice.py` are set from. The CPU or the first GPU; half precision is autocast.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("phase", choices=("train", "infer"))
     parser.add_argument("recipe", nargs="?", default="separate")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each block and batch")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype)
     cells = []
     for kind in KINDS:
         for stage, batches in BATCHES.items():
             for batch in batches:
-                workload = Workload(f"{kind}_{stage}", options.phase, batch, torch.float32, device)
+                workload = Workload(f"{kind}_{stage}", options.phase, batch, dtype, device)
                 cells.append(measure(workload, f"fusedres_{options.recipe}", options.seconds))
                 print(f"{cells[-1]['workload']}: {cells[-1]['ratio']:.2f}", file=sys.stderr)
     threads = torch.get_num_threads()

@@ -128,10 +128,13 @@ def make_model(workload: Workload, memory_format: torch.memory_format) -> nn.Mod
 
 
 def make_input(workload: Workload) -> Tensor:
-    """x [N, C, H, W], float32, NCHW, on the CPU's generator: the same on every device."""
+    """x [N, C, H, W], NCHW, on the CPU's generator: the same on every device. A model is given float32, a block what
+    the block before it makes under autocast.
+    """
     generator = torch.Generator().manual_seed(1)
-    shape = (workload.batch, *ARCHITECTURES[workload.architecture].image)
-    return torch.randn(shape, generator=generator).to(workload.device)
+    architecture = ARCHITECTURES[workload.architecture]
+    dtype = torch.float32 if architecture.classifies else workload.dtype
+    return torch.randn((workload.batch, *architecture.image), generator=generator).to(workload.device, dtype)
 
 
 def implement(model: nn.Module, implementation: str, backend: str) -> nn.Module:
@@ -169,7 +172,7 @@ def training_step(workload: Workload, model: nn.Module, x: Tensor) -> Step:
             return model(x)
 
     if not ARCHITECTURES[workload.architecture].classifies:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(workload):
             like = copy.deepcopy(model).train(False)(x)
         dy = torch.randn(like.shape, generator=torch.Generator().manual_seed(2)).to(x)
         x.requires_grad_()

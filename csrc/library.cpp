@@ -18,6 +18,8 @@ bool cuda_archs_cover(std::string archs, int64_t major, int64_t minor) {
   return fusedres::archs_cover(archs, static_cast<int>(major), static_cast<int>(minor));
 }
 
+bool cpu_multiplies_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
+
 std::string cpu_capability() {
   const fusedres::cpu::Kernels* kernels = fusedres::cpu::kernels();
   return kernels == nullptr ? "none" : kernels->name;
@@ -33,13 +35,17 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "bn_add_relu_forward(Tensor c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
       " Tensor? residual_shift, bool relu, bool save_mask) -> (Tensor y, Tensor? mask)");
-  // bn_add_relu_forward with y in the storage of c, bn_add_relu_backward_input with dc in that of dy
+  // in place: y in the storage of c; dc in that of dy; dc, and the gradient of a projection, in those of c and shortcut_c
   m.def(
       "bn_add_relu_forward_(Tensor(a!) c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
       " Tensor? residual_shift, bool relu) -> ()");
   m.def(
       "bn_add_relu_backward_input_(Tensor(a!) dy, Tensor c, Tensor scale, Tensor shift, Tensor A, Tensor? B,"
       " Tensor? K, Tensor? mask, bool relu) -> ()");
+  m.def(
+      "bn_add_relu_backward_input_of_c_(Tensor dy, Tensor(a!) c, Tensor scale, Tensor shift, Tensor A, Tensor? B,"
+      " Tensor? K, Tensor? mask, bool relu, Tensor(b!)? shortcut_c, Tensor? shortcut_A, Tensor? shortcut_B,"
+      " Tensor? shortcut_K, bool save_dz) -> Tensor?");
   m.def(
       "bn_add_relu_backward_reduce(Tensor dy, Tensor c, Tensor mean, Tensor scale, Tensor shift, Tensor? mask,"
       " bool relu, Tensor? shortcut_c, Tensor? shortcut_mean)"
@@ -66,6 +72,8 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
       " int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width) -> Tensor");
   // the instruction set in use; "none" below AVX2
   m.def("cpu_capability() -> str");
+  // whether the processor has instructions for products of bfloat16
+  m.def("cpu_multiplies_bfloat16() -> bool");
   // what the binary holds GPU code for, such as "80;90;120+PTX"; "" without CUDA
   m.def("cuda_archs() -> str");
   m.def("cuda_archs_cover(str archs, int major, int minor) -> bool");
@@ -77,6 +85,7 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("cpu_multiplies_bfloat16", TORCH_BOX(&cpu_multiplies_bfloat16));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
   m.impl("cuda_archs_cover", TORCH_BOX(&cuda_archs_cover));
   m.impl("cuda_version", TORCH_BOX(&cuda_version));

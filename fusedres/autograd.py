@@ -52,6 +52,11 @@ def wants_differentiable(dy: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
+def saved_tensors_have_hooks() -> bool:
+    """Whether `torch.autograd.graph.saved_tensors_hooks` see what is saved now, and may keep it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def memory_format(y: Tensor) -> torch.memory_format:
     """The layout that gradients of y are brought into."""
     channels_last = y.is_contiguous(memory_format=torch.channels_last)
@@ -89,6 +94,7 @@ class ResidualBlock(torch.autograd.Function):
         ctx.save_for_backward(x, *flat, *out.saved.flatten())
         ctx.config, ctx.recipe, ctx.ops = config, recipe, ops
         ctx.layout, ctx.inputs = out.saved.layout, len(flat)
+        ctx.held_by_hooks = saved_tensors_have_hooks()
         ctx.memory_format = memory_format(out.y)
         ctx.set_materialize_grads(False)
         return out.y
@@ -107,6 +113,7 @@ class ResidualBlock(torch.autograd.Function):
             wanted[FIXED - 2],
             wanted[FIXED - 1],
             tuple(ConvBNNeeds(*wanted[i : i + PARAMETERS]) for i in range(FIXED, len(wanted), FIELDS)),
+            saved=ctx.held_by_hooks or torch._C._autograd._get_current_graph_task_keep_graph(),
         )
         dy = dy.contiguous(memory_format=ctx.memory_format)
         with without_autocast(x.device.type):

@@ -183,13 +183,15 @@ class RawOps(Protocol):
         shortcut_grads: BatchNormGrads | None = None,
         save_dz: bool = False,
         reuse_dy: bool = False,
+        reuse_c: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """`dc = A*dz + B*c + K` [N, C, H, W], and the gradient of the residual.
 
         The second result is `shortcut_A*dz + shortcut_B*shortcut_c + shortcut_K` for a projection
         (shortcut_c and shortcut_grads given), dz itself if `save_dz` (the identity: the shortcut's gradient
         *is* dz), else None. dz as in `bn_add_relu_backward_reduce`.
-        `reuse_dy`: the caller is done with dy, dc may take its storage.
+        `reuse_dy`: the caller is done with dy, dc may take its storage. `reuse_c`: it is done with c and shortcut_c,
+        dc and the shortcut's gradient may take theirs.
         """
 
     def relu_backward(self, dy: Tensor, mask: Tensor) -> Tensor:

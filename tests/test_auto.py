@@ -46,15 +46,35 @@ def test_auto_takes_any_entry_that_holds(batch, width, fused, monkeypatch):
     assert ran_as(model, "separate" if fused else "unfused")
 
 
-@pytest.mark.skipif(native.instruction_set() != "avx2", reason="the table was measured with AVX2")
-@pytest.mark.parametrize(
-    ("batch", "width", "side", "fused"),
-    [(2, 64, 56, True), (1, 64, 56, False), (8, 256, 14, True), (7, 256, 14, False), (16, 32, 56, False)],
-)
-def test_the_table_as_it_was_measured(batch, width, side, fused):
+# batch, width, side of a basic block in training, and what the table for each instruction set makes of it
+MEASURED = [
+    ("avx2", 2, 64, 56, "separate"),
+    ("avx2", 1, 64, 56, "unfused"),
+    ("avx2", 8, 256, 14, "separate"),
+    ("avx2", 7, 256, 14, "unfused"),
+    ("avx2", 16, 32, 56, "unfused"),
+    ("avx512", 4, 64, 56, "separate"),
+    ("avx512", 3, 64, 56, "unfused"),
+    ("avx512", 2, 512, 7, "separate"),
+    ("avx512", 1, 512, 7, "unfused"),
+    ("avx512", 16, 32, 56, "unfused"),
+]
+
+
+@pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+@pytest.mark.parametrize(("instructions", "batch", "width", "side", "recipe"), MEASURED)
+def test_the_tables_as_they_were_measured(instructions, batch, width, side, recipe, monkeypatch):
+    monkeypatch.setattr(choice, "TABLE", choice.table_of(instructions, True))
     model = fusedres.patch(nn.Sequential(BasicBlock(width, width)).to(memory_format=torch.channels_last))
     model(torch.randn(batch, width, side, side).to(memory_format=torch.channels_last))
-    assert ran_as(model, "separate" if fused else "unfused")
+    assert ran_as(model, recipe)
+
+
+def test_the_table_is_this_machines():
+    assert choice.table_of(native.instruction_set(), native.multiplies_bfloat16()) == choice.TABLE
+    assert choice.table_of(None, True) == {}
+    dtypes = [{key[2] for key in choice.table_of("avx512", half)} for half in (False, True)]
+    assert dtypes == [{torch.float32}, {torch.float32, torch.bfloat16}]
 
 
 class Scaled(nn.Module):

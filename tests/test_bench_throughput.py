@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -57,10 +58,13 @@ def test_times_are_of_their_side(monkeypatch):
     assert interleave(lambda: 2.0, lambda: 1.0, CPU, 3) == ([2.0] * 3, [1.0] * 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("implementation", ["fusedres_separate", "fusedres_gram"])
-def test_gate_passes_what_is_right(implementation):
-    step = build(BLOCK, implementation)
-    CorrectnessGate().check(BLOCK, step, implementation)
+def test_gate_passes_what_is_right(implementation, dtype):
+    """Half precision too runs as what it is called: a block is given what the one before it makes."""
+    block = replace(BLOCK, dtype=dtype)
+    step = build(block, implementation)
+    CorrectnessGate().check(block, step, implementation)
     assert step.runs_as() == {implementation.removeprefix("fusedres_"): 1}
 
 

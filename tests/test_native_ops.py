@@ -45,8 +45,9 @@ def expected_backend(op, case):
         dense = case.dtype == torch.float32 and case.layout in ("channels_last", "offset")
         many = case.shape[1] >= native.FEWEST_CHANNELS
         wide = case.form != "1x1" or case.shape[1] * (case.shape[1] + 2) > native.FEWEST_WEIGHTS
+        left = case.form in ("3x3", "groups") and case.shape[1] + 2 <= native.library_channels()
         grouped = case.form == "groups" and (case.shape[1] % 4 == 0 or case.shape[1] % 3 == 0)
-        return "native" if dense and many and wide and not grouped else "reference"
+        return "native" if dense and many and wide and not grouped and not left else "reference"
     kernel3 = case.form in ("3x3s2", "groups", "dilation")  # these have a residual too
     one_position = case.shape[2:] == (1, 1)  # dense in both formats
     if op == "conv_bias_add_relu_forward" and one_position and (kernel3 or "identity" in case.form):
@@ -109,8 +110,8 @@ def test_weight_gradient_does_not_depend_on_the_number_of_threads(cin):
 
 
 def test_weight_gradient_is_left_to_the_library_where_threads_would_have_little_to_do():
-    dy, x = (torch.randn(1, 64, 9, 9).contiguous(memory_format=torch.channels_last) for _ in range(2))
-    args = dy, x, (3, 3), (1, 1), (1, 1), (1, 1), 1
+    dy, x = (torch.randn(1, 64, n, n).contiguous(memory_format=torch.channels_last) for n in (9, 18))
+    args = dy, x, (3, 3), (2, 2), (1, 1), (1, 1), 1
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(18)
@@ -155,6 +156,29 @@ def test_backward_into_the_storage_of_dy(case, dtype):
     dc, dresidual = ops.bn_add_relu_backward_input(dy, *args, reuse_dy=True)
     assert dc is dy and dresidual is None
     assert torch.equal(bits(dc.contiguous()), bits(expected.contiguous()))
+
+
+OF_C = [c for c in cases_of("bn_add_relu_backward_input") if c.layout == "channels_last"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", OF_C, ids=str)
+def test_backward_into_the_storage_of_c(case, dtype):
+    inputs, ops = Inputs(replace(case, dtype=DTYPES[dtype])), native.NativeOps()
+    dy, c, v, mask, _, shortcut_c = backward_parts(ops, inputs)
+    rows, frozen = c.numel() // c.shape[1], "frozen" in case.form
+    grads = inputs.grads(v, rows, frozen)
+    shortcut_grads = None
+    if shortcut_c is not None:
+        shortcut_grads = inputs.grads(inputs.vectors(shortcut_c), rows, frozen)
+    relu, save_dz = "no_relu" not in case.form, "identity" in case.form
+    args = v, grads, mask, relu, shortcut_c, shortcut_grads, save_dz
+    expected = ops.bn_add_relu_backward_input(dy, c, *args)
+    found = ops.bn_add_relu_backward_input(dy, c, *args, reuse_c=True)
+    assert found[0] is c and (shortcut_c is None or found[1] is shortcut_c)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(bits(a.contiguous()), bits(b.contiguous()))
 
 
 def test_nothing_is_given_away_where_it_is_still_needed():

@@ -5,7 +5,6 @@
 #include "../checks.h"
 #include "channel_ops.h"
 #include "launch.h"
-#include "memory.h"
 
 namespace fusedres::cpu {
 
@@ -33,13 +32,6 @@ const uint8_t* mask_data(const OptionalTensor& v) { return v ? v->const_data_ptr
 const void* untyped(const OptionalTensor& v) { return v ? v->const_data_ptr() : nullptr; }
 float* written(const Tensor& v) { return v.mutable_data_ptr<float>(); }
 float* written(const OptionalTensor& v) { return v ? written(*v) : nullptr; }
-
-// Uninitialised, like c, in huge pages.
-Tensor new_activation(const Tensor& c) {
-  Tensor tensor = new_like(c);
-  advise_huge_pages(tensor.mutable_data_ptr(), c.numel() * size_of(shape_of(c).dtype));
-  return tensor;
-}
 
 Window window_of(const char* op, const Tensor& c, int64_t kernel_size, int64_t stride, int64_t padding) {
   check_window(op, c, kernel_size, stride, padding);
@@ -88,7 +80,7 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_forward(Tensor c, Tensor scale, T
                                                        OptionalTensor residual_scale, OptionalTensor residual_shift,
                                                        bool relu, bool save_mask) {
   check_forward("bn_add_relu_forward", c, scale, shift, residual, residual_scale, residual_shift);
-  Tensor y = new_activation(c);
+  Tensor y = new_like(c);
   OptionalTensor mask;
   if (save_mask) mask = new_bytes(c, (c.numel() + 7) / 8);
   launch_bn_add_relu_forward(shape_of(c), c.const_data_ptr(), {data(scale), data(shift)}, untyped(residual),
@@ -165,23 +157,47 @@ Coefficients coefficients_of(const char* op, const OptionalTensor& a, const Opti
   return {data(a), data(b), data(k)};
 }
 
-std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input(
-    Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor a, OptionalTensor b, OptionalTensor k, OptionalTensor mask,
-    bool relu, OptionalTensor shortcut_c, OptionalTensor shortcut_a, OptionalTensor shortcut_b,
-    OptionalTensor shortcut_k, bool save_dz) {
-  const char* op = "bn_add_relu_backward_input";
+// Writes dc, and into dresidual, if there is one, what it is to hold.
+void backward_input(const char* op, const Tensor& dy, const Tensor& c, const Tensor& scale, const Tensor& shift,
+                    const Tensor& a, const OptionalTensor& b, const OptionalTensor& k, const OptionalTensor& mask,
+                    bool relu, const OptionalTensor& shortcut_c, const OptionalTensor& shortcut_a,
+                    const OptionalTensor& shortcut_b, const OptionalTensor& shortcut_k, Tensor dc,
+                    OptionalTensor dresidual) {
   const Gradients gradients = gradients_of(op, dy, c, scale, shift, mask, relu);
   const Shape shape = shape_of(c);
   const Coefficients main = coefficients_of(op, a, b, k, shape.channels);
   check_like(op, "shortcut_c", shortcut_c, c);
   const Coefficients shortcut = coefficients_of(op, shortcut_a, shortcut_b, shortcut_k, shape.channels);
   check_together(op, "shortcut_c, shortcut_A", shortcut_c.has_value(), shortcut_a.has_value());
-  Tensor dc = new_activation(c);
-  OptionalTensor dresidual;
-  if (shortcut_c || save_dz) dresidual = new_activation(c);
   launch_bn_add_relu_backward_input(shape, gradients, main, untyped(shortcut_c), shortcut, dc.mutable_data_ptr(),
                                     dresidual ? dresidual->mutable_data_ptr() : nullptr);
+}
+
+std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input(
+    Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor a, OptionalTensor b, OptionalTensor k, OptionalTensor mask,
+    bool relu, OptionalTensor shortcut_c, OptionalTensor shortcut_a, OptionalTensor shortcut_b,
+    OptionalTensor shortcut_k, bool save_dz) {
+  const char* op = "bn_add_relu_backward_input";
+  check_activation(op, "c", c);
+  Tensor dc = new_like(c);
+  OptionalTensor dresidual;
+  if (shortcut_c || save_dz) dresidual = new_like(c);
+  backward_input(op, dy, c, scale, shift, a, b, k, mask, relu, shortcut_c, shortcut_a, shortcut_b, shortcut_k, dc,
+                 dresidual);
   return {dc, dresidual};
+}
+
+OptionalTensor bn_add_relu_backward_input_of_c_(Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor a,
+                                                OptionalTensor b, OptionalTensor k, OptionalTensor mask, bool relu,
+                                                OptionalTensor shortcut_c, OptionalTensor shortcut_a,
+                                                OptionalTensor shortcut_b, OptionalTensor shortcut_k, bool save_dz) {
+  const char* op = "bn_add_relu_backward_input_of_c_";
+  check_activation(op, "c", c);
+  OptionalTensor dz;
+  if (save_dz && !shortcut_c) dz = new_like(c);
+  backward_input(op, dy, c, scale, shift, a, b, k, mask, relu, shortcut_c, shortcut_a, shortcut_b, shortcut_k, c,
+                 shortcut_c ? shortcut_c : dz);
+  return dz;
 }
 
 // dc in the storage of dy, without a second result
@@ -197,7 +213,7 @@ void bn_add_relu_backward_input_(Tensor dy, Tensor c, Tensor scale, Tensor shift
 Tensor relu_backward(Tensor dy, Tensor mask) {
   check_activation("relu_backward", "dy", dy);
   check_mask("relu_backward", mask, dy);
-  Tensor dz = new_activation(dy);
+  Tensor dz = new_like(dy);
   launch_relu_backward(shape_of(dy), dy.const_data_ptr(), mask.const_data_ptr<uint8_t>(), dz.mutable_data_ptr());
   return dz;
 }
@@ -238,7 +254,7 @@ Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tenso
   const Window window = window_of(op, c, kernel_size, stride, padding);
   check_pooled(op, dy, indices, c, window.out_height, window.out_width);
   const Coefficients main = coefficients_of(op, a, b, k, window.channels);
-  Tensor dc = new_activation(c);
+  Tensor dc = new_like(c);
   launch_bn_relu_maxpool_backward_input(shape_of(c).dtype, c.size(0), window, dy.const_data_ptr(),
                                         indices.const_data_ptr<uint8_t>(), c.const_data_ptr(), main,
                                         dc.mutable_data_ptr());
@@ -281,6 +297,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("bn_backward_coefficients", TORCH_BOX(&backward_coefficients));
   m.impl("bn_add_relu_backward_input", TORCH_BOX(&bn_add_relu_backward_input));
   m.impl("bn_add_relu_backward_input_", TORCH_BOX(&bn_add_relu_backward_input_));
+  m.impl("bn_add_relu_backward_input_of_c_", TORCH_BOX(&bn_add_relu_backward_input_of_c_));
   m.impl("relu_backward", TORCH_BOX(&relu_backward));
   m.impl("bn_relu_maxpool_forward", TORCH_BOX(&bn_relu_maxpool_forward));
   m.impl("bn_relu_maxpool_backward_reduce", TORCH_BOX(&bn_relu_maxpool_backward_reduce));

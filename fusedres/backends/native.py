@@ -32,6 +32,7 @@ LIBRARY_OPS = (
     "bn_relu_maxpool_backward_reduce",
     "bn_relu_maxpool_backward_input",
     "cpu_capability",
+    "cpu_multiplies_bfloat16",
     "cuda_archs",
     "cuda_version",
     "cuda_device_problem",
@@ -41,9 +42,10 @@ DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 
-# conv_backward_weight, against oneDNN 3.12 at ResNet-50's shapes, batch 16, on two Zen 3 cores
+# conv_backward_weight, against oneDNN 3.12 at ResNet-50's shapes, batch 16, on two Zen 3 cores and on two of Zen 4
 FEWEST_CHANNELS = 64
 FEWEST_WEIGHTS = 128 * 512  # of a pointwise convolution
+LIBRARY_CHANNELS = {"avx512": 256}  # where oneDNN is as fast without stride, up to so many channels
 FEWEST_WEIGHTS_PER_THREAD = 2048  # with fewer, shares are too small or unequal
 
 
@@ -99,6 +101,12 @@ def instruction_set() -> str | None:
     """What the CPU kernels use on this processor: "avx2" or "avx512"; None where the library is not loaded."""
     ask = getattr(torch.ops.fusedres_native, "cpu_capability", None)
     return ask() if ask else None
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16; False where the library is not loaded."""
+    ask = getattr(torch.ops.fusedres_native, "cpu_multiplies_bfloat16", None)
+    return bool(ask and ask())
 
 
 @cache
@@ -185,6 +193,11 @@ def conv_reason(x, weight, bias, residual, *rest):
     return activations_reason(x, residual)
 
 
+@cache
+def library_channels() -> int:
+    return LIBRARY_CHANNELS.get(instruction_set() or "", 0)
+
+
 def weight_gradient_reason(dy, x, kernel_size, stride, padding, dilation, groups):
     """oneDNN is left what it does as fast: few channels, pointwise convolutions without many, and many threads."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
@@ -194,6 +207,8 @@ def weight_gradient_reason(dy, x, kernel_size, stride, padding, dilation, groups
     cin, cout = x.shape[1], dy.shape[1]
     pointwise = tuple(kernel_size) == tuple(stride) == (1, 1)
     if min(cin, cout) < FEWEST_CHANNELS or (pointwise and cin * cout <= FEWEST_WEIGHTS):
+        return "library_as_fast"
+    if not pointwise and tuple(stride) == (1, 1) and max(cin, cout) <= library_channels():
         return "library_as_fast"
     if cin * cout * prod(kernel_size) < FEWEST_WEIGHTS_PER_THREAD * torch.get_num_threads():
         return "too_many_threads"
@@ -283,15 +298,18 @@ class NativeOps:
         shortcut_grads=None,
         save_dz=False,
         reuse_dy=False,
+        reuse_c=False,
     ):
         v, g = vectors, grads
         if reuse_dy and shortcut_c is None and not save_dz and dy.device.type == "cpu":
             self._ops.bn_add_relu_backward_input_(dy, c, v.scale, v.shift, g.A, g.B, g.K, mask, relu)
             return dy, None
         shortcut = (None, None, None) if shortcut_grads is None else shortcut_grads[2:]
-        return self._ops.bn_add_relu_backward_input(
-            dy, c, v.scale, v.shift, g.A, g.B, g.K, mask, relu, shortcut_c, *shortcut, save_dz
-        )
+        args = dy, c, v.scale, v.shift, g.A, g.B, g.K, mask, relu, shortcut_c, *shortcut, save_dz
+        if reuse_c and c.device.type == "cpu":
+            dz = self._ops.bn_add_relu_backward_input_of_c_(*args)
+            return c, dz if shortcut_c is None else shortcut_c
+        return self._ops.bn_add_relu_backward_input(*args)
 
     def relu_backward(self, dy, mask):
         return self._ops.relu_backward(dy, mask)

@@ -159,6 +159,7 @@ class ReferenceOps:
         shortcut_grads=None,
         save_dz=False,
         reuse_dy=False,
+        reuse_c=False,
     ):
         dz = masked_gradient(dy, c, vectors, mask, relu)
         dc = apply_coefficients(dz, c, grads, vectors.mean)

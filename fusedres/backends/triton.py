@@ -183,6 +183,7 @@ class TritonOps:
         shortcut_grads=None,
         save_dz=False,
         reuse_dy=False,
+        reuse_c=False,
     ):
         shortcut = None if shortcut_c is None else coefficients(shortcut_grads)
         activation = activation_vectors(vectors, mask, relu)

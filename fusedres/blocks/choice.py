@@ -34,6 +34,7 @@ class Measured(NamedTuple):
         return elements >= self.least_elements and channels >= self.least_channels
 
 
+ZEN4 = "2 cores of an AMD Zen 4, AVX-512, torch 2.13: bench/results/cpu_avx512/README.md"
 ZEN3 = "2 cores of an AMD Zen 3, AVX2, torch 2.13: bench/results/cpu/README.md"
 # (device type, backend, dtype, gradients wanted) -> entries, of which the first that holds is taken
 Table = dict[tuple[str, str, torch.dtype, bool], tuple[Measured, ...]]
@@ -41,7 +42,25 @@ AVX2: Table = {  # against eager
     ("cpu", "native", torch.float32, True): (Measured("separate", 400_000, 64, ZEN3),),
     ("cpu", "native", torch.float32, False): (Measured("separate", 1_500_000, 64, ZEN3),),
 }
-TABLE: Table = AVX2 if native.instruction_set() == "avx2" else {}  # with AVX-512 nothing has been measured
+AVX512: Table = {
+    # the library's weight gradients of many channels leave most to save
+    ("cpu", "native", torch.float32, True): (
+        Measured("separate", 800_000, 64, ZEN4),
+        Measured("separate", 50_000, 512, ZEN4),
+    ),
+    ("cpu", "native", torch.float32, False): (Measured("separate", 1_500_000, 64, ZEN4),),
+    ("cpu", "native", torch.bfloat16, True): (Measured("separate", 800_000, 64, ZEN4),),
+    ("cpu", "native", torch.bfloat16, False): (Measured("separate", 1_500_000, 64, ZEN4),),
+}
+
+
+def table_of(instructions: str | None, bfloat16: bool) -> Table:
+    """The table for kernels of an instruction set, on a processor that multiplies bfloat16, or does not."""
+    table = {"avx2": AVX2, "avx512": AVX512}.get(instructions or "", {})
+    return {key: entries for key, entries in table.items() if bfloat16 or key[2] != torch.bfloat16}
+
+
+TABLE: Table = table_of(native.instruction_set(), native.multiplies_bfloat16())
 COMPILED: Table = {}  # inside torch.compile, against what it makes of the original forward
 
 

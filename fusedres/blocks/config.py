@@ -110,11 +110,15 @@ def unit_sizes(config: BlockConfig, units: tuple[ConvBNTensors, ...], x: Tensor)
 
 
 class BlockNeeds(NamedTuple):
-    """Which inputs of the block want a gradient; `units` as in `BlockConfig.units`."""
+    """What backward owes: which inputs of the block want a gradient, `units` as in `BlockConfig.units`.
+
+    saved: whether the tensors that forward saved must stay as they are, for another backward or another holder.
+    """
 
     x: bool
     residual: bool
     units: tuple[ConvBNNeeds, ...]
+    saved: bool = True
 
     def below(self, index: int) -> bool:
         """Whether anything before main[index] wants a gradient: must one flow out of its convolution?"""

@@ -94,7 +94,7 @@ def backward(
         grads_shortcut = ops.bn_backward_coefficients(sum_dz, sum_shortcut, vs, rows(c), projection.training)
     save_dz = (shortcut is Shortcut.IDENTITY and needs.x) or (shortcut is Shortcut.TENSOR and needs.residual)
     dc, dshortcut = ops.bn_add_relu_backward_input(
-        dy, c, v, grads, saved.mask, False, cs, grads_shortcut, save_dz
+        dy, c, v, grads, saved.mask, False, cs, grads_shortcut, save_dz, reuse_c=not needs.saved
     )
 
     unit_grads: list[ConvBNGrads] = []
