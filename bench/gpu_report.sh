@@ -31,6 +31,8 @@ if ! "$python" -P -c "import fusedres.triton_kernels" 2>/dev/null; then
   wheels=("$root"/dist/fusedres-*.whl)
   source=$root
   if [[ -e ${wheels[-1]} ]]; then source=${wheels[-1]}; fi
+  gpu=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>/dev/null || true)
+  if [[ $gpu ]]; then export FUSEDRES_CUDA_ARCHS=${FUSEDRES_CUDA_ARCHS:-$gpu}; fi
   if [[ ! -e $site/fusedres ]]; then
     "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$site" "$source"
   fi

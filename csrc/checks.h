@@ -58,6 +58,10 @@ inline void check_device(const char* op, const char* name, const Tensor& t, bool
   }
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
 inline void check_channels_last(const char* op, const char* name, const Tensor& t) {
   if (t.dim() != 4) fail(op, name, sizes_of(t), "[N, C, H, W]", "pass a batch of images");
   if (!is_channels_last(t)) {

@@ -17,6 +17,7 @@ namespace {
 
 void check_launch(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would be blamed for it
   throw std::runtime_error(std::string("fusedres ") + op + ": the CUDA launch failed: " + cudaGetErrorString(error) +
                            ". Check earlier kernels with CUDA_LAUNCH_BLOCKING=1, or use backend='triton'.");
 }
@@ -35,21 +36,23 @@ cudaError_t compute_capability(int device, int* major, int* minor) {
   return error != cudaSuccess ? error : cudaDeviceGetAttribute(minor, cudaDevAttrComputeCapabilityMinor, device);
 }
 
-// Within its scope the tensor's device is current; `stream` is torch's current stream there.
+// Within its scope the tensor's device is current; `stream` is torch's current stream there. The others must lie there.
 class OnDevice {
  public:
-  OnDevice(const char* op, const Tensor& t) : op_(op) {
+  template <class... Others>
+  OnDevice(const char* op, const Tensor& t, const Others&... others) : op_(op) {
+    (check_with(t, others), ...);
     const int device = t.get_device_index();
+    check_runs_on(device);  // first: what throws below this constructor is not undone
     check_launch(op, cudaGetDevice(&previous_));
     if (device == previous_) {
       previous_ = -1;
     } else {
       check_launch(op, cudaSetDevice(device));
     }
-    check_runs_on(device);
     static const CurrentStream current_stream = find_current_stream();
     void* handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(current_stream(device, &handle));
+    TORCH_ERROR_CODE_CHECK(current_stream(device, &handle));
     stream = static_cast<cudaStream_t>(handle);
   }
   ~OnDevice() {
@@ -61,6 +64,12 @@ class OnDevice {
   cudaStream_t stream = nullptr;
 
  private:
+  void check_with(const Tensor& t, const OptionalTensor& other) const {
+    if (other && !same_device(t, *other)) {
+      fail(op_, "an argument", "on another device", "every one on the device of the first", "move them there");
+    }
+  }
+
   // Before a device's first launch: our error instead of "no kernel image is available".
   void check_runs_on(int device) {
     static thread_local int checked = -1;
@@ -157,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_scale_shift_op(Tensor mean, Tensor var, Op
   check_device(op, "mean", mean, true);
   check_vector(op, "mean", mean, channels);
   check_vector(op, "var", var, channels);
-  const OnDevice on(op, mean);
+  const OnDevice on(op, mean, var, weight, bias);
   Tensor invstd = new_vector(mean, channels), scale = new_vector(mean, channels), shift = new_vector(mean, channels);
   check_launch(op, bn_scale_shift({channels, data(mean), data(var), parameter_of(op, "weight", weight, channels),
                                    parameter_of(op, "bias", bias, channels), eps, written(invstd), written(scale),
@@ -179,7 +188,7 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_forward_op(Tensor c, Tensor scale
   check_vector(op, "residual_shift", residual_shift, shape.channels);
   check_together(op, "residual_scale, residual_shift", residual_scale.has_value(), residual_shift.has_value());
   if (residual_scale && !residual) fail(op, "residual", "None", "a tensor like c", "pass what residual_scale is for");
-  const OnDevice on(op, c);
+  const OnDevice on(op, c, scale, shift, residual, residual_scale, residual_shift);
   Tensor y = new_like(c);
   OptionalTensor mask;
   if (save_mask) mask = new_bytes(c, (c.numel() + 7) / 8);
@@ -211,7 +220,7 @@ std::tuple<Tensor, Tensor, OptionalTensor> bn_add_relu_backward_reduce_op(Tensor
   check_like(op, "shortcut_c", shortcut_c, c);
   check_vector(op, "shortcut_mean", shortcut_mean, shape.channels);
   check_together(op, "shortcut_c, shortcut_mean", shortcut_c.has_value(), shortcut_mean.has_value());
-  const OnDevice on(op, c);
+  const OnDevice on(op, c, dy, mean, scale, shift, mask, shortcut_c, shortcut_mean);
   Tensor sum = new_vector(c, shape.channels), centered = new_vector(c, shape.channels);
   OptionalTensor shortcut;
   if (shortcut_c) shortcut = new_vector(c, shape.channels);
@@ -236,7 +245,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> bn_backward_coefficients_op(T
   check_vector(op, "mean", mean, channels);
   check_vector(op, "invstd", invstd, channels);
   check_vector(op, "scale", scale, channels);
-  const OnDevice on(op, sum_dz);
+  const OnDevice on(op, sum_dz, sum_dz_centered, mean, invstd, scale);
   Tensor dweight = new_vector(mean, channels);
   OptionalTensor b, k;
   if (training) {
@@ -260,7 +269,7 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input_op(
   check_like(op, "shortcut_c", shortcut_c, c);
   const Coefficients shortcut = coefficients_of(op, shortcut_a, shortcut_b, shortcut_k, shape.channels);
   check_together(op, "shortcut_c, shortcut_A", shortcut_c.has_value(), shortcut_a.has_value());
-  const OnDevice on(op, c);
+  const OnDevice on(op, c, dy, scale, shift, a, b, k, mask, shortcut_c, shortcut_a, shortcut_b, shortcut_k);
   Tensor dc = new_like(c);
   OptionalTensor dresidual;
   if (shortcut_c || save_dz) dresidual = new_like(c);
@@ -275,7 +284,7 @@ Tensor relu_backward_op(Tensor dy, Tensor mask) {
   const char* op = "relu_backward";
   check_activation(op, "dy", dy);
   check_mask(op, mask, dy);
-  const OnDevice on(op, dy);
+  const OnDevice on(op, dy, mask);
   Tensor dz = new_like(dy);
   check_launch(op, relu_backward({dtype_of(op, "dy", dy), dy.numel(), dy.const_data_ptr(),
                                   mask.const_data_ptr<uint8_t>(), dz.mutable_data_ptr()},
@@ -290,8 +299,8 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_forward_op(Tensor c, Tensor scale, Te
   const Pooling pooling = pooling_of(op, c, kernel_size, stride, padding);
   check_vector(op, "scale", scale, pooling.channels);
   check_vector(op, "shift", shift, pooling.channels);
-  const OnDevice on(op, c);
-  const int64_t height = pooling.pooled_height(), width = pooling.pooled_width();
+  const OnDevice on(op, c, scale, shift);
+  const int64_t height = pooling.pooled_height, width = pooling.pooled_width;
   Tensor y = new_channels_last(c, c.size(0), pooling.channels, height, width, dtype_code(c));
   Tensor indices = new_channels_last(c, c.size(0), pooling.channels, height, width, aoti_torch_dtype_uint8());
   check_launch(op, bn_relu_maxpool_forward({pooling, c.const_data_ptr(), data(scale), data(shift),
@@ -305,9 +314,9 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce_op(Tensor dy, Tensor 
   const char* op = "bn_relu_maxpool_backward_reduce";
   check_activation(op, "c", c);
   const Pooling pooling = pooling_of(op, c, kernel_size, stride, padding);
-  check_pooled(op, dy, indices, c, pooling.pooled_height(), pooling.pooled_width());
+  check_pooled(op, dy, indices, c, pooling.pooled_height, pooling.pooled_width);
   check_vector(op, "mean", mean, pooling.channels);
-  const OnDevice on(op, c);
+  const OnDevice on(op, c, dy, indices, mean);
   Tensor sum = new_vector(c, pooling.channels), centered = new_vector(c, pooling.channels);
   const Scratch scratch(c, bn_relu_maxpool_backward_reduce_workspace(pooling));
   check_launch(op, bn_relu_maxpool_backward_reduce({pooling, dy.const_data_ptr(), indices.const_data_ptr<uint8_t>(),
@@ -322,9 +331,9 @@ Tensor bn_relu_maxpool_backward_input_op(Tensor dy, Tensor indices, Tensor c, Te
   const char* op = "bn_relu_maxpool_backward_input";
   check_activation(op, "c", c);
   const Pooling pooling = pooling_of(op, c, kernel_size, stride, padding);
-  check_pooled(op, dy, indices, c, pooling.pooled_height(), pooling.pooled_width());
+  check_pooled(op, dy, indices, c, pooling.pooled_height, pooling.pooled_width);
   const Coefficients main = coefficients_of(op, a, b, k, pooling.channels);
-  const OnDevice on(op, c);
+  const OnDevice on(op, c, dy, indices, a, b, k);
   Tensor dc = new_like(c);
   check_launch(op, bn_relu_maxpool_backward_input({pooling, dy.const_data_ptr(), indices.const_data_ptr<uint8_t>(),
                                                    c.const_data_ptr(), main, dc.mutable_data_ptr()},

@@ -90,8 +90,12 @@ void bind_bn(py::module_& m) {
 void bind_stem(py::module_& m) {
   using P = Pooling;
   py::class_<P>(m, "Pooling")
-      .def(py::init<>()) VALUE(P, dtype) VALUE(P, batch) VALUE(P, height) VALUE(P, width) VALUE(P, channels)
-          VALUE(P, kernel_size) VALUE(P, stride) VALUE(P, padding);
+      .def(py::init([](Dtype dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, int kernel_size,
+                       int stride, int padding) {
+             return P{dtype, batch, height, width, channels, kernel_size, stride, padding};
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("height"), py::arg("width"),
+           py::arg("channels"), py::arg("kernel_size"), py::arg("stride"), py::arg("padding"));
   using F = BnReluMaxpoolForward;
   py::class_<F> forward(m, "BnReluMaxpoolForward");
   forward.def(py::init<>()) VALUE(F, pooling);

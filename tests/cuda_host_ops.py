@@ -62,7 +62,7 @@ class HostCudaOps:
         n, channels, h, w = c.shape
         sizes = {"batch": n, "channels": channels, "height": h, "width": w}
         window = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
-        return self._args("Pooling", dtype=self._dtype(c), **sizes, **window)
+        return self.module.Pooling(dtype=self._dtype(c), **sizes, **window)
 
     def _launch(self, op: str, args: Any, *workspace: Any) -> None:
         error = getattr(self.module, op)(args, *workspace)

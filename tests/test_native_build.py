@@ -1,6 +1,7 @@
 """What setup.py decides to build, from the environment and from what the machine has."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,11 @@ def test_ninja_file_of_a_path_with_spaces(build, tmp_path):
     target = folder / "x.o"
     text = build.ninja_file({target: ["g++", "it's"]}, {target: "library.cpp"}, ["ld"], folder / "lib.so")
     assert f"build {str(target).replace(' ', '$ ')}: compile" in text and "'it'\\''s'" in text
+
+
+def test_sources_use_no_macro_that_the_oldest_torch_lacks():
+    """The binary runs on torch 2.10 whatever it was built with; a source build there needs its headers' names alone."""
+    newer = re.compile(r"\bSTABLE_TORCH_ERROR_CODE_CHECK\b")  # of torch 2.13
+    sources = [path for path in SOURCE.parent.rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
+    assert len(sources) > 20
+    assert not [path.name for path in sources if newer.search(path.read_text())]

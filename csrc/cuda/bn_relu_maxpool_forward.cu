@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
   const T* c = static_cast<const T*>(args.c) + me.channel;  // [N, H, W, C], from this thread's channels
   for (int64_t step = me.row; step < plan.rows; step += plan.row_stride()) {
     const int64_t row = plan.backwards(step);
-    const Position out = position_of(row, pooling.pooled_height(), pooling.pooled_width());
+    const Position out = position_of(row, pooling.pooled_height, pooling.pooled_width);
     float best[V];
     Packet<uint8_t, V> index;
 #pragma unroll
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
 cudaError_t bn_relu_maxpool_forward(const BnReluMaxpoolForward& args, cudaStream_t stream) {
   const Pooling& pooling = args.pooling;
   if (!valid(pooling)) return cudaErrorInvalidValue;
-  const int64_t rows = pooling.batch * pooling.pooled_height() * pooling.pooled_width();
+  const int64_t rows = pooling.batch * pooling.pooled_height * pooling.pooled_width;
   if (rows * pooling.channels == 0) return cudaSuccess;
   DeviceLimits limits;
   const cudaError_t error = current_device_limits(&limits);

@@ -161,13 +161,14 @@ cudaError_t relu_backward(const ReluBackward& args, cudaStream_t stream);
 struct Pooling {
   Dtype dtype;
   int64_t batch, height, width, channels;  // of c; P = batch*height*width
-  int kernel_size, stride, padding;        // square, kernel_size <= 15, padding <= kernel_size / 2
+  int kernel_size = 1, stride = 1, padding = 0;  // square, kernel_size <= 15, padding <= kernel_size / 2
 
-  FUSEDRES_HOST_DEVICE int64_t pooled_height() const {
-    return (height + 2 * padding - kernel_size) / stride + 1;
-  }
-  FUSEDRES_HOST_DEVICE int64_t pooled_width() const {
-    return (width + 2 * padding - kernel_size) / stride + 1;
+  // divided once, on the host: a kernel would divide 64-bit numbers for every row
+  int64_t pooled_height = pooled(height);
+  int64_t pooled_width = pooled(width);
+
+  constexpr int64_t pooled(int64_t size) const {
+    return stride > 0 ? (size + 2 * padding - kernel_size) / stride + 1 : 0;
   }
 };
 

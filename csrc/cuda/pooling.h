@@ -40,7 +40,7 @@ __device__ __forceinline__ void gather_dz(float (&dz)[V], const Pooling& pooling
                                           const T* dy, const uint8_t* indices) {
   [[maybe_unused]] constexpr int kUnrolled = kKernel ? (kKernel + kStride - 1) / (kStride + !kStride) : 1;
   const Window<kKernel, kStride> window(pooling);
-  const int64_t pooled_height = pooling.pooled_height(), pooled_width = pooling.pooled_width();
+  const int64_t pooled_height = pooling.pooled_height, pooled_width = pooling.pooled_width;
   const int reach =
       (window.kernel + window.stride - 1) / window.stride;  // windows over one position, each way
   const int64_t bottom = (at.y + window.padding) / window.stride,

@@ -6,6 +6,9 @@
 
 namespace fusedres::cuda {
 
+// Partial results that a thread of the last block loads before it merges them: each load waits for L2.
+constexpr int kMergedAtOnce = 2;
+
 // floats of shared memory for N values: the upper half of a block's threads, and never fewer than its lanes
 template <int Values> constexpr int kMergeFloats = Values * kTileThreads / 2;
 
@@ -56,9 +59,21 @@ __device__ __forceinline__ bool merge_blocks(float (&acc)[N], float* shared, voi
   if (threadIdx.x == 0) atomicExch(counter, 0u);
 #pragma unroll
   for (int i = 0; i < N; i++) acc[i] = 0.f;
-  for (int group = row; group < plan.groups; group += plan.tile_rows) {
-    const float* theirs = partials + int64_t(group) * plan.partial_floats(N);
-    merge(acc, [&](int i) { return __ldcg(theirs + i * plan.lanes); });
+  for (int group = row; group < plan.groups; group += kMergedAtOnce * plan.tile_rows) {
+    float theirs[kMergedAtOnce][N];  // zeros beyond the last group
+#pragma unroll
+    for (int k = 0; k < kMergedAtOnce; k++) {
+      const int from = group + k * plan.tile_rows;
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        theirs[k][i] = 0.f;
+        if (from < plan.groups) {
+          theirs[k][i] = __ldcg(partials + int64_t(from) * plan.partial_floats(N) + i * plan.lanes);
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kMergedAtOnce; k++) merge(acc, [&](int i) { return theirs[k][i]; });
   }
   merge_block(acc, shared, plan, merge);
   return true;
