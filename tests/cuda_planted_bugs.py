@@ -62,8 +62,8 @@ BUGS = {
     "merge_in_order_of_arrival": PlantedBug(
         "bn_stats",
         "tile_reduce.h",
-        "partials + int64_t(group) * plan.partial_floats(N);",
-        "partials + int64_t((group + int(blockIdx.y)) % plan.groups) * plan.partial_floats(N);",
+        "partials + int64_t(from) * plan.partial_floats(N) +",
+        "partials + int64_t((from + int(blockIdx.y)) % plan.groups) * plan.partial_floats(N) +",
         "plain",
         WRONG,
     ),

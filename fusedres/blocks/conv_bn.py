@@ -57,12 +57,14 @@ def like_parameter(grad: Tensor, parameter: Tensor) -> Tensor:
 
 
 def bn_parameter_grads(
-    grads: BatchNormGrads, t: ConvBNTensors, needs: ConvBNNeeds
+    grads: BatchNormGrads, t: ConvBNTensors, needs: ConvBNNeeds, shared: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dweight and dbias of the BN, where wanted; in storage of their own: one sum may serve two BNs."""
+    """dweight and dbias of the BN, where wanted, in storage of their own. shared: another BN is given the same sum."""
     dweight = like_parameter(grads.dweight, t.bn_weight) if needs.bn_weight else None  # type: ignore[arg-type]
-    dbias = torch.empty_like(t.bn_bias).copy_(grads.dbias) if needs.bn_bias else None  # type: ignore[arg-type]
-    return dweight, dbias
+    if not needs.bn_bias:
+        return dweight, None
+    dbias = grads.dbias.clone() if shared else grads.dbias
+    return dweight, like_parameter(dbias, t.bn_bias)  # type: ignore[arg-type]
 
 
 def is_pointwise(unit: ConvBNConfig, t: ConvBNTensors) -> bool:

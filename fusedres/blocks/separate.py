@@ -130,6 +130,6 @@ def backward(
         dx, dweight, dbias = convolution_backward(
             ops, dshortcut, x, projection, units[-1], needs.units[-1], needs.x, dx
         )
-        parameter_grads = bn_parameter_grads(grads_shortcut, units[-1], needs.units[-1])
+        parameter_grads = bn_parameter_grads(grads_shortcut, units[-1], needs.units[-1], shared=True)
         unit_grads.append(ConvBNGrads(dweight, dbias, *parameter_grads))
     return BlockGrads(dx, dresidual, tuple(unit_grads))
