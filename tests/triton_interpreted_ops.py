@@ -166,6 +166,18 @@ def test_empty_batch_goes_to_the_next_backend(op):
         checks[op](ops, case)
 
 
+@pytest.mark.parametrize("rows", [16, 4])
+def test_moments_of_many_groups(rows, monkeypatch):
+    """32 tiles in two groups, and in eight, which are merged once more first: sizes that take 65,536 rows otherwise."""
+    from fusedres.triton_kernels import merge
+
+    monkeypatch.setattr(merge, "MERGE_ROWS", rows)
+    monkeypatch.setattr(merge, "BLOCK_ROWS", rows)  # a group is whole blocks
+    every = {str(case): case for case in raw_op_cases.cases_of("bn_stats")}
+    for case in (every["rows8000"], every["mean0"]):
+        check("bn_stats", replace(case, dtype=torch.float32))
+
+
 def test_the_late_center_of_bfloat16(monkeypatch):
     """bfloat16 subtracts center*dbias after the product; interpreted, float32 goes that way."""
     from fusedres.triton_kernels import conv1x1_backward_weight as module
