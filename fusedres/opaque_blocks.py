@@ -33,6 +33,7 @@ from fusedres.raw_ops import BatchNormVectors
 
 FAKE = Dispatcher((FakeOps(),))
 PARAMETERS = len(ConvBNNeeds._fields)
+ABSENT = (0, 0, 0)  # the shape that stands for no tensor: none that is kept has three dimensions
 UNIT_INTS = 9  # stride, padding, dilation: two each; groups; training; relu
 CONSTANTS = (
     "bool[] present, SymInt[] units, float[] eps, str shortcut, ScalarType dtype, str recipe, str backend"
@@ -117,7 +118,7 @@ def run_forward(
 ) -> list[Tensor]:
     """y and, with `save`, the flattened `Saved`, else each unit's mean and var of the batch.
 
-    A scalar stands for what is absent.
+    A tensor of shape ABSENT stands for what is absent: without elements, so two runs return the same.
     """
     config = constants.config
     with without_autocast(x.device.type):
@@ -127,7 +128,7 @@ def run_forward(
             held = [t for unit, v in seen for t in ((v.mean, v.var) if unit.training else (None, None))]
         else:
             held = out.saved.flatten()
-        return [out.y, *(x.new_empty(()) if t is None else t for t in held)]
+        return [out.y, *(x.new_empty(ABSENT) if t is None else t for t in held)]
 
 
 def run_backward(
@@ -143,7 +144,7 @@ def run_backward(
     """The gradients that `needs` names: of x, the residual, and each unit's parameters."""
     config = constants.config
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    held = tuple(None if t.dim() == 0 else t for t in saved)
+    held = tuple(None if t.dim() == len(ABSENT) else t for t in saved)
     units = tuple(ConvBNNeeds(*needs[i : i + PARAMETERS]) for i in range(2, len(needs), PARAMETERS))
     with without_autocast(x.device.type):
         grads = RECIPES[constants.recipe].backward(

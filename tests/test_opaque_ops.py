@@ -10,6 +10,7 @@ import raw_op_checks
 import torch
 from block_forms import FORMS, tensors_for
 from opaque_operators import Operators
+from raw_op_harness import poisoned_memory
 
 from fusedres.backends import native
 from fusedres.backends.fake import FakeOps
@@ -122,6 +123,17 @@ def test_block_operators(recipe, name):
             tuple(detached),
             test_utils=("test_schema", "test_faketensor"),
         )
+
+
+@pytest.mark.parametrize("recipe", ["separate", "gram"])
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("name", ["bottleneck-no-affine", "bottleneck-projection-conv-bias"])
+def test_a_block_operator_writes_all_that_it_returns(name, save, recipe):
+    (form,) = [form for form in FORMS if form.name == name]
+    args = block_arguments(form, recipe, torch.float64)
+    with torch.no_grad(), poisoned_memory():
+        outputs = torch.ops.fusedres.residual_block_forward(*args, save)
+    assert all(torch.isfinite(t).all() for t in outputs)
 
 
 def test_stem_operators():
