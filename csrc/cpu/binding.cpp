@@ -278,8 +278,16 @@ Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t 
   check_convolution(op, dy, x, height.kernel, height.stride, height.padding, height.dilation, 2);
   check_convolution(op, dy, x, width.kernel, width.stride, width.padding, width.dilation, 3);
   Tensor dw = new_channels_last(x, dy.size(1), x.size(1), kernel_height, kernel_width, dtype_code(x));
-  launch_conv_backward_weight({x.size(0), x.size(1), dy.size(1), height, width, data(dy), data(x), written(dw), 0,
-                               nullptr, nullptr, 0, 0});
+  ConvWeightArgs args{};
+  args.batch = x.size(0);
+  args.in_channels = x.size(1);
+  args.out_channels = dy.size(1);
+  args.height = height;
+  args.width = width;
+  args.dy = data(dy);
+  args.x = data(x);
+  args.dw = written(dw);
+  launch_conv_backward_weight(args);
   return dw;
 }
 

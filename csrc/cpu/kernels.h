@@ -106,16 +106,28 @@ struct ConvAxis {
   int64_t in, out, kernel, stride, padding, dilation;
 };
 
+constexpr int64_t kPackedIn = 128;  // input channels packed at once: whole tiles, few of the second cache's ways
+
+// Positions of one row of dy, beside each other where their x is.
+struct Stretch {
+  const float* x;     // packed, of the first position
+  int64_t position;   // of the first, in the piece
+  int64_t positions;
+};
+
+// A piece of the gradient's sum: rows of dy, of N*height.out, whose copies stay in the cache.
 struct ConvWeightArgs {
   int64_t batch, in_channels, out_channels;
   ConvAxis height, width;
-  const float* dy;              // [N, height.out, width.out, out_channels]
-  const float* x;               // [N, height.in, width.in, in_channels]
-  float* dw;                    // [out_channels, height.kernel, width.kernel, in_channels], zero at first
-  int64_t piece;                // rows of dy, of N*height.out, that are packed at a time
-  float* packed_dy;             // [piece*width.out * channels of the call + 8], scratch
-  float* packed_x;              // [piece*width.out, 2*width of a vector], scratch
-  int64_t first_in, last_in;    // input channels that the call is for
+  const float* dy;             // [N, height.out, width.out, out_channels]
+  const float* x;              // [N, height.in, width.in, in_channels]
+  float* dw;                   // [out_channels, height.kernel, width.kernel, in_channels], added to
+  int64_t first_out, last_out, first_in, last_in, first_tap, last_tap;  // what of dw the call is for
+  int64_t begin, end;          // rows of dy
+  int64_t x_begin, x_end;      // rows of x, of N*height.in, that they read, if the kernel has more than one
+  float* packed_dy;            // scratch, of packed_dy_size
+  float* packed_x;             // scratch, of packed_x_size, aligned to a vector
+  Stretch* stretches;          // [end - begin], scratch
 };
 
 // One set of kernels, compiled for one instruction set. Each walks rows [begin, end): of `period` elements, or,
@@ -130,9 +142,7 @@ struct Kernels {
   void (*relu_backward)(const MaskArgs&, int64_t begin, int64_t end);
   void (*bn_relu_maxpool_forward)(const PoolForwardArgs&, int64_t begin, int64_t end);
   void (*bn_relu_maxpool_backward)(const PoolBackwardArgs&, int64_t begin, int64_t end);
-  // output channels [channel, channel + channels), taps [tap, last_tap) of height.kernel*width.kernel
-  void (*conv_backward_weight)(const ConvWeightArgs&, int64_t channel, int64_t channels, int64_t tap,
-                               int64_t last_tap);
+  void (*conv_backward_weight)(const ConvWeightArgs&);
 };
 
 extern const Kernels avx2_kernels;

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cstdint>
+#include <vector>
 
 #include "launch.h"
 #include "split.h"
@@ -7,11 +9,12 @@ namespace fusedres::cpu {
 
 namespace {
 
-constexpr int64_t kPositions = 256;  // about as many are packed at a time: 16 KiB of x
+constexpr int64_t kPositions = 256;  // of dy, about as many are packed at a time
 constexpr int64_t kFewestOut = 24;   // output channels of a thread: packing x must pay
 constexpr int64_t kFewestIn = 32;    // input channels of a thread: packing dy must pay
-constexpr int64_t kVectorsIn = 2;    // of packed_x
-constexpr int64_t kSlack = 8;        // floats that packing may write beyond the last
+constexpr int64_t kVectorsIn = 2;    // of a position in packed_x
+constexpr int64_t kSlack = 16;       // floats that packing may write beyond a panel of dy
+constexpr int64_t kLine = 16;        // floats of a line of the cache
 
 // The most pieces, up to `limit`, that divide the threads: their shares come out equal.
 int64_t divisor(int64_t threads, int64_t limit) {
@@ -20,31 +23,80 @@ int64_t divisor(int64_t threads, int64_t limit) {
   return pieces;
 }
 
+// Rows [x_begin, x_end) of x, of N*in, in which all lie that rows [begin, end) of dy, of N*out, read.
+void find_rows(ConvWeightArgs& args) {
+  const ConvAxis& axis = args.height;
+  const int64_t reach = (axis.kernel - 1) * axis.dilation + 1 - axis.padding, last = args.end - 1;
+  const auto row = [&](int64_t image, int64_t at) { return image * axis.in + std::clamp<int64_t>(at, 0, axis.in); };
+  args.x_begin = row(args.begin / axis.out, args.begin % axis.out * axis.stride - axis.padding);
+  args.x_end = std::max(args.x_begin, row(last / axis.out, last % axis.out * axis.stride + reach));
+}
+
+struct Scratch {
+  Scratch(const ConvWeightArgs& args, int64_t piece)
+      : dy((piece * args.width.out + kSlack) * (args.last_out - args.first_out)), stretches(piece) {
+    const int64_t rows = args.batch * args.height.out, columns = args.width.in + args.width.stride;
+    int64_t most = piece;
+    for (ConvWeightArgs part = args; part.begin < rows; part.begin = part.end) {
+      part.end = std::min(rows, part.begin + piece);
+      find_rows(part);
+      most = std::max(most, part.x_end - part.x_begin);
+    }
+    x.resize(most * columns * kPackedIn + kLine);
+  }
+
+  float* aligned_x() {
+    const auto address = reinterpret_cast<uintptr_t>(x.data()), line = kLine * sizeof(float);
+    return reinterpret_cast<float*>((address + line - 1) / line * line);
+  }
+
+  std::vector<float> dy, x;
+  std::vector<Stretch> stretches;
+};
+
+// What of dw `args` is for, piece by piece.
+void add_pieces(ConvWeightArgs args) {
+  const int64_t rows = args.batch * args.height.out;
+  const int64_t piece = std::max<int64_t>(1, kPositions / std::max<int64_t>(args.width.out, 1));
+  Scratch scratch(args, piece);
+  args.packed_dy = scratch.dy.data();
+  args.packed_x = scratch.aligned_x();
+  args.stretches = scratch.stretches.data();
+  for (; args.begin < rows; args.begin = args.end) {
+    args.end = std::min(rows, args.begin + piece);
+    find_rows(args);
+    kernels()->conv_backward_weight(args);
+  }
+}
+
 }  // namespace
 
-// Threads share the output channels and, where those are too few, the input channels and then the taps: what each adds
-// up, and in which order, does not depend on how many there are.
+// Threads share the channels there are more of, then the others and then the taps, as far as shares would not be too
+// small: what each adds up, and in which order, does not depend on how many there are.
 void launch_conv_backward_weight(ConvWeightArgs args) {
   const int64_t threads = torch::stable::get_num_threads(), taps = args.height.kernel * args.width.kernel;
-  const int64_t blocks = divisor(threads, args.out_channels / kFewestOut);
-  const int64_t parts = divisor(threads / blocks, args.in_channels / kFewestIn);
+  int64_t blocks = args.out_channels / kFewestOut, parts = args.in_channels / kFewestIn;
+  if (args.out_channels >= args.in_channels) {
+    blocks = divisor(threads, blocks);
+    parts = divisor(threads / blocks, parts);
+  } else {
+    parts = divisor(threads, parts);
+    blocks = divisor(threads / parts, blocks);
+  }
   const int64_t groups = std::min(taps, threads / blocks / parts);
-  const int64_t panel = kVectorsIn * kernels()->width, panels = (args.in_channels + panel - 1) / panel;
+  const int64_t lanes = kVectorsIn * kernels()->width, panels = (args.in_channels + lanes - 1) / lanes;
   std::fill_n(args.dw, args.out_channels * taps * args.in_channels, 0.0f);
-  args.piece = std::max<int64_t>(1, kPositions / std::max<int64_t>(args.width.out, 1));
-  const int64_t positions = args.piece * args.width.out;
   torch::stable::parallel_for(0, blocks * parts * groups, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t block = task % blocks, part = task / blocks % parts, group = task / blocks / parts;
-      const int64_t channel = args.out_channels * block / blocks;
-      const int64_t channels = args.out_channels * (block + 1) / blocks - channel;
-      std::vector<float> dy(positions * channels + kSlack), x(positions * panel);
       ConvWeightArgs mine = args;
-      mine.first_in = panels * part / parts * panel;
-      mine.last_in = std::min(args.in_channels, panels * (part + 1) / parts * panel);
-      mine.packed_dy = dy.data();
-      mine.packed_x = x.data();
-      kernels()->conv_backward_weight(mine, channel, channels, taps * group / groups, taps * (group + 1) / groups);
+      mine.first_out = args.out_channels * block / blocks;
+      mine.last_out = args.out_channels * (block + 1) / blocks;
+      mine.first_in = panels * part / parts * lanes;
+      mine.last_in = std::min(args.in_channels, panels * (part + 1) / parts * lanes);
+      mine.first_tap = taps * group / groups;
+      mine.last_tap = taps * (group + 1) / groups;
+      add_pieces(mine);
     }
   });
 }

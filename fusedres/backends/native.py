@@ -42,10 +42,11 @@ DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 
-# conv_backward_weight, against oneDNN 3.12 at ResNet-50's shapes, batch 16, on two Zen 3 cores and on two of Zen 4
+# conv_backward_weight, against oneDNN 3.12 at ResNet-50's shapes, batch 16, on two cores each of Zen 3, Zen 4 and
+# Cascade Lake
 FEWEST_CHANNELS = 64
 FEWEST_WEIGHTS = 128 * 512  # of a pointwise convolution
-LIBRARY_CHANNELS = {"avx512": 256}  # where oneDNN is as fast without stride, up to so many channels
+LIBRARY_CHANNELS = {"avx512": 128}  # where oneDNN is as fast without stride, up to so many channels
 FEWEST_WEIGHTS_PER_THREAD = 2048  # with fewer, shares are too small or unequal
 
 
