@@ -63,7 +63,7 @@ wheel: $(STAMP)
 		--wheel-dir $(WHEELS) build/wheel/*.whl
 
 # One wheel, built here once, under other Pythons and other torches. Downloads gigabytes for each.
-ABI_HOSTS ?= python3.12:2.15.0 python3.13:2.10.0
+ABI_HOSTS ?= python3.12:2.14.1 python3.13:2.10.0
 test-abi: $(STAMP)
 	rm -rf build/abi/dist
 	$(MAKE) wheel WHEELS=build/abi/dist ARCHS="$(or $(ARCHS),90)"

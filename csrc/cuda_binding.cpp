@@ -4,7 +4,10 @@
 // current stream comes from libtorch_cuda, looked up at the first launch.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+
+#include <optional>
 
 #include "allocate.h"
 #include "checks.h"
@@ -43,20 +46,14 @@ class OnDevice {
   OnDevice(const char* op, const Tensor& t, const Others&... others) : op_(op) {
     (check_with(t, others), ...);
     const int device = t.get_device_index();
-    check_runs_on(device);  // first: what throws below this constructor is not undone
-    check_launch(op, cudaGetDevice(&previous_));
-    if (device == previous_) {
-      previous_ = -1;
-    } else {
-      check_launch(op, cudaSetDevice(device));
-    }
+    check_runs_on(device);
+    int current = -1;
+    check_launch(op, cudaGetDevice(&current));
+    if (device != current) guard_.emplace(device);  // torch's: it makes no context where it goes back to
     static const CurrentStream current_stream = find_current_stream();
     void* handle = nullptr;
     TORCH_ERROR_CODE_CHECK(current_stream(device, &handle));
     stream = static_cast<cudaStream_t>(handle);
-  }
-  ~OnDevice() {
-    if (previous_ >= 0) cudaSetDevice(previous_);
   }
   OnDevice(const OnDevice&) = delete;
   OnDevice& operator=(const OnDevice&) = delete;
@@ -84,7 +81,7 @@ class OnDevice {
   }
 
   const char* op_;
-  int previous_ = -1;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
 Dtype dtype_of(const char* op, const char* name, const Tensor& t) {
