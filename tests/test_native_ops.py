@@ -94,6 +94,14 @@ def test_weight_gradient_kernel_of_any_size(case):
     CHECKS["conv_backward_weight"](native.NativeOps(), case)
 
 
+@pytest.mark.parametrize("form", ["3x3", "3x3s2", "1x1", "1x1s2", "5x3"])
+def test_weight_gradient_kernel_of_more_than_it_copies_at_once(form):
+    """Of positions, which pieces share that end inside an image, and of input channels."""
+    first = next(c for c in WEIGHT_GRADIENTS if c.form == form and c.dtype == torch.float32)
+    case = replace(first, id="large", shape=(5, 150, 20, 31), layout="channels_last")
+    CHECKS["conv_backward_weight"](native.NativeOps(), case)
+
+
 @pytest.mark.parametrize("cin", [64, 72])
 def test_weight_gradient_does_not_depend_on_the_number_of_threads(cin):
     """Shared by output channels alone, by input channels as well, and by taps as well."""
