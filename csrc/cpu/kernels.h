@@ -89,9 +89,15 @@ struct PoolForwardArgs {
   uint8_t* indices;             // like y
 };
 
+// The windows of one axis that contain a position: [first, last].
+struct Covering {
+  int64_t first, last;
+};
+
 struct PoolBackwardArgs {
   Dtype dtype;
   Window window;
+  const Covering *rows, *columns;  // [height], [width]
   const void *dy, *c;
   const uint8_t* indices;
   const float* mean;            // [channels], padded; for the sums

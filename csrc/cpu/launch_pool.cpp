@@ -19,6 +19,24 @@ std::vector<float> padded(const Window& window, const float* vector) {
   return values;
 }
 
+// Of every position of an axis: divided here, once, and not for every position of every row.
+std::vector<Covering> coverings(const Window& window, int64_t size, int64_t out_size) {
+  std::vector<Covering> found(size);
+  for (int64_t at = 0; at < size; ++at) {
+    const int64_t end = at + window.padding;
+    const int64_t first = (end - window.kernel_size + window.stride) / window.stride;
+    found[at] = {std::max<int64_t>(0, first), std::min(out_size - 1, end / window.stride)};
+  }
+  return found;
+}
+
+struct Coverings {
+  explicit Coverings(const Window& window)
+      : rows(coverings(window, window.height, window.out_height)),
+        columns(coverings(window, window.width, window.out_width)) {}
+  std::vector<Covering> rows, columns;
+};
+
 }  // namespace
 
 void launch_bn_relu_maxpool_forward(Dtype dtype, int64_t batch, const Window& window, const void* c, Affine affine,
@@ -35,11 +53,12 @@ void launch_bn_relu_maxpool_backward_reduce(Dtype dtype, int64_t batch, const Wi
                                             const uint8_t* indices, const void* c, const float* mean,
                                             float* sum_dz, float* sum_centered) {
   const std::vector<float> center = padded(window, mean);
+  const Coverings covering(window);
   const int64_t rows = batch * window.height, chunks = count_chunks(rows, window.width * window.channels);
   PartialSums partial(chunks, 2, padded_channels(window));
   parallel_chunks(chunks, rows, [&](int64_t chunk, int64_t begin, int64_t end) {
-    const PoolBackwardArgs args{dtype, window, dy, c, indices, center.data(), {}, nullptr,
-                                partial.scratch(chunk), partial.sums(chunk)};
+    const PoolBackwardArgs args{dtype, window, covering.rows.data(), covering.columns.data(), dy, c, indices,
+                                center.data(), {}, nullptr, partial.scratch(chunk), partial.sums(chunk)};
     kernels()->bn_relu_maxpool_backward(args, begin, end);
   });
   for (int64_t j = 0; j < window.channels; ++j) {
@@ -51,8 +70,9 @@ void launch_bn_relu_maxpool_backward_reduce(Dtype dtype, int64_t batch, const Wi
 void launch_bn_relu_maxpool_backward_input(Dtype dtype, int64_t batch, const Window& window, const void* dy,
                                            const uint8_t* indices, const void* c, Coefficients main, void* dc) {
   const std::vector<float> a = padded(window, main.a), b = padded(window, main.b), k = padded(window, main.k);
-  const PoolBackwardArgs args{dtype, window, dy, c, indices, nullptr, {pointer(a), pointer(b), pointer(k)}, dc,
-                              nullptr, nullptr};
+  const Coverings covering(window);
+  const PoolBackwardArgs args{dtype, window, covering.rows.data(), covering.columns.data(), dy, c, indices,
+                              nullptr, {pointer(a), pointer(b), pointer(k)}, dc, nullptr, nullptr};
   const int64_t rows = batch * window.height;
   parallel_chunks(count_chunks(rows, window.width * window.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
     kernels()->bn_relu_maxpool_backward(args, begin, end);

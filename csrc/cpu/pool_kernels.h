@@ -85,14 +85,6 @@ void bn_relu_maxpool_forward(const PoolForwardArgs& args, int64_t begin, int64_t
   });
 }
 
-// The windows of one axis that contain position `at`: [first, last].
-struct Covering {
-  int64_t first, last;
-  Covering(int64_t at, int64_t count, const Window& w)
-      : first(at_least(0, (at + w.padding - w.kernel_size + w.stride) / w.stride)),
-        last(at_most(count - 1, (at + w.padding) / w.stride)) {}
-};
-
 // dz of kWidth channels at row h, column x of image n: dy of the windows whose maximum lies there.
 template <class T>
 inline Float gather(const PoolBackwardArgs& args, int64_t n, int64_t h, int64_t x, Covering rows, Covering columns,
@@ -118,13 +110,13 @@ void pool_backward_rows(const PoolBackwardArgs& args, int64_t begin, int64_t end
   float *sum = args.partial, *centered = args.partial + padded;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t n = row / w.height, h = row % w.height;
-    const Covering rows(h, w.out_height, w);
+    const Covering rows = args.rows[h];
     if constexpr (sums) {
       for (int64_t i = 0; i < 2 * padded; i += kWidth) store(args.partial + i, zero());
     }
     for (int64_t x = 0; x < w.width; ++x) {
       const int64_t at = (row * w.width + x) * w.channels;
-      const Covering columns(x, w.out_width, w);
+      const Covering columns = args.columns[x];
       for (int64_t i = 0; i < w.channels; i += kWidth) {
         const Float c = load_lanes(static_cast<const T*>(args.c) + at + i, w.channels - i);
         const Float dz = gather<T>(args, n, h, x, rows, columns, i);
