@@ -70,6 +70,10 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "conv_backward_weight(Tensor dy, Tensor x, int kernel_height, int kernel_width, int stride_height,"
       " int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width) -> Tensor");
+  m.def("conv_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask) -> Tensor");
+  // of a convolution with stride: added to dx
+  m.def(
+      "conv_backward_input_(Tensor(a!) dx, Tensor dy, Tensor weight, int stride_height, int stride_width) -> ()");
   // the instruction set in use; "none" below AVX2
   m.def("cpu_capability() -> str");
   // whether the processor has instructions for products of bfloat16

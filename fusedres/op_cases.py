@@ -187,6 +187,8 @@ def product_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase]:
     kernel = t.normal(narrow_channels, narrow_channels, 3, 3) / (3 * narrow_channels**0.5)
     geometry = ((1, 1), (1, 1), (1, 1), 1)
     yield OpCase("conv_backward_weight", "conv_backward_weight", (dy, c, (3, 3), *geometry))
+    onto = (dy, wide, reduce, (1, 1), (0, 0), (1, 1), 1, dy_wide, mask)
+    yield OpCase("conv_backward_input", "conv_backward_input", onto)
     inference = (c, kernel, t.normal(narrow_channels), dy, True, *geometry)
     yield OpCase("conv_bias_add_relu_forward", "conv_bias_add_relu_forward", inference)
 

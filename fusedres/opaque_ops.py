@@ -22,7 +22,7 @@ from fusedres.dispatch import AUTO, dispatcher
 from fusedres.raw_ops import RAW_OPS, BatchNormGrads, BatchNormVectors, Conv1x1Output, GramGrads, RawOps
 
 NAMESPACE = "fusedres"
-GIVEN_AWAY = ("reuse_c", "reuse_dy")
+GIVEN_AWAY = ("reuse_c", "reuse_dy", "reuse_shortcut")
 TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",

@@ -27,7 +27,7 @@ Mask
     of the tensor in NHWC order. A set bit means the gradient passes: `not (y <= 0)`, so NaN passes, as in torch.
 
 Kernels are pure: they never update running statistics, and write an argument only where the caller gives it away
-(`reuse_c`, `reuse_dy`), which a backend may ignore.
+(`reuse_c`, `reuse_dy`, `reuse_shortcut`), which a backend may ignore.
 Formulas: Ioffe & Szegedy 2015 (batch normalisation); the Gram identity is derived in `fusedres.blocks.gram`.
 """
 
@@ -375,6 +375,25 @@ class RawOps(Protocol):
         """`dW` [Cout, Cin/groups, kh, kw] of `conv2d(x, W)`, in the accumulation dtype and x's memory format.
 
         dy [N, Cout, H', W'], x [N, Cin, H, W]. Sums over the positions that lie inside x: padding is never read.
+        """
+
+    def conv_backward_input(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        shortcut_dy: Tensor | None = None,
+        shortcut_mask: Tensor | None = None,
+        reuse_shortcut: bool = False,
+    ) -> Tensor:
+        """`dx` [N, Cin, H, W] of `conv2d(x, weight)`, plus shortcut_dy, taken through shortcut_mask if that is given.
+
+        dy [N, Cout, H', W'], weight [Cout, Cin/groups, kh, kw], x [N, Cin, H, W], of which only the form is read,
+        shortcut_dy like x. reuse_shortcut: dx may be in the storage of shortcut_dy.
         """
 
     # ---------------------------------------------------------------- inference

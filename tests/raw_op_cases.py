@@ -104,6 +104,15 @@ FORMS = {
     "bn_relu_maxpool_backward_reduce": ("3x3s2p1", "2x2s2p0", "3x3s1p1", "5x5s3p2"),
     "bn_relu_maxpool_backward_input": ("3x3s2p1", "2x2s2p0", "3x3s1p1", "5x5s3p2", "3x3s2p1_frozen"),
     "conv_backward_weight": ("3x3s2", "3x3", "1x1", "1x1s2", "5x3", "groups"),
+    "conv_backward_input": (
+        "1x1_mask",
+        "1x1_identity",
+        "1x1",
+        "1x1s2_identity",
+        "3x3_mask",
+        "3x3s2",
+        "groups_identity",
+    ),
     "conv_bias_add_relu_forward": (
         "bias_identity",
         "identity",

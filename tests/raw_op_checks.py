@@ -27,6 +27,7 @@ from raw_op_pool_checks import (
     check_bn_relu_maxpool_backward_input,
     check_bn_relu_maxpool_backward_reduce,
     check_bn_relu_maxpool_forward,
+    check_conv_backward_input,
     check_conv_backward_weight,
     check_conv_bias_add_relu_forward,
 )
@@ -220,5 +221,6 @@ CHECKS: dict[str, Callable[[Any, Case], None]] = {
     "bn_relu_maxpool_backward_reduce": check_bn_relu_maxpool_backward_reduce,
     "bn_relu_maxpool_backward_input": check_bn_relu_maxpool_backward_input,
     "conv_backward_weight": check_conv_backward_weight,
+    "conv_backward_input": check_conv_backward_input,
     "conv_bias_add_relu_forward": check_conv_bias_add_relu_forward,
 }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from raw_op_cases import Case, Inputs
-from raw_op_harness import assert_accurate, assert_input_gradient, assert_sums, eager_affine, row, run
+from raw_op_harness import assert_accurate, assert_input_gradient, assert_sums, eager_affine, pack, row, run
 from torch import Tensor
 
 NO_GRADIENT = 255
@@ -152,3 +152,32 @@ def check_conv_backward_weight(ops: Any, case: Case) -> None:
     assert dw.dtype == inputs.acc and dw.shape == weight.shape
     eager = plain(case.dtype).to(inputs.acc)
     assert_accurate(dw, eager, with_nan_of_the_library(plain(torch.float64), eager), "dW")
+
+
+def check_conv_backward_input(ops: Any, case: Case) -> None:
+    inputs = Inputs(case)
+    x, channels = inputs.c(), case.shape[1]
+    name, *parts = case.form.split("_")
+    groups = next(g for g in (4, 3, 1) if channels % g == 0) if name == "groups" else 1
+    kernel, *window = WINDOWS[name]
+    weight = inputs.random((2 * groups + channels // groups * groups, channels // groups, *kernel))
+    weight = inputs.place(weight, weight.stride(), case.dtype)
+    shape = F.conv2d(
+        x.to("meta", torch.float32), weight.to("meta", torch.float32), None, *window, groups
+    ).shape
+    dy = inputs.dy(tuple(shape))
+    shortcut = inputs.dy() if parts else None
+    keep = (inputs.random(case.shape) > 0).to(case.device) if "mask" in parts else None
+    mask = None if keep is None else pack(keep, inputs)
+    dx = run(ops, "conv_backward_input", inputs, dy, x, weight, *window, groups, shortcut, mask)
+
+    def plain(dtype: torch.dtype) -> torch.Tensor:
+        args = dy.to(dtype), x.to(dtype), weight.to(dtype), None, *window, False, (0, 0), groups
+        found = torch.ops.aten.convolution_backward(*args, [True, False, False])[0]
+        if shortcut is None:
+            return found
+        return found + (shortcut if keep is None else torch.where(keep, shortcut, 0)).to(dtype)
+
+    assert dx.dtype == case.dtype and dx.shape == x.shape
+    eager = plain(case.dtype)
+    assert_accurate(dx, eager, with_nan_of_the_library(plain(torch.float64), eager), "dx")

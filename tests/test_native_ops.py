@@ -48,6 +48,11 @@ def expected_backend(op, case):
         left = case.form in ("3x3", "groups") and case.shape[1] + 2 <= native.library_channels()
         grouped = case.form == "groups" and (case.shape[1] % 4 == 0 or case.shape[1] % 3 == 0)
         return "native" if dense and many and wide and not grouped and not left else "reference"
+    if op == "conv_backward_input":
+        exact, dense = case.dtype == torch.float32, case.layout in ("channels_last", "offset")
+        added = "identity" in case.form and (exact or case.dtype in native.fused_convolution_dtypes())
+        alone = exact and (case.form == "1x1" or (case.form == "1x1_mask" and case.shape[1] % 8 == 0))
+        return "native" if dense and case.form.startswith("1x1") and (added or alone) else "reference"
     kernel3 = case.form in ("3x3s2", "groups", "dilation")  # these have a residual too
     one_position = case.shape[2:] == (1, 1)  # dense in both formats
     if op == "conv_bias_add_relu_forward" and one_position and (kernel3 or "identity" in case.form):
@@ -128,6 +133,88 @@ def test_weight_gradient_is_left_to_the_library_where_threads_would_have_little_
         assert native.NativeOps().supports("conv_backward_weight", *args) == "too_many_threads"
     finally:
         torch.set_num_threads(threads)
+
+
+INPUT_GRADIENTS = ("1x1_mask", "1x1_identity", "1x1", "1x1s2_identity")
+
+
+@pytest.mark.parametrize("form", INPUT_GRADIENTS)
+def test_input_gradient_kernel_of_more_than_it_multiplies_at_once(form):
+    """Of positions, of input and of output channels, none of them in whole tiles."""
+    case = Case("large", (2, 600, 11, 13), form=form)
+    CHECKS["conv_backward_input"](native.NativeOps(), case)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_input_gradient_into_the_storage_of_another(dtype, stride):
+    x, shortcut = (
+        torch.randn(3, 24, 9, 7).to(DTYPES[dtype], memory_format=torch.channels_last) for _ in range(2)
+    )
+    weight = torch.randn(40, 24, 1, 1).to(x.dtype, memory_format=torch.channels_last)
+    dy = torch.randn(3, 40, -(-9 // stride), -(-7 // stride))
+    dy = dy.to(x.dtype, memory_format=torch.channels_last)
+    args = dy, x, weight, (stride, stride), (0, 0), (1, 1), 1, shortcut
+    expected = native.NativeOps().conv_backward_input(*args)
+    assert expected is not shortcut
+    dx = native.NativeOps().conv_backward_input(*args, reuse_shortcut=True)
+    assert dx is shortcut and torch.equal(bits(dx.contiguous()), bits(expected.contiguous()))
+
+
+def test_input_gradient_does_not_depend_on_the_number_of_threads():
+    dy, x = (torch.randn(4, c, 30, 30).contiguous(memory_format=torch.channels_last) for c in (72, 96))
+    weight = torch.randn(72, 96, 1, 1)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5, 16):
+            torch.set_num_threads(count)
+            found.append(native.NativeOps().conv_backward_input(dy, x, weight, (1, 1), (0, 0), (1, 1), 1))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(8, 16, 3, 3)}, r"weight is \[8, 16, 3, 3\], needed \[8, Cin, 1, 1\]"),
+        ({"weight": torch.zeros(9, 16, 1, 1)}, r"weight is \[9, 16, 1, 1\]"),
+        ({"weight": torch.zeros(8, 16, 1, 1).double()}, "weight is float64, needed float32"),
+        ({"dy": torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16)}, "dy is bfloat16, needed float32"),
+        ({"shortcut_dy": torch.zeros(2, 16, 5, 6)}, r"shortcut_dy is \[2, 16, 5, 6\]"),
+        ({"shortcut_mask": torch.zeros(3, dtype=torch.uint8)}, r"mask is uint8 \[3\], needed uint8 \[100\]"),
+        ({"shortcut_dy": None}, "shortcut_mask is without shortcut_dy"),
+        ({"weight": torch.zeros(8, 12, 1, 1), "shortcut_dy": torch.zeros(2, 12, 5, 5)}, "12 bits a position"),
+    ],
+)
+def test_input_gradient_says_what_is_wrong(change, message):
+    args = {
+        "dy": torch.zeros(2, 8, 5, 5),
+        "weight": torch.zeros(8, 16, 1, 1),
+        "shortcut_dy": torch.zeros(2, 16, 5, 5),
+    } | change
+    for name, value in args.items():
+        if value is not None and value.dim() == 4:
+            args[name] = value.contiguous(memory_format=torch.channels_last)
+    args.setdefault(
+        "shortcut_mask", torch.zeros(-(-2 * args["weight"].shape[1] * 25 // 8), dtype=torch.uint8)
+    )
+    native.load()
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fusedres_native.conv_backward_input(**args)
+
+
+def test_input_gradient_in_place_says_what_is_wrong():
+    native.load()
+    dx, dy = (torch.zeros(2, c, 5, 5).contiguous(memory_format=torch.channels_last) for c in (16, 8))
+    with pytest.raises(
+        RuntimeError, match=r"dy is \[2, 8, 5, 5\], needed the output's shape, 3 along dimension 2"
+    ):
+        torch.ops.fusedres_native.conv_backward_input_(dx, dy, torch.zeros(8, 16, 1, 1), 2, 2)
+    with pytest.raises(RuntimeError, match=r"dx is \[2, 15, 5, 5\], needed 16 channels"):
+        torch.ops.fusedres_native.conv_backward_input_(
+            dx[:, :15].contiguous(memory_format=torch.channels_last), dy, torch.zeros(8, 16, 1, 1), 1, 1
+        )
 
 
 REUSED = [c for c in cases_of("bn_add_relu_forward") if "mask" not in c.form and c.layout == "channels_last"]

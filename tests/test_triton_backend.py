@@ -31,7 +31,11 @@ def activation(*shape, dtype=torch.float16, memory_format=NHWC):
 
 
 def test_serves_every_raw_op_but_library_convolutions():
-    assert set(RAW_OPS) - set(SERVED) == {"conv_bias_add_relu_forward", "conv_backward_weight"}
+    assert set(RAW_OPS) - set(SERVED) == {
+        "conv_bias_add_relu_forward",
+        "conv_backward_input",
+        "conv_backward_weight",
+    }
     assert all(hasattr(TritonOps, op) for op in SERVED)
 
 

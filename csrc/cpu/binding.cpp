@@ -291,6 +291,68 @@ Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t 
   return dw;
 }
 
+ConvInputArgs input_args(const char* op, const Tensor& dy, const Tensor& weight) {
+  check_activation(op, "dy", dy);
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"dy", dy}, {"weight", weight}}) {
+    if (t.scalar_type() != ScalarType::Float) {
+      fail(op, name, dtype_name(t.scalar_type()), "float32", "convert it, or use backend='reference'");
+    }
+  }
+  check_channels_last(op, "weight", weight);
+  check_device(op, "weight", weight, false);
+  if (weight.size(0) != dy.size(1) || weight.size(2) != 1 || weight.size(3) != 1) {
+    fail(op, "weight", sizes_of(weight), "[" + std::to_string(dy.size(1)) + ", Cin, 1, 1]",
+         "pass the weight of the 1x1 convolution that dy is the gradient of");
+  }
+  ConvInputArgs args{};
+  args.batch = dy.size(0);
+  args.in_channels = weight.size(1);
+  args.out_channels = dy.size(1);
+  args.dy = data(dy);
+  args.weight = data(weight);
+  return args;
+}
+
+// dy [N, Cout, H, W], weight [Cout, Cin, 1, 1], shortcut_dy and the result [N, Cin, H, W]
+Tensor conv_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy, OptionalTensor mask) {
+  const char* op = "conv_backward_input";
+  ConvInputArgs args = input_args(op, dy, weight);
+  const int64_t height = dy.size(2), width = dy.size(3);
+  Tensor dx = new_channels_last(dy, dy.size(0), weight.size(1), height, width, dtype_code(dy));
+  check_like(op, "shortcut_dy", shortcut_dy, dx);
+  if (mask && !shortcut_dy) fail(op, "shortcut_mask", "without shortcut_dy", "both or no mask", "pass the pair");
+  check_mask(op, mask, dx);
+  if (mask && args.in_channels % 8 != 0) {
+    fail(op, "shortcut_mask", std::to_string(args.in_channels) + " bits a position", "a multiple of 8",
+         "use backend='reference'");
+  }
+  args.height = {height, height, 1, 1, 0, 1};
+  args.width = {width, width, 1, 1, 0, 1};
+  args.shortcut_dy = data(shortcut_dy);
+  args.mask = mask_data(mask);
+  args.dx = written(dx);
+  launch_conv_backward_input(args);
+  return dx;
+}
+
+// dx [N, Cin, H, W], added to; dy [N, Cout, H', W']
+void conv_backward_input_(Tensor dx, Tensor dy, Tensor weight, int64_t stride_height, int64_t stride_width) {
+  const char* op = "conv_backward_input";
+  ConvInputArgs args = input_args(op, dy, weight);
+  check_activation(op, "dx", dx);
+  check_like(op, "dx", dx, dx, ScalarType::Float);
+  if (dx.size(1) != args.in_channels) {
+    fail(op, "dx", sizes_of(dx), std::to_string(args.in_channels) + " channels", "pass the input's gradient");
+  }
+  check_convolution(op, dy, dx, 1, stride_height, 0, 1, 2);
+  check_convolution(op, dy, dx, 1, stride_width, 0, 1, 3);
+  args.height = {dx.size(2), dy.size(2), 1, stride_height, 0, 1};
+  args.width = {dx.size(3), dy.size(3), 1, stride_width, 0, 1};
+  args.dx = written(dx);
+  args.shortcut_dy = args.dx;
+  launch_conv_backward_input(args);
+}
+
 }  // namespace
 
 }  // namespace fusedres::cpu
@@ -311,4 +373,6 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("bn_relu_maxpool_backward_reduce", TORCH_BOX(&bn_relu_maxpool_backward_reduce));
   m.impl("bn_relu_maxpool_backward_input", TORCH_BOX(&bn_relu_maxpool_backward_input));
   m.impl("conv_backward_weight", TORCH_BOX(&conv_backward_weight));
+  m.impl("conv_backward_input", TORCH_BOX(&conv_backward_input));
+  m.impl("conv_backward_input_", TORCH_BOX(&conv_backward_input_));
 }

@@ -136,6 +136,18 @@ struct ConvWeightArgs {
   Stretch* stretches;          // [end - begin], scratch
 };
 
+// A 1x1 convolution without padding: dx from dy, by positions of dy.
+struct ConvInputArgs {
+  int64_t batch, in_channels, out_channels;
+  ConvAxis height, width;
+  const float* dy;             // [N, height.out, width.out, out_channels]
+  const float* weight;         // [out_channels, in_channels]
+  float* packed_weight;        // scratch, of whole panels of input channels
+  const float* shortcut_dy;    // like dx, added to the gradient, or null; may be dx
+  const uint8_t* mask;         // one bit an element of shortcut_dy, or null
+  float* dx;                   // [N, height.in, width.in, in_channels]
+};
+
 // One set of kernels, compiled for one instruction set. Each walks rows [begin, end): of `period` elements, or,
 // for pooling, of y in the forward and of c in the backward.
 struct Kernels {
@@ -149,6 +161,8 @@ struct Kernels {
   void (*bn_relu_maxpool_forward)(const PoolForwardArgs&, int64_t begin, int64_t end);
   void (*bn_relu_maxpool_backward)(const PoolBackwardArgs&, int64_t begin, int64_t end);
   void (*conv_backward_weight)(const ConvWeightArgs&);
+  void (*pack_weight)(const ConvInputArgs&, int64_t begin, int64_t end);  // of panels
+  void (*conv_backward_input)(const ConvInputArgs&, int64_t begin, int64_t end);
 };
 
 extern const Kernels avx2_kernels;

@@ -3,6 +3,7 @@
 
 #include "bn_kernels.h"
 #include "conv_kernels.h"
+#include "conv_input_kernels.h"
 #include "pool_kernels.h"
 
 namespace fusedres::cpu {
@@ -18,6 +19,8 @@ const Kernels avx2_kernels = {
     ::bn_relu_maxpool_forward,
     ::bn_relu_maxpool_backward,
     ::conv_backward_weight,
+    ::pack_weight,
+    ::conv_backward_input,
 };
 
 }  // namespace fusedres::cpu

@@ -54,4 +54,7 @@ void launch_bn_relu_maxpool_backward_input(Dtype dtype, int64_t batch, const Win
 // dw is written; `piece`, the scratch and the input channels are chosen here
 void launch_conv_backward_weight(ConvWeightArgs args);
 
+// dx is written; the scratch is chosen here
+void launch_conv_backward_input(ConvInputArgs args);
+
 }  // namespace fusedres::cpu

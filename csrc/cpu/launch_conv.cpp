@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "launch.h"
@@ -32,36 +33,41 @@ void find_rows(ConvWeightArgs& args) {
   args.x_end = std::max(args.x_begin, row(last / axis.out, last % axis.out * axis.stride + reach));
 }
 
-struct Scratch {
-  Scratch(const ConvWeightArgs& args, int64_t piece)
-      : dy((piece * args.width.out + kSlack) * (args.last_out - args.first_out)), stretches(piece) {
-    const int64_t rows = args.batch * args.height.out, columns = args.width.in + args.width.stride;
-    int64_t most = piece;
-    for (ConvWeightArgs part = args; part.begin < rows; part.begin = part.end) {
-      part.end = std::min(rows, part.begin + piece);
-      find_rows(part);
-      most = std::max(most, part.x_end - part.x_begin);
-    }
-    x.resize(most * columns * kPackedIn + kLine);
-  }
-
-  float* aligned_x() {
-    const auto address = reinterpret_cast<uintptr_t>(x.data()), line = kLine * sizeof(float);
+// Uninitialised floats from the start of a line of the cache on.
+class Lines {
+ public:
+  explicit Lines(int64_t size) : floats_(new float[size + kLine]) {}
+  float* data() const {
+    const auto address = reinterpret_cast<uintptr_t>(floats_.get()), line = kLine * sizeof(float);
     return reinterpret_cast<float*>((address + line - 1) / line * line);
   }
 
-  std::vector<float> dy, x;
-  std::vector<Stretch> stretches;
+ private:
+  std::unique_ptr<float[]> floats_;
 };
+
+// The most rows of x that a piece of rows of dy reads.
+int64_t most_rows(ConvWeightArgs args, int64_t piece) {
+  const int64_t rows = args.batch * args.height.out;
+  int64_t most = piece;
+  for (args.begin = 0; args.begin < rows; args.begin = args.end) {
+    args.end = std::min(rows, args.begin + piece);
+    find_rows(args);
+    most = std::max(most, args.x_end - args.x_begin);
+  }
+  return most;
+}
 
 // What of dw `args` is for, piece by piece.
 void add_pieces(ConvWeightArgs args) {
   const int64_t rows = args.batch * args.height.out;
   const int64_t piece = std::max<int64_t>(1, kPositions / std::max<int64_t>(args.width.out, 1));
-  Scratch scratch(args, piece);
-  args.packed_dy = scratch.dy.data();
-  args.packed_x = scratch.aligned_x();
-  args.stretches = scratch.stretches.data();
+  const Lines dy((piece * args.width.out + kSlack) * (args.last_out - args.first_out));
+  const Lines x(most_rows(args, piece) * (args.width.in + args.width.stride) * kPackedIn);
+  std::vector<Stretch> stretches(piece);
+  args.packed_dy = dy.data();
+  args.packed_x = x.data();
+  args.stretches = stretches.data();
   for (; args.begin < rows; args.begin = args.end) {
     args.end = std::min(rows, args.begin + piece);
     find_rows(args);
@@ -99,6 +105,17 @@ void launch_conv_backward_weight(ConvWeightArgs args) {
       add_pieces(mine);
     }
   });
+}
+
+void launch_conv_backward_input(ConvInputArgs args) {
+  const int64_t lanes = kVectorsIn * kernels()->width, panels = (args.in_channels + lanes - 1) / lanes;
+  const Lines packed(panels * lanes * args.out_channels);
+  args.packed_weight = packed.data();
+  const int64_t positions = args.batch * args.height.out * args.width.out;
+  parallel_chunks(count_chunks(panels, lanes * args.out_channels), panels,
+                  [&](int64_t, int64_t begin, int64_t end) { kernels()->pack_weight(args, begin, end); });
+  parallel_chunks(count_chunks(positions, args.in_channels), positions,
+                  [&](int64_t, int64_t begin, int64_t end) { kernels()->conv_backward_input(args, begin, end); });
 }
 
 }  // namespace fusedres::cpu

@@ -154,5 +154,20 @@ class FakeOps:
         dw = activation(x, (dy.shape[1], x.shape[1] // groups, *kernel_size))
         return dw.to(accumulation_dtype(x.dtype))
 
+    def conv_backward_input(
+        self,
+        dy,
+        x,
+        weight,
+        stride,
+        padding,
+        dilation,
+        groups,
+        shortcut_dy=None,
+        shortcut_mask=None,
+        reuse_shortcut=False,
+    ):
+        return activation(x, x.shape)
+
     def conv_bias_add_relu_forward(self, x, weight, bias, residual, relu, stride, padding, dilation, groups):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -219,6 +219,24 @@ def weight_gradient_reason(dy, x, kernel_size, stride, padding, dilation, groups
     return None if channels_last else "layout_not_channels_last"
 
 
+def input_gradient_reason(
+    dy, x, weight, stride, padding, dilation, groups, shortcut_dy=None, shortcut_mask=None
+):
+    """A 1x1 convolution's is a product, added where eager stores it and adds it in a pass of its own."""
+    if x.device.type != "cpu" or x.dtype not in fused_convolution_dtypes():
+        return "no_kernel"
+    if weight.shape[2:] != (1, 1) or tuple(padding) != (0, 0) or groups != 1:
+        return "not_pointwise"
+    strided = tuple(stride) != (1, 1)
+    if shortcut_dy is None and (strided or x.dtype != torch.float32):
+        return "library_as_fast"
+    if weight.dtype != x.dtype or not weight.is_contiguous(memory_format=torch.channels_last):
+        return "arguments_differ"
+    if shortcut_mask is not None and (strided or x.dtype != torch.float32 or x.shape[1] % 8 != 0):
+        return "mask"
+    return activations_reason(x, dy, shortcut_dy)
+
+
 REASONS: dict[str, Callable[..., str | None]] = {
     "bn_stats": activations_reason,
     "bn_scale_shift": lambda mean, var, weight, bias, eps: vectors_reason(mean, var, weight, bias),
@@ -231,6 +249,7 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "bn_relu_maxpool_backward_reduce": lambda dy, indices, c, *rest: activations_reason(c, dy),
     "bn_relu_maxpool_backward_input": lambda dy, indices, c, *rest: activations_reason(c, dy),
     "conv_backward_weight": weight_gradient_reason,
+    "conv_backward_input": input_gradient_reason,
     "conv_bias_add_relu_forward": conv_reason,
 }
 
@@ -330,6 +349,34 @@ class NativeOps:
 
     def conv_backward_weight(self, dy, x, kernel_size, stride, padding, dilation, groups):
         return self._ops.conv_backward_weight(dy, x, *kernel_size, *stride, *padding, *dilation)
+
+    def conv_backward_input(
+        self,
+        dy,
+        x,
+        weight,
+        stride,
+        padding,
+        dilation,
+        groups,
+        shortcut_dy=None,
+        shortcut_mask=None,
+        reuse_shortcut=False,
+    ):
+        strided, exact = tuple(stride) != (1, 1), x.dtype == torch.float32
+        if exact and not strided and (shortcut_mask is not None or not reuse_shortcut or shortcut_dy is None):
+            return self._ops.conv_backward_input(dy, weight, shortcut_dy, shortcut_mask)
+        dx = shortcut_dy if reuse_shortcut else shortcut_dy.clone()
+        if exact:
+            self._ops.conv_backward_input_(dx, dy, weight, *stride)
+            return dx
+        kept = dx[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1)
+        rows, matrix = dy.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1)  # [P', Cout], [Cout, Cin]
+        if strided:
+            kept.add_((rows @ matrix).view(kept.shape))
+        else:
+            kept.view(-1, x.shape[1]).addmm_(rows, matrix)
+        return dx
 
     def conv_bias_add_relu_forward(self, x, weight, bias, residual, relu, stride, padding, dilation, groups):
         # oneDNN adds in the convolution's epilogue; its ReLU would turn NaN into 0

@@ -310,6 +310,27 @@ class ReferenceOps:
         layout = torch.channels_last if like_x else torch.contiguous_format
         return dw.to(accumulation_dtype(x.dtype)).contiguous(memory_format=layout)
 
+    def conv_backward_input(
+        self,
+        dy,
+        x,
+        weight,
+        stride,
+        padding,
+        dilation,
+        groups,
+        shortcut_dy=None,
+        shortcut_mask=None,
+        reuse_shortcut=False,
+    ):
+        window = stride, padding, dilation, False, (0, 0), groups
+        dx, _, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *window, [True, False, False])
+        if shortcut_dy is None:
+            return dx
+        if shortcut_mask is not None:
+            return dx.add_(self.relu_backward(shortcut_dy, shortcut_mask))
+        return shortcut_dy.add_(dx) if reuse_shortcut else dx.add_(shortcut_dy)
+
     def conv_bias_add_relu_forward(self, x, weight, bias, residual, relu, stride, padding, dilation, groups):
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         y = y if residual is None else y + residual

@@ -67,40 +67,20 @@ def bn_parameter_grads(
     return dweight, like_parameter(dbias, t.bn_bias)  # type: ignore[arg-type]
 
 
-def is_pointwise(unit: ConvBNConfig, t: ConvBNTensors) -> bool:
-    """A 1x1 convolution without padding or groups: a matrix product on the positions that its stride keeps."""
-    return t.weight.shape[2:] == (1, 1) and unit.groups == 1 and unit.padding == (0, 0)
-
-
-def add_input_gradient(dx: Tensor, dc: Tensor, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
-    """`dx` [N, Cin, H, W] plus the input gradient of `convolve` from dc [N, Cout, H', W'], in dx's storage.
-
-    On a CPU a 1x1 convolution's is a product added in place: where eager stores it, zeros between the stride's
-    positions included, and adds it in a pass of its own.
-    """
-    product = is_pointwise(unit, t) and dx.device.type == "cpu" and dx.dtype in (torch.float32, torch.float64)
-    if not product or not all(v.is_contiguous(memory_format=torch.channels_last) for v in (dx, dc)):
-        added, _ = library_gradients(dc, x, unit, t, (True, False))
-        assert added is not None
-        return dx.add_(added)
-    weight = t.weight.to(dx.dtype).flatten(1)  # [Cout, Cin]
-    kept = dx[:, :, :: unit.stride[0], :: unit.stride[1]]
-    columns = dc.permute(0, 2, 3, 1).flatten(0, 2)  # [P', Cout]
-    if unit.stride == (1, 1):
-        dx.permute(0, 2, 3, 1).view(-1, dx.shape[1]).addmm_(columns, weight)
-    else:
-        kept.permute(0, 2, 3, 1).add_((columns @ weight).view(*kept.permute(0, 2, 3, 1).shape))
-    return dx
-
-
-def library_gradients(
-    dc: Tensor, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors, wanted: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dweight of `convolve`, as far as wanted, from dc [N, Cout, H', W'], by torch's own convolution."""
-    window = unit.stride, unit.padding, unit.dilation, False, [0, 0], unit.groups
-    weight = t.weight.to(x.dtype)
-    gradients = torch.ops.aten.convolution_backward(dc, x, weight, None, *window, [*wanted, False])
-    return tuple(g if wants else None for g, wants in zip(gradients, wanted, strict=False))  # type: ignore[return-value]
+def takes_masked_gradient(
+    ops: Dispatcher,
+    dc: Tensor,
+    x: Tensor,
+    unit: ConvBNConfig,
+    t: ConvBNTensors,
+    dy: Tensor,
+    mask: Tensor | None,
+) -> bool:
+    """Whether the input gradient of `convolve` takes dy through a mask as it adds it: then nobody need store dz."""
+    if mask is None or t.weight.dtype != x.dtype:
+        return False
+    window = unit.stride, unit.padding, unit.dilation, unit.groups
+    return ops.serving("conv_backward_input", dc, x, t.weight, *window, dy, mask) != LIBRARY
 
 
 def convolution_backward(
@@ -112,29 +92,31 @@ def convolution_backward(
     needs: ConvBNNeeds,
     need_dx: bool,
     onto: Tensor | None = None,
+    onto_mask: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias of `convolve` from dc [N, Cout, H', W'], None where not wanted.
 
-    onto: another gradient of x, which dx is added to, in its storage.
+    onto: another gradient of x, which dx is added to: in its storage, or, with a mask, what the mask keeps of it.
     """
     dx = dweight = dbias = None
     window = unit.stride, unit.padding, unit.dilation, unit.groups
-    args = dc, x, (t.weight.shape[2], t.weight.shape[3]), *window
-    if ops.serving("conv_backward_weight", *args) == LIBRARY:
-        wanted = need_dx and onto is None, needs.weight
-        dx, dweight = library_gradients(dc, x, unit, t, wanted) if any(wanted) else (None, None)
-    elif needs.weight:
-        dweight = ops.conv_backward_weight(*args)
-    if need_dx and onto is not None:
-        dx = add_input_gradient(onto, dc, x, unit, t)
-    elif need_dx and dx is None:
-        dx, _ = library_gradients(dc, x, unit, t, (True, False))
-    if dweight is not None:
-        dweight = like_parameter(dweight, t.weight)
+    weight = t.weight.to(x.dtype)
+    for_weight = dc, x, (weight.shape[2], weight.shape[3]), *window
+    for_input = dc, x, weight, *window, onto, onto_mask
+    library_weight = needs.weight and ops.serving("conv_backward_weight", *for_weight) == LIBRARY
+    library_input = need_dx and onto is None and ops.serving("conv_backward_input", *for_input) == LIBRARY
+    if library_weight or library_input:  # both in one call
+        args = unit.stride, unit.padding, unit.dilation, False, [0, 0], unit.groups
+        wanted = [library_input, library_weight, False]
+        dx, dweight, _ = torch.ops.aten.convolution_backward(dc, x, weight, None, *args, wanted)
+    if needs.weight and not library_weight:
+        dweight = ops.conv_backward_weight(*for_weight)
+    if need_dx and not library_input:
+        dx = ops.conv_backward_input(*for_input, reuse_shortcut=True)
     if needs.conv_bias:
         assert t.conv_bias is not None
         dbias = like_parameter(dc.sum((0, 2, 3)), t.conv_bias)
-    return dx, dweight, dbias
+    return dx, None if dweight is None else like_parameter(dweight, t.weight), dbias
 
 
 def rows(c: Tensor) -> int:
@@ -154,6 +136,7 @@ def conv_bn_backward(
     need_dx: bool,
     sums: tuple[Tensor, Tensor] | None = None,
     onto: Tensor | None = None,
+    onto_mask: Tensor | None = None,
 ) -> tuple[Tensor | None, ConvBNGrads]:
     """Backward of relu(BN(conv(x))) inside a block.
 
@@ -161,7 +144,7 @@ def conv_bn_backward(
         da: gradient of the activation [N, Cout, H', W'], given away; with `sums` given it is dz already.
         c: raw convolution output, like da.
         sums: `sum dz`, `sum dz*(c - mean)`, if the caller has them.
-        onto: as for `convolution_backward`.
+        onto, onto_mask: as for `convolution_backward`.
 
     Returns:
         dx [N, Cin, H, W] if need_dx, and the gradients of the parameters.
@@ -173,5 +156,5 @@ def conv_bn_backward(
     if not (need_dx or needs.weight or needs.conv_bias):
         return None, ConvBNGrads(None, None, *bn_parameter_grads(grads, t, needs))
     dc, _ = ops.bn_add_relu_backward_input(da, c, vectors, grads, relu=relu, reuse_dy=True)
-    dx, dweight, dbias = convolution_backward(ops, dc, x, unit, t, needs, need_dx, onto)
+    dx, dweight, dbias = convolution_backward(ops, dc, x, unit, t, needs, need_dx, onto, onto_mask)
     return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs))

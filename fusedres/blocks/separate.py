@@ -25,6 +25,7 @@ from fusedres.blocks.conv_bn import (
     convolution_backward,
     frozen_vectors,
     rows,
+    takes_masked_gradient,
 )
 from fusedres.dispatch import Dispatcher
 
@@ -92,16 +93,21 @@ def backward(
     grads_shortcut = None
     if projection is not None:
         grads_shortcut = ops.bn_backward_coefficients(sum_dz, sum_shortcut, vs, rows(c), projection.training)
-    save_dz = (shortcut is Shortcut.IDENTITY and needs.x) or (shortcut is Shortcut.TENSOR and needs.residual)
+    identity = shortcut is Shortcut.IDENTITY
+    masked, first = False, saved.convs[0]
+    if identity and needs.x and first is not None:
+        masked = takes_masked_gradient(ops, first, x, config.main[0], units[0], dy, saved.mask)
+    save_dz = (identity and needs.x and not masked) or (shortcut is Shortcut.TENSOR and needs.residual)
     dc, dshortcut = ops.bn_add_relu_backward_input(
         dy, c, v, grads, saved.mask, False, cs, grads_shortcut, save_dz, reuse_c=not needs.saved
     )
 
     unit_grads: list[ConvBNGrads] = []
     a = saved.activations[last - 1] if last else x
-    onto = dshortcut if last == 0 and shortcut is Shortcut.IDENTITY else None
+    added = (dy, saved.mask) if masked else (dshortcut if identity else None, None)
+    onto, onto_mask = added if last == 0 else (None, None)
     da, dweight, dbias = convolution_backward(
-        ops, dc, a, unit, units[last], needs.units[last], needs.below(last), onto
+        ops, dc, a, unit, units[last], needs.units[last], needs.below(last), onto, onto_mask
     )
     unit_grads.append(ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, units[last], needs.units[last])))
     for i in reversed(range(last)):
@@ -110,6 +116,7 @@ def backward(
             unit_grads.append(ConvBNGrads(None, None, None, None))
             continue
         a = saved.activations[i - 1] if i else x
+        onto, onto_mask = (None, None) if i else added
         da, grads_i = conv_bn_backward(
             ops,
             da,
@@ -120,7 +127,8 @@ def backward(
             units[i],
             needs.units[i],
             needs.below(i),
-            onto=dshortcut if i == 0 and shortcut is Shortcut.IDENTITY else None,
+            onto=onto,
+            onto_mask=onto_mask,
         )
         unit_grads.append(grads_i)
     unit_grads.reverse()
