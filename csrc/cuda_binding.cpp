@@ -289,8 +289,10 @@ Tensor relu_backward_op(Tensor dy, Tensor mask) {
   return dz;
 }
 
-std::tuple<Tensor, Tensor> bn_relu_maxpool_forward_op(Tensor c, Tensor scale, Tensor shift, int64_t kernel_size,
-                                                      int64_t stride, int64_t padding) {
+// forms the indices whether they are asked for or not
+std::tuple<Tensor, OptionalTensor> bn_relu_maxpool_forward_op(Tensor c, Tensor scale, Tensor shift,
+                                                              int64_t kernel_size, int64_t stride, int64_t padding,
+                                                              bool save_indices) {
   const char* op = "bn_relu_maxpool_forward";
   check_activation(op, "c", c);
   const Pooling pooling = pooling_of(op, c, kernel_size, stride, padding);
@@ -303,7 +305,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_forward_op(Tensor c, Tensor scale, Te
   check_launch(op, bn_relu_maxpool_forward({pooling, c.const_data_ptr(), data(scale), data(shift),
                                             y.mutable_data_ptr(), indices.mutable_data_ptr<uint8_t>()},
                                            on.stream));
-  return {y, indices};
+  return {y, save_indices ? OptionalTensor(indices) : std::nullopt};
 }
 
 std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce_op(Tensor dy, Tensor indices, Tensor c, Tensor mean,

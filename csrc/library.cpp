@@ -59,8 +59,8 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
       " bool save_dz) -> (Tensor dc, Tensor? dresidual)");
   m.def("relu_backward(Tensor dy, Tensor mask) -> Tensor");
   m.def(
-      "bn_relu_maxpool_forward(Tensor c, Tensor scale, Tensor shift, int kernel_size, int stride, int padding)"
-      " -> (Tensor y, Tensor indices)");
+      "bn_relu_maxpool_forward(Tensor c, Tensor scale, Tensor shift, int kernel_size, int stride, int padding,"
+      " bool save_indices=True) -> (Tensor y, Tensor? indices)");
   m.def(
       "bn_relu_maxpool_backward_reduce(Tensor dy, Tensor indices, Tensor c, Tensor mean, int kernel_size,"
       " int stride, int padding) -> (Tensor sum_dz, Tensor sum_dz_centered)");

@@ -33,6 +33,7 @@ def run_forward(
     """y, and what backward needs: c, the BN's vectors, indices."""
     with without_autocast(x.device.type):
         y, saved = stem.forward(ops, config, x, tensors_of(given, present))
+    assert saved.indices is not None
     return [y, saved.c, *saved.vectors, saved.indices]
 
 

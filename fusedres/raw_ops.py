@@ -200,9 +200,16 @@ class RawOps(Protocol):
     # ---------------------------------------------------------------- stem
 
     def bn_relu_maxpool_forward(
-        self, c: Tensor, scale: Tensor, shift: Tensor, kernel_size: int, stride: int, padding: int
-    ) -> tuple[Tensor, Tensor]:
-        """`y = maxpool(relu(scale*c + shift))` [N, C, H', W'] and `indices`, uint8, like y.
+        self,
+        c: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        save_indices: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`y = maxpool(relu(scale*c + shift))` [N, C, H', W'] and `indices`, uint8, like y, or None.
 
         Compares rounded values in torch's window order, keeps the first maximum, propagates NaN. An index is
         the place kh*kernel_size + kw in the window, or 255 where `y <= 0`: no gradient passes there.

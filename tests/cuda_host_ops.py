@@ -207,7 +207,9 @@ class HostCudaOps:
 
     # ---------------------------------------------------------------- stem
 
-    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding) -> tuple[Tensor, Tensor]:
+    def bn_relu_maxpool_forward(
+        self, c, scale, shift, kernel_size, stride, padding, save_indices=True
+    ) -> tuple[Tensor, Tensor | None]:
         c = dense(c)
         n, channels, h, w = c.shape
         shape = (n, channels, *((size + 2 * padding - kernel_size) // stride + 1 for size in (h, w)))
@@ -217,7 +219,7 @@ class HostCudaOps:
         vectors = {"scale": scale, "shift": shift}
         args = self._args("BnReluMaxpoolForward", pooling=pooling, c=c, **vectors, y=y, indices=indices)
         self._launch("bn_relu_maxpool_forward", args)
-        return y, indices
+        return y, indices if save_indices else None
 
     def bn_relu_maxpool_backward_reduce(
         self, dy, indices, c, vectors, kernel_size, stride, padding

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from raw_op_cases import Case, Inputs
+from raw_op_cases import Case, Inputs, bits
 from raw_op_harness import assert_accurate, assert_input_gradient, assert_sums, eager_affine, pack, row, run
 from torch import Tensor
 
@@ -46,6 +46,8 @@ def check_bn_relu_maxpool_forward(ops: Any, case: Case) -> None:
     same = (y == own_y) | (y.isnan() & own_y.isnan())  # the bits of a NaN are free
     assert same.all(), "y is not the maximum of the activation"
     assert torch.equal(indices, own_indices), "indices are not torch's, or not 255 exactly where y <= 0"
+    alone, none = run(ops, "bn_relu_maxpool_forward", inputs, c, v.scale, v.shift, *pool, False)
+    assert none is None and torch.equal(bits(alone.contiguous()), bits(y.contiguous()))
 
 
 def pool_backward_parts(inputs: Inputs) -> tuple[Any, ...]:

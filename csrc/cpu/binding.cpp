@@ -218,18 +218,21 @@ Tensor relu_backward(Tensor dy, Tensor mask) {
   return dz;
 }
 
-std::tuple<Tensor, Tensor> bn_relu_maxpool_forward(Tensor c, Tensor scale, Tensor shift, int64_t kernel_size,
-                                                   int64_t stride, int64_t padding) {
+std::tuple<Tensor, OptionalTensor> bn_relu_maxpool_forward(Tensor c, Tensor scale, Tensor shift, int64_t kernel_size,
+                                                           int64_t stride, int64_t padding, bool save_indices) {
   const char* op = "bn_relu_maxpool_forward";
   check_activation(op, "c", c);
   const Window window = window_of(op, c, kernel_size, stride, padding);
   check_vector(op, "scale", scale, window.channels);
   check_vector(op, "shift", shift, window.channels);
-  const int64_t height = window.out_height, width = window.out_width;
-  Tensor y = new_channels_last(c, c.size(0), window.channels, height, width, dtype_code(c));
-  Tensor indices = new_channels_last(c, c.size(0), window.channels, height, width, aoti_torch_dtype_uint8());
+  const auto make = [&](int32_t dtype) {
+    return new_channels_last(c, c.size(0), window.channels, window.out_height, window.out_width, dtype);
+  };
+  Tensor y = make(dtype_code(c));
+  OptionalTensor indices;
+  if (save_indices) indices = make(aoti_torch_dtype_uint8());
   launch_bn_relu_maxpool_forward(shape_of(c).dtype, c.size(0), window, c.const_data_ptr(), {data(scale), data(shift)},
-                                 y.mutable_data_ptr(), indices.mutable_data_ptr<uint8_t>());
+                                 y.mutable_data_ptr(), indices ? indices->mutable_data_ptr<uint8_t>() : nullptr);
   return {y, indices};
 }
 

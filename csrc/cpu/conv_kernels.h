@@ -14,7 +14,7 @@ constexpr int kPanel = kWidth == 8 ? 6 : 14;  // output channels of a tile: with
 constexpr int64_t kPanelIn = 2 * kWidth;      // input channels of a tile
 constexpr int64_t kCopied = kWidth == 8 ? 8 : 16;  // floats copied at once for a panel, at least kPanel
 constexpr int64_t kLine = 16;    // floats of a line of the cache
-constexpr int64_t kAhead = 4;    // positions of x, which the hardware does not foresee beyond a page
+constexpr int64_t kAhead = 8;    // positions of x, which the hardware does not foresee beyond a page
 
 // The output positions [first, last) of one axis that a tap reads inside the image.
 struct Reach {
@@ -70,7 +70,10 @@ void pack_dy(const ConvWeightArgs& args) {
       const bool wide = first + kCopied <= args.out_channels;
       const float* dy = args.dy + row * columns * args.out_channels + first;
       float* packed = panel.in(args.packed_dy, positions) + (row - args.begin) * columns * panel.size;
-      for (int64_t i = 0; i < columns; ++i, packed += panel.size, dy += args.out_channels) {
+      const float* soon = args.dy + (row + 1) * columns * args.out_channels + args.first_out + p * kLine;
+      const bool fetch = p * kLine < channels;
+      for (int64_t i = 0; i < columns; ++i, packed += panel.size, dy += args.out_channels, soon += args.out_channels) {
+        if (fetch) _mm_prefetch(soon, _MM_HINT_T0);
         copy_panel(packed, dy, panel.size, wide);
       }
     }

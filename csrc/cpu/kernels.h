@@ -86,7 +86,7 @@ struct PoolForwardArgs {
   const void* c;                // [N, height, width, channels]
   const float *scale, *shift;   // [channels], padded to the vector width
   void* y;                      // [N, out_height, out_width, channels]
-  uint8_t* indices;             // like y
+  uint8_t* indices;             // like y, or null
 };
 
 // The windows of one axis that contain a position: [first, last].

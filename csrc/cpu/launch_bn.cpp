@@ -55,15 +55,16 @@ Gradient gradient_of(const Gradients& gradients) {
 struct RepeatedCoefficients {
   RepeatedCoefficients(const Period& period, const Coefficients& v)
       : a(period.repeat(v.a)), b(period.repeat(v.b)), k(period.repeat(v.k)) {}
-  Coefficients get() const { return {pointer(a), pointer(b), pointer(k)}; }
-  std::vector<float> a, b, k;
+  Coefficients get() const { return {a.data(), b.data(), k.data()}; }
+  Lines<float> a, b, k;
 };
 
 }  // namespace
 
 void launch_bn_stats(const Shape& shape, const void* c, float* mean, float* var) {
   const Period period(shape);
-  const std::vector<float> shift = sampled_mean(shape, c), repeated = period.repeat(shift.data());
+  const std::vector<float> shift = sampled_mean(shape, c);
+  const Lines<float> repeated = period.repeat(shift.data());
   const int64_t chunks = count_chunks(period.rows, period.length);
   PartialSums partial(chunks, 2, period.length);
   parallel_chunks(chunks, period.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
@@ -87,13 +88,13 @@ void launch_bn_stats(const Shape& shape, const void* c, float* mean, float* var)
 void launch_bn_add_relu_forward(const Shape& shape, const void* c, Affine affine, const void* residual,
                                 Affine residual_affine, bool relu, void* y, uint8_t* mask) {
   const Period period(shape);
-  const std::vector<float> scale = period.repeat(affine.scale), shift = period.repeat(affine.shift);
-  const std::vector<float> scale2 = period.repeat(residual_affine.scale), shift2 = period.repeat(residual_affine.shift);
+  const Lines<float> scale = period.repeat(affine.scale), shift = period.repeat(affine.shift);
+  const Lines<float> scale2 = period.repeat(residual_affine.scale), shift2 = period.repeat(residual_affine.shift);
   const Residual form = residual == nullptr ? Residual::none
                         : scale2.empty()    ? Residual::identity
                                             : Residual::projection;
   ForwardArgs args{shape.dtype, form, relu, c, scale.data(), shift.data(), residual,
-                   pointer(scale2), pointer(shift2), y, mask, period.length};
+                   scale2.data(), shift2.data(), y, mask, period.length};
   parallel_chunks(count_chunks(period.rows, period.length), period.rows,
                   [&](int64_t, int64_t begin, int64_t end) { kernels()->bn_add_relu_forward(args, begin, end); });
   if (period.tail == 0) return;
@@ -110,12 +111,12 @@ void launch_bn_add_relu_backward_reduce(const Shape& shape, const Gradients& gra
                                         const void* shortcut_c, const float* shortcut_mean, float* sum_dz,
                                         float* sum_centered, float* sum_shortcut) {
   const Period period(shape);
-  const std::vector<float> scale = period.repeat(gradients.affine.scale), shift = period.repeat(gradients.affine.shift);
-  const std::vector<float> center = period.repeat(mean), center2 = period.repeat(shortcut_mean);
+  const Lines<float> scale = period.repeat(gradients.affine.scale), shift = period.repeat(gradients.affine.shift);
+  const Lines<float> center = period.repeat(mean), center2 = period.repeat(shortcut_mean);
   const int64_t chunks = count_chunks(period.rows, period.length);
   PartialSums partial(chunks, 3, period.length);
   BackwardReduceArgs args{shape.dtype, gradient_of(gradients), gradients.dy, gradients.c, gradients.mask,
-                          center.data(), pointer(scale), pointer(shift), shortcut_c, pointer(center2),
+                          center.data(), scale.data(), shift.data(), shortcut_c, center2.data(),
                           nullptr, nullptr, period.length};
   parallel_chunks(chunks, period.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
     BackwardReduceArgs mine = args;
@@ -144,10 +145,10 @@ void launch_bn_add_relu_backward_reduce(const Shape& shape, const Gradients& gra
 void launch_bn_add_relu_backward_input(const Shape& shape, const Gradients& gradients, Coefficients main,
                                        const void* shortcut_c, Coefficients shortcut, void* dc, void* dresidual) {
   const Period period(shape);
-  const std::vector<float> scale = period.repeat(gradients.affine.scale), shift = period.repeat(gradients.affine.shift);
+  const Lines<float> scale = period.repeat(gradients.affine.scale), shift = period.repeat(gradients.affine.shift);
   const RepeatedCoefficients first(period, main), second(period, shortcut);
   BackwardInputArgs args{shape.dtype, gradient_of(gradients), gradients.dy, gradients.c,
-                         gradients.mask, pointer(scale), pointer(shift), first.get(), shortcut_c,
+                         gradients.mask, scale.data(), shift.data(), first.get(), shortcut_c,
                          second.get(), dc, dresidual, period.length};
   parallel_chunks(count_chunks(period.rows, period.length), period.rows, [&](int64_t, int64_t begin, int64_t end) {
     kernels()->bn_add_relu_backward_input(args, begin, end);

@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "launch.h"
@@ -15,7 +14,6 @@ constexpr int64_t kFewestOut = 24;   // output channels of a thread: packing x m
 constexpr int64_t kFewestIn = 32;    // input channels of a thread: packing dy must pay
 constexpr int64_t kVectorsIn = 2;    // of a position in packed_x
 constexpr int64_t kSlack = 16;       // floats that packing may write beyond a panel of dy
-constexpr int64_t kLine = 16;        // floats of a line of the cache
 
 // The most pieces, up to `limit`, that divide the threads: their shares come out equal.
 int64_t divisor(int64_t threads, int64_t limit) {
@@ -33,19 +31,6 @@ void find_rows(ConvWeightArgs& args) {
   args.x_end = std::max(args.x_begin, row(last / axis.out, last % axis.out * axis.stride + reach));
 }
 
-// Uninitialised floats from the start of a line of the cache on.
-class Lines {
- public:
-  explicit Lines(int64_t size) : floats_(new float[size + kLine]) {}
-  float* data() const {
-    const auto address = reinterpret_cast<uintptr_t>(floats_.get()), line = kLine * sizeof(float);
-    return reinterpret_cast<float*>((address + line - 1) / line * line);
-  }
-
- private:
-  std::unique_ptr<float[]> floats_;
-};
-
 // The most rows of x that a piece of rows of dy reads.
 int64_t most_rows(ConvWeightArgs args, int64_t piece) {
   const int64_t rows = args.batch * args.height.out;
@@ -62,8 +47,8 @@ int64_t most_rows(ConvWeightArgs args, int64_t piece) {
 void add_pieces(ConvWeightArgs args) {
   const int64_t rows = args.batch * args.height.out;
   const int64_t piece = std::max<int64_t>(1, kPositions / std::max<int64_t>(args.width.out, 1));
-  const Lines dy((piece * args.width.out + kSlack) * (args.last_out - args.first_out));
-  const Lines x(most_rows(args, piece) * (args.width.in + args.width.stride) * kPackedIn);
+  const Lines<float> dy((piece * args.width.out + kSlack) * (args.last_out - args.first_out));
+  const Lines<float> x(most_rows(args, piece) * (args.width.in + args.width.stride) * kPackedIn);
   std::vector<Stretch> stretches(piece);
   args.packed_dy = dy.data();
   args.packed_x = x.data();
@@ -109,7 +94,7 @@ void launch_conv_backward_weight(ConvWeightArgs args) {
 
 void launch_conv_backward_input(ConvInputArgs args) {
   const int64_t lanes = kVectorsIn * kernels()->width, panels = (args.in_channels + lanes - 1) / lanes;
-  const Lines packed(panels * lanes * args.out_channels);
+  const Lines<float> packed(panels * lanes * args.out_channels);
   args.packed_weight = packed.data();
   const int64_t positions = args.batch * args.height.out * args.width.out;
   parallel_chunks(count_chunks(panels, lanes * args.out_channels), panels,

@@ -13,9 +13,10 @@ int64_t padded_channels(const Window& window) {
 }
 
 // [channels] -> [padded]; null stays null
-std::vector<float> padded(const Window& window, const float* vector) {
-  std::vector<float> values(vector == nullptr ? 0 : padded_channels(window));
-  if (vector != nullptr) std::copy(vector, vector + window.channels, values.begin());
+Lines<float> padded(const Window& window, const float* vector) {
+  if (vector == nullptr) return {};
+  Lines<float> values(padded_channels(window), 0);
+  std::copy(vector, vector + window.channels, values.data());
   return values;
 }
 
@@ -41,7 +42,7 @@ struct Coverings {
 
 void launch_bn_relu_maxpool_forward(Dtype dtype, int64_t batch, const Window& window, const void* c, Affine affine,
                                     void* y, uint8_t* indices) {
-  const std::vector<float> scale = padded(window, affine.scale), shift = padded(window, affine.shift);
+  const Lines<float> scale = padded(window, affine.scale), shift = padded(window, affine.shift);
   const PoolForwardArgs args{dtype, window, c, scale.data(), shift.data(), y, indices};
   const int64_t rows = batch * window.out_height;
   parallel_chunks(count_chunks(rows, window.width * window.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
@@ -52,7 +53,7 @@ void launch_bn_relu_maxpool_forward(Dtype dtype, int64_t batch, const Window& wi
 void launch_bn_relu_maxpool_backward_reduce(Dtype dtype, int64_t batch, const Window& window, const void* dy,
                                             const uint8_t* indices, const void* c, const float* mean,
                                             float* sum_dz, float* sum_centered) {
-  const std::vector<float> center = padded(window, mean);
+  const Lines<float> center = padded(window, mean);
   const Coverings covering(window);
   const int64_t rows = batch * window.height, chunks = count_chunks(rows, window.width * window.channels);
   PartialSums partial(chunks, 2, padded_channels(window));
@@ -69,10 +70,10 @@ void launch_bn_relu_maxpool_backward_reduce(Dtype dtype, int64_t batch, const Wi
 
 void launch_bn_relu_maxpool_backward_input(Dtype dtype, int64_t batch, const Window& window, const void* dy,
                                            const uint8_t* indices, const void* c, Coefficients main, void* dc) {
-  const std::vector<float> a = padded(window, main.a), b = padded(window, main.b), k = padded(window, main.k);
+  const Lines<float> a = padded(window, main.a), b = padded(window, main.b), k = padded(window, main.k);
   const Coverings covering(window);
   const PoolBackwardArgs args{dtype, window, covering.rows.data(), covering.columns.data(), dy, c, indices,
-                              nullptr, {pointer(a), pointer(b), pointer(k)}, dc, nullptr, nullptr};
+                              nullptr, {a.data(), b.data(), k.data()}, dc, nullptr, nullptr};
   const int64_t rows = batch * window.height;
   parallel_chunks(count_chunks(rows, window.width * window.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
     kernels()->bn_relu_maxpool_backward(args, begin, end);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "lines.h"
 
 namespace fusedres::cpu {
 
@@ -26,9 +27,10 @@ struct Period {
   }
 
   // [channels] -> [length]; null stays null
-  std::vector<float> repeat(const float* vector) const {
-    std::vector<float> repeated(vector == nullptr ? 0 : length);
-    for (int64_t i = 0; i < static_cast<int64_t>(repeated.size()); i += channels) {
+  Lines<float> repeat(const float* vector) const {
+    if (vector == nullptr) return {};
+    Lines<float> repeated(length);
+    for (int64_t i = 0; i < length; i += channels) {
       std::memcpy(repeated.data() + i, vector, channels * sizeof(float));
     }
     return repeated;
@@ -36,8 +38,6 @@ struct Period {
 
   int64_t channels, element, length, rows, tail;
 };
-
-inline const float* pointer(const std::vector<float>& repeated) { return repeated.empty() ? nullptr : repeated.data(); }
 
 // The tail as one full period: copies padded with zeros, and what was computed copied back.
 class Tail {
@@ -107,7 +107,7 @@ void parallel_chunks(int64_t chunks, int64_t rows, F body) {
 class PartialSums {
  public:
   PartialSums(int64_t chunks, int64_t count, int64_t length)
-      : chunks_(chunks), count_(count), length_(length), sums_(chunks * count * length), scratch_(sums_.size()) {}
+      : chunks_(chunks), count_(count), length_(length), sums_(chunks * count * length, 0.0), scratch_(sums_.size()) {}
 
   double* sums(int64_t chunk) { return sums_.data() + chunk * count_ * length_; }
   float* scratch(int64_t chunk) { return scratch_.data() + chunk * count_ * length_; }
@@ -123,8 +123,8 @@ class PartialSums {
 
  private:
   int64_t chunks_, count_, length_;
-  std::vector<double> sums_;
-  std::vector<float> scratch_;
+  Lines<double> sums_;
+  Lines<float> scratch_;
 };
 
 }  // namespace fusedres::cpu

@@ -27,6 +27,7 @@ inline Keep either(Keep a, Keep b) { return _mm256_or_ps(a, b); }
 
 // maxps gives its second operand if one is NaN: relu(NaN) stays NaN
 inline Float relu(Float v) { return _mm256_max_ps(zero(), v); }
+inline Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }  // b if one is NaN
 inline Keep positive_or_nan(Float v) { return _mm256_cmp_ps(v, zero(), _CMP_NLE_UQ); }
 inline Keep greater(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 inline Keep is_nan(Float v) { return _mm256_cmp_ps(v, v, _CMP_UNORD_Q); }

@@ -25,6 +25,7 @@ inline Keep either(Keep a, Keep b) { return static_cast<Keep>(a | b); }
 
 // maxps gives its second operand if one is NaN: relu(NaN) stays NaN
 inline Float relu(Float v) { return _mm512_max_ps(zero(), v); }
+inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b if one is NaN
 inline Keep positive_or_nan(Float v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ); }
 inline Keep greater(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 inline Keep is_nan(Float v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }

@@ -90,10 +90,10 @@ class FakeOps:
     def relu_backward(self, dy, mask):
         return torch.empty_like(dy)
 
-    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding):
+    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding, save_indices=True):
         h, w = ((n + 2 * padding - kernel_size) // stride + 1 for n in c.shape[2:])
         y = activation(c, (c.shape[0], c.shape[1], h, w))
-        return y, torch.empty_like(y, dtype=torch.uint8)
+        return y, torch.empty_like(y, dtype=torch.uint8) if save_indices else None
 
     def bn_relu_maxpool_backward_reduce(self, dy, indices, c, vectors, kernel_size, stride, padding):
         return vector(c, c.shape[1], 2)

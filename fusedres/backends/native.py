@@ -334,8 +334,8 @@ class NativeOps:
     def relu_backward(self, dy, mask):
         return self._ops.relu_backward(dy, mask)
 
-    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding):
-        return self._ops.bn_relu_maxpool_forward(c, scale, shift, kernel_size, stride, padding)
+    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding, save_indices=True):
+        return self._ops.bn_relu_maxpool_forward(c, scale, shift, kernel_size, stride, padding, save_indices)
 
     def bn_relu_maxpool_backward_reduce(self, dy, indices, c, vectors, kernel_size, stride, padding):
         return self._ops.bn_relu_maxpool_backward_reduce(

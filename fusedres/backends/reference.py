@@ -171,8 +171,10 @@ class ReferenceOps:
     def relu_backward(self, dy, mask):
         return torch.empty_like(dy).copy_(torch.where(unpack_mask(mask, dy), dy, 0))
 
-    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding):
+    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding, save_indices=True):
         a = activation(c, scale, shift)
+        if not save_indices:
+            return F.max_pool2d(a, kernel_size, stride, padding), None
         y, flat = F.max_pool2d(a, kernel_size, stride, padding, return_indices=True)
         width = c.shape[3]
         top = torch.arange(y.shape[2], device=c.device)[:, None] * stride - padding

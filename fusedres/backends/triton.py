@@ -196,9 +196,10 @@ class TritonOps:
         with on_device_of(dy):
             return launchers().relu_backward(dy, mask)
 
-    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding):
+    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding, save_indices=True):
         with on_device_of(c):
-            return launchers().bn_relu_maxpool_forward(c, scale, shift, kernel_size, stride, padding)
+            y, indices = launchers().bn_relu_maxpool_forward(c, scale, shift, kernel_size, stride, padding)
+        return y, indices if save_indices else None
 
     def bn_relu_maxpool_backward_reduce(self, dy, indices, c, vectors, kernel_size, stride, padding):
         with on_device_of(c):

@@ -42,13 +42,15 @@ class StemSaved(NamedTuple):
 
     c: Tensor
     vectors: BatchNormVectors
-    indices: Tensor
+    indices: Tensor | None  # without gradients
 
 
-def forward(ops: Dispatcher, config: StemConfig, x: Tensor, t: ConvBNTensors) -> tuple[Tensor, StemSaved]:
-    """y [N, Cout, H'', W''] from x [N, Cin, H, W]."""
-    c, v = conv_bn_forward(ops, x, config.unit, t, frozen_vectors(ops, config.unit, t, x, True))
-    y, indices = ops.bn_relu_maxpool_forward(c, v.scale, v.shift, *config.pool)
+def forward(
+    ops: Dispatcher, config: StemConfig, x: Tensor, t: ConvBNTensors, save: bool = True
+) -> tuple[Tensor, StemSaved]:
+    """y [N, Cout, H'', W''] from x [N, Cin, H, W]. save: what backward needs beyond c."""
+    c, v = conv_bn_forward(ops, x, config.unit, t, frozen_vectors(ops, config.unit, t, x, save))
+    y, indices = ops.bn_relu_maxpool_forward(c, v.scale, v.shift, *config.pool, save)
     return y, StemSaved(c, v, indices)
 
 

@@ -73,6 +73,6 @@ def stem_block(x: Tensor, unit: ConvBN, pool: nn.MaxPool2d, *, backend: str | Op
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         return ConvBNReLUMaxPool.apply(stem_config, ops, observe, x, *tensors)
     with torch.no_grad(), without_autocast(x.device.type):
-        y, saved = stem.forward(ops, stem_config, x, tensors)
+        y, saved = stem.forward(ops, stem_config, x, tensors, save=False)
         observe((saved.vectors,))
     return y

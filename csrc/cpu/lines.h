@@ -1,0 +1,35 @@
+// Arrays that begin where a line of the cache does: a vector that lies across two costs as much as two, and more where
+// it is loaded soon after it was stored.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+
+namespace fusedres::cpu {
+
+constexpr int64_t kLineBytes = 64;
+
+template <class T>
+class Lines {
+ public:
+  Lines() = default;
+  // Uninitialised.
+  explicit Lines(int64_t size) : size_(size), memory_(new char[size * sizeof(T) + kLineBytes]) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = reinterpret_cast<T*>((address + kLineBytes - 1) / kLineBytes * kLineBytes);
+  }
+  Lines(int64_t size, T value) : Lines(size) { std::fill_n(data_, size, value); }
+
+  int64_t size() const { return size_; }
+  bool empty() const { return size_ == 0; }
+  T* data() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  int64_t size_ = 0;
+  std::unique_ptr<char[]> memory_;
+  T* data_ = nullptr;
+};
+
+}  // namespace fusedres::cpu
