@@ -70,6 +70,10 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "conv_backward_weight(Tensor dy, Tensor x, int kernel_height, int kernel_width, int stride_height,"
       " int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width) -> Tensor");
+  // in inference, without stride
+  m.def(
+      "conv1x1_forward(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
+      " Tensor? residual_shift, bool relu) -> Tensor");
   m.def("conv_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask) -> Tensor");
   // of a convolution with stride: added to dx
   m.def(

@@ -29,6 +29,7 @@ CPU_SOURCES = (
     "cpu/launch_bn.cpp",
     "cpu/launch_conv.cpp",
     "cpu/launch_pool.cpp",
+    "cpu/launch_product.cpp",
 )
 DEFAULT_ARCHS = "80;86;89;90;100;120"
 TORCH_FLOOR = "0x020a000000000000"  # 2.10

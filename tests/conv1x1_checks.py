@@ -50,10 +50,12 @@ def check_conv1x1_forward(ops: Any, case: Conv1x1Case) -> None:
     eager = F.conv2d(a, weight, bias, stride)
     exact = F.conv2d(a.double(), weight.double(), None if bias is None else bias.double(), stride)
     epilogue: tuple[Any, ...] = (None,) * 5
-    relu = "mask" in form or "identity" in form
-    if relu:
+    normalised = any(part in form for part in ("mask", "identity", "projection", "affine"))
+    relu = normalised and "no_relu" not in form
+    if normalised:
         after = inputs.vectors(exact)
-        residual = inputs.activation(tuple(exact.shape)) if "prologue_mask" not in form else None
+        added = "identity" in form or "projection" in form
+        residual = inputs.activation(tuple(exact.shape)) if added else None
         rv = inputs.vectors(residual) if "projection" in form else None
         epilogue = after.scale, after.shift, residual, *((None, None) if rv is None else rv[3:])
         exact, eager = (
@@ -65,7 +67,8 @@ def check_conv1x1_forward(ops: Any, case: Conv1x1Case) -> None:
             eager = eager + eager_affine(residual, rv.scale, rv.shift)
         elif residual is not None:
             exact, eager = exact + residual.double(), eager + residual
-        exact, eager = exact.relu(), eager.relu()
+        if relu:
+            exact, eager = exact.relu(), eager.relu()
     flags = relu, "mask" in form, "stats" in form
     out = run(ops, "conv1x1_forward", inputs, x, weight, bias, stride, *prologue, *epilogue, *flags)
     assert out.y.dtype == case.dtype

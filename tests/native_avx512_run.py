@@ -6,6 +6,8 @@ python native_avx512_run.py CAPABILITY    exit 0, or the first failure; CAPABILI
 import sys
 from dataclasses import replace
 
+import conv1x1_cases
+import conv1x1_checks
 import torch
 from raw_op_cases import FORMS, Case, cases_of
 from raw_op_checks import CHECKS
@@ -15,6 +17,7 @@ from fusedres.blocks import choice
 
 # every remainder of a vector of 16, an unaligned start, NaN and Inf, sums over several threads, nothing at all
 CASES = ("C3", "C17", "C24", "offset", "nan_inf_C17", "rows8000", "N0")
+PRODUCTS = ("C3to17", "C17to24", "C40to136", "C130to33", "P1100", "nan_inf_C17")
 SCALAR = ("bn_scale_shift", "bn_backward_coefficients", "conv_bias_add_relu_forward")
 
 
@@ -32,6 +35,10 @@ def main(capability: str) -> None:
             for dtype in (torch.float32,) if "conv" in op else (torch.float32, torch.bfloat16):
                 check(ops, op, replace(case, dtype=dtype))
                 checked += 1
+    for case in conv1x1_cases.cases_of("conv1x1_forward"):
+        if case.id in PRODUCTS and case.form in ("projection", "affine"):
+            conv1x1_checks.CHECKS["conv1x1_forward"](ops, case)
+            checked += 1
     print(f"{checked} passed, 0 failed")
 
 

@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 
+import conv1x1_cases
+import conv1x1_checks
 import pytest
 import torch
 from raw_op_cases import Case, Inputs, bits, cases_of
@@ -133,6 +135,57 @@ def test_weight_gradient_is_left_to_the_library_where_threads_would_have_little_
         assert native.NativeOps().supports("conv_backward_weight", *args) == "too_many_threads"
     finally:
         torch.set_num_threads(threads)
+
+
+EPILOGUES = ("projection", "identity_no_relu", "affine")
+PRODUCTS = [c for c in conv1x1_cases.cases_of("conv1x1_forward") if c.form in EPILOGUES]
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_product_with_its_epilogue(case):
+    """A 1x1 convolution of inference: by the kernel wherever the activations are dense channels_last."""
+    ops = Recorder()
+    conv1x1_checks.CHECKS["conv1x1_forward"](ops, case)
+    dense = case.layout in ("channels_last", "offset")
+    dense = dense or (case.form == "affine" and case.layout in ("mixed", "expanded"))
+    served = {name for op, name in ops.served if op == "conv1x1_forward"}
+    assert served == {"native" if dense else "reference"}
+
+
+@pytest.mark.parametrize("form", EPILOGUES)
+def test_product_of_more_than_it_sums_at_once(form):
+    case = conv1x1_cases.Conv1x1Case("large", (2, 1030, 7, 9), cout=150, form=form)
+    conv1x1_checks.CHECKS["conv1x1_forward"](native.NativeOps(), case)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(16, 9, 1, 1)}, r"weight is \[16, 9, 1, 1\], needed \[Cout, 8, 1, 1\]"),
+        ({"x": torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16)}, "x is bfloat16, needed float32"),
+        ({"scale": torch.zeros(8)}, r"scale is \[8\], needed contiguous \[16\]"),
+        ({"residual": torch.zeros(2, 16, 5, 6)}, r"residual is \[2, 16, 5, 6\]"),
+        ({"residual_shift": None}, "residual_scale, residual_shift is given in part"),
+        ({"residual": None}, "residual_scale is without residual"),
+    ],
+)
+def test_product_says_what_is_wrong(change, message):
+    vector = torch.zeros(16)
+    args = {
+        "x": torch.zeros(2, 8, 5, 5),
+        "weight": torch.zeros(16, 8, 1, 1),
+        "scale": vector,
+        "shift": vector,
+        "residual": torch.zeros(2, 16, 5, 5),
+        "residual_scale": vector,
+        "residual_shift": vector,
+    } | change
+    for name, value in args.items():
+        if value is not None and value.dim() == 4:
+            args[name] = value.contiguous(memory_format=torch.channels_last)
+    native.load()
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fusedres_native.conv1x1_forward(**args, relu=True)
 
 
 INPUT_GRADIENTS = ("1x1_mask", "1x1_identity", "1x1", "1x1s2_identity")

@@ -294,25 +294,30 @@ Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t 
   return dw;
 }
 
-ConvInputArgs input_args(const char* op, const Tensor& dy, const Tensor& weight) {
-  check_activation(op, "dy", dy);
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"dy", dy}, {"weight", weight}}) {
+// weight [Cout, Cin, 1, 1] of a convolution from or to x, as dimension `of` says
+void check_pointwise(const char* op, const char* name, const Tensor& x, const Tensor& weight, int64_t of) {
+  check_activation(op, name, x);
+  for (const auto& [argument, t] : {std::pair<const char*, const Tensor&>{name, x}, {"weight", weight}}) {
     if (t.scalar_type() != ScalarType::Float) {
-      fail(op, name, dtype_name(t.scalar_type()), "float32", "convert it, or use backend='reference'");
+      fail(op, argument, dtype_name(t.scalar_type()), "float32", "convert it, or use backend='reference'");
     }
   }
   check_channels_last(op, "weight", weight);
   check_device(op, "weight", weight, false);
-  if (weight.size(0) != dy.size(1) || weight.size(2) != 1 || weight.size(3) != 1) {
-    fail(op, "weight", sizes_of(weight), "[" + std::to_string(dy.size(1)) + ", Cin, 1, 1]",
-         "pass the weight of the 1x1 convolution that dy is the gradient of");
+  if (weight.size(of) != x.size(1) || weight.size(2) != 1 || weight.size(3) != 1) {
+    const std::string channels = std::to_string(x.size(1));
+    fail(op, "weight", sizes_of(weight), of == 0 ? "[" + channels + ", Cin, 1, 1]" : "[Cout, " + channels + ", 1, 1]",
+         "pass the weight of the 1x1 convolution");
   }
+}
+
+ConvInputArgs input_args(const char* op, const Tensor& dy, const Tensor& weight) {
+  check_pointwise(op, "dy", dy, weight, 0);
   ConvInputArgs args{};
   args.batch = dy.size(0);
   args.in_channels = weight.size(1);
   args.out_channels = dy.size(1);
   args.dy = data(dy);
-  args.weight = data(weight);
   return args;
 }
 
@@ -334,7 +339,7 @@ Tensor conv_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy,
   args.shortcut_dy = data(shortcut_dy);
   args.mask = mask_data(mask);
   args.dx = written(dx);
-  launch_conv_backward_input(args);
+  launch_conv_backward_input(args, data(weight));
   return dx;
 }
 
@@ -353,7 +358,37 @@ void conv_backward_input_(Tensor dx, Tensor dy, Tensor weight, int64_t stride_he
   args.width = {dx.size(3), dy.size(3), 1, stride_width, 0, 1};
   args.dx = written(dx);
   args.shortcut_dy = args.dx;
-  launch_conv_backward_input(args);
+  launch_conv_backward_input(args, data(weight));
+}
+
+// x [N, Cin, H, W], weight [Cout, Cin, 1, 1], residual and y [N, Cout, H, W]
+Tensor conv1x1_forward(Tensor x, Tensor weight, Tensor scale, Tensor shift, OptionalTensor residual,
+                       OptionalTensor residual_scale, OptionalTensor residual_shift, bool relu) {
+  const char* op = "conv1x1_forward";
+  check_pointwise(op, "x", x, weight, 1);
+  const int64_t channels = weight.size(0);
+  check_vector(op, "scale", scale, channels);
+  check_vector(op, "shift", shift, channels);
+  check_together(op, "residual_scale, residual_shift", residual_scale.has_value(), residual_shift.has_value());
+  if (residual_scale && !residual) fail(op, "residual_scale", "without residual", "both", "pass the residual");
+  check_vector(op, "residual_scale", residual_scale, channels);
+  check_vector(op, "residual_shift", residual_shift, channels);
+  Tensor y = new_channels_last(x, x.size(0), channels, x.size(2), x.size(3), dtype_code(x));
+  check_like(op, "residual", residual, y);
+  Conv1x1Args args{};
+  args.in_channels = x.size(1);
+  args.out_channels = channels;
+  args.form = residual_scale ? Residual::projection : residual ? Residual::identity : Residual::none;
+  args.relu = relu;
+  args.x = data(x);
+  args.scale = data(scale);
+  args.shift = data(shift);
+  args.residual = data(residual);
+  args.residual_scale = data(residual_scale);
+  args.residual_shift = data(residual_shift);
+  args.y = written(y);
+  launch_conv1x1_forward(args, x.numel() / x.size(1), data(weight));
+  return y;
 }
 
 }  // namespace
@@ -376,6 +411,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("bn_relu_maxpool_backward_reduce", TORCH_BOX(&bn_relu_maxpool_backward_reduce));
   m.impl("bn_relu_maxpool_backward_input", TORCH_BOX(&bn_relu_maxpool_backward_input));
   m.impl("conv_backward_weight", TORCH_BOX(&conv_backward_weight));
+  m.impl("conv1x1_forward", TORCH_BOX(&conv1x1_forward));
   m.impl("conv_backward_input", TORCH_BOX(&conv_backward_input));
   m.impl("conv_backward_input_", TORCH_BOX(&conv_backward_input_));
 }

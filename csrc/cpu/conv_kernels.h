@@ -11,7 +11,7 @@ namespace {
 using namespace fusedres::cpu;
 
 constexpr int kPanel = kWidth == 8 ? 6 : 14;  // output channels of a tile: with 2 vectors each they fill the registers
-constexpr int64_t kPanelIn = 2 * kWidth;      // input channels of a tile
+constexpr int64_t kPanelIn = kVectorsOfPanel * kWidth;      // input channels of a tile
 constexpr int64_t kCopied = kWidth == 8 ? 8 : 16;  // floats copied at once for a panel, at least kPanel
 constexpr int64_t kLine = 16;    // floats of a line of the cache
 constexpr int64_t kAhead = 8;    // positions of x, which the hardware does not foresee beyond a page

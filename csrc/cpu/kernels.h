@@ -112,6 +112,7 @@ struct ConvAxis {
   int64_t in, out, kernel, stride, padding, dilation;
 };
 
+constexpr int64_t kVectorsOfPanel = 2;  // of one position, or row of a weight, in a packed copy
 constexpr int64_t kPackedIn = 128;  // input channels packed at once: whole tiles, few of the second cache's ways
 
 // Positions of one row of dy, beside each other where their x is.
@@ -136,13 +137,32 @@ struct ConvWeightArgs {
   Stretch* stretches;          // [end - begin], scratch
 };
 
+// Copies a weight as panels of the columns of a product.
+struct PackArgs {
+  int64_t in_channels, out_channels;
+  const float* weight;         // [out_channels, in_channels]
+  float* packed;               // whole panels
+};
+
+// A 1x1 convolution without stride and padding, BN with known vectors, addition and ReLU, by positions.
+struct Conv1x1Args {
+  int64_t in_channels, out_channels;
+  Residual form;
+  bool relu;
+  const float* x;              // [positions, in_channels]
+  const float* packed_weight;
+  const float *scale, *shift;  // [out_channels]
+  const float* residual;       // like y, or null
+  const float *residual_scale, *residual_shift;  // [out_channels] or null
+  float* y;                    // [positions, out_channels]
+};
+
 // A 1x1 convolution without padding: dx from dy, by positions of dy.
 struct ConvInputArgs {
   int64_t batch, in_channels, out_channels;
   ConvAxis height, width;
   const float* dy;             // [N, height.out, width.out, out_channels]
-  const float* weight;         // [out_channels, in_channels]
-  float* packed_weight;        // scratch, of whole panels of input channels
+  const float* packed_weight;
   const float* shortcut_dy;    // like dx, added to the gradient, or null; may be dx
   const uint8_t* mask;         // one bit an element of shortcut_dy, or null
   float* dx;                   // [N, height.in, width.in, in_channels]
@@ -161,8 +181,10 @@ struct Kernels {
   void (*bn_relu_maxpool_forward)(const PoolForwardArgs&, int64_t begin, int64_t end);
   void (*bn_relu_maxpool_backward)(const PoolBackwardArgs&, int64_t begin, int64_t end);
   void (*conv_backward_weight)(const ConvWeightArgs&);
-  void (*pack_weight)(const ConvInputArgs&, int64_t begin, int64_t end);  // of panels
+  void (*pack_weight)(const PackArgs&, int64_t begin, int64_t end);             // panels of input channels
+  void (*pack_weight_transposed)(const PackArgs&, int64_t begin, int64_t end);  // panels of output channels
   void (*conv_backward_input)(const ConvInputArgs&, int64_t begin, int64_t end);
+  void (*conv1x1_forward)(const Conv1x1Args&, int64_t begin, int64_t end);
 };
 
 extern const Kernels avx2_kernels;

@@ -3,8 +3,8 @@
 
 #include "bn_kernels.h"
 #include "conv_kernels.h"
-#include "conv_input_kernels.h"
 #include "pool_kernels.h"
+#include "product_kernels.h"
 
 namespace fusedres::cpu {
 
@@ -20,7 +20,9 @@ const Kernels avx512_kernels = {
     ::bn_relu_maxpool_backward,
     ::conv_backward_weight,
     ::pack_weight,
+    ::pack_weight_transposed,
     ::conv_backward_input,
+    ::conv1x1_forward,
 };
 
 }  // namespace fusedres::cpu

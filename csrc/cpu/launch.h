@@ -54,7 +54,8 @@ void launch_bn_relu_maxpool_backward_input(Dtype dtype, int64_t batch, const Win
 // dw is written; `piece`, the scratch and the input channels are chosen here
 void launch_conv_backward_weight(ConvWeightArgs args);
 
-// dx is written; the scratch is chosen here
-void launch_conv_backward_input(ConvInputArgs args);
+// `weight` [out_channels, in_channels] is packed here
+void launch_conv_backward_input(ConvInputArgs args, const float* weight);
+void launch_conv1x1_forward(Conv1x1Args args, int64_t positions, const float* weight);
 
 }  // namespace fusedres::cpu

@@ -12,7 +12,6 @@ namespace {
 constexpr int64_t kPositions = 256;  // of dy, about as many are packed at a time
 constexpr int64_t kFewestOut = 24;   // output channels of a thread: packing x must pay
 constexpr int64_t kFewestIn = 32;    // input channels of a thread: packing dy must pay
-constexpr int64_t kVectorsIn = 2;    // of a position in packed_x
 constexpr int64_t kSlack = 16;       // floats that packing may write beyond a panel of dy
 
 // The most pieces, up to `limit`, that divide the threads: their shares come out equal.
@@ -75,7 +74,7 @@ void launch_conv_backward_weight(ConvWeightArgs args) {
     blocks = divisor(threads / parts, blocks);
   }
   const int64_t groups = std::min(taps, threads / blocks / parts);
-  const int64_t lanes = kVectorsIn * kernels()->width, panels = (args.in_channels + lanes - 1) / lanes;
+  const int64_t lanes = kVectorsOfPanel * kernels()->width, panels = (args.in_channels + lanes - 1) / lanes;
   std::fill_n(args.dw, args.out_channels * taps * args.in_channels, 0.0f);
   torch::stable::parallel_for(0, blocks * parts * groups, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
@@ -90,17 +89,6 @@ void launch_conv_backward_weight(ConvWeightArgs args) {
       add_pieces(mine);
     }
   });
-}
-
-void launch_conv_backward_input(ConvInputArgs args) {
-  const int64_t lanes = kVectorsIn * kernels()->width, panels = (args.in_channels + lanes - 1) / lanes;
-  const Lines<float> packed(panels * lanes * args.out_channels);
-  args.packed_weight = packed.data();
-  const int64_t positions = args.batch * args.height.out * args.width.out;
-  parallel_chunks(count_chunks(panels, lanes * args.out_channels), panels,
-                  [&](int64_t, int64_t begin, int64_t end) { kernels()->pack_weight(args, begin, end); });
-  parallel_chunks(count_chunks(positions, args.in_channels), positions,
-                  [&](int64_t, int64_t begin, int64_t end) { kernels()->conv_backward_input(args, begin, end); });
 }
 
 }  // namespace fusedres::cpu

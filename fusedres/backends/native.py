@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusedres.errors import BackendUnavailableError
-from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, RawOps
+from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output, RawOps
 
 LIBRARY = Path(__file__).resolve().parent.parent / "libfusedres_native.so"
 LIBRARY_OPS = (
@@ -219,6 +219,34 @@ def weight_gradient_reason(dy, x, kernel_size, stride, padding, dilation, groups
     return None if channels_last else "layout_not_channels_last"
 
 
+def product_reason(
+    x,
+    weight,
+    bias=None,
+    stride=1,
+    in_scale=None,
+    in_shift=None,
+    scale=None,
+    shift=None,
+    residual=None,
+    residual_scale=None,
+    residual_shift=None,
+    relu=False,
+    save_mask=False,
+    save_stats=False,
+):
+    """In inference, where BN's vectors are known before the product: it is stored once, and nothing else."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return "no_kernel"
+    if scale is None or save_mask or save_stats or in_scale is not None:
+        return "in_training"
+    if stride != 1 or bias is not None or weight.shape[2:] != (1, 1):
+        return "not_pointwise"
+    if weight.dtype != x.dtype or not weight.is_contiguous(memory_format=torch.channels_last):
+        return "arguments_differ"
+    return activations_reason(x, residual) or vectors_reason(scale, shift, residual_scale, residual_shift)
+
+
 def input_gradient_reason(
     dy, x, weight, stride, padding, dilation, groups, shortcut_dy=None, shortcut_mask=None
 ):
@@ -249,6 +277,7 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "bn_relu_maxpool_backward_reduce": lambda dy, indices, c, *rest: activations_reason(c, dy),
     "bn_relu_maxpool_backward_input": lambda dy, indices, c, *rest: activations_reason(c, dy),
     "conv_backward_weight": weight_gradient_reason,
+    "conv1x1_forward": product_reason,
     "conv_backward_input": input_gradient_reason,
     "conv_bias_add_relu_forward": conv_reason,
 }
@@ -346,6 +375,26 @@ class NativeOps:
         return self._ops.bn_relu_maxpool_backward_input(
             dy, indices, c, grads.A, grads.B, grads.K, kernel_size, stride, padding
         )
+
+    def conv1x1_forward(
+        self,
+        x,
+        weight,
+        bias=None,
+        stride=1,
+        in_scale=None,
+        in_shift=None,
+        scale=None,
+        shift=None,
+        residual=None,
+        residual_scale=None,
+        residual_shift=None,
+        relu=False,
+        save_mask=False,
+        save_stats=False,
+    ):
+        epilogue = scale, shift, residual, residual_scale, residual_shift, relu
+        return Conv1x1Output(self._ops.conv1x1_forward(x, weight, *epilogue), None, None, None)
 
     def conv_backward_weight(self, dy, x, kernel_size, stride, padding, dilation, groups):
         return self._ops.conv_backward_weight(dy, x, *kernel_size, *stride, *padding, *dilation)

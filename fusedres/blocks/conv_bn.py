@@ -47,6 +47,26 @@ def conv_bn_forward(
     return c, frozen or ops.bn_scale_shift(*ops.bn_stats(c), t.bn_weight, t.bn_bias, unit.eps)
 
 
+def conv_bn_add_relu(
+    ops: Dispatcher,
+    x: Tensor,
+    unit: ConvBNConfig,
+    t: ConvBNTensors,
+    vectors: BatchNormVectors,
+    relu: bool,
+    shortcut: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+) -> Tensor | None:
+    """relu(BN(conv(x)) + shortcut) in one product, for a 1x1 convolution whose vectors are known, on a CPU; else None.
+
+    shortcut: a tensor, and scale and shift of its BN or None.
+    """
+    pointwise = t.weight.shape[2:] == (1, 1) and unit.stride == (1, 1) and unit.padding == (0, 0)
+    if not pointwise or unit.groups != 1 or t.weight.dtype != x.dtype or not x.is_cpu:
+        return None
+    args = x, t.weight, t.conv_bias, 1, None, None, vectors.scale, vectors.shift, *shortcut, relu
+    return None if ops.serving("conv1x1_forward", *args) == LIBRARY else ops.conv1x1_forward(*args).y
+
+
 def like_parameter(grad: Tensor, parameter: Tensor) -> Tensor:
     """The gradient in its parameter's dtype and strides."""
     if grad.dtype == parameter.dtype and grad.stride() == parameter.stride():

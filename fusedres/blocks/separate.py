@@ -20,6 +20,7 @@ from fusedres.blocks.config import (
 )
 from fusedres.blocks.conv_bn import (
     bn_parameter_grads,
+    conv_bn_add_relu,
     conv_bn_backward,
     conv_bn_forward,
     convolution_backward,
@@ -28,6 +29,7 @@ from fusedres.blocks.conv_bn import (
     takes_masked_gradient,
 )
 from fusedres.dispatch import Dispatcher
+from fusedres.raw_ops import BatchNormVectors
 
 KEEPS_ACTIVATIONS = True
 
@@ -42,31 +44,39 @@ def forward(
 ) -> BlockOutput:
     """y [N, Cout, H', W'] from x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None."""
     last = len(config.main) - 1
-    activations, convs, vectors = [], [], []
+    activations: list[Tensor] = []
+    convs: list[Tensor] = []
+    vectors: list[BatchNormVectors] = []
     # side by side, before convolutions take the caches: what is frozen needs none of them
     frozen = [frozen_vectors(ops, unit, t, x, save) for unit, t in zip(config.units, units, strict=True)]
-    a = x
+    shortcut: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    projected: tuple[Tensor, BatchNormVectors] | None = None
+    a, mask = x, None
     for i, (unit, t) in enumerate(zip(config.main, units, strict=False)):
-        c, v = conv_bn_forward(ops, a, unit, t, frozen[i])
-        vectors.append(v)
-        if i < last:
-            a, _ = ops.bn_add_relu_forward(c, v.scale, v.shift, relu=unit.relu, reuse_c=not save)
-        if save:  # what nobody keeps is freed as the block goes on
-            convs.append(c)
-            activations.append(a)
-    scale, shift, relu = v.scale, v.shift, config.main[last].relu
-    residual_scale = residual_shift = None
-    if config.projection is not None:
-        residual, v = conv_bn_forward(ops, x, config.projection, units[-1], frozen[-1])
-        convs.append(residual)
-        vectors.append(v)
-        residual_scale, residual_shift = v.scale, v.shift
-    elif config.shortcut is Shortcut.IDENTITY:
-        residual = x
-    shortcut = residual, residual_scale, residual_shift
-    y, mask = ops.bn_add_relu_forward(c, scale, shift, *shortcut, relu, save and relu, reuse_c=not save)
+        if i == last and config.projection is not None:
+            residual, v = projected = conv_bn_forward(ops, x, config.projection, units[-1], frozen[-1])
+            shortcut = residual, v.scale, v.shift
+        elif i == last:
+            shortcut = x if config.shortcut is Shortcut.IDENTITY else residual, None, None
+        known = None if save else frozen[i]
+        y = None if known is None else conv_bn_add_relu(ops, a, unit, t, known, unit.relu, shortcut)
+        if known is not None and y is not None:
+            vectors.append(known)
+        else:
+            c, v = conv_bn_forward(ops, a, unit, t, frozen[i])
+            save_mask = save and unit.relu and i == last
+            args = c, v.scale, v.shift, *shortcut, unit.relu, save_mask
+            y, mask = ops.bn_add_relu_forward(*args, reuse_c=not save)
+            vectors.append(v)
+            if save:  # what nobody keeps is freed as the block goes on
+                convs.append(c)
+                activations.append(y)
+        a = y
+    if projected is not None:
+        convs.append(projected[0])
+        vectors.append(projected[1])
     saved = Saved(tuple(activations[:last]), tuple(convs), tuple(vectors), mask, None) if save else None
-    return BlockOutput(y, tuple(vectors), saved)
+    return BlockOutput(a, tuple(vectors), saved)
 
 
 def backward(
