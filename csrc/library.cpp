@@ -20,6 +20,8 @@ bool cuda_archs_cover(std::string archs, int64_t major, int64_t minor) {
 
 bool cpu_multiplies_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 
+bool cpu_products_of_bfloat16() { return fusedres::cpu::products(fusedres::cpu::Dtype::bfloat16) != nullptr; }
+
 std::string cpu_capability() {
   const fusedres::cpu::Kernels* kernels = fusedres::cpu::kernels();
   return kernels == nullptr ? "none" : kernels->name;
@@ -82,6 +84,8 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def("cpu_capability() -> str");
   // whether the processor has instructions for products of bfloat16
   m.def("cpu_multiplies_bfloat16() -> bool");
+  // whether 1x1 convolutions of bfloat16 have kernels on it
+  m.def("cpu_products_of_bfloat16() -> bool");
   // what the binary holds GPU code for, such as "80;90;120+PTX"; "" without CUDA
   m.def("cuda_archs() -> str");
   m.def("cuda_archs_cover(str archs, int major, int minor) -> bool");
@@ -94,6 +98,7 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
   m.impl("cpu_multiplies_bfloat16", TORCH_BOX(&cpu_multiplies_bfloat16));
+  m.impl("cpu_products_of_bfloat16", TORCH_BOX(&cpu_products_of_bfloat16));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
   m.impl("cuda_archs_cover", TORCH_BOX(&cuda_archs_cover));
   m.impl("cuda_version", TORCH_BOX(&cuda_version));

@@ -26,6 +26,7 @@ CPU_SOURCES = (
     "cpu/kernels.cpp",
     "cpu/kernels_avx2.cpp",
     "cpu/kernels_avx512.cpp",
+    "cpu/kernels_avx512_bf16.cpp",
     "cpu/launch_bn.cpp",
     "cpu/launch_conv.cpp",
     "cpu/launch_pool.cpp",
@@ -36,12 +37,14 @@ TORCH_FLOOR = "0x020a000000000000"  # 2.10
 HIDDEN = ("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
 COMMON = ("-std=c++17", "-O3", *HIDDEN, "-Wall", "-Wextra")
 # the last two: false alarms inside GCC's own AVX-512 headers
+AVX512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+)
 INSTRUCTION_SETS = {
     "cpu/kernels_avx2.cpp": ("-mavx2", "-mfma"),
-    "cpu/kernels_avx512.cpp": (
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
-        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-    ),
+    "cpu/kernels_avx512.cpp": AVX512,
+    "cpu/kernels_avx512_bf16.cpp": (*AVX512, "-mavx512bf16"),
 }
 
 

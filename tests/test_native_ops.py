@@ -52,9 +52,10 @@ def expected_backend(op, case):
         return "native" if dense and many and wide and not grouped and not left else "reference"
     if op == "conv_backward_input":
         exact, dense = case.dtype == torch.float32, case.layout in ("channels_last", "offset")
-        added = "identity" in case.form and (exact or case.dtype in native.fused_convolution_dtypes())
-        alone = exact and (case.form == "1x1" or (case.form == "1x1_mask" and case.shape[1] % 8 == 0))
-        return "native" if dense and case.form.startswith("1x1") and (added or alone) else "reference"
+        summed = exact or (case.dtype in native.product_dtypes() and (case.shape[1] + 2) % 2 == 0)
+        added = "identity" in case.form or (case.form == "1x1_mask" and case.shape[1] % 8 == 0)
+        wanted = case.form.startswith("1x1") and (added or (exact and case.form == "1x1"))
+        return "native" if dense and wanted and summed else "reference"
     kernel3 = case.form in ("3x3s2", "groups", "dilation")  # these have a residual too
     one_position = case.shape[2:] == (1, 1)  # dense in both formats
     if op == "conv_bias_add_relu_forward" and one_position and (kernel3 or "identity" in case.form):
@@ -141,20 +142,31 @@ EPILOGUES = ("projection", "identity_no_relu", "affine")
 PRODUCTS = [c for c in conv1x1_cases.cases_of("conv1x1_forward") if c.form in EPILOGUES]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
-def test_product_with_its_epilogue(case):
+def test_product_with_its_epilogue(case, dtype, monkeypatch):
     """A 1x1 convolution of inference: by the kernel wherever the activations are dense channels_last."""
-    ops = Recorder()
+    monkeypatch.setattr(native, "FEWEST_SUMMED", 1)
+    ops, case = Recorder(), replace(case, dtype=DTYPES[dtype])
     conv1x1_checks.CHECKS["conv1x1_forward"](ops, case)
     dense = case.layout in ("channels_last", "offset")
     dense = dense or (case.form == "affine" and case.layout in ("mixed", "expanded"))
+    half = case.dtype == torch.bfloat16
+    dense = dense and not (half and (case.dtype not in native.product_dtypes() or case.shape[1] % 2))
     served = {name for op, name in ops.served if op == "conv1x1_forward"}
     assert served == {"native" if dense else "reference"}
 
 
+def product_dtypes():
+    found = native.product_dtypes() if native.is_built() else ()
+    absent = pytest.mark.skip(reason="no products of bfloat16 on this processor")
+    return [pytest.param(d, id=n, marks=() if d in found else absent) for n, d in DTYPES.items()]
+
+
+@pytest.mark.parametrize("dtype", product_dtypes())
 @pytest.mark.parametrize("form", EPILOGUES)
-def test_product_of_more_than_it_sums_at_once(form):
-    case = conv1x1_cases.Conv1x1Case("large", (2, 1030, 7, 9), cout=150, form=form)
+def test_product_of_more_than_it_sums_at_once(form, dtype):
+    case = conv1x1_cases.Conv1x1Case("large", (2, 1030, 7, 9), cout=150, form=form, dtype=dtype)
     conv1x1_checks.CHECKS["conv1x1_forward"](native.NativeOps(), case)
 
 
@@ -162,7 +174,7 @@ def test_product_of_more_than_it_sums_at_once(form):
     ("change", "message"),
     [
         ({"weight": torch.zeros(16, 9, 1, 1)}, r"weight is \[16, 9, 1, 1\], needed \[Cout, 8, 1, 1\]"),
-        ({"x": torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16)}, "x is bfloat16, needed float32"),
+        ({"x": torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16)}, "weight is float32, needed bfloat16"),
         ({"scale": torch.zeros(8)}, r"scale is \[8\], needed contiguous \[16\]"),
         ({"residual": torch.zeros(2, 16, 5, 6)}, r"residual is \[2, 16, 5, 6\]"),
         ({"residual_shift": None}, "residual_scale, residual_shift is given in part"),
@@ -188,22 +200,33 @@ def test_product_says_what_is_wrong(change, message):
         torch.ops.fusedres_native.conv1x1_forward(**args, relu=True)
 
 
+def test_products_of_bfloat16_say_what_they_need():
+    native.load()
+    vector = torch.zeros(16)
+    x, weight = torch.zeros(2, 7, 5, 5), torch.zeros(16, 7, 1, 1)
+    x, weight = (t.to(torch.bfloat16, memory_format=torch.channels_last) for t in (x, weight))
+    wanted = "x is 7 channels, needed an even number"
+    if torch.bfloat16 not in native.product_dtypes():
+        wanted = "x is bfloat16, needed float32 on this processor"
+    with pytest.raises(RuntimeError, match=wanted):
+        torch.ops.fusedres_native.conv1x1_forward(x, weight, vector, vector, None, None, None, True)
+
+
 INPUT_GRADIENTS = ("1x1_mask", "1x1_identity", "1x1", "1x1s2_identity")
 
 
+@pytest.mark.parametrize("dtype", product_dtypes())
 @pytest.mark.parametrize("form", INPUT_GRADIENTS)
-def test_input_gradient_kernel_of_more_than_it_multiplies_at_once(form):
+def test_input_gradient_kernel_of_more_than_it_multiplies_at_once(form, dtype):
     """Of positions, of input and of output channels, none of them in whole tiles."""
-    case = Case("large", (2, 600, 11, 13), form=form)
+    case = Case("large", (2, 600, 11, 13), form=form, dtype=dtype)
     CHECKS["conv_backward_input"](native.NativeOps(), case)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", product_dtypes())
 def test_input_gradient_into_the_storage_of_another(dtype, stride):
-    x, shortcut = (
-        torch.randn(3, 24, 9, 7).to(DTYPES[dtype], memory_format=torch.channels_last) for _ in range(2)
-    )
+    x, shortcut = (torch.randn(3, 24, 9, 7).to(dtype, memory_format=torch.channels_last) for _ in range(2))
     weight = torch.randn(40, 24, 1, 1).to(x.dtype, memory_format=torch.channels_last)
     dy = torch.randn(3, 40, -(-9 // stride), -(-7 // stride))
     dy = dy.to(x.dtype, memory_format=torch.channels_last)
@@ -233,7 +256,7 @@ def test_input_gradient_does_not_depend_on_the_number_of_threads():
         ({"weight": torch.zeros(8, 16, 3, 3)}, r"weight is \[8, 16, 3, 3\], needed \[8, Cin, 1, 1\]"),
         ({"weight": torch.zeros(9, 16, 1, 1)}, r"weight is \[9, 16, 1, 1\]"),
         ({"weight": torch.zeros(8, 16, 1, 1).double()}, "weight is float64, needed float32"),
-        ({"dy": torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16)}, "dy is bfloat16, needed float32"),
+        ({"dy": torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16)}, "weight is float32, needed bfloat16"),
         ({"shortcut_dy": torch.zeros(2, 16, 5, 6)}, r"shortcut_dy is \[2, 16, 5, 6\]"),
         ({"shortcut_mask": torch.zeros(3, dtype=torch.uint8)}, r"mask is uint8 \[3\], needed uint8 \[100\]"),
         ({"shortcut_dy": None}, "shortcut_mask is without shortcut_dy"),

@@ -98,10 +98,8 @@ def test_the_input_and_its_gradient_stay_apart(reused):
     assert torch.equal(leaf.detach(), x) and torch.equal(dy, before)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "stored"), [(torch.float32, False), (torch.bfloat16, True)], ids=["fp32", "bf16"]
-)
-def test_the_shortcut_takes_its_gradient_through_the_mask_where_it_is_added(dtype, stored, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_shortcut_takes_its_gradient_through_the_mask_where_it_is_added(dtype, monkeypatch):
     """Then nobody stores it before; where the library adds it, somebody must."""
     saves, original = [], native.NativeOps.bn_add_relu_backward_input
 
@@ -114,4 +112,4 @@ def test_the_shortcut_takes_its_gradient_through_the_mask_where_it_is_added(dtyp
     block = form.build().to(dtype, memory_format=torch.channels_last)
     x, dy = tensors_for(form, block, dtype)
     patched(block, "separate", "native")(x.requires_grad_()).backward(dy)
-    assert saves == [stored]
+    assert saves == [dtype not in native.product_dtypes()]

@@ -297,18 +297,21 @@ Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t 
 // weight [Cout, Cin, 1, 1] of a convolution from or to x, as dimension `of` says
 void check_pointwise(const char* op, const char* name, const Tensor& x, const Tensor& weight, int64_t of) {
   check_activation(op, name, x);
-  for (const auto& [argument, t] : {std::pair<const char*, const Tensor&>{name, x}, {"weight", weight}}) {
-    if (t.scalar_type() != ScalarType::Float) {
-      fail(op, argument, dtype_name(t.scalar_type()), "float32", "convert it, or use backend='reference'");
-    }
+  if (weight.scalar_type() != x.scalar_type()) {
+    fail(op, "weight", dtype_name(weight.scalar_type()), dtype_name(x.scalar_type()), "pass tensors of one dtype");
   }
   check_channels_last(op, "weight", weight);
   check_device(op, "weight", weight, false);
+  const std::string channels = std::to_string(x.size(1));
   if (weight.size(of) != x.size(1) || weight.size(2) != 1 || weight.size(3) != 1) {
-    const std::string channels = std::to_string(x.size(1));
     fail(op, "weight", sizes_of(weight), of == 0 ? "[" + channels + ", Cin, 1, 1]" : "[Cout, " + channels + ", 1, 1]",
          "pass the weight of the 1x1 convolution");
   }
+  if (x.scalar_type() == ScalarType::Float) return;
+  if (products(Dtype::bfloat16) == nullptr) {
+    fail(op, name, "bfloat16", "float32 on this processor", "convert it, or use backend='reference'");
+  }
+  if (x.size(1) % 2 != 0) fail(op, name, channels + " channels", "an even number", "use backend='reference'");
 }
 
 ConvInputArgs input_args(const char* op, const Tensor& dy, const Tensor& weight) {
@@ -317,7 +320,8 @@ ConvInputArgs input_args(const char* op, const Tensor& dy, const Tensor& weight)
   args.batch = dy.size(0);
   args.in_channels = weight.size(1);
   args.out_channels = dy.size(1);
-  args.dy = data(dy);
+  args.dtype = shape_of(dy).dtype;
+  args.dy = dy.const_data_ptr();
   return args;
 }
 
@@ -336,10 +340,10 @@ Tensor conv_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy,
   }
   args.height = {height, height, 1, 1, 0, 1};
   args.width = {width, width, 1, 1, 0, 1};
-  args.shortcut_dy = data(shortcut_dy);
+  args.shortcut_dy = untyped(shortcut_dy);
   args.mask = mask_data(mask);
-  args.dx = written(dx);
-  launch_conv_backward_input(args, data(weight));
+  args.dx = dx.mutable_data_ptr();
+  launch_conv_backward_input(args, weight.const_data_ptr());
   return dx;
 }
 
@@ -348,7 +352,9 @@ void conv_backward_input_(Tensor dx, Tensor dy, Tensor weight, int64_t stride_he
   const char* op = "conv_backward_input";
   ConvInputArgs args = input_args(op, dy, weight);
   check_activation(op, "dx", dx);
-  check_like(op, "dx", dx, dx, ScalarType::Float);
+  if (dx.scalar_type() != dy.scalar_type()) {
+    fail(op, "dx", dtype_name(dx.scalar_type()), dtype_name(dy.scalar_type()), "pass tensors of one dtype");
+  }
   if (dx.size(1) != args.in_channels) {
     fail(op, "dx", sizes_of(dx), std::to_string(args.in_channels) + " channels", "pass the input's gradient");
   }
@@ -356,9 +362,9 @@ void conv_backward_input_(Tensor dx, Tensor dy, Tensor weight, int64_t stride_he
   check_convolution(op, dy, dx, 1, stride_width, 0, 1, 3);
   args.height = {dx.size(2), dy.size(2), 1, stride_height, 0, 1};
   args.width = {dx.size(3), dy.size(3), 1, stride_width, 0, 1};
-  args.dx = written(dx);
+  args.dx = dx.mutable_data_ptr();
   args.shortcut_dy = args.dx;
-  launch_conv_backward_input(args, data(weight));
+  launch_conv_backward_input(args, weight.const_data_ptr());
 }
 
 // x [N, Cin, H, W], weight [Cout, Cin, 1, 1], residual and y [N, Cout, H, W]
@@ -380,14 +386,15 @@ Tensor conv1x1_forward(Tensor x, Tensor weight, Tensor scale, Tensor shift, Opti
   args.out_channels = channels;
   args.form = residual_scale ? Residual::projection : residual ? Residual::identity : Residual::none;
   args.relu = relu;
-  args.x = data(x);
+  args.dtype = shape_of(x).dtype;
+  args.x = x.const_data_ptr();
   args.scale = data(scale);
   args.shift = data(shift);
-  args.residual = data(residual);
+  args.residual = untyped(residual);
   args.residual_scale = data(residual_scale);
   args.residual_shift = data(residual_shift);
-  args.y = written(y);
-  launch_conv1x1_forward(args, x.numel() / x.size(1), data(weight));
+  args.y = y.mutable_data_ptr();
+  launch_conv1x1_forward(args, x.numel() / x.size(1), weight.const_data_ptr());
   return y;
 }
 

@@ -1,6 +1,8 @@
 // Which instruction set this processor runs.
 #include "kernels.h"
 
+#include <cpuid.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -19,11 +21,26 @@ const Kernels* choose() {
   return avx512 && !avx2_only ? &avx512_kernels : &avx2_kernels;
 }
 
+constexpr unsigned kAmxBf16 = 1u << 22;  // of EDX, CPUID leaf 7
+
+bool has_amx() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) != 0;
+}
+
 }  // namespace
 
 const Kernels* kernels() {
   static const Kernels* const chosen = choose();
   return chosen;
+}
+
+const Products* products(Dtype dtype) {
+  if (kernels() == nullptr) return nullptr;
+  if (dtype == Dtype::float32) return &kernels()->float32;
+  static const bool bfloat16 =
+      kernels() == &avx512_kernels && __builtin_cpu_supports("avx512bf16") && !has_amx();
+  return bfloat16 ? &avx512_bf16_products : nullptr;
 }
 
 }  // namespace fusedres::cpu

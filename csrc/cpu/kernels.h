@@ -140,8 +140,8 @@ struct ConvWeightArgs {
 // Copies a weight as panels of the columns of a product.
 struct PackArgs {
   int64_t in_channels, out_channels;
-  const float* weight;         // [out_channels, in_channels]
-  float* packed;               // whole panels
+  const void* weight;          // [out_channels, in_channels]
+  float* packed;               // whole panels, in words of one float or two bfloat16
 };
 
 // A 1x1 convolution without stride and padding, BN with known vectors, addition and ReLU, by positions.
@@ -149,23 +149,33 @@ struct Conv1x1Args {
   int64_t in_channels, out_channels;
   Residual form;
   bool relu;
-  const float* x;              // [positions, in_channels]
+  Dtype dtype;
+  const void* x;               // [positions, in_channels]
   const float* packed_weight;
   const float *scale, *shift;  // [out_channels]
-  const float* residual;       // like y, or null
+  const void* residual;        // like y, or null
   const float *residual_scale, *residual_shift;  // [out_channels] or null
-  float* y;                    // [positions, out_channels]
+  void* y;                     // [positions, out_channels]
 };
 
 // A 1x1 convolution without padding: dx from dy, by positions of dy.
 struct ConvInputArgs {
   int64_t batch, in_channels, out_channels;
   ConvAxis height, width;
-  const float* dy;             // [N, height.out, width.out, out_channels]
+  Dtype dtype;
+  const void* dy;              // [N, height.out, width.out, out_channels]
   const float* packed_weight;
-  const float* shortcut_dy;    // like dx, added to the gradient, or null; may be dx
+  const void* shortcut_dy;     // like dx, added to the gradient, or null; may be dx
   const uint8_t* mask;         // one bit an element of shortcut_dy, or null
-  float* dx;                   // [N, height.in, width.in, in_channels]
+  void* dx;                    // [N, height.in, width.in, in_channels]
+};
+
+// Matrix products of one dtype; with bfloat16 for even depths only.
+struct Products {
+  void (*pack_weight)(const PackArgs&, int64_t begin, int64_t end);             // panels of input channels
+  void (*pack_weight_transposed)(const PackArgs&, int64_t begin, int64_t end);  // panels of output channels
+  void (*conv_backward_input)(const ConvInputArgs&, int64_t begin, int64_t end);
+  void (*conv1x1_forward)(const Conv1x1Args&, int64_t begin, int64_t end);
 };
 
 // One set of kernels, compiled for one instruction set. Each walks rows [begin, end): of `period` elements, or,
@@ -181,10 +191,7 @@ struct Kernels {
   void (*bn_relu_maxpool_forward)(const PoolForwardArgs&, int64_t begin, int64_t end);
   void (*bn_relu_maxpool_backward)(const PoolBackwardArgs&, int64_t begin, int64_t end);
   void (*conv_backward_weight)(const ConvWeightArgs&);
-  void (*pack_weight)(const PackArgs&, int64_t begin, int64_t end);             // panels of input channels
-  void (*pack_weight_transposed)(const PackArgs&, int64_t begin, int64_t end);  // panels of output channels
-  void (*conv_backward_input)(const ConvInputArgs&, int64_t begin, int64_t end);
-  void (*conv1x1_forward)(const Conv1x1Args&, int64_t begin, int64_t end);
+  Products float32;
 };
 
 extern const Kernels avx2_kernels;
@@ -192,5 +199,10 @@ extern const Kernels avx512_kernels;
 
 // The best set for this processor, at most what ATEN_CPU_CAPABILITY (torch's own switch) allows; null below AVX2.
 const Kernels* kernels();
+
+extern const Products avx512_bf16_products;
+
+// Those of a dtype; null where the processor has none, or tiles of AMX, with which the library is far faster.
+const Products* products(Dtype dtype);
 
 }  // namespace fusedres::cpu

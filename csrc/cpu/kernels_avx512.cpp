@@ -19,10 +19,7 @@ const Kernels avx512_kernels = {
     ::bn_relu_maxpool_forward,
     ::bn_relu_maxpool_backward,
     ::conv_backward_weight,
-    ::pack_weight,
-    ::pack_weight_transposed,
-    ::conv_backward_input,
-    ::conv1x1_forward,
+    {::pack_weight<float>, ::pack_weight_transposed<float>, ::conv_backward_input<float>, ::conv1x1_forward<float>},
 };
 
 }  // namespace fusedres::cpu

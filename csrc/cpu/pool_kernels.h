@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "lanes.h"
 #include "select.h"
 
 namespace {
@@ -9,37 +10,6 @@ namespace {
 using namespace fusedres::cpu;
 
 constexpr int kNoGradient = 255;
-
-// The first `lanes` of a vector: the channels that are left at the end of a position.
-template <class T>
-inline Float load_lanes(const T* p, int64_t lanes) {
-  if (lanes >= kWidth) return load(p);
-  T lane[kWidth] = {};
-  for (int64_t i = 0; i < lanes; ++i) lane[i] = p[i];
-  return load(lane);
-}
-
-template <class T>
-inline void store_lanes(T* p, Float v, int64_t lanes) {
-  if (lanes >= kWidth) return store(p, v);
-  T lane[kWidth];
-  store(lane, v);
-  for (int64_t i = 0; i < lanes; ++i) p[i] = lane[i];
-}
-
-inline Int load_bytes_lanes(const uint8_t* p, int64_t lanes) {
-  if (lanes >= kWidth) return load_bytes(p);
-  uint8_t lane[kWidth] = {};
-  for (int64_t i = 0; i < lanes; ++i) lane[i] = p[i];
-  return load_bytes(lane);
-}
-
-inline void store_bytes_lanes(uint8_t* p, Int v, int64_t lanes) {
-  if (lanes >= kWidth) return store_bytes(p, v);
-  uint8_t lane[kWidth];
-  store_bytes(lane, v);
-  for (int64_t i = 0; i < lanes; ++i) p[i] = lane[i];
-}
 
 inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -1,21 +1,43 @@
-// 1x1 convolutions as matrix products in float: forward in inference, with BN, addition and ReLU; the input gradient,
-// added to the gradient that reaches x by another way. Included after conv_kernels.h, whose tiles it has.
+// 1x1 convolutions as matrix products: forward in inference, with BN, addition and ReLU; the input gradient, added to
+// the gradient that reaches x by another way. Sums are float. Included after vec_avx2.h or vec_avx512.h.
 #pragma once
 
 #include "kernels.h"
+#include "lanes.h"
 #include "select.h"
+#include "tiles.h"
 
 namespace {
 
 using namespace fusedres::cpu;
 
-constexpr int64_t kDepth = 512;     // of the product, summed at once: a tile's rows stay in the first cache
 constexpr int64_t kRowsAhead = 16;  // rows of W, each in a page of its own
 
-// A product's operands: result[p, n] = sum over k of a[p, k] * b[k, n].
+// Operands are read by words of 32 bits: one float, or two values of bfloat16 that are multiplied and added together.
+template <class T>
+constexpr int64_t kPerWord = sizeof(float) / sizeof(T);
+
+// Words summed at once: a tile's rows stay in the first cache. Sums of bfloat16 are not rounded on the way.
+template <class T>
+constexpr int64_t kDepth = sizeof(T) == sizeof(float) ? 512 : INT64_MAX;
+
+template <class T>
+inline Float multiply_add(Float a, Float b, Float sum);
+template <>
+inline Float multiply_add<float>(Float a, Float b, Float sum) {
+  return fma(a, b, sum);
+}
+#ifdef __AVX512BF16__
+template <>
+inline Float multiply_add<BFloat16>(Float a, Float b, Float sum) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+#endif
+
+// result[p, n] = sum over k of a[p, k] * b[k, n], in words.
 struct Product {
-  const float* a;          // [positions, depth]
-  const float* packed_b;   // [panel][depth][kPanelIn]
+  const float* a;         // [positions, depth]
+  const float* packed_b;  // [panel][depth][kPanelIn]
   int64_t depth, columns;
 };
 
@@ -28,78 +50,73 @@ struct ProductTile {
   bool first, last;     // of the depth
 };
 
-inline float one_lane(Float v) {
-  float lanes[kWidth];
-  store(lanes, v);
-  return lanes[0];
-}
-
 // The input gradient's results: dx, and what is added to it.
+template <class T>
 struct AddToShortcut {
-  const ConvInputArgs& args;
+  explicit AddToShortcut(const ConvInputArgs& args)
+      : shortcut_dy(static_cast<const T*>(args.shortcut_dy)), mask(args.mask), dx(static_cast<T*>(args.dx)) {}
 
-  const float* soon() const { return args.shortcut_dy == nullptr ? args.dx : args.shortcut_dy; }
-  void operator()(const ProductTile& tile, int64_t element, int64_t, Float sum) const {
-    store(args.dx + element, sum + added(tile, element));
-  }
-  void one(const ProductTile& tile, int64_t element, int64_t, float sum) const {
-    float v = 0;
-    if (!tile.first) {
-      v = args.dx[element];
-    } else if (args.shortcut_dy != nullptr) {
-      const bool kept = args.mask == nullptr || (args.mask[element / 8] >> (element % 8) & 1);
-      v = kept ? args.shortcut_dy[element] : 0;
-    }
-    args.dx[element] = sum + v;
+  const T* soon() const { return shortcut_dy == nullptr ? dx : shortcut_dy; }
+  void operator()(const ProductTile& tile, int64_t element, int64_t, Float sum, int64_t lanes) const {
+    store_lanes(dx + element, rounded<T>(sum + before(tile, element, lanes)), lanes);
   }
 
  private:
-  Float added(const ProductTile& tile, int64_t element) const {
-    if (!tile.first) return load(args.dx + element);
-    if (args.shortcut_dy == nullptr) return zero();
-    const Float v = load(args.shortcut_dy + element);
-    return args.mask == nullptr ? v : select(unpack_bits(args.mask + element / 8), v);
+  Float before(const ProductTile& tile, int64_t element, int64_t lanes) const {
+    if (!tile.first) return load_lanes(dx + element, lanes);
+    if (shortcut_dy == nullptr) return zero();
+    const Float v = load_lanes(shortcut_dy + element, lanes);
+    return mask == nullptr ? v : select(unpack_bits_lanes(mask + element / 8, lanes), v);
   }
+
+  const T* shortcut_dy;
+  const uint8_t* mask;
+  T* dx;
 };
 
 // The forward's results: y, of the sum once it is whole.
-template <Residual form, bool with_relu>
+template <class T, Residual form, bool with_relu>
 struct ScaleShiftAddRelu {
-  const Conv1x1Args& args;
+  explicit ScaleShiftAddRelu(const Conv1x1Args& args)
+      : args(args), residual(static_cast<const T*>(args.residual)), y(static_cast<T*>(args.y)) {}
 
-  const float* soon() const { return form == Residual::none ? args.y : args.residual; }
-  void operator()(const ProductTile& tile, int64_t element, int64_t channel, Float sum) const {
-    if (!tile.first) sum = sum + load(args.y + element);
-    if (!tile.last) return store(args.y + element, sum);
-    Float z = fma(load(args.scale + channel), sum, load(args.shift + channel));
-    if constexpr (form == Residual::identity) z = z + load(args.residual + element);
+  const T* soon() const { return form == Residual::none ? y : residual; }
+  void operator()(const ProductTile& tile, int64_t element, int64_t channel, Float sum, int64_t lanes) const {
+    if (!tile.first) sum = sum + load_lanes(y + element, lanes);
+    if (!tile.last) return store_lanes(y + element, rounded<T>(sum), lanes);
+    Float z = fma(load_lanes(args.scale + channel, lanes), sum, load_lanes(args.shift + channel, lanes));
+    if constexpr (form == Residual::identity) z = z + load_lanes(residual + element, lanes);
     if constexpr (form == Residual::projection) {
-      const Float scale = load(args.residual_scale + channel), shift = load(args.residual_shift + channel);
-      z = z + fma(scale, load(args.residual + element), shift);
+      const Float scale = load_lanes(args.residual_scale + channel, lanes);
+      z = z + fma(scale, load_lanes(residual + element, lanes), load_lanes(args.residual_shift + channel, lanes));
     }
-    store(args.y + element, with_relu ? relu(z) : z);
+    z = rounded<T>(z);
+    store_lanes(y + element, with_relu ? relu(z) : z, lanes);
   }
-  void one(const ProductTile& tile, int64_t element, int64_t channel, float sum) const {
-    if (!tile.first) sum = sum + args.y[element];
-    if (!tile.last) {
-      args.y[element] = sum;
-      return;
-    }
-    Float z = fma(repeat(args.scale + channel), repeat(&sum), repeat(args.shift + channel));
-    if constexpr (form == Residual::identity) z = z + repeat(args.residual + element);
-    if constexpr (form == Residual::projection) {
-      const Float scale = repeat(args.residual_scale + channel), shift = repeat(args.residual_shift + channel);
-      z = z + fma(scale, repeat(args.residual + element), shift);
-    }
-    args.y[element] = one_lane(with_relu ? relu(z) : z);
-  }
+
+ private:
+  const Conv1x1Args& args;
+  const T* residual;
+  T* y;
 };
 
+// The results of a tile of fewer columns, from [size][kPanelIn] sums.
+template <class Finish>
+__attribute__((noinline)) void finish_some(const Product& product, const ProductTile& tile, const float* sums,
+                                           int64_t size, const Finish& finish) {
+  for (int64_t r = 0; r < size; ++r) {
+    for (int64_t i = 0; i < tile.lanes; i += kWidth) {
+      const int64_t column = tile.column + i;
+      finish(tile, tile.rows[r] * product.columns + column, column, load(sums + r * kPanelIn + i), tile.lanes - i);
+    }
+  }
+}
+
 // fetch: asks for the rows of a that follow the tile's, which the hardware does not foresee where they are short.
-template <int size, bool fetch, class Finish>
+template <class T, int size, bool fetch, class Finish>
 void multiply(const Product& product, const ProductTile& tile, const Finish& finish) {
   Float sums[size][2];
-  const float* soon = finish.soon() + tile.column;
+  const T* soon = finish.soon() + tile.column;
 #pragma GCC unroll 14
   for (int r = 0; r < size; ++r) {
     sums[r][0] = sums[r][1] = zero();
@@ -114,76 +131,93 @@ void multiply(const Product& product, const ProductTile& tile, const Finish& fin
 #pragma GCC unroll 14
     for (int r = 0; r < size; ++r) {
       const Float one = repeat(a + r * pitch);
-      sums[r][0] = fma(one, low, sums[r][0]);
-      sums[r][1] = fma(one, high, sums[r][1]);
+      sums[r][0] = multiply_add<T>(one, low, sums[r][0]);
+      sums[r][1] = multiply_add<T>(one, high, sums[r][1]);
     }
+  }
+  if (tile.lanes < kPanelIn) {
+    float rest[size][kPanelIn];
+#pragma GCC unroll 14
+    for (int r = 0; r < size; ++r) {
+      store(rest[r], sums[r][0]);
+      store(rest[r] + kWidth, sums[r][1]);
+    }
+    return finish_some(product, tile, rest[0], size, finish);
   }
 #pragma GCC unroll 14
   for (int r = 0; r < size; ++r) {  // unrolled, or `sums` would live in memory
     const int64_t element = tile.rows[r] * product.columns + tile.column;
-    if (tile.lanes == kPanelIn) {
-      finish(tile, element, tile.column, sums[r][0]);
-      finish(tile, element + kWidth, tile.column + kWidth, sums[r][1]);
-      continue;
-    }
-    float row[kPanelIn];
-    store(row, sums[r][0]);
-    store(row + kWidth, sums[r][1]);
-    for (int64_t i = 0; i < tile.lanes; ++i) finish.one(tile, element + i, tile.column + i, row[i]);
+    finish(tile, element, tile.column, sums[r][0], kWidth);
+    finish(tile, element + kWidth, tile.column + kWidth, sums[r][1], kWidth);
   }
 }
 
-// `multiply` of a tile's size, 1 to `most`.
-template <int most, class Finish>
-inline void multiply_of(int64_t size, const Product& product, const ProductTile& tile, const Finish& finish) {
+// Sizes of tiles: kPanel, and what is left after whole ones.
+constexpr int smaller(int size) { return size > 8 ? 8 : size > 4 ? 4 : size / 2; }
+
+// Multiplies the most rows, up to `most` and `left`, that a size of tiles has, and returns how many.
+template <class T, int most, class Finish>
+inline int64_t multiply_some(int64_t left, const Product& product, const ProductTile& tile, const Finish& finish) {
   if constexpr (most > 1) {
-    if (size < most) return multiply_of<most - 1>(size, product, tile, finish);
+    if (left < most) return multiply_some<T, smaller(most)>(left, product, tile, finish);
   }
-  if (tile.column == 0 && tile.depth == product.depth) return multiply<most, true>(product, tile, finish);
-  multiply<most, false>(product, tile, finish);
+  if (tile.column == 0 && tile.depth == product.depth) {
+    multiply<T, most, true>(product, tile, finish);
+  } else {
+    multiply<T, most, false>(product, tile, finish);
+  }
+  return most;
 }
 
 // Positions [begin, end) of a; row(position) is the result's. One tile's rows of the result are finished before the
 // next: what is written to and added from memory is read in sequence then, which counts for more than that W is read
 // again for every tile.
-template <class Row, class Finish>
+template <class T, class Row, class Finish>
 inline void multiply_rows(const Product& product, int64_t begin, int64_t end, Row row, const Finish& finish) {
-  const int64_t tiles = count_panels(end - begin), panels = (product.columns + kPanelIn - 1) / kPanelIn;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const Panel some(end - begin, tiles, t);
-    const int64_t position = begin + some.first;
+  const int64_t panels = (product.columns + kPanelIn - 1) / kPanelIn;
+  int64_t size = 0;
+  for (int64_t position = begin; position < end; position += size) {
     int64_t rows[kPanel];
-    for (int64_t i = 0; i < some.size; ++i) rows[i] = row(position + i);
-    for (int64_t done = 0; done < product.depth; done += kDepth) {
-      const int64_t depth = product.depth - done < kDepth ? product.depth - done : kDepth;
+    for (int64_t i = 0; i < kPanel && position + i < end; ++i) rows[i] = row(position + i);
+    int64_t depth = 0;
+    for (int64_t done = 0; done < product.depth; done += depth) {
+      depth = product.depth - done < kDepth<T> ? product.depth - done : kDepth<T>;
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t column = panel * kPanelIn, left = product.columns - column;
         const float* a = product.a + position * product.depth + done;
         const float* b = product.packed_b + column * product.depth + done * kPanelIn;
         const ProductTile tile{a, b, rows, depth, column, left < kPanelIn ? left : kPanelIn, done == 0,
                                done + depth == product.depth};
-        multiply_of<kPanel>(some.size, product, tile, finish);
+        size = multiply_some<T, kPanel>(end - position, product, tile, finish);
       }
     }
   }
+}
+
+// kWidth words of a row of W: of one output channel, or of two, `pitch` apart, that are multiplied together.
+inline Float words(const float* weight, int64_t, int64_t lanes) { return load_lanes(weight, lanes); }
+inline Float words(const BFloat16* weight, int64_t pitch, int64_t lanes) {
+  const Float low = load_lanes(weight, lanes), high = load_lanes(weight + pitch, lanes);  // their bits are the upper half
+  return join_halves(low, high);
 }
 
 // W [out_channels, in_channels] as [panel][out_channels][kPanelIn], panels [begin, end); zeros beyond the last channel
+template <class T>
 void pack_weight(const PackArgs& args, int64_t begin, int64_t end) {
+  const int64_t step = kPerWord<T> * args.in_channels, depth = args.out_channels / kPerWord<T>;
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t channel = panel * kPanelIn, left = args.in_channels - channel;
-    float* packed = args.packed + channel * args.out_channels;
-    const float* weight = args.weight + channel;
-    for (int64_t o = 0; o < args.out_channels; ++o, weight += args.in_channels, packed += kPanelIn) {
-      for (int64_t i = 0; i < kPanelIn; i += kLine) {
-        _mm_prefetch(weight + kRowsAhead * args.in_channels + i, _MM_HINT_T0);
-      }
-      pack_position(weight, left < kPanelIn ? left : kPanelIn, 0, packed);
+    float* packed = args.packed + channel * depth;
+    const T* weight = static_cast<const T*>(args.weight) + channel;
+    for (int64_t o = 0; o < depth; ++o, weight += step, packed += kPanelIn) {
+      for (int64_t i = 0; i < kPanelIn; i += kLine) _mm_prefetch(weight + kRowsAhead * step + i, _MM_HINT_T0);
+      store(packed, words(weight, args.in_channels, left));
+      store(packed + kWidth, left > kWidth ? words(weight + kWidth, args.in_channels, left - kWidth) : zero());
     }
   }
 }
 
-// Four rows of W, `pitch` apart, over four input channels, as four rows of kPanelIn.
+// Four rows of words, `pitch` apart, over four columns, as four rows of kPanelIn.
 inline void transpose(const float* weight, int64_t pitch, float* packed) {
   __m128 a = _mm_loadu_ps(weight), b = _mm_loadu_ps(weight + pitch);
   __m128 c = _mm_loadu_ps(weight + 2 * pitch), d = _mm_loadu_ps(weight + 3 * pitch);
@@ -195,13 +229,14 @@ inline void transpose(const float* weight, int64_t pitch, float* packed) {
 }
 
 // The same W as [panel][in_channels][kPanelIn], panels of output channels
+template <class T>
 void pack_weight_transposed(const PackArgs& args, int64_t begin, int64_t end) {
-  const int64_t depth = args.in_channels;
+  const int64_t depth = args.in_channels / kPerWord<T>;
   for (int64_t panel = begin; panel < end; ++panel) {
     float* packed = args.packed + panel * kPanelIn * depth;
     for (int64_t lane = 0; lane < kPanelIn; lane += 4) {
       const int64_t out = panel * kPanelIn + lane;
-      const float* weight = args.weight + out * depth;
+      const float* weight = static_cast<const float*>(args.weight) + out * depth;
       int64_t i = 0;
       if (out + 4 <= args.out_channels) {
         for (; i + 4 <= depth; i += 4) transpose(weight + i, depth, packed + i * kPanelIn + lane);
@@ -225,18 +260,22 @@ inline int64_t row_of(const ConvInputArgs& args, int64_t position) {
 }
 
 // dx of positions [begin, end) of dy
+template <class T>
 void conv_backward_input(const ConvInputArgs& args, int64_t begin, int64_t end) {
-  const Product product{args.dy, args.packed_weight, args.out_channels, args.in_channels};
-  multiply_rows(product, begin, end, [&](int64_t at) { return row_of(args, at); }, AddToShortcut{args});
+  const int64_t depth = args.out_channels / kPerWord<T>;
+  const Product product{static_cast<const float*>(args.dy), args.packed_weight, depth, args.in_channels};
+  multiply_rows<T>(product, begin, end, [&](int64_t at) { return row_of(args, at); }, AddToShortcut<T>(args));
 }
 
 // y of positions [begin, end)
+template <class T>
 void conv1x1_forward(const Conv1x1Args& args, int64_t begin, int64_t end) {
-  const Product product{args.x, args.packed_weight, args.in_channels, args.out_channels};
+  const int64_t depth = args.in_channels / kPerWord<T>;
+  const Product product{static_cast<const float*>(args.x), args.packed_weight, depth, args.out_channels};
   with(args.form, [&](auto form) {
     with(args.relu, [&](auto relu) {
-      const ScaleShiftAddRelu<form.value, relu.value> finish{args};
-      multiply_rows(product, begin, end, [](int64_t at) { return at; }, finish);
+      const ScaleShiftAddRelu<T, form.value, relu.value> finish(args);
+      multiply_rows<T>(product, begin, end, [](int64_t at) { return at; }, finish);
     });
   });
 }

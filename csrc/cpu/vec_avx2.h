@@ -63,6 +63,12 @@ inline Float load(const BFloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
+// The upper halves of both: low's in the lower half.
+inline Float join_halves(Float low, Float high) {
+  const Int halves = _mm256_srli_epi32(_mm256_castps_si256(low), 16);
+  return _mm256_castsi256_ps(_mm256_or_si256(halves, _mm256_castps_si256(high)));
+}
+
 // `v` as `rounded` gave it.
 inline void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
 inline void store(BFloat16* p, Float v) {

@@ -61,6 +61,12 @@ inline Float load(const BFloat16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+// The upper halves of both: low's in the lower half.
+inline Float join_halves(Float low, Float high) {
+  const Int halves = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
+  return _mm512_castsi512_ps(_mm512_or_si512(halves, _mm512_castps_si512(high)));
+}
+
 // `v` as `rounded` gave it.
 inline void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
 inline void store(BFloat16* p, Float v) {

@@ -47,6 +47,7 @@ DTYPES = {
 FEWEST_CHANNELS = 64
 FEWEST_WEIGHTS = 128 * 512  # of a pointwise convolution
 LIBRARY_CHANNELS = {"avx512": 128}  # where oneDNN is as fast without stride, up to so many channels
+FEWEST_SUMMED = 128  # channels of bfloat16, of a 1x1 convolution in inference: on Zen 5
 FEWEST_WEIGHTS_PER_THREAD = 2048  # with fewer, shares are too small or unequal
 
 
@@ -219,6 +220,27 @@ def weight_gradient_reason(dy, x, kernel_size, stride, padding, dilation, groups
     return None if channels_last else "layout_not_channels_last"
 
 
+@cache
+def product_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes of which 1x1 convolutions have kernels on this processor."""
+    load()
+    half = torch.ops.fusedres_native.cpu_products_of_bfloat16()
+    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
+
+
+def pointwise_reason(x: Tensor, weight: Tensor, depth: int) -> str | None:
+    """Why the kernels do not take a 1x1 convolution between x's channels and others; depth: those summed over."""
+    if x.device.type != "cpu" or x.dtype not in product_dtypes():
+        return "no_kernel"
+    if weight.shape[2:] != (1, 1):
+        return "not_pointwise"
+    if x.dtype != torch.float32 and depth % 2:
+        return "odd_channels"
+    if weight.dtype != x.dtype or not weight.is_contiguous(memory_format=torch.channels_last):
+        return "arguments_differ"
+    return None
+
+
 def product_reason(
     x,
     weight,
@@ -236,14 +258,14 @@ def product_reason(
     save_stats=False,
 ):
     """In inference, where BN's vectors are known before the product: it is stored once, and nothing else."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return "no_kernel"
     if scale is None or save_mask or save_stats or in_scale is not None:
         return "in_training"
-    if stride != 1 or bias is not None or weight.shape[2:] != (1, 1):
+    if stride != 1 or bias is not None:
         return "not_pointwise"
-    if weight.dtype != x.dtype or not weight.is_contiguous(memory_format=torch.channels_last):
-        return "arguments_differ"
+    if (reason := pointwise_reason(x, weight, x.shape[1])) is not None:
+        return reason
+    if x.dtype != torch.float32 and x.shape[1] < FEWEST_SUMMED:
+        return "library_as_fast"
     return activations_reason(x, residual) or vectors_reason(scale, shift, residual_scale, residual_shift)
 
 
@@ -251,16 +273,14 @@ def input_gradient_reason(
     dy, x, weight, stride, padding, dilation, groups, shortcut_dy=None, shortcut_mask=None
 ):
     """A 1x1 convolution's is a product, added where eager stores it and adds it in a pass of its own."""
-    if x.device.type != "cpu" or x.dtype not in fused_convolution_dtypes():
-        return "no_kernel"
-    if weight.shape[2:] != (1, 1) or tuple(padding) != (0, 0) or groups != 1:
+    if tuple(padding) != (0, 0) or groups != 1:
         return "not_pointwise"
+    if (reason := pointwise_reason(x, weight, dy.shape[1])) is not None:
+        return reason
     strided = tuple(stride) != (1, 1)
     if shortcut_dy is None and (strided or x.dtype != torch.float32):
         return "library_as_fast"
-    if weight.dtype != x.dtype or not weight.is_contiguous(memory_format=torch.channels_last):
-        return "arguments_differ"
-    if shortcut_mask is not None and (strided or x.dtype != torch.float32 or x.shape[1] % 8 != 0):
+    if shortcut_mask is not None and (strided or x.shape[1] % 8 != 0):
         return "mask"
     return activations_reason(x, dy, shortcut_dy)
 
@@ -412,19 +432,11 @@ class NativeOps:
         shortcut_mask=None,
         reuse_shortcut=False,
     ):
-        strided, exact = tuple(stride) != (1, 1), x.dtype == torch.float32
-        if exact and not strided and (shortcut_mask is not None or not reuse_shortcut or shortcut_dy is None):
+        in_place = shortcut_dy is not None and shortcut_mask is None and reuse_shortcut
+        if tuple(stride) == (1, 1) and not in_place:
             return self._ops.conv_backward_input(dy, weight, shortcut_dy, shortcut_mask)
-        dx = shortcut_dy if reuse_shortcut else shortcut_dy.clone()
-        if exact:
-            self._ops.conv_backward_input_(dx, dy, weight, *stride)
-            return dx
-        kept = dx[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1)
-        rows, matrix = dy.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1)  # [P', Cout], [Cout, Cin]
-        if strided:
-            kept.add_((rows @ matrix).view(kept.shape))
-        else:
-            kept.view(-1, x.shape[1]).addmm_(rows, matrix)
+        dx = shortcut_dy if in_place else shortcut_dy.clone()
+        self._ops.conv_backward_input_(dx, dy, weight, *stride)
         return dx
 
     def conv_bias_add_relu_forward(self, x, weight, bias, residual, relu, stride, padding, dilation, groups):

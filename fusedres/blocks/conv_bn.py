@@ -61,10 +61,17 @@ def conv_bn_add_relu(
     shortcut: a tensor, and scale and shift of its BN or None.
     """
     pointwise = t.weight.shape[2:] == (1, 1) and unit.stride == (1, 1) and unit.padding == (0, 0)
-    if not pointwise or unit.groups != 1 or t.weight.dtype != x.dtype or not x.is_cpu:
+    if not pointwise or unit.groups != 1 or not x.is_cpu:
         return None
-    args = x, t.weight, t.conv_bias, 1, None, None, vectors.scale, vectors.shift, *shortcut, relu
-    return None if ops.serving("conv1x1_forward", *args) == LIBRARY else ops.conv1x1_forward(*args).y
+    args = t.conv_bias, 1, None, None, vectors.scale, vectors.shift, *shortcut, relu
+    if ops.serving("conv1x1_forward", x, cast_later(t, x), *args) == LIBRARY:
+        return None
+    return ops.conv1x1_forward(x, t.weight.to(x.dtype), *args).y
+
+
+def cast_later(t: ConvBNTensors, x: Tensor) -> Tensor:
+    """What the convolution's weight will be in x's dtype, to ask which backend would take it: its values are not."""
+    return t.weight if t.weight.dtype == x.dtype else x.new_empty(t.weight.shape)
 
 
 def like_parameter(grad: Tensor, parameter: Tensor) -> Tensor:
@@ -97,10 +104,10 @@ def takes_masked_gradient(
     mask: Tensor | None,
 ) -> bool:
     """Whether the input gradient of `convolve` takes dy through a mask as it adds it: then nobody need store dz."""
-    if mask is None or t.weight.dtype != x.dtype:
+    if mask is None:
         return False
     window = unit.stride, unit.padding, unit.dilation, unit.groups
-    return ops.serving("conv_backward_input", dc, x, t.weight, *window, dy, mask) != LIBRARY
+    return ops.serving("conv_backward_input", dc, x, cast_later(t, x), *window, dy, mask) != LIBRARY
 
 
 def convolution_backward(
