@@ -47,9 +47,8 @@ def expected_backend(op, case):
         dense = case.dtype == torch.float32 and case.layout in ("channels_last", "offset")
         many = case.shape[1] >= native.FEWEST_CHANNELS
         wide = case.form != "1x1" or case.shape[1] * (case.shape[1] + 2) > native.FEWEST_WEIGHTS
-        left = case.form in ("3x3", "groups") and case.shape[1] + 2 <= native.library_channels()
         grouped = case.form == "groups" and (case.shape[1] % 4 == 0 or case.shape[1] % 3 == 0)
-        return "native" if dense and many and wide and not grouped and not left else "reference"
+        return "native" if dense and many and wide and not grouped else "reference"
     if op == "conv_backward_input":
         exact, dense = case.dtype == torch.float32, case.layout in ("channels_last", "offset")
         summed = exact or (case.dtype in native.product_dtypes() and (case.shape[1] + 2) % 2 == 0)

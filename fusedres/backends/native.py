@@ -42,11 +42,10 @@ DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 
-# conv_backward_weight, against oneDNN 3.12 at ResNet-50's shapes, batch 16, on two cores each of Zen 3, Zen 4 and
+# conv_backward_weight, against oneDNN 3.12 at ResNet-50's shapes, batch 16, on two cores each of Zen 3, Zen 5 and
 # Cascade Lake
 FEWEST_CHANNELS = 64
-FEWEST_WEIGHTS = 128 * 512  # of a pointwise convolution
-LIBRARY_CHANNELS = {"avx512": 128}  # where oneDNN is as fast without stride, up to so many channels
+FEWEST_WEIGHTS = 128 * 256  # of a pointwise convolution
 FEWEST_SUMMED = 128  # channels of bfloat16, of a 1x1 convolution in inference: on Zen 5
 FEWEST_WEIGHTS_PER_THREAD = 2048  # with fewer, shares are too small or unequal
 
@@ -195,11 +194,6 @@ def conv_reason(x, weight, bias, residual, *rest):
     return activations_reason(x, residual)
 
 
-@cache
-def library_channels() -> int:
-    return LIBRARY_CHANNELS.get(instruction_set() or "", 0)
-
-
 def weight_gradient_reason(dy, x, kernel_size, stride, padding, dilation, groups):
     """oneDNN is left what it does as fast: few channels, pointwise convolutions without many, and many threads."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
@@ -209,8 +203,6 @@ def weight_gradient_reason(dy, x, kernel_size, stride, padding, dilation, groups
     cin, cout = x.shape[1], dy.shape[1]
     pointwise = tuple(kernel_size) == tuple(stride) == (1, 1)
     if min(cin, cout) < FEWEST_CHANNELS or (pointwise and cin * cout <= FEWEST_WEIGHTS):
-        return "library_as_fast"
-    if not pointwise and tuple(stride) == (1, 1) and max(cin, cout) <= library_channels():
         return "library_as_fast"
     if cin * cout * prod(kernel_size) < FEWEST_WEIGHTS_PER_THREAD * torch.get_num_threads():
         return "too_many_threads"
