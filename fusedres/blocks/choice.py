@@ -34,9 +34,7 @@ class Measured(NamedTuple):
         return elements >= self.least_elements and channels >= self.least_channels
 
 
-ZEN4 = (
-    "2 cores of an AMD Zen 4, AVX-512, torch 2.13: bench/results/cpu_avx512/README.md"  # and its _intel, _zen5
-)
+ZEN4 = "2 cores of an AMD Zen 4, AVX-512, torch 2.13: bench/results/cpu_avx512/README.md"  # and its _intel, _zen5
 ZEN3 = "2 cores of an AMD Zen 3, AVX2, torch 2.13: bench/results/cpu/README.md"
 # (device type, backend, dtype, gradients wanted) -> entries, of which the first that holds is taken
 Table = dict[tuple[str, str, torch.dtype, bool], tuple[Measured, ...]]
