@@ -199,6 +199,15 @@ def test_product_says_what_is_wrong(change, message):
         torch.ops.fusedres_native.conv1x1_forward(**args, relu=True)
 
 
+def test_products_without_results_come_to_an_end():
+    native.load()
+    ops, x, none = torch.ops.fusedres_native, torch.zeros(2, 8, 5, 5), torch.zeros(0)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = ops.conv1x1_forward(x, torch.zeros(0, 8, 1, 1), none, none, None, None, None, True)
+    dx = ops.conv_backward_input(x, torch.zeros(8, 0, 1, 1), None, None)
+    assert y.shape == dx.shape == (2, 0, 5, 5)
+
+
 def test_products_of_bfloat16_say_what_they_need():
     native.load()
     vector = torch.zeros(16)

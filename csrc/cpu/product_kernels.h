@@ -175,6 +175,7 @@ inline int64_t multiply_some(int64_t left, const Product& product, const Product
 template <class T, class Row, class Finish>
 inline void multiply_rows(const Product& product, int64_t begin, int64_t end, Row row, const Finish& finish) {
   const int64_t panels = (product.columns + kPanelIn - 1) / kPanelIn;
+  if (panels == 0) return;
   int64_t size = 0;
   for (int64_t position = begin; position < end; position += size) {
     int64_t rows[kPanel];
