@@ -8,7 +8,7 @@ import native_symbols
 import pytest
 import torch
 
-from fusedres.backends import native
+from fusedres.backends import native, native_reasons
 from fusedres.errors import BackendUnavailableError
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
@@ -258,14 +258,14 @@ def test_a_gpu_that_the_library_does_not_serve_is_one_warning_and_the_fallback(o
     monkeypatch.setattr(ops, "cuda_device_problem", lambda index: problem if index else "")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     served, other = torch.device("cuda", 0), torch.device("cuda", 1)
-    native.device_reason.cache_clear()
+    native_reasons.device_reason.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match=rf"does not run on cuda:1 \(a GPU\): {problem}") as caught:
-            assert [native.device_reason(other) for _ in range(3)] == ["no_code_for_device"] * 3
-            assert native.device_reason(served) is None
+            assert [native_reasons.device_reason(other) for _ in range(3)] == ["no_code_for_device"] * 3
+            assert native_reasons.device_reason(served) is None
         assert len(caught) == 1
     finally:
-        native.device_reason.cache_clear()
+        native_reasons.device_reason.cache_clear()
 
 
 def test_the_library_says_which_gpus_it_serves(ops):

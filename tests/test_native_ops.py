@@ -10,7 +10,7 @@ import torch
 from raw_op_cases import Case, Inputs, bits, cases_of
 from raw_op_checks import CHECKS, backward_parts, forward_parts
 
-from fusedres.backends import native
+from fusedres.backends import native, native_reasons
 from fusedres.backends.reference import ReferenceOps
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
@@ -40,18 +40,18 @@ def expected_backend(op, case):
     if op in ("bn_backward_coefficients", "bn_scale_shift"):
         return "reference" if case.form == "half_weight" else "native"
     if op == "conv_bias_add_relu_forward" and (
-        case.id == "N0" or case.dtype not in native.fused_convolution_dtypes()
+        case.id == "N0" or case.dtype not in native_reasons.fused_convolution_dtypes()
     ):
         return "reference"
     if op == "conv_backward_weight":
         dense = case.dtype == torch.float32 and case.layout in ("channels_last", "offset")
-        many = case.shape[1] >= native.FEWEST_CHANNELS
-        wide = case.form != "1x1" or case.shape[1] * (case.shape[1] + 2) > native.FEWEST_WEIGHTS
+        many = case.shape[1] >= native_reasons.FEWEST_CHANNELS
+        wide = case.form != "1x1" or case.shape[1] * (case.shape[1] + 2) > native_reasons.FEWEST_WEIGHTS
         grouped = case.form == "groups" and (case.shape[1] % 4 == 0 or case.shape[1] % 3 == 0)
         return "native" if dense and many and wide and not grouped else "reference"
     if op == "conv_backward_input":
         exact, dense = case.dtype == torch.float32, case.layout in ("channels_last", "offset")
-        summed = exact or (case.dtype in native.product_dtypes() and (case.shape[1] + 2) % 2 == 0)
+        summed = exact or (case.dtype in native_reasons.product_dtypes() and (case.shape[1] + 2) % 2 == 0)
         added = "identity" in case.form or (case.form == "1x1_mask" and case.shape[1] % 8 == 0)
         wanted = case.form.startswith("1x1") and (added or (exact and case.form == "1x1"))
         return "native" if dense and wanted and summed else "reference"
@@ -145,19 +145,19 @@ PRODUCTS = [c for c in conv1x1_cases.cases_of("conv1x1_forward") if c.form in EP
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_product_with_its_epilogue(case, dtype, monkeypatch):
     """A 1x1 convolution of inference: by the kernel wherever the activations are dense channels_last."""
-    monkeypatch.setattr(native, "FEWEST_SUMMED", 1)
+    monkeypatch.setattr(native_reasons, "FEWEST_SUMMED", 1)
     ops, case = Recorder(), replace(case, dtype=DTYPES[dtype])
     conv1x1_checks.CHECKS["conv1x1_forward"](ops, case)
     dense = case.layout in ("channels_last", "offset")
     dense = dense or (case.form == "affine" and case.layout in ("mixed", "expanded"))
     half = case.dtype == torch.bfloat16
-    dense = dense and not (half and (case.dtype not in native.product_dtypes() or case.shape[1] % 2))
+    dense = dense and not (half and (case.dtype not in native_reasons.product_dtypes() or case.shape[1] % 2))
     served = {name for op, name in ops.served if op == "conv1x1_forward"}
     assert served == {"native" if dense else "reference"}
 
 
 def product_dtypes():
-    found = native.product_dtypes() if native.is_built() else ()
+    found = native_reasons.product_dtypes() if native.is_built() else ()
     absent = pytest.mark.skip(reason="no products of bfloat16 on this processor")
     return [pytest.param(d, id=n, marks=() if d in found else absent) for n, d in DTYPES.items()]
 
@@ -214,7 +214,7 @@ def test_products_of_bfloat16_say_what_they_need():
     x, weight = torch.zeros(2, 7, 5, 5), torch.zeros(16, 7, 1, 1)
     x, weight = (t.to(torch.bfloat16, memory_format=torch.channels_last) for t in (x, weight))
     wanted = "x is 7 channels, needed an even number"
-    if torch.bfloat16 not in native.product_dtypes():
+    if torch.bfloat16 not in native_reasons.product_dtypes():
         wanted = "x is bfloat16, needed float32 on this processor"
     with pytest.raises(RuntimeError, match=wanted):
         torch.ops.fusedres_native.conv1x1_forward(x, weight, vector, vector, None, None, None, True)
