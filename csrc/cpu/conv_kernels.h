@@ -11,6 +11,7 @@ namespace {
 
 using namespace fusedres::cpu;
 
+constexpr int64_t kCopied = kWidth == 8 ? 8 : 16;  // floats copied at once for a panel, at least kPanel
 constexpr int64_t kAhead = 8;  // positions of x, which the hardware does not foresee beyond a page
 
 // The output positions [first, last) of one axis that a tap reads inside the image.
@@ -35,6 +36,17 @@ inline void for_rows(const ConvWeightArgs& args, const Reach& reach, F f) {
     f(row, row / axis.out * axis.in + at * axis.stride + reach.offset);
   }
 }
+
+// Output channels [first, first + size) of a panel, `panels` of them over `channels`, as equal as they can be.
+struct Panel {
+  Panel(int64_t channels, int64_t panels, int64_t index)
+      : first(channels * index / panels), size(channels * (index + 1) / panels - first), slack(index * kCopied) {}
+  // where its copy begins
+  float* in(float* packed, int64_t positions) const { return packed + first * positions + slack; }
+  int64_t first, size, slack;
+};
+
+inline int64_t count_panels(int64_t channels) { return (channels + kPanel - 1) / kPanel; }
 
 // The first `size` of kCopied floats. Copies all of them where they may be read: what lies beyond is overwritten.
 inline void copy_panel(float* packed, const float* dy, int64_t size, bool wide) {

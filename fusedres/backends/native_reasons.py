@@ -169,7 +169,7 @@ def product_reason(
     if scale is None or save_mask or save_stats or in_scale is not None:
         return "in_training"
     if stride != 1 or bias is not None:
-        return "not_pointwise"
+        return "stride_or_bias"
     if (reason := pointwise_reason(x, weight, x.shape[1])) is not None:
         return reason
     if x.dtype != torch.float32 and x.shape[1] < FEWEST_SUMMED:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusedres.backends.reference import ReferenceOps
 from fusedres.blocks.config import ConvBNConfig, ConvBNGrads, ConvBNNeeds, ConvBNTensors
+from fusedres.blocks.gram_form import is_plain_1x1
 from fusedres.dispatch import Dispatcher
 from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, accumulation_dtype
 
@@ -60,8 +61,7 @@ def conv_bn_add_relu(
 
     shortcut: a tensor, and scale and shift of its BN or None.
     """
-    pointwise = t.weight.shape[2:] == (1, 1) and unit.stride == (1, 1) and unit.padding == (0, 0)
-    if not pointwise or unit.groups != 1 or not x.is_cpu:
+    if not is_plain_1x1(unit, t) or not x.is_cpu:
         return None
     args = t.conv_bias, 1, None, None, vectors.scale, vectors.shift, *shortcut, relu
     if ops.serving("conv1x1_forward", x, cast_later(t, x), *args) == LIBRARY:
