@@ -21,6 +21,7 @@ from fusedres.blocks.config import (
     ConvBNNeeds,
     ConvBNTensors,
     Saved,
+    own_statistics,
 )
 from fusedres.blocks.stem import StemConfig, StemSaved
 from fusedres.dispatch import Dispatcher
@@ -86,12 +87,12 @@ class ResidualBlock(torch.autograd.Function):
         residual: Tensor | None,
         *flat: Tensor | None,
     ) -> Tensor:
-        units = as_units(flat)
+        units = tuple(own_statistics(t) for t in as_units(flat))
         with without_autocast(x.device.type):
             out = RECIPES[recipe].forward(ops, config, x, residual, units, True)
         assert out.saved is not None
         observe(out.vectors)
-        ctx.save_for_backward(x, *flat, *out.saved.flatten())
+        ctx.save_for_backward(x, *(t for unit in units for t in unit), *out.saved.flatten())
         ctx.config, ctx.recipe, ctx.ops = config, recipe, ops
         ctx.layout, ctx.inputs = out.saved.layout, len(flat)
         ctx.held_by_hooks = saved_tensors_have_hooks()
@@ -162,10 +163,11 @@ class ConvBNReLUMaxPool(torch.autograd.Function):
     def forward(
         ctx: Any, config: StemConfig, ops: Dispatcher, observe: Observer, x: Tensor, *flat: Tensor | None
     ) -> Tensor:
+        t = own_statistics(ConvBNTensors(*flat))  # type: ignore[arg-type]
         with without_autocast(x.device.type):
-            y, saved = stem.forward(ops, config, x, ConvBNTensors(*flat))  # type: ignore[arg-type]
+            y, saved = stem.forward(ops, config, x, t)
         observe((saved.vectors,))
-        ctx.save_for_backward(x, *flat, saved.c, *saved.vectors, saved.indices)
+        ctx.save_for_backward(x, *t, saved.c, *saved.vectors, saved.indices)
         ctx.config, ctx.ops, ctx.memory_format = config, ops, memory_format(y)
         ctx.set_materialize_grads(False)
         return y

@@ -27,6 +27,7 @@ from fusedres.blocks.config import (
     ConvBNTensors,
     Saved,
     Shortcut,
+    own_statistics,
 )
 from fusedres.dispatch import Dispatcher, dispatcher
 from fusedres.raw_ops import BatchNormVectors
@@ -120,9 +121,11 @@ def run_forward(
 
     A tensor of shape ABSENT stands for what is absent: without elements, so two runs return the same.
     """
-    config = constants.config
+    config, units = constants.config, constants.tensors(tensors)
+    if save:  # an operator must not return what it was given
+        units = tuple(own_statistics(t) for t in units)
     with without_autocast(x.device.type):
-        out = RECIPES[constants.recipe].forward(ops, config, x, residual, constants.tensors(tensors), save)
+        out = RECIPES[constants.recipe].forward(ops, config, x, residual, units, save)
         if out.saved is None:
             seen = zip(config.units, out.vectors, strict=True)
             held = [t for unit, v in seen for t in ((v.mean, v.var) if unit.training else (None, None))]
@@ -194,13 +197,24 @@ def _(dy: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     return run_backward(FAKE, dy, x, tensors, saved, needs, channels_last, BlockConstants(*constants))
 
 
+def without_statistics(given: list[Tensor], present: list[bool]) -> tuple[list[Tensor], list[bool]]:
+    """The tensors of units that backward reads: it has BN's vectors, and a later call may move the statistics."""
+    parameter = [i % FIELDS < PARAMETERS for i in range(len(present))]
+    places = (i for i, here in enumerate(present) if here)
+    kept = [t for i, t in zip(places, given, strict=True) if parameter[i]]
+    return kept, [here and parameter[i] for i, here in enumerate(present)]
+
+
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, _, tensors, *constants, _ = inputs
+    x, _, tensors, *rest, _ = inputs
     y, *saved = output
+    constants = BlockConstants(*rest)
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *tensors, *saved)
-    ctx.given, ctx.constants = len(tensors), BlockConstants(*constants)
+    parameters, present = without_statistics(tensors, constants.present)
+    ctx.save_for_backward(x, *parameters, *saved)
+    ctx.given, ctx.parameters = constants.present, len(parameters)
+    ctx.constants = constants._replace(present=present)
     ctx.channels_last = memory_format(y) is torch.channels_last
 
 
@@ -209,11 +223,11 @@ def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     wanted_x, wanted_residual, wanted, *rest = ctx.needs_input_grad
     dy = grads[0]
     if dy is None:
-        return None, None, [None] * ctx.given, *(None for _ in rest)
+        return None, None, [None] * sum(ctx.given), *(None for _ in rest)
     x, *tensors = ctx.saved_tensors
-    tensors, saved = tensors[: ctx.given], tensors[ctx.given :]
+    tensors, saved = tensors[: ctx.parameters], tensors[ctx.parameters :]
     left = iter(wanted)
-    flags = [here and next(left) for here in constants.present]
+    flags = [here and next(left) for here in ctx.given]
     starts = range(0, len(flags), FIELDS)
     needs = [wanted_x, wanted_residual, *(f for i in starts for f in flags[i : i + PARAMETERS])]
     made = iter(

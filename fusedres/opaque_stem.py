@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fusedres.autograd import PARAMETERS, memory_format, without_autocast
 from fusedres.blocks import stem
-from fusedres.blocks.config import ConvBNNeeds, ConvBNTensors
+from fusedres.blocks.config import ConvBNNeeds, ConvBNTensors, own_statistics
 from fusedres.blocks.stem import StemConfig, StemSaved
 from fusedres.dispatch import Dispatcher, dispatcher
-from fusedres.opaque_blocks import FAKE, unit_config, unit_ints
+from fusedres.opaque_blocks import FAKE, unit_config, unit_ints, without_statistics
 from fusedres.raw_ops import BatchNormVectors
 
 CONSTANTS = "bool[] present, SymInt[] unit, float eps, SymInt[] pool, str backend"
@@ -32,7 +32,7 @@ def run_forward(
 ) -> list[Tensor]:
     """y, and what backward needs: c, the BN's vectors, indices."""
     with without_autocast(x.device.type):
-        y, saved = stem.forward(ops, config, x, tensors_of(given, present))
+        y, saved = stem.forward(ops, config, x, own_statistics(tensors_of(given, present)))
     assert saved.indices is not None
     return [y, saved.c, *saved.vectors, saved.indices]
 
@@ -106,12 +106,13 @@ def backward_of(
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, tensors, *constants = inputs
+    x, tensors, given, *constants = inputs
     y, *saved = output
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, *tensors, *saved)
-    ctx.given, ctx.constants = len(tensors), constants
+    parameters, present = without_statistics(tensors, given)
+    ctx.save_for_backward(x, *parameters, *saved)
+    ctx.given, ctx.parameters, ctx.constants = given, len(parameters), (present, *constants)
     ctx.channels_last = memory_format(y) is torch.channels_last
 
 
@@ -119,16 +120,16 @@ def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     wanted_x, wanted, *rest = ctx.needs_input_grad
     dy = grads[0]
     if dy is None:
-        return None, [None] * ctx.given, *(None for _ in rest)
+        return None, [None] * sum(ctx.given), *(None for _ in rest)
     x, *tensors = ctx.saved_tensors
     left = iter(wanted)
-    flags = [here and next(left) for here in ctx.constants[0]][:PARAMETERS]
+    flags = [here and next(left) for here in ctx.given][:PARAMETERS]
     made = iter(
         torch.ops.fusedres.stem_backward(
             dy,
             x,
-            tensors[: ctx.given],
-            tensors[ctx.given :],
+            tensors[: ctx.parameters],
+            tensors[ctx.parameters :],
             [wanted_x, *flags],
             ctx.channels_last,
             *ctx.constants,

@@ -157,6 +157,25 @@ def test_steps_of_training_make_one_graph(name, graphs):
     assert graphs.count(BLOCK) == [blocks, blocks]
 
 
+def test_evaluation_then_training_before_one_backward(graphs):
+    """Backward keeps no running statistics, which the second call moves."""
+    torch.manual_seed(0)
+    eager = fusedres.patch(ResNet(Bottleneck, (1, 1, 1, 1), num_classes=4).double(), recipe="gram")
+    traced = copy.deepcopy(eager)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for mode in (False, True):
+        eager.train(mode)(x).square().sum().backward()
+    call = compiled(traced, graphs)
+    losses = []
+    for mode in (False, True):
+        traced.train(mode)
+        losses.append(call(x).square().sum())
+    sum(losses).backward()
+    assert graphs.count(BLOCK) == [4, 4] and graphs.count(STEM) == [1, 1]
+    for (name, p), q in zip(eager.named_parameters(), traced.parameters(), strict=True):
+        assert_same_float64(q.grad, p.grad, name)
+
+
 def test_a_compiled_patched_model_is_the_unpatched_one(graphs):
     torch.manual_seed(0)
     plain = cifar_resnet(8, 4).double()

@@ -236,14 +236,28 @@ def test_training_and_evaluation_forwards_before_one_backward():
     assert_same_buffers(plain, fused)
 
 
+def expanding():
+    return Bottleneck(16, 8, downsample=nn.Sequential(nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32)))
+
+
+@pytest.mark.parametrize("recipe", ["separate", "gram"])
+def test_evaluation_then_training_before_one_backward(recipe):
+    """Gradients are those of the statistics that each forward saw; unpatched, evaluation's are of the moved ones."""
+    plain, fused = pair(expanding, recipe)
+    for mode in (False, True):
+        plain.train(mode)(images()).square().sum().backward()
+    sum(fused.train(mode)(images()).square().sum() for mode in (False, True)).backward()
+    assert ran_as(fused, recipe)
+    for (name, p), q in zip(plain.named_parameters(), fused.parameters(), strict=True):
+        assert_same_float64(q.grad, p.grad, name)
+    assert_same_buffers(plain, fused)
+
+
 def test_one_value_per_channel_raises_as_unpatched():
     """Also where only the shortcut's BN is in training mode."""
 
-    def build():
-        return Bottleneck(16, 8, downsample=nn.Sequential(nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32)))
-
     for modes in (("bn1",), ("bn3",), ("downsample.1",)):
-        plain, fused = pair(build)
+        plain, fused = pair(expanding)
         for block in (plain, fused):
             norm_eval(block)
             for path in modes:

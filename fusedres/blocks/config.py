@@ -62,6 +62,12 @@ class ConvBNTensors(NamedTuple):
     var: Tensor | None
 
 
+def own_statistics(t: ConvBNTensors) -> ConvBNTensors:
+    """The same with copies of frozen statistics, to be kept: a later call in training mode moves the buffers."""
+    mean, var = (None if s is None else s.clone() for s in (t.mean, t.var))
+    return t._replace(mean=mean, var=var)
+
+
 class ConvBNNeeds(NamedTuple):
     """Which parameters of one convolution and its BN want a gradient; also the gradients themselves."""
 

@@ -25,19 +25,14 @@ def convolve(x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
 
 
 def frozen_vectors(
-    ops: Dispatcher, unit: ConvBNConfig, t: ConvBNTensors, like: Tensor, save: bool
+    ops: Dispatcher, unit: ConvBNConfig, t: ConvBNTensors, like: Tensor
 ) -> BatchNormVectors | None:
-    """The vectors of a BN with frozen statistics, for activations of like's dtype; None if the batch's are used.
-
-    save: whether they are kept for backward. Otherwise mean and var may be the buffers themselves.
-    """
+    """The vectors of a BN with frozen statistics, for activations of like's dtype; None if the batch's are used."""
     if unit.training:
         return None
     assert t.mean is not None and t.var is not None
     acc = accumulation_dtype(like.dtype)
-    # kept ones are copies: an operator of a compiled graph must not return what it was given
-    mean, var = t.mean.to(acc, copy=save), t.var.to(acc, copy=save)
-    return ops.bn_scale_shift(mean, var, t.bn_weight, t.bn_bias, unit.eps)
+    return ops.bn_scale_shift(t.mean.to(acc), t.var.to(acc), t.bn_weight, t.bn_bias, unit.eps)
 
 
 def conv_bn_forward(

@@ -59,11 +59,11 @@ def product_parameters(t: ConvBNTensors, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def unit_forward(
-    ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors, save: bool
+    ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors
 ) -> tuple[Tensor, BatchNormVectors]:
     """c and its BN's vectors; a plain 1x1 convolution brings its statistics along."""
     if not (unit.training and is_plain_1x1(unit, t)):
-        return conv_bn_forward(ops, x, unit, t, frozen_vectors(ops, unit, t, x, save))
+        return conv_bn_forward(ops, x, unit, t, frozen_vectors(ops, unit, t, x))
     out = ops.conv1x1_forward(x, *product_parameters(t, x.dtype), save_stats=True)
     return out.y, ops.bn_scale_shift(out.mean, out.var, t.bn_weight, t.bn_bias, unit.eps)
 
@@ -81,14 +81,14 @@ def forward(
     convs, vectors = [], []
     a = x
     for i in range(last):
-        c, v = unit_forward(ops, a, config.main[i], units[i], save)
+        c, v = unit_forward(ops, a, config.main[i], units[i])
         convs.append(c)
         vectors.append(v)
         if i < last - 1:
             a, _ = ops.bn_add_relu_forward(c, v.scale, v.shift, relu=config.main[i].relu)
     unit, t = config.main[last], units[last]
     weight, bias = product_parameters(t, x.dtype)
-    moments, expanded = None, frozen_vectors(ops, unit, t, x, save)
+    moments, expanded = None, frozen_vectors(ops, unit, t, x)
     if expanded is None:
         m, S = ops.gram(c, v.scale, v.shift)
         mean, var, center = ops.gram_output_stats(weight, bias, m, S)
@@ -99,7 +99,7 @@ def forward(
     residual_scale = residual_shift = None
     projected = None
     if config.projection is not None:
-        residual, v_shortcut = unit_forward(ops, x, config.projection, units[-1], save)
+        residual, v_shortcut = unit_forward(ops, x, config.projection, units[-1])
         projected = residual
         vectors.append(v_shortcut)
         residual_scale, residual_shift = v_shortcut.scale, v_shortcut.shift

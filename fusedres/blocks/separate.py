@@ -48,7 +48,7 @@ def forward(
     convs: list[Tensor] = []
     vectors: list[BatchNormVectors] = []
     # side by side, before convolutions take the caches: what is frozen needs none of them
-    frozen = [frozen_vectors(ops, unit, t, x, save) for unit, t in zip(config.units, units, strict=True)]
+    frozen = [frozen_vectors(ops, unit, t, x) for unit, t in zip(config.units, units, strict=True)]
     shortcut: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     projected: tuple[Tensor, BatchNormVectors] | None = None
     a, mask = x, None

@@ -49,7 +49,7 @@ def forward(
     ops: Dispatcher, config: StemConfig, x: Tensor, t: ConvBNTensors, save: bool = True
 ) -> tuple[Tensor, StemSaved]:
     """y [N, Cout, H'', W''] from x [N, Cin, H, W]. save: what backward needs beyond c."""
-    c, v = conv_bn_forward(ops, x, config.unit, t, frozen_vectors(ops, config.unit, t, x, save))
+    c, v = conv_bn_forward(ops, x, config.unit, t, frozen_vectors(ops, config.unit, t, x))
     y, indices = ops.bn_relu_maxpool_forward(c, v.scale, v.shift, *config.pool, save)
     return y, StemSaved(c, v, indices)
 
