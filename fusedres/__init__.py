@@ -9,6 +9,7 @@ Importing it needs torch alone, touches no GPU and prints nothing.
 
 from importlib.metadata import version
 
+from fusedres import models
 from fusedres.dispatch import use_backend
 from fusedres.errors import BackendUnavailableError, FusedresError, UnsupportedModelError, VerificationError
 from fusedres.patching import (
@@ -41,6 +42,7 @@ __all__ = [
     "compare",
     "disabled",
     "is_patched",
+    "models",
     "patch",
     "patched",
     "report",
