@@ -152,8 +152,9 @@ def check_conv_backward_weight(ops: Any, case: Case) -> None:
         return torch.ops.aten.convolution_backward(*args, False, (0, 0), groups, [False, True, False])[1]
 
     assert dw.dtype == inputs.acc and dw.shape == weight.shape
-    eager = plain(case.dtype).to(inputs.acc)
-    assert_accurate(dw, eager, with_nan_of_the_library(plain(torch.float64), eager), "dW")
+    eager, exact = plain(case.dtype).to(inputs.acc), plain(torch.float64)
+    clean = dw.isfinite()  # a kernel may leave out what the library's has of its own
+    assert_accurate(dw, eager, torch.where(clean, exact, with_nan_of_the_library(exact, eager)), "dW")
 
 
 def check_conv_backward_input(ops: Any, case: Case) -> None:

@@ -264,31 +264,37 @@ Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tenso
   return dc;
 }
 
-// dy [N, Cout, H', W'], x [N, Cin, H, W] -> [Cout, Cin, kernel_height, kernel_width], channels_last
+// Whether this processor multiplies t's dtype.
+void check_products(const char* op, const char* name, const Tensor& t) {
+  if (products(shape_of(t).dtype) != nullptr) return;
+  fail(op, name, dtype_name(t.scalar_type()), "float32 on this processor", "convert it, or use backend='reference'");
+}
+
+// dy [N, Cout, H', W'], x [N, Cin, H, W] -> [Cout, Cin, kernel_height, kernel_width] in float32, channels_last
 Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t kernel_width, int64_t stride_height,
                             int64_t stride_width, int64_t padding_height, int64_t padding_width,
                             int64_t dilation_height, int64_t dilation_width) {
   const char* op = "conv_backward_weight";
   check_activation(op, "dy", dy);
   check_activation(op, "x", x);
-  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"dy", dy}, {"x", x}}) {
-    if (t.scalar_type() != ScalarType::Float) {
-      fail(op, name, dtype_name(t.scalar_type()), "float32", "convert it, or use backend='reference'");
-    }
+  if (dy.scalar_type() != x.scalar_type()) {
+    fail(op, "dy", dtype_name(dy.scalar_type()), dtype_name(x.scalar_type()), "pass tensors of one dtype");
   }
+  check_products(op, "x", x);
   const ConvAxis height{x.size(2), dy.size(2), kernel_height, stride_height, padding_height, dilation_height};
   const ConvAxis width{x.size(3), dy.size(3), kernel_width, stride_width, padding_width, dilation_width};
   check_convolution(op, dy, x, height.kernel, height.stride, height.padding, height.dilation, 2);
   check_convolution(op, dy, x, width.kernel, width.stride, width.padding, width.dilation, 3);
-  Tensor dw = new_channels_last(x, dy.size(1), x.size(1), kernel_height, kernel_width, dtype_code(x));
+  Tensor dw = new_channels_last(x, dy.size(1), x.size(1), kernel_height, kernel_width, aoti_torch_dtype_float32());
   ConvWeightArgs args{};
+  args.dtype = shape_of(x).dtype;
   args.batch = x.size(0);
   args.in_channels = x.size(1);
   args.out_channels = dy.size(1);
   args.height = height;
   args.width = width;
-  args.dy = data(dy);
-  args.x = data(x);
+  args.dy = dy.const_data_ptr();
+  args.x = x.const_data_ptr();
   args.dw = written(dw);
   launch_conv_backward_weight(args);
   return dw;
@@ -307,11 +313,8 @@ void check_pointwise(const char* op, const char* name, const Tensor& x, const Te
     fail(op, "weight", sizes_of(weight), of == 0 ? "[" + channels + ", Cin, 1, 1]" : "[Cout, " + channels + ", 1, 1]",
          "pass the weight of the 1x1 convolution");
   }
-  if (x.scalar_type() == ScalarType::Float) return;
-  if (products(Dtype::bfloat16) == nullptr) {
-    fail(op, name, "bfloat16", "float32 on this processor", "convert it, or use backend='reference'");
-  }
-  if (x.size(1) % 2 != 0) fail(op, name, channels + " channels", "an even number", "use backend='reference'");
+  check_products(op, name, x);
+  if (x.scalar_type() != ScalarType::Float && x.size(1) % 2 != 0) fail(op, name, channels + " channels", "an even number", "use backend='reference'");
 }
 
 ConvInputArgs input_args(const char* op, const Tensor& dy, const Tensor& weight) {

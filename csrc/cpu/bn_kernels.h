@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "lanes.h"
 #include "select.h"
 
 namespace {
@@ -36,6 +37,27 @@ __attribute__((always_inline)) inline void fetch_next_group(const T* first, int6
   if (kGroup * period * bytes > kFetched) return;
   const char* next = reinterpret_cast<const char*>(first) + kGroup * (period + i) * bytes;
   for (int64_t line = 0; line < kGroup * kWidth * bytes; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
+}
+
+template <class T>
+void sample_columns(const SampleArgs& args) {
+  const T* c = static_cast<const T*>(args.c);
+  const float every = 1.0f / args.samples, inner = 1.0f / (args.samples - 2);
+  for (int64_t i = 0; i < args.channels; i += kWidth) {
+    const int64_t lanes = args.channels - i;
+    Float sum = zero(), least = zero(), most = zero();
+    for (int64_t s = 0; s < args.samples; ++s) {
+      const Float v = load_lanes(c + args.rows[s] * args.channels + i, lanes);
+      sum = sum + v;
+      least = s == 0 ? v : smaller(least, v);
+      most = s == 0 ? v : larger(most, v);
+    }
+    store_lanes(args.mean + i, args.samples < 3 ? sum * every : (sum - least - most) * inner, lanes);
+  }
+}
+
+void sample_mean(const SampleArgs& args) {
+  with(args.dtype, [&](auto t) { sample_columns<typename decltype(t)::type>(args); });
 }
 
 template <class T>

@@ -1,140 +1,37 @@
 // A convolution's weight gradient: dW[o, tap, i] = sum over positions of dy[p, o] * x[p at tap, i], an outer product
-// for each position, in float. Included after vec_avx2.h or vec_avx512.h.
+// for each position, or for two at once of bfloat16, in float. Included after vec_avx2.h or vec_avx512.h.
 #pragma once
 
-#include <cstring>
-
-#include "kernels.h"
-#include "tiles.h"
+#include "conv_packing.h"
 
 namespace {
 
 using namespace fusedres::cpu;
 
-constexpr int64_t kCopied = kWidth == 8 ? 8 : 16;  // floats copied at once for a panel, at least kPanel
-constexpr int64_t kAhead = 8;  // positions of x, which the hardware does not foresee beyond a page
-
-// The output positions [first, last) of one axis that a tap reads inside the image.
-struct Reach {
-  int64_t first, last, offset;  // offset: of the tap, input position = output position * stride + offset
-  Reach(const ConvAxis& axis, int64_t tap) : offset(tap * axis.dilation - axis.padding) {
-    first = offset >= 0 ? 0 : (axis.stride - 1 - offset) / axis.stride;
-    const int64_t room = axis.in - 1 - offset;
-    last = room < 0 ? 0 : room / axis.stride + 1;
-    if (last > axis.out) last = axis.out;
-    if (last < first) last = first;
-  }
+// Lines of memory, one a position, that the next piece is packed from.
+struct Soon {
+  const char* line;
+  int64_t pitch;
 };
 
-// f(row of dy, row of x) for the piece's rows that the tap reads.
-template <class F>
-inline void for_rows(const ConvWeightArgs& args, const Reach& reach, F f) {
-  const ConvAxis& axis = args.height;
-  for (int64_t row = args.begin; row < args.end; ++row) {
-    const int64_t at = row % axis.out;
-    if (at < reach.first || at >= reach.last) continue;
-    f(row, row / axis.out * axis.in + at * axis.stride + reach.offset);
-  }
-}
-
-// Output channels [first, first + size) of a panel, `panels` of them over `channels`, as equal as they can be.
-struct Panel {
-  Panel(int64_t channels, int64_t panels, int64_t index)
-      : first(channels * index / panels), size(channels * (index + 1) / panels - first), slack(index * kCopied) {}
-  // where its copy begins
-  float* in(float* packed, int64_t positions) const { return packed + first * positions + slack; }
-  int64_t first, size, slack;
-};
-
-inline int64_t count_panels(int64_t channels) { return (channels + kPanel - 1) / kPanel; }
-
-// The first `size` of kCopied floats. Copies all of them where they may be read: what lies beyond is overwritten.
-inline void copy_panel(float* packed, const float* dy, int64_t size, bool wide) {
-  if (wide) {
-    std::memcpy(packed, dy, kCopied * sizeof(float));
-  } else {
-    for (int64_t i = 0; i < size; ++i) packed[i] = dy[i];
-  }
-}
-
-// dy of the call's channels as [panel][position][channel of the panel], row by row: each is read while it is cached.
-void pack_dy(const ConvWeightArgs& args) {
-  const int64_t channels = args.last_out - args.first_out, panels = count_panels(channels);
-  const int64_t columns = args.width.out, positions = (args.end - args.begin) * columns;
-  for (int64_t row = args.begin; row < args.end; ++row) {
-    for (int64_t p = 0; p < panels; ++p) {
-      const Panel panel(channels, panels, p);
-      const int64_t first = args.first_out + panel.first;
-      const bool wide = first + kCopied <= args.out_channels;
-      const float* dy = args.dy + row * columns * args.out_channels + first;
-      float* packed = panel.in(args.packed_dy, positions) + (row - args.begin) * columns * panel.size;
-      const float* soon = args.dy + (row + 1) * columns * args.out_channels + args.first_out + p * kLine;
-      const bool fetch = p * kLine < channels;
-      for (int64_t i = 0; i < columns; ++i, packed += panel.size, dy += args.out_channels, soon += args.out_channels) {
-        if (fetch) _mm_prefetch(soon, _MM_HINT_T0);
-        copy_panel(packed, dy, panel.size, wide);
-      }
-    }
-  }
-}
-
-// Columns of x are packed by their remainder to the stride, so that those of a tap follow each other.
-struct Columns {
-  explicit Columns(const ConvAxis& axis) : axis(axis), each((axis.in + axis.stride - 1) / axis.stride) {}
-  int64_t count() const { return each * axis.stride; }
-  int64_t at(int64_t column) const { return column % axis.stride * each + column / axis.stride; }
-  bool are_read(int64_t remainder) const {
-    for (int64_t tap = 0; tap < axis.kernel; ++tap) {
-      if ((tap * axis.dilation - axis.padding - remainder) % axis.stride == 0) return true;
-    }
-    return false;
-  }
-  const ConvAxis& axis;
-  int64_t each;
-};
-
-// Rows of x, with one tap along the height, stand where those of dy do, else where they do in the image.
-inline bool by_dy(const ConvWeightArgs& args) { return args.height.kernel == 1; }
-
-// Floats of a panel of the packed x.
-inline int64_t panel_pitch(const ConvWeightArgs& args) {
-  const int64_t rows = by_dy(args) ? args.end - args.begin : args.x_end - args.x_begin;
-  return rows * Columns(args.width).count() * kPanelIn;
-}
-
-// `channels` of one position of x to its panels, `pitch` floats apart; zeros beyond the last channel
-inline void pack_position(const float* x, int64_t channels, int64_t pitch, float* packed) {
-  for (int64_t left = channels; left > 0; left -= kPanelIn, x += kPanelIn, packed += pitch) {
-    if (left >= kPanelIn) {
-      store(packed, load(x));
-      store(packed + kWidth, load(x + kWidth));
-    } else {
-      for (int64_t lane = 0; lane < kPanelIn; ++lane) packed[lane] = lane < left ? x[lane] : 0;
-    }
-  }
-}
-
-// x of `channels` from `channel` on as [panel][row][column][channel of the panel]
-void pack_x(const ConvWeightArgs& args, int64_t channel, int64_t channels) {
-  const Columns columns(args.width);
-  const int64_t step = args.width.stride, pitch = panel_pitch(args);
-  const auto pack = [&](int64_t row, int64_t packed_row) {
-    const float* x_row = args.x + row * args.width.in * args.in_channels + channel;
-    for (int64_t remainder = 0; remainder < step; ++remainder) {
-      if (!columns.are_read(remainder)) continue;
-      float* packed = args.packed_x + (packed_row * columns.count() + columns.at(remainder)) * kPanelIn;
-      for (int64_t column = remainder; column < args.width.in; column += step, packed += kPanelIn) {
-        const float *x = x_row + column * args.in_channels, *soon = x + kAhead * step * args.in_channels;
-        for (int64_t i = 0; i < channels; i += kLine) _mm_prefetch(soon + i, _MM_HINT_T0);
-        pack_position(x, channels, pitch, packed);
-      }
-    }
+// Those that call number `index` for this piece asks for, while it multiplies.
+template <class T>
+Soon soon(const ConvWeightArgs& args, int64_t index) {
+  const auto count = [](int64_t channels) { return (channels + kLine<T> - 1) / kLine<T> * kPerWord<T>; };
+  const auto find = [&](const void* tensor, int64_t channels, int64_t first, int64_t i) {
+    const int64_t position = args.end * args.width.out + i % kPerWord<T>;
+    const T* line = static_cast<const T*>(tensor) + position * channels + first + i / kPerWord<T> * kLine<T>;
+    return Soon{reinterpret_cast<const char*>(line), channels * static_cast<int64_t>(sizeof(T))};
   };
-  if (by_dy(args)) {
-    for_rows(args, Reach(args.height, 0), [&](int64_t row, int64_t x_row) { pack(x_row, row - args.begin); });
-  } else {
-    for (int64_t row = args.x_begin; row < args.x_end; ++row) pack(row, row - args.x_begin);
+  const int64_t lines_of_dy = count(args.last_out - args.first_out);
+  if (args.end < args.batch * args.height.out) {
+    if (index < lines_of_dy) return find(args.dy, args.out_channels, args.first_out, index);
+    index -= lines_of_dy;
+    if (pointwise(args) && index < count(args.last_in - args.first_in)) {
+      return find(args.x, args.in_channels, args.first_in, index);
+    }
   }
+  return {reinterpret_cast<const char*>(args.dw), 0};
 }
 
 // The stretches of the piece that a tap reads, in packed x; those that follow each other in memory are one.
@@ -161,10 +58,21 @@ int64_t find_stretches(const ConvWeightArgs& args, const float* packed_x, int64_
   return end - args.stretches;
 }
 
+// sums[r] += factor(r) * [low, high]
+template <class T, int size, class F>
+inline void add_products(Float (&sums)[size][2], Float low, Float high, F factor) {
+#pragma GCC unroll 14
+  for (int r = 0; r < size; ++r) {
+    const Float one = factor(r);
+    sums[r][0] = multiply_add<T>(one, low, sums[r][0]);
+    sums[r][1] = multiply_add<T>(one, high, sums[r][1]);
+  }
+}
+
 // dw[r, 0..lanes) += sum over positions of dy[p, r] * x[p, :]; dw has rows `stride` apart.
-template <int size>
+template <class T, int size>
 void outer_products(const Stretch* stretches, int64_t count, const float* dy, float* dw, int64_t stride,
-                    int64_t lanes) {
+                    int64_t lanes, Soon soon) {
   Float sums[size][2];
 #pragma GCC unroll 14
   for (int r = 0; r < size; ++r) {
@@ -174,15 +82,18 @@ void outer_products(const Stretch* stretches, int64_t count, const float* dy, fl
   }
   for (int64_t s = 0; s < count; ++s) {
     const Stretch& stretch = stretches[s];
-    const float *x = stretch.x, *d = dy + stretch.position * size;
-    for (int64_t p = 0; p < stretch.positions; ++p, x += kPanelIn, d += size) {
-      const Float low = load(x), high = load(x + kWidth);
-#pragma GCC unroll 14
-      for (int r = 0; r < size; ++r) {
-        const Float one = repeat(d + r);
-        sums[r][0] = fma(one, low, sums[r][0]);
-        sums[r][1] = fma(one, high, sums[r][1]);
-      }
+    const float *x = stretch.x, *d = dy + stretch.position * kWidth;
+    const char* line = soon.line + stretch.position * soon.pitch;
+    int64_t left = stretch.positions;
+    for (; left >= kPerWord<T>; left -= kPerWord<T>, x += kPerWord<T> * kPanelIn, d += kPerWord<T> * kWidth) {
+      _mm_prefetch(line, _MM_HINT_T1);
+      line += kPerWord<T> * soon.pitch;
+      add_products<T>(sums, load(x), load(x + kWidth), [&](int r) { return repeat(d + r); });
+    }
+    if constexpr (kPerWord<T> == 2) {
+      if (left == 0) continue;
+      add_products<T>(sums, lower_halves(load(x)), lower_halves(load(x + kWidth)),
+                      [&](int r) { return lower_halves(repeat(d + r)); });
     }
   }
 #pragma GCC unroll 14
@@ -200,17 +111,18 @@ void outer_products(const Stretch* stretches, int64_t count, const float* dy, fl
 }
 
 // `outer_products` of a panel's size, 1 to `most`.
-template <int most>
+template <class T, int most>
 inline void outer_products_of(int64_t size, const Stretch* stretches, int64_t count, const float* dy, float* dw,
-                              int64_t stride, int64_t lanes) {
+                              int64_t stride, int64_t lanes, Soon soon) {
   if constexpr (most > 1) {
-    if (size < most) return outer_products_of<most - 1>(size, stretches, count, dy, dw, stride, lanes);
+    if (size < most) return outer_products_of<T, most - 1>(size, stretches, count, dy, dw, stride, lanes, soon);
   }
-  outer_products<most>(stretches, count, dy, dw, stride, lanes);
+  outer_products<T, most>(stretches, count, dy, dw, stride, lanes, soon);
 }
 
 // What the piece adds to dw of input channels [channel, channel + lanes), one panel at `packed_x`.
-void add_panel(const ConvWeightArgs& args, const float* packed_x, int64_t channel, int64_t lanes) {
+template <class T>
+void add_panel(const ConvWeightArgs& args, const float* packed_x, int64_t channel, int64_t lanes, int64_t& calls) {
   const int64_t channels = args.last_out - args.first_out, panels = count_panels(channels);
   const int64_t positions = (args.end - args.begin) * args.width.out;
   const int64_t stride = args.height.kernel * args.width.kernel * args.in_channels;
@@ -220,20 +132,22 @@ void add_panel(const ConvWeightArgs& args, const float* packed_x, int64_t channe
     for (int64_t p = 0; p < panels; ++p) {
       const Panel panel(channels, panels, p);
       float* dw = args.dw + (args.first_out + panel.first) * stride + tap * args.in_channels + channel;
-      outer_products_of<kPanel>(panel.size, args.stretches, count, panel.in(args.packed_dy, positions), dw, stride,
-                                lanes);
+      outer_products_of<T, kPanel>(panel.size, args.stretches, count, args.packed_dy + p * positions * kWidth, dw, stride,
+                                lanes, soon<T>(args, calls++));
     }
   }
 }
 
+template <class T>
 void conv_backward_weight(const ConvWeightArgs& args) {
-  pack_dy(args);
+  pack_dy<T>(args);
+  int64_t calls = 0;
   for (int64_t first = args.first_in; first < args.last_in; first += kPackedIn) {
     const int64_t last = args.last_in - first < kPackedIn ? args.last_in : first + kPackedIn;
-    pack_x(args, first, last - first);
+    pack_x<T>(args, first, last - first);
     const float* packed_x = args.packed_x;
     for (int64_t i = first; i < last; i += kPanelIn, packed_x += panel_pitch(args)) {
-      add_panel(args, packed_x, i, last - i < kPanelIn ? last - i : kPanelIn);
+      add_panel<T>(args, packed_x, i, last - i < kPanelIn ? last - i : kPanelIn, calls);
     }
   }
 }

@@ -13,6 +13,15 @@ enum class Dtype { float32, bfloat16 };
 enum class Residual { none, identity, projection };
 enum class Gradient { plain, mask, sign };  // where dz comes from: dy; dy and mask; dy and the sign of scale*c + shift
 
+struct SampleArgs {
+  Dtype dtype;
+  const void* c;         // [rows, channels]
+  int64_t channels;
+  const int64_t* rows;   // those that are taken
+  int64_t samples;
+  float* mean;           // [channels]: of the samples but the smallest and the largest, from three on
+};
+
 struct StatsArgs {
   Dtype dtype;
   const void* c;         // [rows, period]
@@ -113,6 +122,10 @@ struct ConvAxis {
 };
 
 constexpr int64_t kVectorsOfPanel = 2;  // of one position, or row of a weight, in a packed copy
+
+// The rows of a tile of results: with kVectorsOfPanel vectors each they fill the registers.
+constexpr int64_t rows_of_tile(int64_t width) { return width == 8 ? 6 : 14; }
+
 constexpr int64_t kPackedIn = 128;  // input channels packed at once: whole tiles, few of the second cache's ways
 
 // Positions of one row of dy, beside each other where their x is.
@@ -124,10 +137,11 @@ struct Stretch {
 
 // A piece of the gradient's sum: rows of dy, of N*height.out, whose copies stay in the cache.
 struct ConvWeightArgs {
+  Dtype dtype;
   int64_t batch, in_channels, out_channels;
   ConvAxis height, width;
-  const float* dy;             // [N, height.out, width.out, out_channels]
-  const float* x;              // [N, height.in, width.in, in_channels]
+  const void* dy;              // [N, height.out, width.out, out_channels]
+  const void* x;               // [N, height.in, width.in, in_channels]
   float* dw;                   // [out_channels, height.kernel, width.kernel, in_channels], added to
   int64_t first_out, last_out, first_in, last_in, first_tap, last_tap;  // what of dw the call is for
   int64_t begin, end;          // rows of dy
@@ -170,12 +184,13 @@ struct ConvInputArgs {
   void* dx;                    // [N, height.in, width.in, in_channels]
 };
 
-// Matrix products of one dtype; with bfloat16 for even depths only.
+// Matrix products of one dtype. 1x1 convolutions with bfloat16 sum over even numbers of channels only.
 struct Products {
   void (*pack_weight)(const PackArgs&, int64_t begin, int64_t end);             // panels of input channels
   void (*pack_weight_transposed)(const PackArgs&, int64_t begin, int64_t end);  // panels of output channels
   void (*conv_backward_input)(const ConvInputArgs&, int64_t begin, int64_t end);
   void (*conv1x1_forward)(const Conv1x1Args&, int64_t begin, int64_t end);
+  void (*conv_backward_weight)(const ConvWeightArgs&);
 };
 
 // One set of kernels, compiled for one instruction set. Each walks rows [begin, end): of `period` elements, or,
@@ -183,6 +198,7 @@ struct Products {
 struct Kernels {
   const char* name;
   int64_t width;  // floats a vector
+  void (*sample_mean)(const SampleArgs&);
   void (*bn_stats)(const StatsArgs&, int64_t begin, int64_t end);
   void (*bn_add_relu_forward)(const ForwardArgs&, int64_t begin, int64_t end);
   void (*bn_add_relu_backward_reduce)(const BackwardReduceArgs&, int64_t begin, int64_t end);
@@ -190,7 +206,6 @@ struct Kernels {
   void (*relu_backward)(const MaskArgs&, int64_t begin, int64_t end);
   void (*bn_relu_maxpool_forward)(const PoolForwardArgs&, int64_t begin, int64_t end);
   void (*bn_relu_maxpool_backward)(const PoolBackwardArgs&, int64_t begin, int64_t end);
-  void (*conv_backward_weight)(const ConvWeightArgs&);
   Products float32;
 };
 

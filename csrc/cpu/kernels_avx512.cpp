@@ -11,6 +11,7 @@ namespace fusedres::cpu {
 const Kernels avx512_kernels = {
     "avx512",
     kWidth,
+    ::sample_mean,
     ::bn_stats,
     ::bn_add_relu_forward,
     ::bn_add_relu_backward_reduce,
@@ -18,8 +19,8 @@ const Kernels avx512_kernels = {
     ::relu_backward,
     ::bn_relu_maxpool_forward,
     ::bn_relu_maxpool_backward,
-    ::conv_backward_weight,
-    {::pack_weight<float>, ::pack_weight_transposed<float>, ::conv_backward_input<float>, ::conv1x1_forward<float>},
+    {::pack_weight<float>, ::pack_weight_transposed<float>, ::conv_backward_input<float>, ::conv1x1_forward<float>,
+     ::conv_backward_weight<float>},
 };
 
 }  // namespace fusedres::cpu

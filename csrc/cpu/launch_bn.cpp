@@ -28,19 +28,21 @@ float upper_half(float m) {
 }
 
 // A mean of some rows, [channels]: close to the true one, so that sums of c - shift lose nothing. The rows lie at
-// multiples of the golden ratio: evenly spread, and in step with no image width. 0 where it is not finite: inf - inf
-// would make NaN of an infinite mean. Of bfloat16 values it has their precision: the differences are exact then, where
-// the lower bits of one shift would be rounded the same way in all of them, and the errors would add up.
+// multiples of the golden ratio: evenly spread, and in step with no image width. One value far from all others does not
+// count. 0 where it is not finite: inf - inf would make NaN of an infinite mean. Of bfloat16 values it has their
+// precision: the differences are exact then, where the lower bits of one shift would be rounded the same way in all of
+// them, and the errors would add up.
 std::vector<float> sampled_mean(const Shape& shape, const void* c) {
   std::vector<float> mean(shape.channels);
+  int64_t rows[kSamples];
   const int64_t samples = std::min(kSamples, shape.rows);
   for (int64_t i = 0; i < samples; ++i) {
     const double place = (i + 1) * 0.6180339887498949;
-    const int64_t row = std::min(shape.rows - 1, static_cast<int64_t>((place - std::floor(place)) * shape.rows));
-    for (int64_t j = 0; j < shape.channels; ++j) mean[j] += element(shape.dtype, c, row * shape.channels + j);
+    rows[i] = std::min(shape.rows - 1, static_cast<int64_t>((place - std::floor(place)) * shape.rows));
   }
+  if (samples > 0) kernels()->sample_mean({shape.dtype, c, shape.channels, rows, samples, mean.data()});
   for (float& m : mean) {
-    m = std::isfinite(m) ? m / static_cast<float>(samples) : 0;
+    if (!std::isfinite(m)) m = 0;
     if (shape.dtype == Dtype::bfloat16) m = upper_half(m);
   }
   return mean;

@@ -12,7 +12,6 @@ namespace {
 constexpr int64_t kPositions = 256;  // of dy, about as many are packed at a time
 constexpr int64_t kFewestOut = 24;   // output channels of a thread: packing x must pay
 constexpr int64_t kFewestIn = 32;    // input channels of a thread: packing dy must pay
-constexpr int64_t kSlack = 16;       // floats that packing may write beyond a panel of dy
 
 // The most pieces, up to `limit`, that divide the threads: their shares come out equal.
 int64_t divisor(int64_t threads, int64_t limit) {
@@ -46,7 +45,9 @@ int64_t most_rows(ConvWeightArgs args, int64_t piece) {
 void add_pieces(ConvWeightArgs args) {
   const int64_t rows = args.batch * args.height.out;
   const int64_t piece = std::max<int64_t>(1, kPositions / std::max<int64_t>(args.width.out, 1));
-  const Lines<float> dy((piece * args.width.out + kSlack) * (args.last_out - args.first_out));
+  const int64_t width = kernels()->width, tile = rows_of_tile(width);
+  const int64_t panels = (args.last_out - args.first_out + tile - 1) / tile;
+  const Lines<float> dy(panels * piece * args.width.out * width);
   const Lines<float> x(most_rows(args, piece) * (args.width.in + args.width.stride) * kPackedIn);
   std::vector<Stretch> stretches(piece);
   args.packed_dy = dy.data();
@@ -55,7 +56,7 @@ void add_pieces(ConvWeightArgs args) {
   for (; args.begin < rows; args.begin = args.end) {
     args.end = std::min(rows, args.begin + piece);
     find_rows(args);
-    kernels()->conv_backward_weight(args);
+    products(args.dtype)->conv_backward_weight(args);
   }
 }
 

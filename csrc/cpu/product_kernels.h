@@ -3,9 +3,8 @@
 #pragma once
 
 #include "kernels.h"
-#include "lanes.h"
 #include "select.h"
-#include "tiles.h"
+#include "words.h"
 
 namespace {
 
@@ -13,26 +12,9 @@ using namespace fusedres::cpu;
 
 constexpr int64_t kRowsAhead = 16;  // rows of W, each in a page of its own
 
-// Operands are read by words of 32 bits: one float, or two values of bfloat16 that are multiplied and added together.
-template <class T>
-constexpr int64_t kPerWord = sizeof(float) / sizeof(T);
-
 // Words summed at once: a tile's rows stay in the first cache. Sums of bfloat16 are not rounded on the way.
 template <class T>
 constexpr int64_t kDepth = sizeof(T) == sizeof(float) ? 512 : INT64_MAX;
-
-template <class T>
-inline Float multiply_add(Float a, Float b, Float sum);
-template <>
-inline Float multiply_add<float>(Float a, Float b, Float sum) {
-  return fma(a, b, sum);
-}
-#ifdef __AVX512BF16__
-template <>
-inline Float multiply_add<BFloat16>(Float a, Float b, Float sum) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-}
-#endif
 
 // result[p, n] = sum over k of a[p, k] * b[k, n], in words.
 struct Product {
@@ -195,14 +177,8 @@ inline void multiply_rows(const Product& product, int64_t begin, int64_t end, Ro
   }
 }
 
-// kWidth words of a row of W: of one output channel, or of two, `pitch` apart, that are multiplied together.
-inline Float words(const float* weight, int64_t, int64_t lanes) { return load_lanes(weight, lanes); }
-inline Float words(const BFloat16* weight, int64_t pitch, int64_t lanes) {
-  const Float low = load_lanes(weight, lanes), high = load_lanes(weight + pitch, lanes);  // their bits are the upper half
-  return join_halves(low, high);
-}
-
-// W [out_channels, in_channels] as [panel][out_channels][kPanelIn], panels [begin, end); zeros beyond the last channel
+// W [out_channels, in_channels] as [panel][out_channels][kPanelIn], panels [begin, end); of bfloat16, two output
+// channels a word; zeros beyond the last channel
 template <class T>
 void pack_weight(const PackArgs& args, int64_t begin, int64_t end) {
   const int64_t step = kPerWord<T> * args.in_channels, depth = args.out_channels / kPerWord<T>;
@@ -211,9 +187,8 @@ void pack_weight(const PackArgs& args, int64_t begin, int64_t end) {
     float* packed = args.packed + channel * depth;
     const T* weight = static_cast<const T*>(args.weight) + channel;
     for (int64_t o = 0; o < depth; ++o, weight += step, packed += kPanelIn) {
-      for (int64_t i = 0; i < kPanelIn; i += kLine) _mm_prefetch(weight + kRowsAhead * step + i, _MM_HINT_T0);
-      store(packed, words(weight, args.in_channels, left));
-      store(packed + kWidth, left > kWidth ? words(weight + kWidth, args.in_channels, left - kWidth) : zero());
+      for (int64_t i = 0; i < kPanelIn; i += kLine<T>) _mm_prefetch(weight + kRowsAhead * step + i, _MM_HINT_T0);
+      store_words(packed, weight, args.in_channels, left);
     }
   }
 }

@@ -10,8 +10,9 @@ namespace {
 
 using namespace fusedres::cpu;
 
-constexpr int kPanel = kWidth == 8 ? 6 : 14;  // with 2 vectors each they fill the registers
+constexpr int kPanel = rows_of_tile(kWidth);
 constexpr int64_t kPanelIn = kVectorsOfPanel * kWidth;
-constexpr int64_t kLine = 16;  // floats of a line of the cache
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);  // values of a line of the cache
 
 }  // namespace

@@ -28,6 +28,7 @@ inline Keep either(Keep a, Keep b) { return _mm256_or_ps(a, b); }
 // maxps gives its second operand if one is NaN: relu(NaN) stays NaN
 inline Float relu(Float v) { return _mm256_max_ps(zero(), v); }
 inline Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }  // b if one is NaN
+inline Float smaller(Float a, Float b) { return _mm256_min_ps(a, b); }
 inline Keep positive_or_nan(Float v) { return _mm256_cmp_ps(v, zero(), _CMP_NLE_UQ); }
 inline Keep greater(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 inline Keep is_nan(Float v) { return _mm256_cmp_ps(v, v, _CMP_UNORD_Q); }
@@ -63,10 +64,15 @@ inline Float load(const BFloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-// The upper halves of both: low's in the lower half.
-inline Float join_halves(Float low, Float high) {
-  const Int halves = _mm256_srli_epi32(_mm256_castps_si256(low), 16);
-  return _mm256_castsi256_ps(_mm256_or_si256(halves, _mm256_castps_si256(high)));
+// The bits of two values to a lane, those at `low` in the lower halves.
+inline Float load_pairs(const BFloat16* low, const BFloat16* high) {
+  const Int halves = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low)));
+  return _mm256_castsi256_ps(_mm256_or_si256(halves, _mm256_castps_si256(load(high))));
+}
+
+// The lower halves, the upper ones cleared.
+inline Float lower_halves(Float v) {
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), set_int(0xffff)));
 }
 
 // `v` as `rounded` gave it.

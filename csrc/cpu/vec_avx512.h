@@ -26,6 +26,7 @@ inline Keep either(Keep a, Keep b) { return static_cast<Keep>(a | b); }
 // maxps gives its second operand if one is NaN: relu(NaN) stays NaN
 inline Float relu(Float v) { return _mm512_max_ps(zero(), v); }
 inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b if one is NaN
+inline Float smaller(Float a, Float b) { return _mm512_min_ps(a, b); }
 inline Keep positive_or_nan(Float v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ); }
 inline Keep greater(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 inline Keep is_nan(Float v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
@@ -61,10 +62,15 @@ inline Float load(const BFloat16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// The upper halves of both: low's in the lower half.
-inline Float join_halves(Float low, Float high) {
-  const Int halves = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
-  return _mm512_castsi512_ps(_mm512_or_si512(halves, _mm512_castps_si512(high)));
+// The bits of two values to a lane, those at `low` in the lower halves.
+inline Float load_pairs(const BFloat16* low, const BFloat16* high) {
+  const Int halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+  return _mm512_castsi512_ps(_mm512_or_si512(halves, _mm512_castps_si512(load(high))));
+}
+
+// The lower halves, the upper ones cleared.
+inline Float lower_halves(Float v) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), set_int(0xffff)));
 }
 
 // `v` as `rounded` gave it.

@@ -111,9 +111,16 @@ def conv_reason(x, weight, bias, residual, *rest):
     return activations_reason(x, residual)
 
 
+@cache
+def product_dtypes() -> tuple[torch.dtype, ...]:
+    """The dtypes that the kernels of convolutions multiply on this processor."""
+    half = torch.ops.fusedres_native.cpu_products_of_bfloat16()
+    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
+
+
 def weight_gradient_reason(dy, x, kernel_size, stride, padding, dilation, groups):
     """oneDNN is left what it does as fast: few channels, pointwise convolutions without many, and many threads."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or x.dtype not in product_dtypes():
         return "no_kernel"
     if groups != 1:
         return "groups"
@@ -127,13 +134,6 @@ def weight_gradient_reason(dy, x, kernel_size, stride, padding, dilation, groups
         return "arguments_differ"
     channels_last = all(t.is_contiguous(memory_format=torch.channels_last) for t in (dy, x))
     return None if channels_last else "layout_not_channels_last"
-
-
-@cache
-def product_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes of which 1x1 convolutions have kernels on this processor."""
-    half = torch.ops.fusedres_native.cpu_products_of_bfloat16()
-    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
 
 
 def pointwise_reason(x: Tensor, weight: Tensor, depth: int) -> str | None:
