@@ -417,7 +417,11 @@ class RawOps(Protocol):
         dilation: tuple[int, int],
         groups: int,
     ) -> Tensor:
-        """`relu(conv2d(x, weight, bias) + residual)` [N, Cout, H', W'] for any kernel size."""
+        """`relu(conv2d(x, weight, bias) + residual)` [N, Cout, H', W'] for any kernel size.
+
+        No recipe calls it: its ReLU is a pass of its own, since oneDNN's makes 0 of NaN, and BN, addition and ReLU
+        in one pass after a plain convolution take no longer (`bench/cpu_convolutions.py`).
+        """
 
 
 RAW_OPS = tuple(

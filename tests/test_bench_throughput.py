@@ -8,9 +8,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import cpu_convolutions
 import cpu_ops
 import pytest
 import torch
+from layers import Conv
 from torch import nn
 from workloads import BASELINE, CorrectnessGate, Step, Workload, build
 
@@ -117,6 +119,45 @@ class TestOpsAgainstACopy:
         monkeypatch.setitem(LOADERS, "native", Wrong)
         with pytest.raises(AssertionError, match="bn_stats"):
             cpu_ops.measure(a_case("bn_stats"), 3)
+
+
+@pytest.mark.skipif("native" not in LOADERS, reason="the native library is not built here")
+class TestConvolutionsAgainstTheLibrary:
+    POINTWISE = Conv("", 64, 72, (1, 1), (1, 1), 1, 6, 6, 6, 6)
+    WINDOW = Conv("", 64, 72, (3, 3), (2, 2), 1, 6, 6, 3, 3)
+
+    @pytest.mark.parametrize(
+        ("conv", "ops"),
+        [
+            (
+                POINTWISE,
+                ["conv_backward_weight", "conv_backward_input", "conv_backward_input", "conv1x1_forward"],
+            ),
+            (WINDOW, ["conv_backward_weight", "conv_bias_add_relu_forward"]),
+        ],
+    )
+    def test_each_is_checked_and_timed(self, conv, ops):
+        found = list(cpu_convolutions.contests(conv, 2, torch.float32))
+        assert [contest.op for contest in found] == ops
+        for contest in found:
+            times = cpu_convolutions.measure(contest, 3)
+            assert times["ratio_low"] <= times["ratio"] <= times["ratio_high"]
+
+    def test_both_ways_of_inference_compute_the_same(self):
+        *_, product = cpu_convolutions.contests(self.POINTWISE, 2, torch.float32)
+        torch.testing.assert_close(product.ours().y, product.library())
+        *_, folded = cpu_convolutions.contests(self.WINDOW, 2, torch.float32)
+        torch.testing.assert_close(folded.ours(), folded.library())
+
+    def test_a_wrong_kernel_is_not_measured(self, monkeypatch):
+        class Wrong(type(LOADERS["native"]())):
+            def conv_backward_weight(self, *args):
+                return super().conv_backward_weight(*args) * 1.01
+
+        monkeypatch.setitem(LOADERS, "native", Wrong)
+        first = next(cpu_convolutions.contests(self.WINDOW, 2, torch.float32))
+        with pytest.raises(AssertionError, match="weight gradient"):
+            cpu_convolutions.measure(first, 3)
 
 
 def test_suite_end_to_end(tmp_path):

@@ -219,7 +219,7 @@ void pack_weight_transposed(const PackArgs& args, int64_t begin, int64_t end) {
       }
       for (; i < depth; ++i) {
         for (int64_t l = 0; l < 4; ++l) {
-          packed[i * kPanelIn + lane + l] = out + l < args.out_channels ? weight[l * depth + i] : 0;
+          packed[i * kPanelIn + lane + l] = out + l < args.out_channels ? word(weight + l * depth + i) : 0;
         }
       }
     }

@@ -57,7 +57,12 @@ inline Float rounded<BFloat16>(Float v) {
   return select(is_nan(v), _mm256_castsi256_ps(set_int(0x7fc00000)), _mm256_castsi256_ps(high));
 }
 
-inline Float repeat(const float* p) { return _mm256_broadcast_ss(p); }
+inline float word(const void* p) {  // two values of bfloat16 may lie at any even address
+  float v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Float repeat(const float* p) { return _mm256_set1_ps(word(p)); }
 inline Float load(const float* p) { return _mm256_loadu_ps(p); }
 inline Float load(const BFloat16* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

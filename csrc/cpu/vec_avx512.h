@@ -55,7 +55,12 @@ inline Float rounded<BFloat16>(Float v) {
   return select(is_nan(v), _mm512_castsi512_ps(set_int(0x7fc00000)), _mm512_castsi512_ps(high));
 }
 
-inline Float repeat(const float* p) { return _mm512_set1_ps(*p); }
+inline float word(const void* p) {  // two values of bfloat16 may lie at any even address
+  float v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Float repeat(const float* p) { return _mm512_set1_ps(word(p)); }
 inline Float load(const float* p) { return _mm512_loadu_ps(p); }
 inline Float load(const BFloat16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
