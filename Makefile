@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint check-package mutants bench bench-check clean
+.PHONY: demo test lint check-package mutants sanitize bench bench-check clean
 
 # Relative paths only, so that a checkout whose path has spaces works. The pinned torch comes first: an
 # unpinned one pulls a different build with gigabytes of CUDA libraries. What the package needs is built apart from
@@ -36,6 +36,17 @@ test: $(STAMP) lint
 # wrong patchers, each of which its named test must catch
 mutants: $(STAMP)
 	$(BIN)/python -P tests/mutants.py
+
+# the CPU kernels of the native library under AddressSanitizer and UBSan; minutes to build, apart from the installed one
+SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
+sanitize: $(STAMP)
+	CXX="$(CURDIR)/tests/sanitized_cxx.sh" FUSEDRES_BUILD=cpu $(BIN)/python -m pip install --quiet --no-build-isolation \
+		--no-deps --upgrade --target build/sanitized .
+	set -e; for capability in "" avx2; do \
+		LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/sanitized \
+			$${capability:+env ATEN_CPU_CAPABILITY=$$capability} $(BIN)/pytest -q tests/test_native_ops.py \
+			tests/test_native_statistics.py; \
+	done
 
 check-package: $(STAMP)
 	$(BIN)/python tests/check_package.py
