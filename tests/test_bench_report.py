@@ -13,6 +13,9 @@ from types import SimpleNamespace
 import pytest
 import report
 import torch
+from stages.ops import library_product
+
+from fusedres.op_cases import SMALL, cases
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_BE_MISSING = {"cuda", "sm_90", "nvcc", "nvidia-smi", "ncu", "compute-sanitizer", "module:triton"}
@@ -183,3 +186,23 @@ def test_an_unknown_stage_is_refused(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         report.main()
     assert "choose from environment" in capsys.readouterr().err
+
+
+def test_products_are_measured_beside_the_bare_one():
+    """By the library, of the sizes of the fused one."""
+    shape, found = SMALL[0], {}
+    for case in cases(shape, torch.float32, torch.device("cpu")):
+        product = library_product(case.op, case.arguments)
+        if product is not None:
+            found[case.name] = tuple(product().shape)
+    narrow, wide = (
+        (shape.batch, channels, shape.side, shape.side) for channels in (shape.narrow, shape.wide)
+    )
+    assert found == {
+        "conv1x1_forward/stats": narrow,
+        "conv1x1_forward/join": wide,
+        "gram": (shape.narrow, shape.narrow),
+        "conv1x1_backward_weight": (shape.wide, shape.narrow, 1, 1),
+        "conv1x1_gram_backward_input": narrow,
+        "conv1x1_backward_input": wide,
+    }

@@ -1,4 +1,5 @@
-"""Every raw op in every backend at ResNet-50's shapes: time, bandwidth, bytes by the hardware's counters."""
+"""Every raw op in every backend at ResNet-50's shapes: time, bandwidth beside a copy's, products beside the library's
+own, bytes by the hardware's counters."""
 
 from __future__ import annotations
 
@@ -6,11 +7,13 @@ import csv
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from op_cases import checked_bytes, resnet_shape
 from report import Cell, Settings
 from timing import flushed_seconds
@@ -24,8 +27,31 @@ METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 DRIVER = Path(__file__).resolve().parent.parent / "op_cases.py"
 
 
+def library_product(op: str, arguments: tuple[Any, ...]) -> Callable[[], torch.Tensor] | None:
+    """The bare convolution of a fused one by the library, without what is fused; of `gram` a matrix product."""
+    if op == "conv1x1_forward":
+        return partial(F.conv2d, *arguments[:2])
+    if op == "gram":
+        rows = arguments[0].permute(0, 2, 3, 1).flatten(0, 2)  # [P, C]
+        return partial(torch.mm, rows.t(), rows)
+    if op == "conv1x1_backward_weight":
+        dy, x, wanted = arguments[0], arguments[2], (False, True, False)
+        weight = x.new_empty(dy.shape[1], x.shape[1], 1, 1)
+    elif op == "conv1x1_gram_backward_input":
+        dy, x, wanted = arguments[0], arguments[2], (True, False, False)
+        weight = arguments[4].to(x.dtype)[:, :, None, None]
+    elif op == "conv1x1_backward_input":
+        dy, x, wanted = arguments[0], arguments[6], (True, False, False)
+        weight = arguments[4]
+    else:
+        return None
+    window = (1, 1), (0, 0), (1, 1), False, (0, 0), 1
+    place = wanted.index(True)
+    return lambda: torch.ops.aten.convolution_backward(dy, x, weight, None, *window, wanted)[place]
+
+
 def time_op(settings: Settings, backend: str, shape: Shape, dtype: torch.dtype, name: str) -> dict[str, Any]:
-    """Median time with a cold cache, bytes that arguments and results hold, and their ratio."""
+    """Median time with a cold cache, bytes that arguments and results hold, a copy of as many, the bare product."""
     ops = LOADERS[backend]()
     op, arguments = next((o, a) for n, o, a in op_cases(shape, dtype, settings.device) if n == name)
     reason = ops.supports(op, *arguments)
@@ -33,8 +59,17 @@ def time_op(settings: Settings, backend: str, shape: Shape, dtype: torch.dtype, 
         return {"unsupported": reason}
     run = partial(getattr(ops, op), *arguments)
     moved = checked_bytes(op, arguments, run())
-    times = summary(flushed_seconds(run, settings.device, 20 if settings.full else 1))
-    return {**times, "bytes": moved, "bytes_per_second": moved / times["seconds"]}
+    rounds = 20 if settings.full else 1
+
+    def time(run: Callable[[], object]) -> dict[str, float]:
+        return summary(flushed_seconds(run, settings.device, rounds))
+
+    times, source = time(run), torch.ones(moved // 8, device=settings.device)
+    copied = time(partial(torch.empty_like(source).copy_, source))["seconds"]
+    found = {**times, "bytes": moved, "bytes_per_second": moved / times["seconds"]}
+    found |= {"copy_seconds": copied, "of_copy": copied / times["seconds"]}
+    product = library_product(op, arguments)
+    return found if product is None else {**found, "library_product_seconds": time(product)["seconds"]}
 
 
 def dram_bytes(backend: str, stage: int, name: str) -> dict[str, Any]:
