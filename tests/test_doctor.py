@@ -141,6 +141,7 @@ def test_an_installation_without_the_library(monkeypatch, tmp_path):
     try:
         library = doctor.native_library()
         assert "is not there" in library["problem"] and library["cpu_kernels"] is None
+        assert "pip install --no-build-isolation ." in library["problem"], "else the build does not see torch"
         assert "the native backend is absent" in doctor.advice()[0]
     finally:
         native.load.cache_clear()
