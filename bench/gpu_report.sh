@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Turns a GPU into evidence: runs each stage for at most 9 minutes and writes DIR/<stage>.json as it goes.
 #
-#   bench/gpu_report.sh [--output DIR] [--total SECONDS] [STAGE...] [option of bench/report.py...]
+#   bench/gpu_report.sh [--output DIR] [--total SECONDS] [STAGE...] [option of bench/report.py and its value...]
 #
 # Stages: environment baselines probes correctness ops blocks models (all by default). Run it again to go on. They share
 # the total, if one is given; what one leaves goes to the next. Where a cell has lost the device, the rest of its stage
@@ -15,8 +15,11 @@ output=${FUSEDRES_REPORT:-$root/bench/results/report}
 total=86400
 stages=()
 options=()
+usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; }
 while (($#)); do
   case $1 in
+    -h | --help) usage; exit ;;
+    -*) if (($# < 2)); then echo "bench/gpu_report.sh: $1 needs a value" >&2; usage >&2; exit 2; fi ;;&
     --output) output=$2; shift 2 ;;
     --total) total=$2; shift 2 ;;
     -*) options+=("$1" "$2"); shift 2 ;;

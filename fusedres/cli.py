@@ -10,34 +10,24 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from fusedres import doctor as examination
-from fusedres import errors, model_names, patching, tune_command
+from fusedres import errors, explain_command, model_names, patching, tune_command
 from fusedres.blocks import RECIPES
-from fusedres.patching.report import COLUMNS, PatchReport
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Fused residual blocks for PyTorch ResNets."
 )
-console = Console()
 
 MODEL_HELP = "fusedres:NAME, hf:NAME, torchvision:NAME or timm:NAME, for example hf:resnet-50"
+DEMO_LIBRARIES = ("matplotlib", "rich", "sklearn")
 ModelName = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Recipe = Annotated[str, typer.Option(help="the recipe to ask for")]
 Batch = Annotated[int, typer.Option(min=1, help="images")]
+Size = Annotated[int, typer.Option(min=0, help="height and width of the images; 0: 32 for CIFAR, else 224")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU if there is one")]
-
-
-def model_by_name(name: str) -> nn.Module:
-    """The model of that name. Raises typer.BadParameter."""
-    try:
-        return model_names.build(name)
-    except model_names.ModelNameError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 @contextmanager
@@ -45,7 +35,7 @@ def explained() -> Iterator[None]:
     """What the package refuses, as an error of the command line."""
     try:
         yield
-    except (ValueError, errors.FusedresError) as error:
+    except (ValueError, OSError, errors.FusedresError) as error:
         raise typer.BadParameter(str(error)) from error
 
 
@@ -67,29 +57,33 @@ def show(result: patching.VerifyReport | patching.Comparison, as_json: bool) -> 
     typer.echo(json.dumps(result.as_dict(), indent=2) if as_json else str(result))
 
 
-def report_table(report: PatchReport, title: str) -> Table:
-    table = Table(
-        *COLUMNS, title=title, caption=f"matched {len(report.matched)} of {len(report.blocks)} blocks"
-    )
-    for block in report.blocks:
-        table.add_row(*block.row)
-    return table
-
-
 @app.command()
-def explain(model: ModelName, recipe: Recipe = "auto", as_json: AsJson = False) -> None:
-    """What patch does to a model: its residual blocks, matched or not, and why; which backend serves each op here."""
-    network = model_by_name(model)
+def explain(
+    model: ModelName,
+    recipe: Recipe = "auto",
+    batch: Annotated[
+        int, typer.Option(min=0, help="run that many images, and say what each block ran as")
+    ] = 0,
+    size: Size = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """What patch does to a model: its residual blocks, matched or not, and why; with --batch what each runs as."""
+    size = size or model_names.image_size(model)
     with explained():
-        patching.patch(network, recipe=recipe, dry_run=True)
-    report = patching.report(network)
-    serving, recipes = examination.serving(), examination.recipe_table()
+        network = model_names.build(model)
+        report = explain_command.dry_report(network, recipe)
+        calls = explain_command.call(*on_device(network, device, batch, size), recipe) if batch else {}
+        serving, recipes = examination.serving(), examination.recipe_table()
     if as_json:
-        typer.echo(json.dumps({**report.as_dict(), "serving": serving, "recipe_table": recipes}, indent=2))
-    else:
-        console.print(report_table(report, model))
-        console.print(examination.recipe_table_table(recipes))
-        console.print(examination.serving_table(serving))
+        ran = {phase: found.as_dict()["blocks"] for phase, found in calls.items()}
+        found = {**report.as_dict(), "calls": ran, "serving": serving, "recipe_table": recipes}
+        typer.echo(json.dumps(found, indent=2))
+        return
+    title = f"{model}, {batch} x 3 x {size} x {size}" if batch else model
+    parts = [explain_command.text(title, report, calls)]
+    parts += [examination.recipe_table_text(recipes), examination.serving_text(serving)]
+    typer.echo("\n\n".join(parts))
 
 
 @app.command()
@@ -102,8 +96,8 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compares outputs, gradients and running statistics, patched and unpatched; fails if they differ."""
-    network, images = on_device(model_by_name(model), device, batch, size)
     with explained():
+        network, images = on_device(model_names.build(model), device, batch, size)
         result = patching.verify(network, images, recipes=tuple(recipe) or tuple(RECIPES))
     show(result, as_json)
     raise typer.Exit(0 if result else 1)
@@ -114,16 +108,38 @@ def compare(
     model: ModelName,
     recipe: Recipe = "auto",
     batch: Batch = 8,
-    size: Annotated[int, typer.Option(min=0, help="height and width of the images; 0: the model's own")] = 0,
+    size: Size = 0,
     rounds: Annotated[int, typer.Option(min=2, help="timed steps of each")] = 15,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Times the patched model against the unpatched one, in turns, once both compute the same."""
-    network, images = on_device(model_by_name(model), device, batch, size or model_names.image_size(model))
     with explained():
+        size = size or model_names.image_size(model)
+        network, images = on_device(model_names.build(model), device, batch, size)
         result = patching.compare(network, images, recipe=recipe, rounds=rounds)
     show(result, as_json)
+
+
+@app.command()
+def tune(
+    model: ModelName,
+    batch: Batch = 32,
+    size: Size = 0,
+    dtype: Annotated[str, typer.Option(help="float32, or autocast to bfloat16 or float16")] = "float32",
+    device: Device = "auto",
+    evaluation: Annotated[bool, typer.Option("--eval", help="inference instead of training")] = False,
+    backend: Annotated[str, typer.Option(help="as for fusedres.patch")] = "auto",
+    rounds: Annotated[int, typer.Option(min=3, help="interleaved rounds a class of block")] = 9,
+) -> None:
+    """Measures which recipe is fastest for each block on this machine, and keeps it for recipe "auto"."""
+    with explained():
+        size = size or model_names.image_size(model)
+        network, images = on_device(model_names.build(model), device, batch, size)
+        network.train(not evaluation)
+        tune_command.measure_and_keep(
+            model, network, images, dtype=dtype, backend=backend, rounds=rounds, say=typer.echo
+        )
 
 
 @app.command()
@@ -134,37 +150,24 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 8,
 ) -> None:
     """Trains two ResNets on handwritten digits, each unpatched and patched, and compares the runs."""
-    from fusedres.demo.main import run_demo
-
-    run_demo(output, epochs, console)
+    try:
+        from fusedres.demo.main import run_demo
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in DEMO_LIBRARIES:
+            raise
+        typer.echo(
+            f"fusedres demo needs {missing}, which is not installed: pip install 'fusedres[demo]'",
+            err=True,
+        )
+        raise typer.Exit(1) from error
+    run_demo(output, epochs)
 
 
 @app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
-) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """What this installation is and does on this machine, with a numeric self-test of every op.
 
     Exit code 1 if the self-test finds a wrong result.
     """
-    try:
-        found = examination.examine()
-    except errors.BackendUnavailableError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        for table in examination.tables(found):
-            console.print(table)
-        for line in found["advice"]:
-            typer.echo(line)
-        typer.echo("the self-test passed" if found["passed"] else "the self-test FAILED")
-    raise typer.Exit(0 if found["passed"] else 1)
-
-
-tune_command.register(app, model_by_name, console)
-
-
-def main() -> None:
-    app()
+    raise typer.Exit(examination.run(as_json))

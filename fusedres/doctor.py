@@ -1,19 +1,21 @@
 """What this installation is and does on this machine: versions, devices, backends, a self-test, what to install.
 
-`examine()` gathers it as plain data, `tables` lays it out; `fusedres doctor` prints it.
+`examine()` gathers it as plain data, `text` lays it out, `run` prints it: `fusedres doctor`. It needs torch alone, for
+one runs it where something is missing.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from fusedres import selftest
 from fusedres.backends import native
@@ -23,6 +25,7 @@ from fusedres.errors import BackendUnavailableError
 from fusedres.op_cases import SMALL, cases
 from fusedres.raw_ops import RAW_OPS
 from fusedres.selftest import Outcome
+from fusedres.text_table import section
 
 BACKENDS = ("native", "triton", "reference")
 
@@ -118,8 +121,14 @@ def serving() -> list[dict[str, str]]:
 def recipe_table() -> list[dict[str, Any]]:
     """What `recipe="auto"` takes: every entry of the measured table, as it is."""
     return [
-        {"key": [str(part) for part in key], **entry._asdict()}
-        for key, entries in TABLE.items()
+        {
+            "device": device,
+            "backend": backend,
+            "dtype": dtype_name(dtype),
+            "gradients": gradients,
+            **entry._asdict(),
+        }
+        for (device, backend, dtype, gradients), entries in TABLE.items()
         for entry in entries
     ]
 
@@ -163,11 +172,18 @@ def advice() -> list[str]:
     """What to do about what was found; empty: nothing."""
     said = []
     if unavailable("native"):
-        said.append(f"the native backend is absent; to have it: {install_line()}")
+        said.append(
+            f"the native backend is absent; to have it: {install_line()}, or the wheel {wheel_name()}"
+        )
     elif any(not gpu["native_code"] for gpu in gpus()):
-        said.append(f"the native library does not run on every GPU here; to have that: {install_line()}")
+        said.append(
+            f"the native library does not run on every GPU here; to have that: {install_line()}, "
+            f"or the wheel {wheel_name()}"
+        )
     if torch.cuda.is_available() and package_version("triton") is None:
         said.append('the Triton backend is absent; to have it: pip install "fusedres[triton]"')
+    if package_version("typer") is None:
+        said.append('the other commands need typer; to have it: pip install "fusedres[cli]"')
     return said
 
 
@@ -195,51 +211,82 @@ def examine() -> dict[str, Any]:
     }
 
 
-def pairs_table(title: str, pairs: dict[str, Any]) -> Table:
-    table = Table("", "", title=title, show_header=False)
-    for key, value in pairs.items():
-        table.add_row(key.replace("_", " "), "-" if value in (None, "") else str(value))
-    return table
+def pairs(title: str, values: dict[str, Any]) -> str:
+    shown = ((key, "-" if value in (None, "") else str(value)) for key, value in values.items())
+    return section(title, ((key.replace("_", " "), value) for key, value in shown))
 
 
-def serving_table(rows: list[dict[str, str]]) -> Table:
+def serving_text(rows: list[dict[str, str]]) -> str:
     """One line an op, one column for each device and dtype."""
-    table = Table(
-        "op", *(f"{row['device']} {row['dtype']}" for row in rows), title="which backend serves an op"
-    )
-    for op in RAW_OPS:
-        table.add_row(op, *(row[op] for row in rows))
-    return table
+    heads = ("op", *(f"{row['device']} {row['dtype']}" for row in rows))
+    lines = [heads, *((op, *(row[op] for row in rows)) for op in RAW_OPS)]
+    notes = ["reference: plain PyTorch, with its libraries' kernels."]
+    if any("native" in row.values() for row in rows):
+        notes.append(
+            "native serves other calls of some of these: it leaves to the library what that is as fast at."
+        )
+    return section("which backend serves an op, asked with one small channels_last call", lines, *notes)
 
 
-def recipe_table_table(entries: list[dict[str, Any]]) -> Table:
-    caption = None if entries else "empty: every block runs its original forward unless a recipe is asked for"
-    table = Table("case", "entry", title="recipe='auto'", caption=caption)
-    for entry in entries:
-        table.add_row(", ".join(entry["key"]), ", ".join(str(entry[k]) for k in entry if k != "key"))
-    return table
+def recipe_table_text(entries: list[dict[str, Any]]) -> str:
+    """One line an entry, its conditions by name; where they were measured below."""
+    title = "recipe='auto' takes, where the user's own table names nothing"
+    if not entries:
+        return f"{title}: every block's original forward, unless a recipe is asked for"
+    heads = ("recipe", "device", "backend", "dtype", "gradients", "from elements of x", "from channels")
+    columns = ("recipe", "device", "backend", "dtype")
+    rows = [
+        (
+            *(str(entry[column]) for column in columns),
+            "wanted" if entry["gradients"] else "none",
+            f"{entry['least_elements']:,}",
+            str(entry["least_channels"]),
+        )
+        for entry in entries
+    ]
+    places = dict.fromkeys(entry["where"] for entry in entries)
+    return section(title, [heads, *rows], *(f"measured on {place}" for place in places))
 
 
-def selftest_table(rows: list[dict[str, Any]]) -> Table:
-    caption = "error <= 2 * eager's + 8 * eps, against float64"
-    table = Table("backend", "where", "passed", "wrong", "not served", title="self-test", caption=caption)
+def selftest_text(rows: list[dict[str, Any]]) -> str:
+    """One line a backend, device and dtype, and one below them all for each problem."""
+    heads = ("backend", "where", "passed", "wrong", "not served")
+    lines, problems = [heads], []
     for row in rows:
         unserved = ", ".join(f"{count} {reason}" for reason, count in row["unserved"].items())
         where = f"{row['device']} {row['dtype']}"
-        table.add_row(row["backend"], where, str(row["passed"]), "\n".join(row["problems"]) or "0", unserved)
-    return table
+        lines.append((row["backend"], where, str(row["passed"]), str(len(row["problems"])), unserved))
+        problems += [f"wrong: {row['backend']}, {where}: {problem}" for problem in row["problems"]]
+    return section("self-test: error <= 2 * eager's + 8 * eps, against float64", lines, *problems)
 
 
-def tables(found: dict[str, Any]) -> Iterator[Table]:
-    """What `examine` found, for a terminal."""
-    yield pairs_table("versions", found["versions"])
-    yield pairs_table("machine", {k: v for k, v in found["machine"].items() if k != "gpus"})
+def text(found: dict[str, Any]) -> str:
+    """What `examine` found, for a person."""
+    sections = [
+        pairs("versions", found["versions"]),
+        pairs("machine", {k: v for k, v in found["machine"].items() if k != "gpus"}),
+    ]
     for gpu in found["machine"]["gpus"]:
         code = {"contains code for your GPU": "yes" if gpu["native_code"] else "no"}
-        yield pairs_table(f"cuda:{gpu['index']}", {"GPU": gpu["name"], **code, **gpu})
-    yield pairs_table("native library", found["native_library"])
-    yield pairs_table("backends", {k: v or "present" for k, v in found["backends"].items()})
-    yield serving_table(found["serving"])
-    yield recipe_table_table(found["recipe_table"])
-    yield selftest_table(found["selftest"])
-    yield pairs_table("to install", {key: found[key] for key in ("install", "wheel")})
+        sections.append(pairs(f"cuda:{gpu['index']}", {"GPU": gpu["name"], **code, **gpu}))
+    sections += [
+        pairs("native library", found["native_library"]),
+        pairs("backends", {k: v or "present" for k, v in found["backends"].items()}),
+        serving_text(found["serving"]),
+        recipe_table_text(found["recipe_table"]),
+        selftest_text(found["selftest"]),
+    ]
+    if found["advice"]:
+        sections.append("\n".join(["to install", *(f"  {line}" for line in found["advice"])]))
+    return "\n\n".join([*sections, "the self-test passed" if found["passed"] else "the self-test FAILED"])
+
+
+def run(as_json: bool) -> int:
+    """Prints everything; returns the exit code: 1 if a result is wrong or FUSEDRES_BACKEND names an absent backend."""
+    try:
+        found = examine()
+    except BackendUnavailableError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(found, indent=2) if as_json else text(found))
+    return 0 if found["passed"] else 1

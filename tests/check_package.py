@@ -116,6 +116,15 @@ def environment_with_torch_of_this_one(folder: Path) -> Path:
     return python
 
 
+def check_command(command: Path) -> None:
+    """Without the library of the command line it works for `doctor`, and else says what to install, in one line."""
+    run(command, "doctor", "--json", stdout=subprocess.DEVNULL)
+    refused = subprocess.run([command, "explain", "fusedres:resnet18"], capture_output=True, text=True)
+    assert refused.returncode == 1 and not refused.stdout, refused
+    assert refused.stderr.count("\n") == 1 and "pip install 'fusedres[cli]'" in refused.stderr, refused.stderr
+    print("without extras:", refused.stderr, end="")
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
@@ -126,6 +135,8 @@ def main() -> None:
         python = environment_with_torch_of_this_one(out / "fresh")
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel)
         run(python, "-c", TORCH_ALONE, cwd=out)
+        run(python, "-m", "fusedres", "doctor", cwd=out)
+        check_command(python.with_name("fusedres"))
         check_library(wheel, out / "unpacked")
         if shutil.which("nvcc"):
             check_cuda_wheel(out, python)

@@ -120,6 +120,27 @@ exit 0
 """
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["--help"], 0, ""),
+        (["probes", "--output"], 2, "--output needs a value"),
+        (["--only"], 2, "--only needs"),
+    ],
+    ids=str,
+)
+def test_usage(arguments, code, problem):
+    script = ROOT / "bench/gpu_report.sh"
+    done = subprocess.run([str(script), *arguments], capture_output=True, text=True, timeout=60)
+    usage = done.stderr if code else done.stdout
+    assert (
+        done.returncode == code
+        and problem in usage
+        and "[--output DIR] [--total SECONDS] [STAGE...]" in usage
+    )
+    assert usage.endswith("beside DIR never.\n"), "nothing of the program itself"
+
+
 def test_stages_share_a_total_and_go_on_after_a_lost_device(tmp_path):
     python, log = tmp_path / "python", tmp_path / "log"
     python.write_text(FAKE_REPORT)

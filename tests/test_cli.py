@@ -3,19 +3,108 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
+import pytest
+from torch import nn
 from typer.testing import CliRunner
 
+from fusedres import __main__ as entry
+from fusedres import selftest
 from fusedres.backends.reference import ReferenceOps
 from fusedres.cli import app
+from fusedres.models import MODELS, BasicBlock
+from fusedres.op_cases import SMALL
 
 run = CliRunner().invoke
 
 
+def command(monkeypatch, capsys, *arguments: str) -> tuple[object, str, str]:
+    """What `fusedres ARGUMENTS` exits with and writes."""
+    monkeypatch.setattr(sys, "argv", ["fusedres", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        entry.main()
+    return (exit.value.code, *capsys.readouterr())
+
+
+@pytest.fixture
+def without_typer(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "fusedres.cli")
+    monkeypatch.setattr(selftest, "SMALL", SMALL[:1])
+
+
+def test_the_package_is_the_command():
+    environment = {**os.environ, "COLUMNS": "80"}
+    shown = subprocess.run(
+        [sys.executable, "-m", "fusedres", "--help"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "Usage: fusedres " in shown and all(
+        name in shown for name in ("doctor", "explain", "compare", "tune")
+    )
+
+
+@pytest.mark.parametrize("arguments", [(), ("explain", "fusedres:resnet18"), ("--help",), ("doctor", "--no")])
+def test_without_its_library_a_command_says_what_to_install(monkeypatch, capsys, without_typer, arguments):
+    code, out, _ = command(monkeypatch, capsys, *arguments)
+    assert (
+        not out and isinstance(code, str) and "\n" not in code
+    )  # what Python writes to stderr, with exit code 1
+    assert "pip install 'fusedres[cli]'" in code
+
+
+def test_without_its_library_doctor_works(monkeypatch, capsys, without_typer):
+    code, out, _ = command(monkeypatch, capsys, "doctor")
+    assert code == 0 and out.endswith("the self-test passed\n")
+    code, out, _ = command(monkeypatch, capsys, "doctor", "--json")
+    assert code == 0 and json.loads(out)["passed"]
+
+
+def test_another_missing_module_is_no_matter_of_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fusedres.cli", None)
+    with pytest.raises(ModuleNotFoundError, match=r"fusedres\.cli"):
+        entry.main()
+
+
 def test_explain_shows_every_block():
-    result = run(app, ["explain", "fusedres:resnet18", "--recipe", "separate"], env={"COLUMNS": "160"})
+    result = run(app, ["explain", "fusedres:resnet18", "--recipe", "separate"])
     assert result.exit_code == 0
     assert "matched 9 of 9 blocks" in result.output and "layer4.1" in result.output
+
+
+def test_explain_shows_names_whole_however_narrow_the_terminal():
+    result = run(app, ["explain", "hf:resnet-18"], env={"COLUMNS": "40"})
+    lines = result.output.splitlines()
+    names = [line.split()[0] for line in lines if " ResNetBasicLayer " in line]
+    assert names == [
+        f"resnet.encoder.stages.{stage}.layers.{layer}" for stage in range(4) for layer in (0, 1)
+    ]
+
+
+def test_explain_says_what_each_block_runs_as_on_a_batch():
+    arguments = ["explain", "fusedres:cifar_resnet20", "--batch", "2", "--size", "8"]
+    result = run(app, arguments)
+    assert "fusedres:cifar_resnet20, 2 x 3 x 8 x 8" in result.output
+    rows = [line for line in result.output.splitlines() if " BasicBlock " in line]
+    assert len(rows) == 9 and all(row.count("unfused [no_faster_recipe]") == 2 for row in rows)
+    assert "no_faster_recipe: nothing measured is faster here" in result.output
+    calls = json.loads(run(app, [*arguments, "--recipe", "separate", "--json"]).output)["calls"]
+    assert {b["runs_as"] for phase in ("training", "inference") for b in calls[phase]} == {"separate"}
+
+
+def test_explain_says_why_a_block_is_left_alone(monkeypatch):
+    mixed = nn.Sequential(BasicBlock(3, 3, activation=nn.SiLU), BasicBlock(3, 3))
+    monkeypatch.setitem(MODELS, "mixed", lambda: mixed)
+    for options in ([], ["--batch", "2", "--size", "8"]):
+        result = run(app, ["explain", "fusedres:mixed", *options])
+        assert result.exit_code == 0 and "matched 1 of 2 blocks" in result.output
+        assert "left alone [activation_not_relu" in result.output
 
 
 def test_explain_prints_json():
@@ -62,6 +151,18 @@ def test_bad_names_are_explained():
         (["explain", "resnet50"], "fusedres:resnet50"),
         (["explain", "fusedres:resnet51"], "choose from"),
         (["explain", "fusedres:resnet18", "--recipe", "fast"], "unknown"),
+        (["explain", "fusedres:cifar_resnet20", "--size", "-3"], "--size"),
     ):
         result = run(app, arguments, env={"COLUMNS": "200"})
         assert result.exit_code == 2 and message in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["explain"], ["explain", "--batch", "1"], ["verify"], ["compare", "--recipe", "gram"], ["tune"]],
+)
+def test_an_absent_backend_of_the_environment_is_explained(monkeypatch, arguments):
+    monkeypatch.setenv("FUSEDRES_BACKEND", "abacus")
+    name, *options = arguments
+    result = run(app, [name, "fusedres:cifar_resnet20", *options], env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and "'abacus' is not available" in result.output

@@ -22,14 +22,14 @@ def model() -> nn.Module:
 
 
 EXAMPLE = torch.randn(2, CIN, 8, 8, generator=torch.Generator().manual_seed(0))
-TIMES = [1.0, 1.1, 0.9, 1.0]
+TIMES = [1.0, 1.1, 0.9, 1.0, 1.0, 1.0]
 FUSED = {"separate": 1}
 
 
-def said(*phases: tuple[str, float], checks: object = True) -> str:
+def said(*phases: tuple[str, float]) -> str:
     """The sentence for phases in which the patched model takes that multiple of the unpatched one's time."""
     found = [summarise(phase, TIMES, [t * factor for t in TIMES], FUSED) for phase, factor in phases]
-    return Comparison(tuple(found), checks or None).sentence  # type: ignore[arg-type]
+    return Comparison(tuple(found), None).sentence
 
 
 def test_both_phases_are_timed_and_the_model_is_left_alone():
@@ -94,13 +94,29 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
 def test_nothing_fused_says_so():
     found = fusedres.compare(model(), EXAMPLE, recipe="unfused", rounds=2)
-    assert found.checks is None and found.sentence.endswith("no block runs fused")
+    assert found.checks is None and found.sentence == str(found).splitlines()[-1] == "no block runs fused"
 
 
-def test_a_frozen_model_has_no_training_step():
+@pytest.mark.parametrize("recipe", ["unfused", "separate"])
+def test_a_frozen_model_has_no_training_step(recipe):
     frozen = model().requires_grad_(False)
-    found = fusedres.compare(frozen, (EXAMPLE,), recipe="unfused", rounds=2)
+    found = fusedres.compare(frozen, (EXAMPLE,), recipe=recipe, rounds=2)
     assert [phase.phase for phase in found.phases] == ["inference"]
+    assert found.phases[0].runs_as == {recipe: 1}
+
+
+def test_the_callers_mode_does_not_count():
+    with torch.no_grad():
+        found = fusedres.compare(model(), EXAMPLE, recipe="separate", rounds=2)
+    assert [phase.phase for phase in found.phases] == ["training", "inference"]
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_compared():
+    with_dropout = nn.Sequential(model(), nn.Dropout())
+    before = torch.get_rng_state()
+    for recipe in ("separate", "unfused"):
+        fusedres.compare(with_dropout, EXAMPLE, recipe=recipe, rounds=2)
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_sentences():
@@ -110,9 +126,25 @@ def test_sentences():
         "patched trains 2.00x as fast [2.00 2.00] and infers slower, 0.50x as fast [0.50 0.50]: "
         "leave it unpatched for inference"
     )
-    noise = summarise("training", [1.0, 1.0, 1.0], [0.5, 1.0, 2.0], FUSED)
-    assert noise.clause == "trains no faster within the noise, 1.00x as fast [0.50 2.00]"
-    assert said(("training", 1.0), checks=None).endswith("no block runs fused")
+    noise = summarise("training", [1.0] * 6, [0.5, 0.5, 1.0, 1.0, 2.0, 2.0], FUSED)
+    assert noise.clause.startswith("trains no faster within the noise, 1.00x as fast [0.5")
+
+
+def test_few_rounds_decide_nothing():
+    five, six = (summarise("training", [2.0] * n, [1.0] * n, FUSED) for n in (5, 6))
+    assert five.clause == "trains 2.00x as fast in 5 rounds, too few to tell from noise (needed 6)"
+    assert "[" not in str(Comparison((five,), None)) and six.clause == "trains 2.00x as fast [2.00 2.00]"
+    slow = summarise("inference", [1.0] * 5, [2.0] * 5, FUSED)
+    assert "slower" not in slow.clause and "leave it unpatched" not in Comparison((slow,), None).sentence
+
+
+def test_a_phase_in_which_nothing_runs_fused_is_given_no_speed():
+    trained = summarise("training", TIMES, [t / 2 for t in TIMES], FUSED)
+    for factor in (0.5, 2.0):
+        inferred = summarise("inference", TIMES, [t * factor for t in TIMES], {"unfused": 1})
+        assert Comparison((trained, inferred), None).sentence == (
+            "patched trains 2.00x as fast [2.00 2.00] and infers as unpatched, for no block runs fused there"
+        )
 
 
 def test_bad_requests_raise():
@@ -120,3 +152,5 @@ def test_bad_requests_raise():
         fusedres.compare(model(), EXAMPLE, rounds=1)
     with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module"):
         fusedres.compare(EXAMPLE, EXAMPLE)
+    with pytest.raises(fusedres.UnsupportedModelError, match=r"fusedres\.compare: no residual block"):
+        fusedres.compare(nn.Sequential(nn.Conv2d(3, 3, 1)), EXAMPLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -39,6 +40,17 @@ def test_demo_runs_end_to_end(tmp_path, few_images):
         assert outcome["matched"] == outcome["blocks"] == outcome["fused"] == 10
         assert [len(run["losses"]) for run in outcome["runs"]] == [2, 2, 2]
         assert outcome["float64_distance"] <= 1e-9
+
+
+def test_a_missing_library_is_named(monkeypatch, tmp_path):
+    for name in [name for name in sys.modules if name.startswith(("fusedres.demo", "sklearn"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.output == (
+        "fusedres demo needs sklearn, which is not installed: pip install 'fusedres[demo]'\n"
+    )
 
 
 def test_the_images_are_split_without_overlap():

@@ -21,7 +21,8 @@ CPU = torch.device("cpu")
 run = CliRunner().invoke
 EMPTY = {
     **{key: {} for key in ("versions", "native_library", "backends", "install", "wheel")},
-    **{key: [] for key in ("serving", "recipe_table", "selftest")},
+    **{key: [] for key in ("serving", "recipe_table", "selftest", "advice")},
+    "passed": True,
 }
 
 
@@ -109,6 +110,30 @@ def test_a_request_for_an_absent_backend_is_explained(monkeypatch):
     assert result.exit_code == 1 and "'abacus' is not available" in result.output
 
 
+def test_what_to_install_is_said_only_where_something_is_missing(monkeypatch):
+    found = {**EMPTY, "machine": {"gpus": []}}
+    assert "to install" not in doctor.text(found)
+    monkeypatch.setattr(doctor, "package_version", lambda name: None if name == "typer" else "1")
+    (line,) = [line for line in doctor.advice() if "typer" in line]
+    assert "fusedres[cli]" in line and f"to install\n  {line}" in doctor.text({**found, "advice": [line]})
+
+
+def test_the_conditions_of_recipe_auto_are_named():
+    entry = {"device": "cpu", "backend": "native", "dtype": "float32", "gradients": True}
+    entry |= {"recipe": "separate", "least_elements": 400_000, "least_channels": 64, "where": "a machine"}
+    heads, row, where = doctor.recipe_table_text([entry]).splitlines()[1:]
+    for name, value in (("recipe", "separate"), ("gradients", "wanted"), ("from elements of x", "400,000")):
+        assert heads.index(name) == row.index(value)
+    assert where.endswith("measured on a machine")
+
+
+def test_an_op_served_by_plain_pytorch_once_is_not_said_to_have_no_kernel():
+    row = {"device": "cpu", "dtype": "float32", **dict.fromkeys(RAW_OPS, "reference")}
+    note = "native serves other calls of some of these"
+    assert note not in doctor.serving_text([row])
+    assert note in doctor.serving_text([row | {"bn_stats": "native"}])
+
+
 def test_an_installation_without_the_library(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
     monkeypatch.delitem(LOADERS, "native", raising=False)
@@ -116,6 +141,7 @@ def test_an_installation_without_the_library(monkeypatch, tmp_path):
     try:
         library = doctor.native_library()
         assert "is not there" in library["problem"] and library["cpu_kernels"] is None
+        assert "pip install --no-build-isolation ." in library["problem"], "else the build does not see torch"
         assert "the native backend is absent" in doctor.advice()[0]
     finally:
         native.load.cache_clear()
@@ -137,5 +163,5 @@ def test_gpus_with_and_without_code(monkeypatch):
     assert doctor.install_line().startswith('FUSEDRES_BUILD=cuda FUSEDRES_CUDA_ARCHS="120;90" pip install')
     assert "+cu*.sm120.sm90-py3-none-" in doctor.wheel_name()
     assert "does not run on every GPU" in doctor.advice()[0]
-    tables = doctor.tables({**EMPTY, "machine": {"gpus": [first, second]}})
-    assert [t.title for t in tables if t.title.startswith("cuda:")] == ["cuda:0", "cuda:1"]
+    said = doctor.text({**EMPTY, "machine": {"gpus": [first, second]}})
+    assert "cuda:0\n" in said and "cuda:1\n" in said and problems[1] in said

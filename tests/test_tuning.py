@@ -9,7 +9,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fusedres
-from fusedres import tuning
+from fusedres import tune_command, tuning
 from fusedres.backends.reference import ReferenceOps
 from fusedres.blocks import user_table
 from fusedres.cli import app
@@ -133,10 +133,22 @@ def test_command_writes_the_table(table_file):
     assert len(user_table.read(table_file)) == 6
 
 
+def test_command_explains_a_table_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FUSEDRES_TABLE", str(tmp_path / "file" / "table.json"))
+    monkeypatch.setattr(tune_command, "tune", lambda *arguments, **options: [])
+    result = CliRunner().invoke(app, ["tune", "fusedres:cifar_resnet20"], env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and str(tmp_path / "file") in result.output
+
+
 def test_command_explains_bad_options():
     for arguments, message in (
         (["tune", "resnet50"], "fusedres:resnet50"),
         (["tune", "fusedres:cifar_resnet20", "--dtype", "int8"], "bfloat16"),
+        (["tune", "fusedres:cifar_resnet20", "--backend", "abacus"], "'abacus' is not available"),
+        (["tune", "fusedres:cifar_resnet20", "--device", "nonsense"], "nonsense"),
+        (["tune", "fusedres:cifar_resnet20", "--size", "-3"], "--size"),
+        (["tune", "fusedres:cifar_resnet20", "--batch", "1", "--size", "4"], "more than 1 value per channel"),
     ):
         result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
         assert result.exit_code == 2 and message in result.output

@@ -171,7 +171,24 @@ def test_keys_are_recorded_in_this_thread_only():
     assert keys == []
 
 
-def test_without_a_table_nothing_is_looked_up(monkeypatch):
+def test_a_named_table_that_is_not_there_is_told_once(table_file):
+    block = fusedres.patch(bottleneck()())
+    with pytest.warns(RuntimeWarning, match="FUSEDRES_TABLE names .*, which is not there") as caught:
+        for _ in range(3):
+            block(x_for())
+    assert len(caught) == 1 and str(table_file) in str(caught[0].message)
+
+
+def test_a_named_table_is_made_without_a_warning(table_file):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        user_table.write({key_of(fusedres.patch(bottleneck()()), x_for()): Entry("unfused", 1.0)})
+        assert len(user_table.table()) == 1
+
+
+def test_without_a_table_nothing_is_looked_up(monkeypatch, tmp_path):
+    monkeypatch.delenv("FUSEDRES_TABLE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(user_table, "device_name", lambda device: 1 / 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

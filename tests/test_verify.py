@@ -51,3 +51,29 @@ def test_a_model_where_nothing_runs_fused_does_not_pass():
         block.conv1.register_forward_hook(lambda *args: None)
     report = fusedres.verify(model, torch.randn(2, 3, 8, 8), recipes=("separate",))
     assert not report and all(check.passed for check in report.checks)
+
+
+def test_a_frozen_model_has_no_gradients_to_compare():
+    report = fusedres.verify(
+        cifar_resnet(20).requires_grad_(False), torch.randn(2, 3, 8, 8), recipes="separate"
+    )
+    assert report and [check.what for check in report.checks if "gradients" in check.what] == []
+    assert len(report.checks) == 6
+
+
+def test_gradients_are_compared_whatever_the_callers_mode():
+    with torch.no_grad():
+        report = fusedres.verify(cifar_resnet(20), torch.randn(2, 3, 8, 8), recipes=["gram"])
+    assert report and len([check for check in report.checks if "gradients" in check.what]) == 2
+
+
+def test_a_recipe_may_be_given_by_its_name_alone():
+    report = fusedres.verify(cifar_resnet(20), torch.randn(2, 3, 8, 8), recipes="gram")
+    assert report and report.fused_blocks == {"gram": 10}
+
+
+def test_a_model_without_blocks_is_refused_by_the_function_that_was_called():
+    with pytest.raises(
+        fusedres.UnsupportedModelError, match=r"fusedres\.verify: no residual block found in Linear"
+    ):
+        fusedres.verify(nn.Linear(2, 2), torch.randn(2, 2))

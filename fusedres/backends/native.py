@@ -58,7 +58,8 @@ def load() -> None:
     if not is_built():
         raise BackendUnavailableError(
             f"fusedres: the native backend needs {LIBRARY}, which is not there. "
-            "Install a wheel that has it, or build from source with g++ (FUSEDRES_BUILD=cpu pip install .)."
+            "Install a wheel that has it, or build from source with g++: "
+            "FUSEDRES_BUILD=cpu pip install --no-build-isolation ."
         )
     try:
         torch.ops.load_library(LIBRARY)
@@ -71,7 +72,7 @@ def load() -> None:
     if missing:
         raise BackendUnavailableError(
             f"fusedres: {LIBRARY} was built from other sources, it lacks {', '.join(missing)}. "
-            "Build it again with the package: pip install ."
+            "Build it again with the package: pip install --no-build-isolation ."
         )
     if torch.ops.fusedres_native.cpu_capability() == "none":
         raise BackendUnavailableError(

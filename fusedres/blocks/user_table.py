@@ -3,7 +3,7 @@
     FUSEDRES_TABLE=/path/to/table.json    where it is; by default fusedres/table.json below $XDG_CACHE_HOME or ~/.cache
 
 An entry holds for one device, one set of versions, and one class of call: everything a `Key` has. A file that is not
-such a table is ignored, with one warning.
+such a table is ignored, with one warning, and so is a FUSEDRES_TABLE that is not there.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def size_class(x: torch.Size) -> str:
     return "x".join(map(str, (1 << (batch.bit_length() - 1), *rest)))
 
 
-def read(file: Path) -> dict[Key, Entry]:
-    """The table in a file; {} where there is none, and with a warning where it is something else."""
+def read(file: Path, is_expected: bool = False) -> dict[Key, Entry]:
+    """The table in a file; {} where there is none, with a warning if one is expected or it is something else."""
     try:
         data = json.loads(file.read_text())
         if data["kind"] != KIND:
@@ -134,6 +134,13 @@ def read(file: Path) -> dict[Key, Entry]:
             raise ValueError(f"its recipes {sorted(unknown)} are unknown")
         return found
     except FileNotFoundError:
+        if is_expected:
+            warnings.warn(
+                f"fusedres: {ENVIRONMENT_VARIABLE} names {file}, which is not there and is ignored. "
+                f"Write it with `fusedres tune`, or unset {ENVIRONMENT_VARIABLE}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return {}
     except (OSError, ValueError, TypeError, KeyError) as error:
         warnings.warn(
@@ -148,7 +155,8 @@ def read(file: Path) -> dict[Key, Entry]:
 @cache
 def table() -> Mapping[Key, Entry]:
     """This process's table, read at its first use."""
-    return read(path())
+    # keys are recorded for a table that is about to be written
+    return read(path(), is_expected=bool(os.environ.get(ENVIRONMENT_VARIABLE)) and _recorded.get() is None)
 
 
 def write(entries: Mapping[Key, Entry]) -> Path:

@@ -117,8 +117,9 @@ def proof_table(outcomes: list[Outcome]) -> Table:
     return table
 
 
-def run_demo(output: Path, epochs: int, console: Console) -> list[Outcome]:
+def run_demo(output: Path, epochs: int) -> list[Outcome]:
     """Trains, prints the tables, and writes curves.png and results.json into `output`."""
+    console = Console()
     output.mkdir(parents=True, exist_ok=True)
     digits = data.load(SEED)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

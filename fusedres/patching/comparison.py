@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fusedres.blocks import RECIPES
 from fusedres.blocks.choice import AUTO
 from fusedres.dispatch import AUTO as AUTO_BACKEND
 from fusedres.errors import VerificationError
-from fusedres.patching.api import check_model, patch, report, unpatch
-from fusedres.patching.verify import VerifyReport, tensors, verify
+from fusedres.patching.api import patch, report, unpatch
+from fusedres.patching.verify import VerifyReport, check_blocks, tensors, verify
+from fusedres.patching.warmup import cuda_devices
 from fusedres.timing import bootstrap_interval, interleave, median, paired_ratios
 
 ROUNDS = 15
+# n rounds all lie on one side of the median with probability 2 * 2**-n: below 0.05 from 6 on, so fewer have no interval
+DECISIVE_ROUNDS = 6
 VERBS = {"training": "trains", "inference": "infers"}
 
 
@@ -28,7 +32,7 @@ class PhaseComparison:
     """One phase: a training step without the optimiser, or inference.
 
     ratio: how many times as fast the patched model is, the median over paired rounds; low, high: its 95 % interval
-    (bootstrap). runs_as: how many blocks ran as which recipe.
+    (bootstrap), where there are DECISIVE_ROUNDS. runs_as: how many blocks ran as which recipe.
     """
 
     phase: str
@@ -41,9 +45,27 @@ class PhaseComparison:
     runs_as: dict[str, int]
 
     @property
+    def fused(self) -> bool:
+        """Whether any block ran fused."""
+        return any(recipe in RECIPES for recipe in self.runs_as)
+
+    @property
+    def is_slower(self) -> bool:
+        return self.fused and self.rounds >= DECISIVE_ROUNDS and self.high < 1
+
+    @property
+    def interval(self) -> str:
+        return f"[{self.low:.2f} {self.high:.2f}]" if self.rounds >= DECISIVE_ROUNDS else "-"
+
+    @property
     def clause(self) -> str:
-        shown = f"{self.ratio:.2f}x as fast [{self.low:.2f} {self.high:.2f}]"
         verb = VERBS[self.phase]
+        if not self.fused:
+            return f"{verb} as unpatched, for no block runs fused there"
+        if self.rounds < DECISIVE_ROUNDS:
+            few = f"in {self.rounds} rounds, too few to tell from noise (needed {DECISIVE_ROUNDS})"
+            return f"{verb} {self.ratio:.2f}x as fast {few}"
+        shown = f"{self.ratio:.2f}x as fast {self.interval}"
         if self.low > 1:
             return f"{verb} {shown}"
         return f"{verb} slower, {shown}" if self.high < 1 else f"{verb} no faster within the noise, {shown}"
@@ -59,10 +81,10 @@ class Comparison:
     @property
     def sentence(self) -> str:
         """The outcome in plain words."""
+        if not any(phase.fused for phase in self.phases):
+            return "no block runs fused"
         found = "patched " + " and ".join(phase.clause for phase in self.phases)
-        slower = [phase.phase for phase in self.phases if phase.high < 1]
-        if self.checks is None:
-            return f"{found}: no block runs fused"
+        slower = [phase.phase for phase in self.phases if phase.is_slower]
         return f"{found}: leave it unpatched for {' and '.join(slower)}" if slower else found
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,7 +100,7 @@ class Comparison:
             runs_as = ", ".join(f"{recipe}: {count}" for recipe, count in p.runs_as.items())
             lines.append(
                 f"{p.phase:9}  {p.unpatched_seconds * 1e3:12.2f}  {p.patched_seconds * 1e3:10.2f}  {p.ratio:5.2f}  "
-                f"[{p.low:.2f} {p.high:.2f}]  {runs_as}"
+                f"{p.interval:11}  {runs_as}"
             )
         return "\n".join([*lines, self.sentence])
 
@@ -99,7 +121,7 @@ def compare(
         model: patched or not; it is left alone. Dtype, device and memory format are measured as they are.
         example: an input tensor, or a tuple of positional arguments, of the batch size that matters.
         recipe, backend: as for `fusedres.patch`.
-        rounds: timed steps of each, at least 2.
+        rounds: timed steps of each, at least 2; fewer than 6 give ratios without intervals.
 
     Returns:
         The comparison; times in seconds. A model whose output needs no gradient has no training step.
@@ -109,21 +131,25 @@ def compare(
         VerificationError: the patched model computes something else.
         TypeError, UnsupportedModelError, BackendUnavailableError: as `fusedres.patch`.
     """
-    check_model(model, "compare")
+    check_blocks(model, "compare")
     if rounds < 2:
         raise ValueError(f"fusedres.compare: an interval needs at least 2 rounds, found {rounds}")
     example = example if isinstance(example, tuple) else (example,)
     plain = unpatch(copy.deepcopy(model))
     fused = patch(copy.deepcopy(plain), recipe=recipe, backend=backend)
     device = next((a.device for a in example if isinstance(a, Tensor)), torch.device("cpu"))
-    checks = gate(plain, fused, example, backend)
+    devices = cuda_devices(
+        [t for t in tree_leaves((example, list(plain.parameters()))) if isinstance(t, Tensor)]
+    )
     phases = []
-    for phase, steps_of in (("training", training_step), ("inference", inference)):
-        steps = [steps_of(m, example) for m in (plain, fused)]
-        if steps[0] is None or steps[1] is None:
-            continue
-        unpatched, patched = interleave(steps[0], steps[1], device, rounds)
-        phases.append(summarise(phase, unpatched, patched, runs_as(fused)))
+    with torch.random.fork_rng(devices=devices):
+        checks = gate(plain, fused, example, backend)
+        for phase, steps_of in (("training", training_step), ("inference", inference)):
+            steps = [steps_of(m, example) for m in (plain, fused)]
+            if steps[0] is None or steps[1] is None:
+                continue
+            unpatched, patched = interleave(steps[0], steps[1], device, rounds)
+            phases.append(summarise(phase, unpatched, patched, runs_as(fused)))
     return Comparison(tuple(phases), checks)
 
 
@@ -163,6 +189,7 @@ def gate(plain: nn.Module, fused: nn.Module, example: tuple[Any, ...], backend: 
 def training_step(model: nn.Module, example: tuple[Any, ...]) -> Callable[[], None] | None:
     """Forward and backward in training mode, for fixed gradients of the outputs; None if no output needs one."""
 
+    @torch.enable_grad()
     def outputs() -> list[Tensor]:
         return [out for out in tensors(model.train()(*example)) if out.requires_grad]
 

@@ -8,7 +8,7 @@ would drown everything else in lower precision).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fusedres.blocks import RECIPES
 from fusedres.dispatch import AUTO as AUTO_BACKEND
-from fusedres.patching.api import check_model, patch, report, unpatch
+from fusedres.errors import UnsupportedModelError
+from fusedres.patching.api import check_model, find, patch, report, unpatch
 
 FLOAT64_LIMIT = 1e-10
 SEED = 0
@@ -97,11 +98,11 @@ class Run:
 
 
 def run(model: nn.Module, example: tuple[Any, ...], training: bool, backward: bool) -> Run:
-    """One forward of the model, and the backward of a fixed random projection of its outputs."""
-    with torch.random.fork_rng():
+    """One forward of the model, and the backward of a fixed random projection of its outputs, if any needs one."""
+    with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(SEED)
         outputs = list(tensors(model.train(training)(*example)))
-        if backward:
+        if backward and any(out.requires_grad for out in outputs):
             loss = sum(
                 (out * torch.randn(out.shape, dtype=out.dtype).to(out.device)).sum() for out in outputs
             )
@@ -115,11 +116,21 @@ def cast(example: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in example)
 
 
+def check_blocks(model: nn.Module, caller: str) -> None:
+    """As `check_model`; raises UnsupportedModelError for a model without residual blocks too."""
+    check_model(model, caller)
+    if not find(model):
+        raise UnsupportedModelError(
+            f"fusedres.{caller}: no residual block found in {type(model).__name__}, so there is nothing to compare; "
+            "it needs modules that compute relu(BN(conv(...)) + shortcut) from one tensor."
+        )
+
+
 def verify(
     model: nn.Module,
     example: Any,
     *,
-    recipes: tuple[str, ...] = tuple(RECIPES),
+    recipes: str | Iterable[str] = tuple(RECIPES),
     backend: str = AUTO_BACKEND,
 ) -> VerifyReport:
     """Compares copies of the model, patched with each recipe and unpatched.
@@ -127,16 +138,16 @@ def verify(
     Args:
         model: patched or not; it is left alone.
         example: an input tensor, or a tuple of positional arguments.
-        recipes: which to force.
+        recipes: which to force, one or several.
         backend: as for `fusedres.patch`.
 
     Returns:
-        A report that is true if everything agrees.
+        A report that is true if everything agrees. A model whose outputs need no gradient has no gradients to compare.
 
     Raises:
         TypeError, UnsupportedModelError, BackendUnavailableError: as `fusedres.patch`.
     """
-    check_model(model, "verify")
+    check_blocks(model, "verify")
     example = example if isinstance(example, tuple) else (example,)
     plain = unpatch(copy.deepcopy(model))
     plain.zero_grad(set_to_none=True)
@@ -148,12 +159,14 @@ def verify(
     }
     checks: list[Check] = []
     fused: dict[str, int] = {}
-    for recipe in recipes:
+    for recipe in (recipes,) if isinstance(recipes, str) else recipes:
         for training, mode in ((True, "training"), (False, "evaluation")):
             patched = patch(copy.deepcopy(plain).double(), recipe=recipe, backend=backend)
             found = run(patched, exact_example, training, True)
             fused[recipe] = sum(block.runs_as in RECIPES for block in report(patched).matched)
             for what in ("outputs", "gradients", "buffers"):
+                if what == "gradients" and not found.gradients and not exact[training].gradients:
+                    continue
                 value = error(getattr(found, what), getattr(exact[training], what))
                 checks.append(Check(f"{mode}: {what}, float64", recipe, value, FLOAT64_LIMIT))
             low = run(patch(copy.deepcopy(plain), recipe=recipe, backend=backend), example, training, False)
