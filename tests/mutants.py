@@ -19,7 +19,7 @@ import torch
 from fusedres import autograd
 from fusedres.blocks import separate
 from fusedres.nn import running_stats
-from fusedres.patching import guards, install, structure
+from fusedres.patching import dry_run, grammar, guards, install, owners, structure, trace
 
 residual_block = sys.modules["fusedres.nn.residual_block"]
 TESTS = Path(__file__).parent
@@ -124,6 +124,57 @@ def ignores_attributes():
 @mutant("test_late_changes.py::test_an_option_changed_in_place")
 def compares_attributes_by_identity():
     structure.kept = lambda value: value
+
+
+@mutant("test_late_flags.py::test_a_flag_of_the_class")
+def ignores_attributes_of_classes():
+    structure.flags = lambda module: ()
+
+
+@mutant("test_late_flags.py::test_an_option_of_an_object[attribute]")
+def looks_into_no_object():
+    structure.kept = lambda value: value.copy() if isinstance(value, (list, dict)) else value
+
+
+@mutant("test_late_flags.py::test_a_forward_given_to_a_class_of_torch")
+def trusts_the_classes_of_submodules():
+    structure.forward_replaced = lambda plan: None
+
+
+@mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[FunctionalNorm]")
+def takes_the_owner_of_a_weight_for_the_norm():
+    owners.bn_owner = lambda module, flow, bn: owners.owner(bn.args[1].name, "weight")
+
+
+@mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[FunctionalConvolution]")
+def takes_the_owner_of_a_weight_for_the_convolution():
+    owners.conv_owner = lambda flow, conv: owners.owner(conv.args[1].name, "weight")
+    owners.parameter = lambda node: node and node.name
+
+
+@mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[CountsInBuffer]")
+def loses_writes_to_buffers():
+    grammar.check_effects = lambda flow, named, paths: None
+
+
+@mutant("test_patching.py::test_patch_has_no_effects_of_a_forward[CountsOnObject]")
+def leaves_the_effects_of_dry_runs():
+    dry_run.Snapshot.restore = lambda self: False
+
+
+@mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtWidth]")
+def reads_one_size():
+    trace.OTHERS = ()
+
+
+@mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtGradMode]")
+def reads_with_gradients_only():
+    def make(right):
+        return lambda stand_in, shape, training, gradients, opaque: right(
+            stand_in, shape, training, True, opaque
+        )
+
+    wrap(trace, "trace", make)
 
 
 @mutant("test_late_changes.py::test_a_change_is_seen[parameters_replaced-separate]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,26 @@ class InPlaceAdd(TwoConvs):
 class FunctionalReLU(TwoConvs):
     def forward(self, x):
         return F.relu(torch.add(x, self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))))
+
+
+class CallsForward(TwoConvs):
+    """The submodules' forward, past their call."""
+
+    def forward(self, x):
+        out = self.relu(self.bn1.forward(self.conv1.forward(x)))
+        return self.relu(self.bn2.forward(self.conv2.forward(out)) + x)
+
+
+class OptionsInObjects(TwoConvs):
+    """Read, never written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.options = SimpleNamespace(add=True, nested={"layers": [None, (1, 2)]})
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + x) if self.options.add else F.relu(out)
 
 
 class ReLUMadeInForward(TwoConvs):
@@ -125,6 +146,8 @@ class IdentityModulesBetween(TwoConvs):
 MATCHED = [
     InPlaceAdd,
     FunctionalReLU,
+    CallsForward,
+    OptionsInObjects,
     ReLUMadeInForward,
     NormInsideConv,
     SequentialPath,

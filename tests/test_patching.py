@@ -11,6 +11,7 @@ import pytest
 import torch
 from accuracy import assert_same_float64
 from block_forms import one_step, ran_as, randomize
+from impure_blocks import EFFECTS, IMPURE
 from look_alikes import LOOK_ALIKES
 from spellings import LEFT_ALONE, MATCHED, InPlaceAdd, SqueezeExcite, TwoConvs
 from torch import nn
@@ -42,7 +43,9 @@ def test_every_spelling_is_matched_and_equal(spelling, recipe):
 
 
 @pytest.mark.parametrize(
-    ("look_alike", "code"), LEFT_ALONE + LOOK_ALIKES, ids=[c.__name__ for c, _ in LEFT_ALONE + LOOK_ALIKES]
+    ("look_alike", "code"),
+    LEFT_ALONE + LOOK_ALIKES + IMPURE,
+    ids=[c.__name__ for c, _ in LEFT_ALONE + LOOK_ALIKES + IMPURE],
 )
 def test_look_alikes_are_left_alone_with_their_code(look_alike, code):
     model = nn.Sequential(InPlaceAdd(), look_alike())
@@ -54,6 +57,23 @@ def test_look_alikes_are_left_alone_with_their_code(look_alike, code):
         assert "1" not in rows
     else:
         assert rows["1"].code.partition(":")[0] == code and not rows["1"].matched
+
+
+@pytest.mark.parametrize("build", EFFECTS)
+def test_patch_has_no_effects_of_a_forward(build):
+    """Nor does a dry run keep a later call from having them."""
+    model, called = nn.Sequential(InPlaceAdd(), build()), nn.Sequential(InPlaceAdd(), build())
+    unwritten = contents(model[1])
+    fusedres.patch(model, recipe="separate")
+    assert contents(model[1]) == unwritten
+    for each in (model, called):
+        each(torch.randn(2, 16, 6, 6))
+    assert contents(model[1]) == contents(called[1]) != unwritten
+
+
+def contents(block: nn.Module) -> str:
+    names = ("count", "log", "stats")
+    return str([getattr(block, name) for name in names if hasattr(block, name)])
 
 
 def test_patch_returns_the_same_model_and_changes_nothing_visible():

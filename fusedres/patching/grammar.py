@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from fusedres.blocks.config import Shortcut
-from fusedres.patching import dataflow, structure
-from fusedres.patching.dataflow import INPUT, PARAMETER, Dataflow, DryRunError, Node
-from fusedres.patching.norms import BN, Norm, read_norm
+from fusedres.patching import dataflow, structure, trace
+from fusedres.patching.dataflow import INPUT, PARAMETER, Dataflow, Node
+from fusedres.patching.dry_run import EPS_PROBE, DryRunError, StandIn
+from fusedres.patching.norms import BN, read_norm
+from fusedres.patching.owners import NoMatch, Unit, check_called, names
 from fusedres.patching.plan import BlockPlan, ConvBNNames
 
 CONV, RELU, ADD = "Convolution", "Relu", "Add"
@@ -38,15 +40,8 @@ ACTIVATIONS = {
 }
 KNOWN = {CONV, BN, RELU, ADD, INPUT, PARAMETER}
 MAX_CONVS = 4  # of a main path
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)
-
-
-class Unit(NamedTuple):
-    """One BN(Conv(.)) as matched."""
-
-    conv: Node
-    norm: Norm
-    relu: bool  # a ReLU follows, inside the chain
 
 
 class Form(NamedTuple):
@@ -56,14 +51,6 @@ class Form(NamedTuple):
     shortcut: Shortcut
     projection: Unit | None
     paths: tuple[str, ...]  # of the submodules that make the shortcut
-
-
-class NoMatch(Exception):
-    """The expression is not a block; `code` says why."""
-
-    def __init__(self, code: str) -> None:
-        super().__init__(code)
-        self.code = code
 
 
 def chain(node: Node | None) -> tuple[Unit, ...] | None:
@@ -151,56 +138,6 @@ def refusal(root: Node) -> str:
     return "no_final_relu" if root.op == ADD else "not_residual"
 
 
-def owner(path: str | None, leaf: str) -> str:
-    """The module path of a parameter or buffer that must be called `leaf`."""
-    head, _, name = (path or "").rpartition(".")
-    if name != leaf:
-        raise NoMatch("unsupported_module")
-    return head
-
-
-def parameter(node: Node | None) -> str | None:
-    if node is None:
-        return None
-    if node.op != PARAMETER or node.name is None:
-        raise NoMatch("unsupported_op:weight is computed")
-    return node.name
-
-
-def bn_owner(flow: Dataflow, bn: Node) -> str:
-    """The path of the module a BN node came from: by its weight, its statistics, or the call that returned it."""
-    if weight := parameter(bn.args[1]):
-        return owner(weight, "weight")
-    if running_mean := bn.attributes["running_mean"]:
-        return owner(running_mean, "running_mean")
-    if path := flow.calls.get(id(bn)):
-        return path
-    raise NoMatch("unsupported_module")
-
-
-def names(module: nn.Module, flow: Dataflow, unit: Unit) -> ConvBNNames:
-    """The unit by module paths, its modules' attributes held against the dataflow."""
-    conv_path = owner(parameter(unit.conv.args[1]), "weight")
-    conv, frozen = module.get_submodule(conv_path), unit.norm.frozen
-    if not isinstance(conv, nn.Conv2d):
-        raise NoMatch(f"unsupported_module:{type(conv).__name__}")
-    if tuple(unit.conv.attributes[k] for k in ("stride", "padding", "dilation", "groups")) != geometry(conv):
-        raise NoMatch("unsupported_module")
-    if frozen is not None:
-        return ConvBNNames(conv_path, frozen.path, unit.relu, geometry(conv), True, frozen.eps)
-    bn_path = bn_owner(flow, unit.norm.node)
-    bn = module.get_submodule(bn_path)
-    if type(bn) is not nn.BatchNorm2d:
-        raise NoMatch(f"unsupported_module:{type(bn).__name__}")
-    if bn.eps != unit.norm.node.attributes["eps"]:
-        raise NoMatch("unsupported_module")
-    return ConvBNNames(conv_path, bn_path, unit.relu, geometry(conv))
-
-
-def geometry(conv: nn.Conv2d) -> tuple:
-    return conv.stride, conv.padding, conv.dilation, conv.groups
-
-
 def by_name(form: Form, module: nn.Module, flow: Dataflow) -> tuple:
     """The form without nodes: what both modes must agree on."""
     units = form.main if form.projection is None else (*form.main, form.projection)
@@ -220,19 +157,43 @@ def check_parameters(flow: Dataflow, named: tuple[ConvBNNames, ...]) -> None:
         raise NoMatch("shared_module")
 
 
-def read_modes(module: nn.Module) -> list[Dataflow]:
-    """The module's dataflow in training and in evaluation mode, on as many channels as its first convolution takes.
+def check_effects(flow: Dataflow, named: tuple[ConvBNNames, ...], paths: tuple[str, ...]) -> None:
+    """Each submodule of the shortcut was called once; nothing was written but running statistics and theirs."""
+    for path in paths:
+        check_called(flow, path)
+    own = {f"{unit.bn}.{name}" for unit in named if not unit.frozen for name in RUNNING}
+    theirs = tuple(f"{path}." for path in paths)
+    if any(name not in own and not name.startswith(theirs) for name in flow.written):
+        raise NoMatch("mutates_module")
+
+
+class Reading:
+    """A module in dry runs, on as many channels as its first convolution takes.
 
     Raises:
         NoMatch: it cannot be read.
     """
-    channels = [m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)]
-    if not channels:
-        raise NoMatch("not_residual")
-    try:
-        return [dataflow.read(module, channels[0], training) for training in (True, False)]
-    except DryRunError as error:
-        raise NoMatch(error.code) from error
+
+    def __init__(self, module: nn.Module) -> None:
+        channels = [m.in_channels for m in module.modules() if isinstance(m, nn.Conv2d)]
+        if not channels:
+            raise NoMatch("not_residual")
+        self.channels = channels[0]
+        try:
+            self.stand_in = StandIn(module)
+            self.flows = [dataflow.read(self.stand_in, self.channels, training) for training in (True, False)]
+        except DryRunError as error:
+            raise NoMatch(error.code) from error
+
+    def check(self, named: tuple[ConvBNNames, ...], paths: tuple[str, ...] = ()) -> None:
+        """Raises NoMatch unless all that the module does is the match: in both modes, at every size, in any mode."""
+        for flow in self.flows:
+            check_effects(flow, named, paths)
+        norms = {unit.bn: EPS_PROBE if unit.eps is None else unit.eps for unit in named if unit.frozen}
+        try:
+            trace.check_every_path(self.stand_in, self.channels, norms, set(paths))
+        except DryRunError as error:
+            raise NoMatch(error.code) from error
 
 
 def plan(module: nn.Module) -> BlockPlan:
@@ -241,16 +202,19 @@ def plan(module: nn.Module) -> BlockPlan:
     Raises:
         NoMatch: the module is none; `code` says why.
     """
-    flows = read_modes(module)
+    reading = Reading(module)
+    flows = reading.flows
     forms = [match(flow) for flow in flows]
     shortcut, paths, named = by_name(forms[0], module, flows[0])
     if by_name(forms[1], module, flows[1]) != (shortcut, paths, named):
         raise NoMatch("mode_dependent")
     check_parameters(flows[0], named)
+    reading.check(named, paths)
     main = len(forms[0].main)
     main_names = (*named[: main - 1], named[main - 1]._replace(relu=True))
     projection = named[-1] if shortcut is Shortcut.PROJECTION else None
-    return BlockPlan(main_names, shortcut, projection, paths, structure.describe(module))
+    found = structure.describe(module)
+    return BlockPlan(main_names, shortcut, projection, paths, found, structure.forwards(found))
 
 
 def looks_residual(module: nn.Module) -> bool:

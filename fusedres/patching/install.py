@@ -127,6 +127,8 @@ def attempt(
     ops, dtype = ops_for(state.backend), compute_dtype(x)
     if getattr(type(module), ORIGINAL) is not getattr(base_class(module), plan.method):
         return Outcome(UNFUSED, "forward_replaced")
+    if (reason := structure.forward_replaced(plan)) is not None:
+        return Outcome(UNFUSED, reason)
     if isinstance(plan, StemPlan) and not plan.whole:
         modules = structure.resolve_stem(module, plan)
     else:
@@ -226,7 +228,7 @@ def original_view(module: nn.Module) -> nn.Module:
     if not is_patched_block(module):
         return module
     cls = base_class(module)
-    view = cls.__new__(cls)
+    view = object.__new__(cls)
     view.__dict__.update({k: v for k, v in vars(module).items() if k != STATE})
     return view
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fusedres.patching.dataflow import EPS_PROBE, FROZEN_TENSORS, PARAMETER, Node
+from fusedres.patching.dataflow import PARAMETER, Node
+from fusedres.patching.dry_run import EPS_PROBE, FROZEN_TENSORS
 
 BN = "NativeBatchNorm"
 RESHAPES = ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze")

@@ -5,7 +5,8 @@ Modules are found by name in every call; nothing here refers to one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from fusedres.blocks.config import Shortcut
 
@@ -29,19 +30,40 @@ class ConvBNNames(NamedTuple):
 
 
 class Submodule(NamedTuple):
-    """One module of a block as found: its path, its class, its children's names in order, its own attributes."""
+    """One module of a block as found: its path, its class, its children's names in order, its own attributes, and
+    the plain ones of its class that none of its own hides."""
 
     path: str
     cls: type
     children: tuple[str, ...]
     attributes: tuple[tuple[str, object], ...]
+    flags: tuple[tuple[str, object], ...]
+
+
+class Forwards:
+    """The forward of some classes as it is now.
+
+    Functions need not pickle: a plan that is loaded again reads them anew.
+    """
+
+    def __init__(self, classes: Iterable[Any]) -> None:
+        self.known = tuple((cls, cls.forward) for cls in dict.fromkeys(classes))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Forwards, (tuple(cls for cls, _ in self.known),)
+
+    def __copy__(self) -> Forwards:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forwards:
+        return self
 
 
 class BlockPlan(NamedTuple):
     """One matched block.
 
     shortcut_paths: the submodules to call for Shortcut.TENSOR, whose outputs are added; structure: the block and
-    every module below it, as found.
+    every module below it, as found; forwards: of their classes.
     """
 
     main: tuple[ConvBNNames, ...]
@@ -49,6 +71,7 @@ class BlockPlan(NamedTuple):
     projection: ConvBNNames | None
     shortcut_paths: tuple[str, ...]
     structure: tuple[Submodule, ...]
+    forwards: Forwards
 
     @property
     def method(self) -> str:
@@ -90,6 +113,7 @@ class StemPlan(NamedTuple):
     pool: str | PoolWindow | None
     parts: tuple[tuple[str, type], ...]
     structure: tuple[Submodule, ...]
+    forwards: Forwards
     goes_on: bool
 
     @property

@@ -16,14 +16,12 @@ from fusedres.patching.dataflow import Dataflow
 from fusedres.patching.grammar import (
     CONTAINERS,
     RELU,
-    NoMatch,
+    Reading,
     chain,
-    geometry,
-    names,
-    read_modes,
     refusal,
 )
-from fusedres.patching.plan import ConvBNNames, PoolWindow, StemPlan
+from fusedres.patching.owners import NoMatch, geometry, names
+from fusedres.patching.plan import ConvBNNames, Forwards, PoolWindow, StemPlan
 from fusedres.patching.stem_source import begins_with
 
 MAX_POOL = "MaxPool2DWithIndices"
@@ -94,7 +92,7 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
     conv = model.get_submodule(form.conv)
     unit = ConvBNNames(form.conv, form.bn, True, geometry(conv))  # type: ignore[arg-type]
     parts = tuple((path, type(model.get_submodule(path))) for path in form.parts)
-    return StemPlan(form.method, unit, form.pool, parts, (), form.goes_on)
+    return StemPlan(form.method, unit, form.pool, parts, (), Forwards(cls for _, cls in parts), form.goes_on)
 
 
 def looks_like_stem(module: nn.Module) -> bool:
@@ -134,8 +132,11 @@ def plan_stem_module(module: nn.Module) -> StemPlan:
     Raises:
         NoMatch: it is none; `code` says why.
     """
-    found = {match_stem(module, flow) for flow in read_modes(module)}
+    reading = Reading(module)
+    found = {match_stem(module, flow) for flow in reading.flows}
     if len(found) > 1:
         raise NoMatch("mode_dependent")
     unit, pool = found.pop()
-    return StemPlan("forward", unit, pool, (), structure.describe(module), False)
+    reading.check((unit,))
+    described = structure.describe(module)
+    return StemPlan("forward", unit, pool, (), described, structure.forwards(described), False)

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from fusedres.patching.dataflow import is_frozen_norm
-from fusedres.patching.plan import BASE, STATE, Plan, StemPlan, Submodule
+from fusedres.patching.contents import MISSING, is_plain, kept, same
+from fusedres.patching.dry_run import is_frozen_norm
+from fusedres.patching.plan import BASE, STATE, Forwards, Plan, StemPlan, Submodule
 
 BOOKKEEPING = frozenset({STATE, *vars(nn.Module())})  # what torch keeps on every module, and what we keep
 READ_ANEW = {  # what a call reads from the modules themselves, or what changes no result
@@ -20,28 +21,6 @@ READ_ANEW = {  # what a call reads from the modules themselves, or what changes 
     nn.MaxPool2d: frozenset(vars(nn.MaxPool2d(1))),
     nn.ReLU: frozenset({"inplace"}),
 }
-SCALARS = (bool, int, float, str, type(None))
-CONTAINERS = (list, tuple, set, frozenset)
-
-
-def is_plain(value: object) -> bool:
-    """A value that is compared by value: a scalar, or scalars in a container."""
-    if isinstance(value, SCALARS):
-        return True
-    if isinstance(value, dict):
-        return all(isinstance(v, SCALARS) for pair in value.items() for v in pair)
-    return isinstance(value, CONTAINERS) and all(isinstance(v, SCALARS) for v in value)
-
-
-def kept(value: Any) -> Any:
-    """What a plan keeps of an attribute: a copy of what can change in place, else the value itself."""
-    return value.copy() if isinstance(value, (list, dict, set)) and is_plain(value) else value
-
-
-def same(found: object, expected: object) -> bool:
-    if found is expected:
-        return True
-    return type(found) is type(expected) and is_plain(found) and is_plain(expected) and found == expected
 
 
 def attributes(module: nn.Module) -> tuple[tuple[str, object], ...]:
@@ -52,17 +31,34 @@ def attributes(module: nn.Module) -> tuple[tuple[str, object], ...]:
     return tuple((k, kept(v)) for k, v in vars(module).items() if k not in ignored)
 
 
+def flags(module: nn.Module) -> tuple[tuple[str, object], ...]:
+    """The plain attributes of its own classes that the module reads: those of torch's decide nothing."""
+    cls, own = getattr(type(module), BASE, type(module)), vars(module)
+    found: dict[str, object] = {}
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] != "torch":
+            for name, value in vars(base).items():
+                if is_plain(value) and not name.startswith("__") and name not in own:
+                    found.setdefault(name, kept(value))
+    return tuple(found.items())
+
+
+def forwards(structure: tuple[Submodule, ...]) -> Forwards:
+    """Those of the classes below a block; its own is what was replaced."""
+    return Forwards(found.cls for found in structure if found.path and found.cls is not type(None))
+
+
 def describe(block: nn.Module) -> tuple[Submodule, ...]:
     """The block and everything below it, breadth first, names that hold None included."""
     found: list[Submodule] = []
     queue: list[tuple[str, Any]] = [("", block)]
     for path, module in queue:
         if module is None:
-            found.append(Submodule(path, type(None), (), ()))
+            found.append(Submodule(path, type(None), (), (), ()))
             continue
         children = module._modules
         cls = getattr(type(module), BASE, type(module))
-        found.append(Submodule(path, cls, tuple(children), attributes(module)))
+        found.append(Submodule(path, cls, tuple(children), attributes(module), flags(module)))
         queue.extend((f"{path}.{name}" if path else name, child) for name, child in children.items())
     return tuple(found)
 
@@ -79,6 +75,14 @@ def first_channels(block: nn.Module, plan: Plan) -> int | None:
     weight = module._parameters.get("weight")  # of a lazy convolution it has no shape yet
     found = isinstance(module, nn.Conv2d) and type(weight) in (Tensor, nn.Parameter)
     return weight.shape[0] if found else None
+
+
+def forward_replaced(plan: Plan) -> str | None:
+    """A reason if a class below the block was given another forward since."""
+    for cls, forward in plan.forwards.known:
+        if cls.forward is not forward:
+            return "forward_replaced"
+    return None
 
 
 def has_global_hooks() -> bool:
@@ -109,7 +113,9 @@ def resolve(block: nn.Module, expected: tuple[Submodule, ...]) -> dict[str, Any]
         return "hooks"
     modules: dict[str, Any] = {}
     queue: list[Any] = [block]
-    for (path, cls, children, values), module in zip(expected, queue, strict=False):  # the queue grows
+    for (path, cls, children, values, of_class), module in zip(
+        expected, queue, strict=False
+    ):  # the queue grows
         if path:
             if type(module) is not cls:
                 return "module_replaced"
@@ -124,7 +130,11 @@ def resolve(block: nn.Module, expected: tuple[Submodule, ...]) -> dict[str, Any]
         if values:
             state = module.__dict__
             for name, value in values:
-                if not same(state.get(name, BOOKKEEPING), value):
+                if not same(state.get(name, MISSING), value):
+                    return "attribute_changed"
+        if of_class:
+            for name, value in of_class:
+                if not same(getattr(module, name, MISSING), value):
                     return "attribute_changed"
         modules[path] = module
     return modules

@@ -1,0 +1,98 @@
+"""Looks through a model for residual blocks and stems."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fusedres.patching import grammar, install, stems
+from fusedres.patching.owners import NoMatch
+from fusedres.patching.plan import Plan
+
+STEM = "stem"  # the name under which a model's own stem is reported
+
+
+class Found(NamedTuple):
+    """A module that looks like a residual block: its plan, or why it has none."""
+
+    name: str
+    module: nn.Module
+    plan: Plan | None
+    code: str | None
+
+
+def shared_modules(model: nn.Module) -> set[int]:
+    """Identities of modules registered under more than one parent or name."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for parent in model.modules():
+        for child in parent._modules.values():
+            if child is not None:
+                (shared if id(child) in seen else seen).add(id(child))
+    return shared
+
+
+def find_plan(module: nn.Module, shared: set[int], renew: bool) -> Plan | None:
+    """The plan of a whole module; of a patched one the known plan, or with `renew` found anew. None if it looks like
+    nothing. Raises NoMatch."""
+    known: Plan | None = vars(module)[install.STATE].plan if install.is_patched_block(module) else None
+    if known is not None and known.whole and not renew:
+        return known
+    plan: Plan
+    if grammar.looks_residual(module):
+        plan = grammar.plan(install.original_view(module))
+    elif stems.looks_like_stem(module):
+        plan = stems.plan_stem_module(install.original_view(module))
+    else:
+        return None
+    units = [module.get_submodule(path) for unit in plan.units for path in (unit.conv, unit.bn)]
+    if any(id(unit) in shared for unit in units):
+        raise NoMatch("shared_module")
+    return plan
+
+
+def find_stem(name: str, model: nn.Module) -> Found:
+    if install.is_patched_block(model):
+        return Found(name, model, vars(model)[install.STATE].plan, None)
+    try:
+        return Found(name, model, stems.plan_stem(model, install.base_class(model)), None)
+    except NoMatch as refusal:
+        return Found(name, model, None, refusal.code)
+
+
+def find(model: nn.Module, renew: bool = False) -> list[Found]:
+    """The residual blocks of the model, outermost first, and the innermost modules that only look like one.
+
+    renew: look at patched blocks again, for what changed in them since.
+    """
+    shared, seen = shared_modules(model), set()
+
+    def visit(name: str, module: nn.Module) -> Iterator[Found]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        code = None
+        if stems.has_stem(install.base_class(module)):
+            yield find_stem(f"{name}.{STEM}" if name else STEM, module)
+        try:
+            if (plan := find_plan(module, shared, renew)) is not None:
+                yield Found(name, module, plan, None)
+                return
+        except NoMatch as refusal:
+            # few modules with one convolution are stems: only an activation says that this one was meant as one
+            is_block = grammar.looks_residual(module) or refusal.code.startswith("activation_not_relu")
+            code = refusal.code if is_block else None
+        below = [
+            found
+            for child_name, child in module.named_children()
+            for found in visit(f"{name}.{child_name}" if name else child_name, child)
+        ]
+        if code not in (None, "not_residual") and not below:
+            yield Found(name, module, None, code)
+        yield from below
+
+    with _disable_current_modes():  # dry runs are on meta tensors, inside FakeTensorMode too
+        return list(visit("", model))
