@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from fusedres.backends import native_file
 from fusedres.backends.native_reasons import REASONS
 from fusedres.errors import BackendUnavailableError
 from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output, RawOps
@@ -53,13 +54,16 @@ def load() -> None:
     """Loads the library, once; after this `torch.ops.fusedres_native` has the operators.
 
     Raises:
-        BackendUnavailableError: it is not there, or not loadable with this torch or on this processor.
+        BackendUnavailableError: it is not there, not whole, or not loadable into this process, with this torch or on
+            this processor.
     """
     if not is_built():
         raise BackendUnavailableError(
             f"fusedres: the native backend needs {LIBRARY}, which is not there. "
             "Install a wheel that has it, or build from source with g++ (FUSEDRES_BUILD=cpu pip install .)."
         )
+    if (problem := native_file.problem(LIBRARY)) is not None:
+        raise BackendUnavailableError(f"fusedres: {LIBRARY} is not loaded: {problem}")
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
