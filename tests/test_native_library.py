@@ -326,3 +326,11 @@ def test_archs_cover(ops):
     assert cover("80;90", 8, 0) and cover("80;90", 8, 9) and cover("80;90", 9, 0)
     assert not cover("80;90", 7, 5) and not cover("80;90", 10, 0) and not cover("86", 8, 0)
     assert cover("80;90+PTX", 12, 0) and not cover("100+PTX", 9, 0) and not cover("", 9, 0)
+
+
+def test_archs_cover_of_one_architecture_or_family(ops):
+    cover = ops.cuda_archs_cover
+    assert cover("100a", 10, 0) and not cover("100a", 10, 3) and not cover("103a", 10, 0)
+    assert not cover("90a+PTX", 10, 0) and not cover("100a+PTX", 10, 3) and cover("100a;100", 10, 3)
+    assert cover("100f", 10, 0) and cover("100f", 10, 3) and not cover("103f", 10, 0)
+    assert not cover("100f", 11, 0) and not cover("100f+PTX", 12, 0) and cover("120f", 12, 1)
