@@ -21,7 +21,6 @@ from fusedres.blocks.choice import TABLE
 from fusedres.dispatch import check_backend, dispatcher
 from fusedres.errors import BackendUnavailableError
 from fusedres.op_cases import SMALL, cases
-from fusedres.raw_ops import RAW_OPS
 from fusedres.selftest import Outcome
 
 BACKENDS = ("native", "triton", "reference")
@@ -104,13 +103,13 @@ def machine() -> dict[str, Any]:
 
 
 def serving() -> list[dict[str, str]]:
-    """For each device, dtype and op, the backend that serves an ordinary channels_last call."""
+    """For each device, dtype and form of an op, the backend that serves a channels_last call of an ordinary block."""
     rows = []
     for device in selftest.devices():
         for dtype in selftest.DTYPES:
             row = {"device": str(device), "dtype": dtype_name(dtype)}
-            for case in cases(SMALL[0], dtype, device):
-                row.setdefault(case.op, dispatcher().serving(case.op, *case.arguments))
+            for case in cases(SMALL[-1], dtype, device):
+                row[case.name] = dispatcher().serving(case.op, *case.arguments)
             rows.append(row)
     return rows
 
@@ -203,12 +202,12 @@ def pairs_table(title: str, pairs: dict[str, Any]) -> Table:
 
 
 def serving_table(rows: list[dict[str, str]]) -> Table:
-    """One line an op, one column for each device and dtype."""
+    """One line for each form of an op, one column for each device and dtype."""
     table = Table(
         "op", *(f"{row['device']} {row['dtype']}" for row in rows), title="which backend serves an op"
     )
-    for op in RAW_OPS:
-        table.add_row(op, *(row[op] for row in rows))
+    for name in dict.fromkeys(key for row in rows for key in row if key not in ("device", "dtype")):
+        table.add_row(name, *(row[name] for row in rows))
     return table
 
 
