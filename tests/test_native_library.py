@@ -48,7 +48,7 @@ BAD_CALLS = {
     "vector stride": (
         "bn_add_relu_forward",
         lambda c: (c, torch.ones(16)[::2], v, None, None, None, True, False),
-        r"scale is \[8\], needed contiguous \[8\]",
+        r"scale is \[8\] of strides \[2\], needed contiguous \[8\]",
     ),
     "residual shape": (
         "bn_add_relu_forward",
@@ -78,9 +78,39 @@ BAD_CALLS = {
     "mask length": (
         "bn_add_relu_backward_reduce",
         lambda c: (c, c, v, v, v, torch.zeros(31, dtype=torch.uint8), True, None, None),
-        r"mask is uint8 \[31\], needed uint8 \[32\]",
+        r"mask is uint8 \[31\], needed contiguous uint8 \[32\]",
     ),
-    "mask dtype": ("relu_backward", lambda c: (c, torch.zeros(32)), r"mask is float32 \[32\], needed uint8"),
+    "mask dtype": (
+        "relu_backward",
+        lambda c: (c, torch.zeros(32, dtype=torch.int32)),
+        r"mask is int32 \[32\], needed contiguous uint8",
+    ),
+    "mask stride": (
+        "relu_backward",
+        lambda c: (c, torch.zeros(64, dtype=torch.uint8)[::2]),
+        r"mask is uint8 \[32\] of strides \[2\], needed contiguous uint8 \[32\]",
+    ),
+    "rows": ("bn_backward_coefficients", lambda c: (v, v, v, v, v, -1, True), r"rows is -1, needed N\*H\*W"),
+    "weight rank": (
+        "conv_backward_input",
+        lambda c: (c, torch.ones(8, 16), None, None),
+        r"weight is \[8, 16\], needed \[N, C, H, W\]; pass a batch of images, or a convolution's weight",
+    ),
+    "convolution in place": (
+        "conv_backward_input_",
+        lambda c: (c, c, torch.ones(8, 9, 1, 1), 1, 1),
+        r"dx is \[2, 8, 4, 4\], needed 9 channels",
+    ),
+    "huge padding": (
+        "conv_backward_weight",
+        lambda c: (c, c, 3, 3, 1, 1, 2**62 + 1, 1, 1, 1),
+        r"padding 4611686018427387905, dilation 1, needed .*, none above 2\^20",
+    ),
+    "huge dilation": (
+        "conv_backward_weight",
+        lambda c: (c, c, 3, 3, 1, 1, 1, 1, 1, 2**62),
+        r"dilation 4611686018427387904, needed .*, none above 2\^20",
+    ),
     "dy shape": (
         "bn_add_relu_backward_reduce",
         lambda c: (image(9), c, v, v, v, None, True, None, None),

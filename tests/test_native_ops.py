@@ -266,7 +266,7 @@ def test_input_gradient_does_not_depend_on_the_number_of_threads():
         ({"weight": torch.zeros(8, 16, 1, 1).double()}, "weight is float64, needed float32"),
         ({"dy": torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16)}, "weight is float32, needed bfloat16"),
         ({"shortcut_dy": torch.zeros(2, 16, 5, 6)}, r"shortcut_dy is \[2, 16, 5, 6\]"),
-        ({"shortcut_mask": torch.zeros(3, dtype=torch.uint8)}, r"mask is uint8 \[3\], needed uint8 \[100\]"),
+        ({"shortcut_mask": torch.zeros(3, dtype=torch.uint8)}, r"mask is uint8 \[3\], needed contiguous uint8 \[100\]"),
         ({"shortcut_dy": None}, "shortcut_mask is without shortcut_dy"),
         ({"weight": torch.zeros(8, 12, 1, 1), "shortcut_dy": torch.zeros(2, 12, 5, 5)}, "12 bits a position"),
     ],
