@@ -29,6 +29,16 @@ inline std::string sizes_of(const Tensor& t) {
   return text.str();
 }
 
+// Sizes, and strides where elements do not lie beside each other.
+inline std::string layout_of(const Tensor& t) {
+  if (t.is_contiguous()) return sizes_of(t);
+  std::ostringstream text;
+  text << sizes_of(t) << " of strides [";
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i == 0 ? "" : ", ") << t.stride(i);
+  text << ']';
+  return text.str();
+}
+
 inline std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float: return "float32";
@@ -36,6 +46,13 @@ inline std::string dtype_name(ScalarType dtype) {
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Half: return "float16";
     case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
     default: return "dtype number " + std::to_string(static_cast<int>(dtype));
   }
 }
@@ -63,7 +80,7 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
 }
 
 inline void check_channels_last(const char* op, const char* name, const Tensor& t) {
-  if (t.dim() != 4) fail(op, name, sizes_of(t), "[N, C, H, W]", "pass a batch of images");
+  if (t.dim() != 4) fail(op, name, sizes_of(t), "[N, C, H, W]", "pass a batch of images, or a convolution's weight");
   if (!is_channels_last(t)) {
     fail(op, name, "not channels_last", "dense channels_last memory",
          "call .contiguous(memory_format=torch.channels_last)");
@@ -96,7 +113,7 @@ inline void check_vector(const char* op, const char* name, const Tensor& v, int6
     fail(op, name, dtype_name(v.scalar_type()), "float32", "channel vectors have the accumulation dtype");
   }
   if (v.dim() != 1 || v.size(0) != channels || !v.is_contiguous()) {
-    fail(op, name, sizes_of(v), "contiguous [" + std::to_string(channels) + "]", "pass one value a channel");
+    fail(op, name, layout_of(v), "contiguous [" + std::to_string(channels) + "]", "pass one value a channel");
   }
 }
 inline void check_vector(const char* op, const char* name, const OptionalTensor& v, int64_t channels) {
@@ -106,8 +123,8 @@ inline void check_vector(const char* op, const char* name, const OptionalTensor&
 inline void check_mask(const char* op, const Tensor& mask, const Tensor& like) {
   const int64_t bytes = (like.numel() + 7) / 8;
   if (mask.scalar_type() != ScalarType::Byte || mask.dim() != 1 || mask.size(0) != bytes || !mask.is_contiguous()) {
-    fail(op, "mask", dtype_name(mask.scalar_type()) + " " + sizes_of(mask), "uint8 [" + std::to_string(bytes) + "]",
-         "pass the mask of bn_add_relu_forward");
+    fail(op, "mask", dtype_name(mask.scalar_type()) + " " + layout_of(mask),
+         "contiguous uint8 [" + std::to_string(bytes) + "]", "pass the mask of bn_add_relu_forward");
   }
 }
 inline void check_mask(const char* op, const OptionalTensor& mask, const Tensor& like) {
@@ -116,6 +133,11 @@ inline void check_mask(const char* op, const OptionalTensor& mask, const Tensor&
 
 inline void check_together(const char* op, const char* name, bool first, bool second) {
   if (first != second) fail(op, name, "given in part", "both or neither", "pass the pair");
+}
+
+// Positions that sums were taken over; 0 of an empty batch.
+inline void check_rows(const char* op, int64_t rows) {
+  if (rows < 0) fail(op, "rows", std::to_string(rows), "N*H*W", "pass the number of positions of c");
 }
 
 // A pooling window, and that c [N, C, H, W] holds at least one.
@@ -148,10 +170,13 @@ inline void check_pooled(const char* op, const Tensor& dy, const Tensor& indices
 // One axis, 2 or 3, of a convolution from x to dy's shape.
 inline void check_convolution(const char* op, const Tensor& dy, const Tensor& x, int64_t kernel, int64_t stride,
                               int64_t padding, int64_t dilation, int64_t axis) {
-  if (kernel < 1 || stride < 1 || padding < 0 || dilation < 1) {
+  constexpr int64_t kLargest = 1 << 20;  // products of two, and sizes of images beside them, stay far from 2^63
+  const auto within = [](int64_t least, int64_t value) { return value >= least && value <= kLargest; };
+  if (!within(1, kernel) || !within(1, stride) || !within(0, padding) || !within(1, dilation)) {
     std::ostringstream found;
     found << "kernel " << kernel << ", stride " << stride << ", padding " << padding << ", dilation " << dilation;
-    fail(op, "the convolution", found.str(), "kernel, stride, dilation >= 1 and padding >= 0", "pass its geometry");
+    fail(op, "the convolution", found.str(), "kernel, stride, dilation >= 1 and padding >= 0, none above 2^20",
+         "pass its geometry");
   }
   const int64_t room = x.size(axis) + 2 * padding - dilation * (kernel - 1) - 1;
   const int64_t expected = room < 0 ? 0 : room / stride + 1;

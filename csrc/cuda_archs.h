@@ -20,14 +20,16 @@ inline std::string cuda_device_problem(int) { return "it holds no GPU code"; }
 #endif
 
 // Whether code for one of `archs` ("80;90;120+PTX") runs on a device of this compute capability: the same major
-// version and no newer minor one, or PTX that is no newer.
+// version and no newer minor one, or PTX that is no newer. Features of an architecture ("100a") run on no other, those
+// of a family ("100f") on no other major version, as PTX too.
 inline bool archs_cover(const std::string& archs, int major, int minor) {
   for (size_t at = 0; at < archs.size();) {
     const size_t end = archs.find(';', at) == std::string::npos ? archs.size() : archs.find(';', at);
     const std::string entry = archs.substr(at, end - at);
     const int number = std::atoi(entry.c_str());
-    const bool same = number / 10 == major && number % 10 <= minor;
-    const bool ptx = entry.find("+PTX") != std::string::npos && number <= major * 10 + minor;
+    const bool exact = entry.find('a') != std::string::npos, family = entry.find('f') != std::string::npos;
+    const bool same = number / 10 == major && (exact ? number % 10 == minor : number % 10 <= minor);
+    const bool ptx = !exact && !family && entry.find("+PTX") != std::string::npos && number <= major * 10 + minor;
     if (same || ptx) return true;
     at = end + 1;
   }

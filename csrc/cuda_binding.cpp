@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "allocate.h"
@@ -39,12 +40,22 @@ cudaError_t compute_capability(int device, int* major, int* minor) {
   return error != cudaSuccess ? error : cudaDeviceGetAttribute(minor, cudaDevAttrComputeCapabilityMinor, device);
 }
 
+// An argument by its name; null: absent.
+struct Named {
+  Named(const char* name, const Tensor& t) : name(name), tensor(&t) {}
+  Named(const char* name, const OptionalTensor& t) : name(name), tensor(t ? &*t : nullptr) {}
+  const char* name;
+  const Tensor* tensor;
+};
+
 // Within its scope the tensor's device is current; `stream` is torch's current stream there. The others must lie there.
 class OnDevice {
  public:
-  template <class... Others>
-  OnDevice(const char* op, const Tensor& t, const Others&... others) : op_(op) {
-    (check_with(t, others), ...);
+  OnDevice(const char* op, const Tensor& t, std::initializer_list<Named> others = {}) : op_(op) {
+    for (const Named& other : others) {
+      if (other.tensor == nullptr || same_device(t, *other.tensor)) continue;
+      fail(op, other.name, "on another device", "every argument on the device of the first", "move it there");
+    }
     const int device = t.get_device_index();
     check_runs_on(device);
     int current = -1;
@@ -61,12 +72,6 @@ class OnDevice {
   cudaStream_t stream = nullptr;
 
  private:
-  void check_with(const Tensor& t, const OptionalTensor& other) const {
-    if (other && !same_device(t, *other)) {
-      fail(op_, "an argument", "on another device", "every one on the device of the first", "move them there");
-    }
-  }
-
   // Before a device's first launch: our error instead of "no kernel image is available".
   void check_runs_on(int device) {
     static thread_local int checked = -1;
@@ -124,7 +129,7 @@ struct Scratch {
 Parameter parameter_of(const char* op, const char* name, const OptionalTensor& v, int64_t channels) {
   if (!v) return {nullptr, Dtype::kFloat32};
   if (v->dim() != 1 || v->size(0) != channels || !v->is_contiguous()) {
-    fail(op, name, sizes_of(*v), "contiguous [" + std::to_string(channels) + "]", "pass one value a channel");
+    fail(op, name, layout_of(*v), "contiguous [" + std::to_string(channels) + "]", "pass one value a channel");
   }
   check_device(op, name, *v, true);
   return {v->const_data_ptr(), v->scalar_type() == ScalarType::Double ? Dtype::kFloat64 : dtype_of(op, name, *v)};
@@ -163,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_scale_shift_op(Tensor mean, Tensor var, Op
   check_device(op, "mean", mean, true);
   check_vector(op, "mean", mean, channels);
   check_vector(op, "var", var, channels);
-  const OnDevice on(op, mean, var, weight, bias);
+  const OnDevice on(op, mean, {{"var", var}, {"weight", weight}, {"bias", bias}});
   Tensor invstd = new_vector(mean, channels), scale = new_vector(mean, channels), shift = new_vector(mean, channels);
   check_launch(op, bn_scale_shift({channels, data(mean), data(var), parameter_of(op, "weight", weight, channels),
                                    parameter_of(op, "bias", bias, channels), eps, written(invstd), written(scale),
@@ -185,7 +190,8 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_forward_op(Tensor c, Tensor scale
   check_vector(op, "residual_shift", residual_shift, shape.channels);
   check_together(op, "residual_scale, residual_shift", residual_scale.has_value(), residual_shift.has_value());
   if (residual_scale && !residual) fail(op, "residual", "None", "a tensor like c", "pass what residual_scale is for");
-  const OnDevice on(op, c, scale, shift, residual, residual_scale, residual_shift);
+  const OnDevice on(op, c, {{"scale", scale}, {"shift", shift}, {"residual", residual},
+                            {"residual_scale", residual_scale}, {"residual_shift", residual_shift}});
   Tensor y = new_like(c);
   OptionalTensor mask;
   if (save_mask) mask = new_bytes(c, (c.numel() + 7) / 8);
@@ -217,7 +223,8 @@ std::tuple<Tensor, Tensor, OptionalTensor> bn_add_relu_backward_reduce_op(Tensor
   check_like(op, "shortcut_c", shortcut_c, c);
   check_vector(op, "shortcut_mean", shortcut_mean, shape.channels);
   check_together(op, "shortcut_c, shortcut_mean", shortcut_c.has_value(), shortcut_mean.has_value());
-  const OnDevice on(op, c, dy, mean, scale, shift, mask, shortcut_c, shortcut_mean);
+  const OnDevice on(op, c, {{"dy", dy}, {"mean", mean}, {"scale", scale}, {"shift", shift}, {"mask", mask},
+                            {"shortcut_c", shortcut_c}, {"shortcut_mean", shortcut_mean}});
   Tensor sum = new_vector(c, shape.channels), centered = new_vector(c, shape.channels);
   OptionalTensor shortcut;
   if (shortcut_c) shortcut = new_vector(c, shape.channels);
@@ -236,13 +243,15 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> bn_backward_coefficients_op(T
                                                                                bool training) {
   const char* op = "bn_backward_coefficients";
   const int64_t channels = sum_dz.numel();
+  check_rows(op, rows);
   check_device(op, "sum_dz", sum_dz, true);
   check_vector(op, "sum_dz", sum_dz, channels);
   check_vector(op, "sum_dz_centered", sum_dz_centered, channels);
   check_vector(op, "mean", mean, channels);
   check_vector(op, "invstd", invstd, channels);
   check_vector(op, "scale", scale, channels);
-  const OnDevice on(op, sum_dz, sum_dz_centered, mean, invstd, scale);
+  const OnDevice on(op, sum_dz, {{"sum_dz_centered", sum_dz_centered}, {"mean", mean}, {"invstd", invstd},
+                                 {"scale", scale}});
   Tensor dweight = new_vector(mean, channels);
   OptionalTensor b, k;
   if (training) {
@@ -266,7 +275,9 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input_op(
   check_like(op, "shortcut_c", shortcut_c, c);
   const Coefficients shortcut = coefficients_of(op, shortcut_a, shortcut_b, shortcut_k, shape.channels);
   check_together(op, "shortcut_c, shortcut_A", shortcut_c.has_value(), shortcut_a.has_value());
-  const OnDevice on(op, c, dy, scale, shift, a, b, k, mask, shortcut_c, shortcut_a, shortcut_b, shortcut_k);
+  const OnDevice on(op, c, {{"dy", dy}, {"scale", scale}, {"shift", shift}, {"A", a}, {"B", b}, {"K", k},
+                            {"mask", mask}, {"shortcut_c", shortcut_c}, {"shortcut_A", shortcut_a},
+                            {"shortcut_B", shortcut_b}, {"shortcut_K", shortcut_k}});
   Tensor dc = new_like(c);
   OptionalTensor dresidual;
   if (shortcut_c || save_dz) dresidual = new_like(c);
@@ -281,7 +292,7 @@ Tensor relu_backward_op(Tensor dy, Tensor mask) {
   const char* op = "relu_backward";
   check_activation(op, "dy", dy);
   check_mask(op, mask, dy);
-  const OnDevice on(op, dy, mask);
+  const OnDevice on(op, dy, {{"mask", mask}});
   Tensor dz = new_like(dy);
   check_launch(op, relu_backward({dtype_of(op, "dy", dy), dy.numel(), dy.const_data_ptr(),
                                   mask.const_data_ptr<uint8_t>(), dz.mutable_data_ptr()},
@@ -298,7 +309,7 @@ std::tuple<Tensor, OptionalTensor> bn_relu_maxpool_forward_op(Tensor c, Tensor s
   const Pooling pooling = pooling_of(op, c, kernel_size, stride, padding);
   check_vector(op, "scale", scale, pooling.channels);
   check_vector(op, "shift", shift, pooling.channels);
-  const OnDevice on(op, c, scale, shift);
+  const OnDevice on(op, c, {{"scale", scale}, {"shift", shift}});
   const int64_t height = pooling.pooled_height, width = pooling.pooled_width;
   Tensor y = new_channels_last(c, c.size(0), pooling.channels, height, width, dtype_code(c));
   Tensor indices = new_channels_last(c, c.size(0), pooling.channels, height, width, aoti_torch_dtype_uint8());
@@ -315,7 +326,7 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce_op(Tensor dy, Tensor 
   const Pooling pooling = pooling_of(op, c, kernel_size, stride, padding);
   check_pooled(op, dy, indices, c, pooling.pooled_height, pooling.pooled_width);
   check_vector(op, "mean", mean, pooling.channels);
-  const OnDevice on(op, c, dy, indices, mean);
+  const OnDevice on(op, c, {{"dy", dy}, {"indices", indices}, {"mean", mean}});
   Tensor sum = new_vector(c, pooling.channels), centered = new_vector(c, pooling.channels);
   const Scratch scratch(c, bn_relu_maxpool_backward_reduce_workspace(pooling));
   check_launch(op, bn_relu_maxpool_backward_reduce({pooling, dy.const_data_ptr(), indices.const_data_ptr<uint8_t>(),
@@ -332,7 +343,7 @@ Tensor bn_relu_maxpool_backward_input_op(Tensor dy, Tensor indices, Tensor c, Te
   const Pooling pooling = pooling_of(op, c, kernel_size, stride, padding);
   check_pooled(op, dy, indices, c, pooling.pooled_height, pooling.pooled_width);
   const Coefficients main = coefficients_of(op, a, b, k, pooling.channels);
-  const OnDevice on(op, c, dy, indices, a, b, k);
+  const OnDevice on(op, c, {{"dy", dy}, {"indices", indices}, {"A", a}, {"B", b}, {"K", k}});
   Tensor dc = new_like(c);
   check_launch(op, bn_relu_maxpool_backward_input({pooling, dy.const_data_ptr(), indices.const_data_ptr<uint8_t>(),
                                                    c.const_data_ptr(), main, dc.mutable_data_ptr()},

@@ -79,7 +79,7 @@ def plan(build: str, archs: str | None) -> Plan:
     if build == "cpu":
         return Plan(native=True)
     chosen = tuple(re.split(r"[;, ]+", (archs or DEFAULT_ARCHS).strip()))
-    if not all(re.fullmatch(r"\d{2,3}a?", arch) for arch in chosen):
+    if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in chosen):
         raise SystemExit(f"fusedres: FUSEDRES_CUDA_ARCHS is {archs!r}, needed numbers such as '80;90'.")
     return Plan(native=True, cuda=True, archs=chosen, slim=bool(archs))
 

@@ -23,7 +23,6 @@ from fusedres.blocks.choice import TABLE
 from fusedres.dispatch import check_backend, dispatcher
 from fusedres.errors import BackendUnavailableError
 from fusedres.op_cases import SMALL, cases
-from fusedres.raw_ops import RAW_OPS
 from fusedres.selftest import Outcome
 from fusedres.text_table import section
 
@@ -107,13 +106,13 @@ def machine() -> dict[str, Any]:
 
 
 def serving() -> list[dict[str, str]]:
-    """For each device, dtype and op, the backend that serves an ordinary channels_last call."""
+    """For each device, dtype and form of an op, the backend that serves a channels_last call of an ordinary block."""
     rows = []
     for device in selftest.devices():
         for dtype in selftest.DTYPES:
             row = {"device": str(device), "dtype": dtype_name(dtype)}
-            for case in cases(SMALL[0], dtype, device):
-                row.setdefault(case.op, dispatcher().serving(case.op, *case.arguments))
+            for case in cases(SMALL[-1], dtype, device):
+                row[case.name] = dispatcher().serving(case.op, *case.arguments)
             rows.append(row)
     return rows
 
@@ -217,15 +216,18 @@ def pairs(title: str, values: dict[str, Any]) -> str:
 
 
 def serving_text(rows: list[dict[str, str]]) -> str:
-    """One line an op, one column for each device and dtype."""
+    """One line for each form of an op, one column for each device and dtype."""
     heads = ("op", *(f"{row['device']} {row['dtype']}" for row in rows))
-    lines = [heads, *((op, *(row[op] for row in rows)) for op in RAW_OPS)]
+    names = dict.fromkeys(key for row in rows for key in row if key not in ("device", "dtype"))
+    lines = [heads, *((name, *(row[name] for row in rows)) for name in names)]
     notes = ["reference: plain PyTorch, with its libraries' kernels."]
     if any("native" in row.values() for row in rows):
         notes.append(
             "native serves other calls of some of these: it leaves to the library what that is as fast at."
         )
-    return section("which backend serves an op, asked with one small channels_last call", lines, *notes)
+    return section(
+        "which backend serves an op, asked at the channels of an ordinary block, channels_last", lines, *notes
+    )
 
 
 def recipe_table_text(entries: list[dict[str, Any]]) -> str:

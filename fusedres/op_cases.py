@@ -30,7 +30,8 @@ class Shape:
     wide: int
 
 
-# the last one takes several steps of every product and several tiles of every reduction
+# the last one takes several steps of every product and several tiles of every reduction, and has the channels of an
+# ordinary block
 SMALL = (Shape(2, 5, 8, 32), Shape(1, 3, 24, 72), Shape(3, 7, 64, 256), Shape(2, 12, 256, 512))
 
 
@@ -120,6 +121,7 @@ def cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Op
     yield from inner_cases(inner)
     yield from join_cases(t, outer)
     yield from product_cases(t, inner, outer)
+    yield from convolution_cases(t, inner, outer)
     yield from stem_cases(t, inner)
 
 
@@ -155,7 +157,7 @@ def join_cases(t: Tensors, layer: Layer) -> Iterator[OpCase]:
 
 
 def product_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase]:
-    """The fused 1x1 convolutions, and a 3x3 one in inference."""
+    """The fused 1x1 convolutions of training."""
     c, dy, v, g = inner
     wide, dy_wide, v_wide, _ = outer
     narrow_channels, wide_channels = c.shape[1], wide.shape[1]
@@ -184,13 +186,27 @@ def product_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase]:
     yield OpCase("conv1x1_gram_backward_input", "conv1x1_gram_backward_input", below)
     shortcut = (dy, c, v, g, reduce, True, dy_wide, mask)
     yield OpCase("conv1x1_backward_input", "conv1x1_backward_input", shortcut)
-    kernel = t.normal(narrow_channels, narrow_channels, 3, 3) / (3 * narrow_channels**0.5)
-    geometry = ((1, 1), (1, 1), (1, 1), 1)
-    yield OpCase("conv_backward_weight", "conv_backward_weight", (dy, c, (3, 3), *geometry))
-    onto = (dy, wide, reduce, (1, 1), (0, 0), (1, 1), 1, dy_wide, mask)
-    yield OpCase("conv_backward_input", "conv_backward_input", onto)
-    inference = (c, kernel, t.normal(narrow_channels), dy, True, *geometry)
+
+
+def convolution_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase]:
+    """Convolutions of inference, and the gradients of those that a library may serve."""
+    c, dy, _, _ = inner
+    wide, dy_wide, v_wide, _ = outer
+    narrow, side = c.shape[1:3]
+    reduce, expand = t.weight(narrow, wide.shape[1]), t.weight(wide.shape[1], narrow)
+    kernel = t.normal(narrow, narrow, 3, 3) / (3 * narrow**0.5)
+    _, mask = t.reference.bn_add_relu_forward(wide, v_wide.scale, v_wide.shift, save_mask=True)
+    same, pointwise = ((1, 1), (1, 1), (1, 1), 1), ((1, 1), (0, 0), (1, 1), 1)
+    weight, back = "conv_backward_weight", "conv_backward_input"
+    yield OpCase(f"{weight}/3x3", weight, (dy, c, (3, 3), *same))
+    yield OpCase(f"{weight}/1x1", weight, (dy_wide, c, (1, 1), *pointwise))
+    yield OpCase(f"{back}/masked", back, (dy, wide, reduce, *pointwise, dy_wide, mask))
+    strided = (t.map(narrow, (side + 1) // 2), wide, reduce, (2, 2), *pointwise[1:], dy_wide)
+    yield OpCase(f"{back}/strided", back, strided)
+    inference = (c, kernel, t.normal(narrow), dy, True, *same)
     yield OpCase("conv_bias_add_relu_forward", "conv_bias_add_relu_forward", inference)
+    affine = (None, 1, None, None, v_wide.scale, v_wide.shift, t.map(wide.shape[1]), None, None, True)
+    yield OpCase("conv1x1_forward/inference", "conv1x1_forward", (c, expand, *affine))
 
 
 def stem_cases(t: Tensors, pooled: Layer) -> Iterator[OpCase]:

@@ -25,6 +25,7 @@ Dtypes
 Mask
     One bit an element, packed in uint8 of length ceil(N*C*H*W / 8): bit i of byte j belongs to element 8j+i
     of the tensor in NHWC order. A set bit means the gradient passes: `not (y <= 0)`, so NaN passes, as in torch.
+    Bits past the last element are 0.
 
 Kernels are pure: they never update running statistics, and write an argument only where the caller gives it away
 (`reuse_c`, `reuse_dy`, `reuse_shortcut`), which a backend may ignore.

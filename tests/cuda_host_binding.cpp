@@ -184,4 +184,5 @@ PYBIND11_MODULE(fusedres_cuda_host, m) {
   });
   m.def("run_only_blocks",
         [](std::vector<unsigned> blocks) { fusedres::emulator::state().only_blocks = blocks; });
+  m.def("kernels_launched", [] { return fusedres::emulator::state().launched.size(); });
 }

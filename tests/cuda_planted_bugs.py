@@ -17,6 +17,7 @@ class PlantedBug(NamedTuple):
 RACE = "ThreadSanitizer: data race"
 OVERFLOW = "AddressSanitizer: heap-buffer-overflow"
 WRONG = "AssertionError"
+HUGE = "beyond 2^31 elements"  # printed before that check, which comes last
 
 BUGS = {
     "missing_barrier": PlantedBug(
@@ -129,7 +130,7 @@ BUGS = {
         "  const int64_t first = packet * kPacket;\n  if constexpr (kFixed) {\n    return",
         "  const int first = int(packet * kPacket);\n  if constexpr (kFixed) {\n    return",
         "plain",
-        "exit",  # a crash or wrong values, by what lies 4 GiB below
+        HUGE,  # then a crash or wrong values, by what lies 4 GiB below
     ),
     "pooling_window_too_wide": PlantedBug(
         "bn_relu_maxpool_backward_input",

@@ -110,6 +110,7 @@ def eager_affine(c: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def assert_mask_of(mask: Tensor, y: Tensor) -> None:
     assert torch.equal(unpack(mask, y), ~(y <= 0)), "mask is not `not (y <= 0)` of the returned y"
+    assert y.numel() % 8 == 0 or mask[-1] >> y.numel() % 8 == 0, "bits past the last element are not 0"
 
 
 def eager_batch_norm_backward(dz: Tensor, c: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

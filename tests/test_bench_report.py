@@ -112,7 +112,7 @@ def test_after_a_lost_device_the_rest_is_left_to_a_new_process(run, settings, mo
 
 FAKE_REPORT = """#!/usr/bin/env bash
 # stands for python: says what it was asked for, loses the device once, takes a second
-[[ "$*" == *-c* ]] && exit 0
+[[ " $* " == *" -c "* ]] && exit 0
 echo "$@" >> "$LOG"
 sleep 1
 [[ "$*" == *probes* && $(grep -c probes "$LOG") == 1 ]] && exit 3

@@ -5,30 +5,17 @@ from dataclasses import replace
 import cuda_host_build
 import pytest
 import torch
+from cuda_host_cases import DTYPES, GROUPS, OPS, SEEDS, host_cases
+from cuda_host_checks import check_folded, check_order
 from cuda_host_ops import HostCudaOps
-from raw_op_cases import Case, Inputs, bits, cases_of
+from raw_op_cases import Case, Inputs
 from raw_op_checks import CHECKS
-from raw_op_harness import pack, tensors
 
-from fusedres.backends.reference import ReferenceOps, pack_mask
+from fusedres.backends.reference import pack_mask
 
 pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="no CUDA headers here")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SEEDS = (1, 2, 3)
-# several blocks for the last one to merge, with packets and with single channels
-GROUPS = (Case("groups", (2, 256, 5, 9)), Case("groups_C129", (2, 129, 5, 9)), Case("rows", (3, 8, 20, 30)))
-LIBRARY = ("conv_bias_add_relu_forward", "conv_backward_input", "conv_backward_weight")
-OPS = [op for op in CHECKS if op not in LIBRARY]
-CASES = [
-    pytest.param(op, case, id=f"{op}-{case}")
-    for op in OPS
-    for case in (
-        *cases_of(op),
-        *(replace(c, form=f) for c in GROUPS for f in {x.form: 0 for x in cases_of(op)}),
-    )
-    if case.layout in ("channels_last", "offset")  # the binding makes others dense
-]
+CASES = [pytest.param(op, case, id=f"{op}-{case}") for op in OPS for case in host_cases(op)]
 
 
 @pytest.fixture(scope="module")
@@ -42,44 +29,19 @@ def ops():
 @pytest.mark.parametrize(("op", "case"), CASES)
 @pytest.mark.filterwarnings("ignore:var_mean")
 def test_op(ops, op, case, dtype):
-    ops.module.seed(1)
-    CHECKS[op](ops, replace(case, dtype=DTYPES[dtype]))
-
-
-def vectors_of(inputs, c):
-    weight, bias = (1 + 0.1 * inputs.random((c.shape[1],)).float() for _ in range(2))
-    return weight, bias, ReferenceOps().bn_scale_shift(*ReferenceOps().bn_stats(c), weight, bias, 1e-5)
+    for seed in SEEDS:
+        ops.module.seed(seed)
+        CHECKS[op](ops, replace(case, dtype=DTYPES[dtype]))
 
 
 @pytest.mark.parametrize("case", GROUPS, ids=str)
 def test_results_do_not_depend_on_the_order_of_threads_and_blocks(ops, case):
-    results = []
-    for seed in SEEDS:
-        ops.module.seed(seed)
-        inputs = Inputs(case)
-        c, dy, shortcut_c = inputs.c(), inputs.dy(), inputs.c()
-        _, _, v = vectors_of(inputs, c)
-        sums = ops.bn_add_relu_backward_reduce(dy, c, v, shortcut_c=shortcut_c, shortcut_mean=v.mean)
-        results.append([bits(t) for t in tensors((ops.bn_stats(c), sums))])
-    for other in results[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+    check_order(ops, case)
 
 
 @pytest.mark.parametrize("case", (*GROUPS, Case("C17", (2, 17, 3, 5))), ids=str)
 def test_vectors_of_the_last_block_equal_those_of_the_separate_kernels(ops, case):
-    inputs = Inputs(case)
-    c, dy, shortcut_c = inputs.c(), inputs.dy(), inputs.c()
-    weight, bias, v = vectors_of(inputs, c)
-    separate = ops.bn_scale_shift(*ops.bn_stats(c), weight, bias, 1e-5)
-    folded = ops.bn_stats_scale_shift(c, weight, bias, 1e-5)
-    rows, keep = c.numel() // c.shape[1], inputs.random(case.shape) > 0
-    mask = pack(keep, inputs)
-    sum_dz, centered, side = ops.bn_add_relu_backward_reduce(dy, c, v, mask, True, shortcut_c, v.mean)
-    separate += ops.bn_backward_coefficients(sum_dz, centered, v, rows, True)
-    separate += ops.bn_backward_coefficients(sum_dz, side, v, rows, True)
-    folded += sum(ops.bn_add_relu_backward_reduce_coefficients(dy, c, v, mask, rows, shortcut_c, v), ())
-    for one, two in zip(separate, folded, strict=True):
-        assert torch.equal(bits(one), bits(two))
+    check_folded(ops, case)
 
 
 @pytest.mark.parametrize("channels", (1, 3, 17, 24))

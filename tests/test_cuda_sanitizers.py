@@ -1,27 +1,27 @@
 """The host build of the CUDA kernels under sanitizers, and planted bugs, each caught by its own test."""
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cuda_host_build
+import cuda_resources
 import pytest
+from cuda_host_cases import OPS
 from cuda_planted_bugs import BUGS, PlantedBug
-from raw_op_checks import CHECKS
 
 pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="no CUDA headers here")
 
-LIBRARY = ("conv_bias_add_relu_forward", "conv_backward_input", "conv_backward_weight")
-OPS = [op for op in CHECKS if op not in (*LIBRARY, "bn_layer")]
 RUN = Path(__file__).parent / "cuda_host_run.py"
 
 
 def run(module: Path, variant: str, *ops: str) -> tuple[int, str]:
-    command = [sys.executable, "-W", "ignore", str(RUN), str(module), *ops]
+    command = [sys.executable, "-W", "ignore", str(RUN), str(module), variant, *ops]
     environment = cuda_host_build.environment(variant)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     return done.returncode, f"{done.stdout}\n{done.stderr}\nexit {done.returncode}"
 
 
@@ -58,6 +58,9 @@ def planted(clean):
 def test_every_kernel_is_clean(clean, variant):
     status, output = clean[variant]
     assert status == 0 and "passed" in output, output[-6000:]
+    table = cuda_resources.read_table()[1]
+    of_one_architecture = sum(kernel.arch == cuda_resources.ARCHITECTURES[0] for kernel in table)
+    assert int(re.search(r"passed: (\d+) kernels", output).group(1)) == of_one_architecture
 
 
 @pytest.mark.parametrize("name", BUGS)

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from fusedres import doctor, selftest
-from fusedres.backends import native
+from fusedres.backends import native, native_reasons
 from fusedres.backends.reference import ReferenceOps
 from fusedres.cli import app
 from fusedres.dispatch import LOADERS
@@ -76,6 +76,18 @@ def test_every_backend_passes_here():
     assert native.is_built() == any(o.backend == "native" and not o.unserved for o in outcomes)
 
 
+@pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+def test_every_native_op_is_tested_and_shown_where_it_serves():
+    """In float32 on the CPU; convolutions in each form that has a kernel of its own."""
+    backend, forms = native.NativeOps(), {"conv1x1_forward/inference", "conv_backward_input/strided"}
+    for shape in SMALL[-2:]:
+        called = list(cases(shape, torch.float32, CPU))
+        tested = {case.name for case in called if backend.supports(case.op, *case.arguments) is None}
+        assert {name.partition("/")[0] for name in tested} == set(native_reasons.REASONS) and forms <= tested
+    (row,) = [row for row in doctor.serving() if (row["device"], row["dtype"]) == ("cpu", "float32")]
+    assert {name for name, served_by in row.items() if served_by == "native"} == tested
+
+
 def test_the_self_test_finds_wrong_results(with_broken_backend):
     wrong = {
         o.case.partition("/")[0]: o.problem for o in selftest.run() if o.backend == "broken" and o.problem
@@ -94,7 +106,8 @@ def test_exit_codes_and_json(monkeypatch):
     found = json.loads(result.output)
     assert result.exit_code == 0 and found["passed"]
     assert found["versions"]["torch"] == torch.__version__ and found["backends"]["reference"] is None
-    assert {op for row in found["serving"] for op in row} == {"device", "dtype", *RAW_OPS}
+    names = {name for row in found["serving"] for name in row} - {"device", "dtype"}
+    assert {name.partition("/")[0] for name in names} == set(RAW_OPS)
     assert "pip install" in found["install"] and found["wheel"].endswith("_x86_64.whl")
 
 

@@ -34,6 +34,7 @@ def test_slim(build):
     plan = build.plan("auto", "80;90")
     assert plan.slim and build.arch_names(plan) == "80;90" and build.local_version(plan) == "+cu130.sm80.sm90"
     assert all("code=sm_" in flag for flag in build.nvcc_archs(plan))
+    assert build.plan("auto", "90a;100f").archs == ("90a", "100f")
 
 
 def test_auto_without_a_compiler_is_pure_and_says_why(build, monkeypatch):

@@ -1,15 +1,18 @@
 """The compiled library itself: what it refuses, what it needs from outside, and how it fails."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import native_symbols
 import pytest
 import torch
 
+import fusedres
 from fusedres.backends import native, native_reasons
-from fusedres.errors import BackendUnavailableError
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
 
@@ -45,7 +48,7 @@ BAD_CALLS = {
     "vector stride": (
         "bn_add_relu_forward",
         lambda c: (c, torch.ones(16)[::2], v, None, None, None, True, False),
-        r"scale is \[8\], needed contiguous \[8\]",
+        r"scale is \[8\] of strides \[2\], needed contiguous \[8\]",
     ),
     "residual shape": (
         "bn_add_relu_forward",
@@ -75,9 +78,39 @@ BAD_CALLS = {
     "mask length": (
         "bn_add_relu_backward_reduce",
         lambda c: (c, c, v, v, v, torch.zeros(31, dtype=torch.uint8), True, None, None),
-        r"mask is uint8 \[31\], needed uint8 \[32\]",
+        r"mask is uint8 \[31\], needed contiguous uint8 \[32\]",
     ),
-    "mask dtype": ("relu_backward", lambda c: (c, torch.zeros(32)), r"mask is float32 \[32\], needed uint8"),
+    "mask dtype": (
+        "relu_backward",
+        lambda c: (c, torch.zeros(32, dtype=torch.int32)),
+        r"mask is int32 \[32\], needed contiguous uint8",
+    ),
+    "mask stride": (
+        "relu_backward",
+        lambda c: (c, torch.zeros(64, dtype=torch.uint8)[::2]),
+        r"mask is uint8 \[32\] of strides \[2\], needed contiguous uint8 \[32\]",
+    ),
+    "rows": ("bn_backward_coefficients", lambda c: (v, v, v, v, v, -1, True), r"rows is -1, needed N\*H\*W"),
+    "weight rank": (
+        "conv_backward_input",
+        lambda c: (c, torch.ones(8, 16), None, None),
+        r"weight is \[8, 16\], needed \[N, C, H, W\]; pass a batch of images, or a convolution's weight",
+    ),
+    "convolution in place": (
+        "conv_backward_input_",
+        lambda c: (c, c, torch.ones(8, 9, 1, 1), 1, 1),
+        r"dx is \[2, 8, 4, 4\], needed 9 channels",
+    ),
+    "huge padding": (
+        "conv_backward_weight",
+        lambda c: (c, c, 3, 3, 1, 1, 2**62 + 1, 1, 1, 1),
+        r"padding 4611686018427387905, dilation 1, needed .*, none above 2\^20",
+    ),
+    "huge dilation": (
+        "conv_backward_weight",
+        lambda c: (c, c, 3, 3, 1, 1, 1, 1, 1, 2**62),
+        r"dilation 4611686018427387904, needed .*, none above 2\^20",
+    ),
     "dy shape": (
         "bn_add_relu_backward_reduce",
         lambda c: (image(9), c, v, v, v, None, True, None, None),
@@ -191,48 +224,79 @@ def test_a_library_that_breaks_its_promise_is_seen(tmp_path, seen):
     assert seen in native_symbols.violations(bad)
 
 
-def run_python(code):
-    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+def run_python(code, site=Path(fusedres.__file__).parent.parent):
+    """In a process that imports the package from the folder `site`."""
+    command = [sys.executable, "-P", "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-BROKEN = """
-import pathlib, tempfile
-from fusedres.backends import native
-broken = pathlib.Path(tempfile.mkdtemp()) / "libfusedres_native.so"
-broken.write_bytes(b"not a library")
-native.LIBRARY = broken
-native.load.cache_clear()
+FALLBACK = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fusedres
+from fusedres import dispatch
+said = [str(w.message) for w in caught]
+assert len(said) == 1 and {needed!r} in said[0], said
+assert "native" not in dispatch.LOADERS and dispatch.dispatcher().backends[-1].name == "reference"
+try:
+    dispatch.check_backend("native")
+except fusedres.BackendUnavailableError as error:
+    assert str(error) == said[0], error
+else:
+    raise AssertionError("no error")
 """
 
 
-def test_a_broken_library_is_one_warning_and_the_fallback():
-    """The loader warns once, and asking for the backend by name says what is wrong."""
-    done = run_python(
-        BROKEN + "import warnings\nwith warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n    assert native.loaders() == {}\n"
-        "assert len(caught) == 1 and 'does not load' in str(caught[0].message), caught\n"
-    )
+def package_with(library, folder):
+    """The package with another library, for PYTHONPATH; `library`: its bytes, None for none."""
+    source = Path(fusedres.__file__).parent
+    shutil.copytree(source, folder / "fusedres", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    if library is not None:
+        (folder / "fusedres" / native.LIBRARY.name).write_bytes(library)
+    return folder
+
+
+# in the code, the section headers at the end, the segments' headers, the first header
+CUTS = {"half": 0.5, "one byte": 1 - 1e-9, "headers": 100, "first header": 60}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_library_cut_short_is_one_warning_and_the_fallback(tmp_path, cut):
+    whole = native.LIBRARY.read_bytes()
+    size = int(CUTS[cut] if CUTS[cut] > 1 else CUTS[cut] * len(whole))
+    needed = "does not load" if size < 64 else f"cut short: found {size} bytes, needed "
+    done = run_python(FALLBACK.format(needed=needed), package_with(whole[:size], tmp_path))
     assert done.returncode == 0, done.stderr
 
 
-def test_a_broken_library_asked_for_by_name(monkeypatch, tmp_path):
-    from fusedres import dispatch
+def test_a_broken_library_is_one_warning_and_the_fallback(tmp_path):
+    code = FALLBACK.format(needed="does not load with torch")
+    done = run_python(code, package_with(b"not a library", tmp_path))
+    assert done.returncode == 0, done.stderr
 
-    broken = tmp_path / "libfusedres_native.so"
-    broken.write_bytes(b"not a library")
-    monkeypatch.setattr(native, "LIBRARY", broken)
-    # not delitem: what it puts back would come last, and the order is the preference
-    rest = {name: loader for name, loader in dispatch.LOADERS.items() if name != "native"}
-    monkeypatch.setattr(dispatch, "LOADERS", rest)
-    native.load.cache_clear()
-    try:
-        with pytest.raises(BackendUnavailableError, match="does not load with torch"):
-            dispatch.check_backend("native")
-        monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
-        with pytest.raises(BackendUnavailableError, match="is not there"):
-            dispatch.check_backend("native")
-    finally:
-        native.load.cache_clear()
+
+def test_no_library_is_the_fallback_and_says_so_when_asked(tmp_path):
+    code = "from fusedres import dispatch\ndispatch.check_backend('native')"
+    done = run_python(code, package_with(None, tmp_path))
+    assert "BackendUnavailableError" in done.stderr and "is not there" in done.stderr, done.stderr
+
+
+def test_a_second_copy_of_the_library_is_one_warning_and_the_fallback(tmp_path):
+    copy = tmp_path / native.LIBRARY.name
+    shutil.copy(native.LIBRARY, copy)
+    first = f"import torch\ntorch.ops.load_library({str(copy)!r})\n"
+    done = run_python(first + FALLBACK.format(needed=f"the operators of fusedres_native are those of {copy}"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_same_library_by_another_path_is_loaded(tmp_path):
+    link = tmp_path / "link.so"
+    link.symlink_to(native.LIBRARY)
+    first = f"import ctypes, torch\nctypes.CDLL({str(link)!r})\n"
+    done = run_python(first + "from fusedres import dispatch\nassert 'native' in dispatch.LOADERS")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_library_of_other_sources_is_one_warning_and_the_fallback(monkeypatch):
@@ -292,3 +356,11 @@ def test_archs_cover(ops):
     assert cover("80;90", 8, 0) and cover("80;90", 8, 9) and cover("80;90", 9, 0)
     assert not cover("80;90", 7, 5) and not cover("80;90", 10, 0) and not cover("86", 8, 0)
     assert cover("80;90+PTX", 12, 0) and not cover("100+PTX", 9, 0) and not cover("", 9, 0)
+
+
+def test_archs_cover_of_one_architecture_or_family(ops):
+    cover = ops.cuda_archs_cover
+    assert cover("100a", 10, 0) and not cover("100a", 10, 3) and not cover("103a", 10, 0)
+    assert not cover("90a+PTX", 10, 0) and not cover("100a+PTX", 10, 3) and cover("100a;100", 10, 3)
+    assert cover("100f", 10, 0) and cover("100f", 10, 3) and not cover("103f", 10, 0)
+    assert not cover("100f", 11, 0) and not cover("100f+PTX", 12, 0) and cover("120f", 12, 1)

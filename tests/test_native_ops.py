@@ -249,7 +249,10 @@ def test_input_gradient_does_not_depend_on_the_number_of_threads():
         ({"weight": torch.zeros(8, 16, 1, 1).double()}, "weight is float64, needed float32"),
         ({"dy": torch.zeros(2, 8, 5, 5, dtype=torch.bfloat16)}, "weight is float32, needed bfloat16"),
         ({"shortcut_dy": torch.zeros(2, 16, 5, 6)}, r"shortcut_dy is \[2, 16, 5, 6\]"),
-        ({"shortcut_mask": torch.zeros(3, dtype=torch.uint8)}, r"mask is uint8 \[3\], needed uint8 \[100\]"),
+        (
+            {"shortcut_mask": torch.zeros(3, dtype=torch.uint8)},
+            r"mask is uint8 \[3\], needed contiguous uint8 \[100\]",
+        ),
         ({"shortcut_dy": None}, "shortcut_mask is without shortcut_dy"),
         ({"weight": torch.zeros(8, 12, 1, 1), "shortcut_dy": torch.zeros(2, 12, 5, 5)}, "12 bits a position"),
     ],
@@ -341,6 +344,34 @@ def test_backward_into_the_storage_of_c(case, dtype):
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.equal(bits(a.contiguous()), bits(b.contiguous()))
+
+
+def test_autograd_sees_what_is_written_in_place():
+    """A tensor that autograd has kept and a kernel has written into is an error, not a wrong gradient."""
+    ops, inputs = native.NativeOps(), Inputs(Case("kept", (2, 16, 5, 7)))
+    _, _, v, _, _, _ = backward_parts(ops, inputs)
+    grads, weight = inputs.grads(v, 70), torch.ones(16, 16, 1, 1)
+    writes = {
+        "forward": lambda a, b, c: ops.bn_add_relu_forward(a, v.scale, v.shift, reuse_c=True),
+        "backward into dy": lambda a, b, c: ops.bn_add_relu_backward_input(a, b, v, grads, reuse_dy=True),
+        "backward into c": lambda a, b, c: ops.bn_add_relu_backward_input(b, a, v, grads, reuse_c=True),
+        "backward into shortcut_c": lambda a, b, c: ops.bn_add_relu_backward_input(
+            b, c, v, grads, shortcut_c=a, shortcut_grads=grads, reuse_c=True
+        ),
+        "gradient onto the shortcut's": lambda a, b, c: ops.conv_backward_input(
+            b, c, weight, (1, 1), (0, 0), (1, 1), 1, a, reuse_shortcut=True
+        ),
+    }
+    for name, write in writes.items():
+        x, *others = (inputs.c().clone() for _ in range(3))
+        kept = x.requires_grad_() * 2
+        squared = kept.square()
+        before = bits(kept.detach().clone())
+        with torch.no_grad():
+            write(kept, *others)
+        assert not torch.equal(bits(kept.detach()), before), f"{name}: nothing was written"
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            squared.sum().backward()
 
 
 def test_nothing_is_given_away_where_it_is_still_needed():

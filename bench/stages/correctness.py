@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GPU_TESTS = ("tests/test_gpu_ops.py", "tests/test_gpu_blocks.py")
 # the report's own test would start this stage again
 SUITE = ("tests", *(f"--ignore={file}" for file in (*GPU_TESTS, "tests/test_bench_report.py")))
-DTYPES = ("bfloat16", "float32")  # in float32 a GPU's 1x1 products are left to the reference
+DTYPES = ("bfloat16", "float16", "float32")  # in float32 a GPU's 1x1 products are left to the reference
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 KEPT_OUTPUT = 4000  # characters from the end of a failed command's output
 SECONDS = 480

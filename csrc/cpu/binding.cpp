@@ -131,6 +131,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> backward_coefficients(Tensor 
                                                                          int64_t rows, bool training) {
   const char* op = "bn_backward_coefficients";
   const int64_t channels = sum_dz.numel();
+  check_rows(op, rows);
   check_vector(op, "sum_dz", sum_dz, channels);
   check_vector(op, "sum_dz_centered", sum_dz_centered, channels);
   check_vector(op, "mean", mean, channels);
@@ -352,7 +353,7 @@ Tensor conv_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy,
 
 // dx [N, Cin, H, W], added to; dy [N, Cout, H', W']
 void conv_backward_input_(Tensor dx, Tensor dy, Tensor weight, int64_t stride_height, int64_t stride_width) {
-  const char* op = "conv_backward_input";
+  const char* op = "conv_backward_input_";
   ConvInputArgs args = input_args(op, dy, weight);
   check_activation(op, "dx", dx);
   if (dx.scalar_type() != dy.scalar_type()) {

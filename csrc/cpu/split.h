@@ -60,11 +60,16 @@ class Tail {
   }
   uint8_t* out_mask(uint8_t* mask) {
     uint8_t* copy = const_cast<uint8_t*>(in_mask(mask));
-    if (copy != nullptr) outputs_.push_back({mask + offset_ / 8, copy, static_cast<size_t>((period_.tail + 7) / 8)});
+    if (copy != nullptr) {
+      outputs_.push_back({mask + offset_ / 8, copy, static_cast<size_t>((period_.tail + 7) / 8)});
+      if (period_.tail % 8 != 0) last_mask_byte_ = mask + (offset_ + period_.tail) / 8;
+    }
     return copy;
   }
   void copy_back() const {
     for (const Output& output : outputs_) std::memcpy(output.target, output.copy, output.bytes);
+    // bits past the last element, of the padding, are 0
+    if (last_mask_byte_ != nullptr) *last_mask_byte_ &= static_cast<uint8_t>((1u << period_.tail % 8) - 1);
   }
 
  private:
@@ -85,6 +90,7 @@ class Tail {
   int64_t offset_;
   std::vector<std::vector<char>> buffers_;
   std::vector<Output> outputs_;
+  uint8_t* last_mask_byte_ = nullptr;
 };
 
 // How many pieces `rows` of `elements` each are cut into: a function of the sizes and the number of threads only.

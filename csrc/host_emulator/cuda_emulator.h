@@ -56,6 +56,7 @@ namespace fusedres::cuda {
 
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t, const Args&... args) {
+  emulator::state().launched.insert(reinterpret_cast<void (*)()>(kernel));
   return emulator::run_grid(grid, block, [=] { kernel(args...); });
 }
 

@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <vector>
 
 #include <cuda_runtime_api.h>
@@ -59,6 +60,7 @@ struct State {
   CallerStack caller_stack;
   char begin = 0, end = 0, fence = 0;  // orders: launch to threads, threads to launch, __threadfence
   Device device;
+  std::set<void (*)()> launched;  // each instantiation of a kernel is one
 };
 
 inline State& state() {

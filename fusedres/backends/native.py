@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.autograd.graph import increment_version  # autograd does not see what a kernel of ours writes into
 
+from fusedres.backends import native_file
 from fusedres.backends.native_reasons import REASONS
 from fusedres.errors import BackendUnavailableError
 from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output, RawOps
@@ -53,7 +55,8 @@ def load() -> None:
     """Loads the library, once; after this `torch.ops.fusedres_native` has the operators.
 
     Raises:
-        BackendUnavailableError: it is not there, or not loadable with this torch or on this processor.
+        BackendUnavailableError: it is not there, not whole, or not loadable into this process, with this torch or on
+            this processor.
     """
     if not is_built():
         raise BackendUnavailableError(
@@ -61,6 +64,8 @@ def load() -> None:
             "Install a wheel that has it, or build from source with g++: "
             "FUSEDRES_BUILD=cpu pip install --no-build-isolation ."
         )
+    if (problem := native_file.problem(LIBRARY)) is not None:
+        raise BackendUnavailableError(f"fusedres: {LIBRARY} is not loaded: {problem}")
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
@@ -138,6 +143,7 @@ class NativeOps:
         args = c, scale, shift, residual, residual_scale, residual_shift, relu
         if reuse_c and not save_mask and c.device.type == "cpu":
             self._ops.bn_add_relu_forward_(*args)
+            increment_version(c)
             return c, None
         return self._ops.bn_add_relu_forward(*args, save_mask)
 
@@ -173,11 +179,13 @@ class NativeOps:
         v, g = vectors, grads
         if reuse_dy and shortcut_c is None and not save_dz and dy.device.type == "cpu":
             self._ops.bn_add_relu_backward_input_(dy, c, v.scale, v.shift, g.A, g.B, g.K, mask, relu)
+            increment_version(dy)
             return dy, None
         shortcut = (None, None, None) if shortcut_grads is None else shortcut_grads[2:]
         args = dy, c, v.scale, v.shift, g.A, g.B, g.K, mask, relu, shortcut_c, *shortcut, save_dz
         if reuse_c and c.device.type == "cpu":
             dz = self._ops.bn_add_relu_backward_input_of_c_(*args)
+            increment_version(c if shortcut_c is None else (c, shortcut_c))
             return c, dz if shortcut_c is None else shortcut_c
         return self._ops.bn_add_relu_backward_input(*args)
 
@@ -238,6 +246,7 @@ class NativeOps:
             return self._ops.conv_backward_input(dy, weight, shortcut_dy, shortcut_mask)
         dx = shortcut_dy if in_place else shortcut_dy.clone()
         self._ops.conv_backward_input_(dx, dy, weight, *stride)
+        increment_version(dx)
         return dx
 
     def conv_bias_add_relu_forward(self, x, weight, bias, residual, relu, stride, padding, dilation, groups):

@@ -1,6 +1,6 @@
 """Runs the raw-op checks on the vector kernels of the native library, in a process of its own.
 
-python native_avx512_run.py CAPABILITY    exit 0, or the first failure; CAPABILITY is what must be in use
+python native_kernels_run.py CAPABILITY    exit 0, or the first failure; CAPABILITY is what must be in use
 """
 
 import sys
