@@ -222,12 +222,8 @@ def serving_text(rows: list[dict[str, str]]) -> str:
     lines = [heads, *((name, *(row[name] for row in rows)) for name in names)]
     notes = ["reference: plain PyTorch, with its libraries' kernels."]
     if any("native" in row.values() for row in rows):
-        notes.append(
-            "native serves other calls of some of these: it leaves to the library what that is as fast at."
-        )
-    return section(
-        "which backend serves an op, asked at the channels of an ordinary block, channels_last", lines, *notes
-    )
+        notes.append("Of convolutions native leaves sizes to the library at which that is as fast.")
+    return section("which backend serves an op at an ordinary block's channels, channels_last", lines, *notes)
 
 
 def recipe_table_text(entries: list[dict[str, Any]]) -> str:

@@ -222,6 +222,7 @@ def test_products_are_measured_beside_the_bare_one():
     assert found == {
         "conv1x1_forward/stats": narrow,
         "conv1x1_forward/join": wide,
+        "conv1x1_forward/inference": wide,
         "gram": (shape.narrow, shape.narrow),
         "conv1x1_backward_weight": (shape.wide, shape.narrow, 1, 1),
         "conv1x1_gram_backward_input": narrow,
