@@ -51,7 +51,10 @@ def expected_backend(op, case):
     if op == "conv_backward_weight":
         dense = case.dtype in native_reasons.product_dtypes() and case.layout in ("channels_last", "offset")
         many = case.shape[1] >= native_reasons.FEWEST_CHANNELS
-        wide = case.form != "1x1" or case.shape[1] * (case.shape[1] + 2) > native_reasons.FEWEST_WEIGHTS
+        wide = (
+            case.form != "1x1"
+            or case.shape[1] * (case.shape[1] + 2) >= native_reasons.FEWEST_WEIGHTS[case.dtype]
+        )
         grouped = case.form == "groups" and (case.shape[1] % 4 == 0 or case.shape[1] % 3 == 0)
         return "native" if dense and many and wide and not grouped else "reference"
     if op == "conv_backward_input":

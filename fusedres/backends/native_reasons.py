@@ -20,9 +20,9 @@ DTYPES = {
 }
 
 # conv_backward_weight, against oneDNN 3.12 at ResNet-50's shapes, batch 16, on two cores each of Zen 3, Zen 5 and
-# Cascade Lake
+# Cascade Lake; bfloat16 on Zen 5
 FEWEST_CHANNELS = 64
-FEWEST_WEIGHTS = 128 * 256  # of a pointwise convolution
+FEWEST_WEIGHTS = {torch.float32: 256 * 256, torch.bfloat16: 64 * 256}  # of a pointwise convolution
 FEWEST_SUMMED = 128  # channels of bfloat16, of a 1x1 convolution in inference: on Zen 5
 FEWEST_WEIGHTS_PER_THREAD = 2048  # with fewer, shares are too small or unequal
 
@@ -126,7 +126,7 @@ def weight_gradient_reason(dy, x, kernel_size, stride, padding, dilation, groups
         return "groups"
     cin, cout = x.shape[1], dy.shape[1]
     pointwise = tuple(kernel_size) == tuple(stride) == (1, 1)
-    if min(cin, cout) < FEWEST_CHANNELS or (pointwise and cin * cout <= FEWEST_WEIGHTS):
+    if min(cin, cout) < FEWEST_CHANNELS or (pointwise and cin * cout < FEWEST_WEIGHTS[x.dtype]):
         return "library_as_fast"
     if cin * cout * prod(kernel_size) < FEWEST_WEIGHTS_PER_THREAD * torch.get_num_threads():
         return "too_many_threads"
