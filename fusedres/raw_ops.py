@@ -98,8 +98,8 @@ class RawOps(Protocol):
 
     name: str
 
-    def supports(self, op: str, *args: object) -> str | None:
-        """None if this backend serves `op` on these positional arguments, else why not (a short code).
+    def supports(self, op: str, *args: object, **kwargs: object) -> str | None:
+        """None if this backend serves `op` on these arguments, else why not (a short code).
 
         Looks at shapes, dtypes, strides and devices only, never at values.
         """

@@ -35,7 +35,7 @@ class FakeOps:
 
     name = "fake"
 
-    def supports(self, op: str, *args: object) -> str | None:
+    def supports(self, op: str, *args: object, **kwargs: object) -> str | None:
         return None
 
     def bn_stats(self, c):

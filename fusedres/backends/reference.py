@@ -92,7 +92,7 @@ class ReferenceOps:
 
     name = "reference"
 
-    def supports(self, op: str, *args: object) -> str | None:
+    def supports(self, op: str, *args: object, **kwargs: object) -> str | None:
         return None
 
     def bn_stats(self, c):
