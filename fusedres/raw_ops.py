@@ -321,8 +321,8 @@ class RawOps(Protocol):
         """`Rc = dz^T (a - center)` [Cout, Cin] and `dbias = sum dz` [Cout], in the accumulation dtype always.
 
         dy [N, Cout, H, W] with the packed mask of y (None: dz = dy); c [N, Cin, H, W] with
-        `a = relu(scale*c + shift)`, rounded; center [Cin], None for 0. A bfloat16 backend forms
-        `dz^T a - outer(dbias, center)` in float32 (a - center would round), others subtract first.
+        `a = relu(scale*c + shift)`, rounded; center [Cin], None for 0. a - center may round, but not all
+        rows alike: a backend may subtract a pivot first, and `outer(dbias, center - pivot)` from the sums, in float32.
         """
 
     def conv1x1_gram_backward_input(

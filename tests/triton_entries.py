@@ -107,10 +107,12 @@ def products() -> Iterator[Entry]:
         yield product("identity_mask", backward, joined, constants, tile)
 
     weight = conv1x1_backward_weight.conv1x1_backward_weight_kernel
-    signature = types(A="dy c", F="scale shift partial_r partial_dbias", U="mask", I="P")
+    mask = types(A="dy c", F="scale shift partial_r partial_dbias", U="mask", I="P")
+    pivot = {**mask, **types(F="pivot")}
     for tile in tiles.CONV1X1_BACKWARD_WEIGHT:
         constants = {"CIN": 2 * tile.bn, "COUT": 8 * tile.bn, "ROWS": tiles.weight_rows(2 * tile.bn)}
-        yield product("mask", weight, signature, constants, tile)
+        yield product("mask", weight, mask, constants, tile)
+        yield product("mask_pivot", weight, pivot, constants, tile)
 
     signature = types(A="c", F="scale shift reference partial_products partial_sums", I="P")
     for tile in tiles.GRAM:
@@ -206,9 +208,13 @@ def small() -> Iterator[Entry]:
     )
     span = {"SPAN": tiles.MERGE_ROWS, "BT": merge.BLOCK_ROWS, "BC": merge.BLOCK_COLUMNS}
     sums = types(F="partials left right out", I="T W")
-    yield Entry("merge_sums-outer", merge.merge_sums_kernel, sums, {**span, "RIGHT": 64})
+    yield Entry(
+        "merge_sums-outer", merge.merge_sums_kernel, sums, {**span, "RIGHT": 64, "FINITE_LEFT": False}
+    )
     first = types(F="partials", D="out", I="T W")
-    yield Entry("merge_sums-first", merge.merge_sums_kernel, first, {**span, "RIGHT": 1})
+    yield Entry(
+        "merge_sums-first", merge.merge_sums_kernel, first, {**span, "RIGHT": 1, "FINITE_LEFT": False}
+    )
     moments = types(D="tile_mean out", F="tile_m2", I="T P C")
     yield Entry("merge_moments", merge.merge_moments_kernel, moments, {**span, "ROWS": tiles.STATISTICS_ROWS})
     finish = types(D="power_sums", F="mean var", I="T P C")
@@ -217,6 +223,8 @@ def small() -> Iterator[Entry]:
     sample = {"CIN": 256, "SAMPLE": tiles.GRAM_SAMPLE, "BN": tiles.GRAM_SAMPLE_COLUMNS}
     reference = types(A="c", F="scale shift reference", I="P")
     yield Entry("gram_reference", gram.gram_reference_kernel, reference, sample)
+    pivot = types(A="c", F="scale shift center pivot rest", I="P")
+    yield Entry("conv1x1_pivot", conv1x1_backward_weight.pivot_kernel, pivot, {**sample, "COARSE": True})
     finish = types(D="products sums", F="reference m S", I="P")
     yield Entry("gram_finish", gram.gram_finish_kernel, finish, {"CIN": 256, "BLOCK": 128})
 

@@ -98,6 +98,11 @@ CASES = {
         "C40to136-mask_center",
         "P1100-mask",
         "mixed-center",
+        "expanded-center",
+        "dy_mean1-mask_center",
+        "dy_mean1-center",
+        "dy_mean1_P1100-mask_center",
+        "dy_mean1_P1100-center",
         "dy_mean1_bias30-mask_center",
         "dy_mean1_bias1000-mask_center",
         "nan_inf_C17-mask",
@@ -178,11 +183,20 @@ def test_moments_of_many_groups(rows, monkeypatch):
         check("bn_stats", replace(case, dtype=torch.float32))
 
 
-def test_the_late_center_of_bfloat16(monkeypatch):
-    """bfloat16 subtracts center*dbias after the product; interpreted, float32 goes that way."""
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["nan_inf-center", "nan_inf_C17-mask_center", "nan_inf_C17-center"])
+def test_infinities_of_centred_activations(name, dtype):
+    """Not in bfloat16, where center*dbias is subtracted from infinities of another sign."""
+    every = {str(case): case for case in conv1x1_cases.cases_of("conv1x1_backward_weight")}
+    check("conv1x1_backward_weight", replace(every[name], dtype=DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("name", ["dy_mean1", "dy_mean1_P1100", "dy_mean1_bias30"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_pivot_of_bfloat16(name, dtype, monkeypatch):
+    """It subtracts before the product only where the mean is far from 0; interpreted, other dtypes do as it does."""
     from fusedres.triton_kernels import conv1x1_backward_weight as module
 
-    monkeypatch.setattr(module, "EARLY_CENTER", ())
+    monkeypatch.setattr(module, "ROUNDS_COARSELY", tuple(DTYPES.values()))
     every = {str(case): case for case in conv1x1_cases.cases_of("conv1x1_backward_weight")}
-    case = replace(every["dy_mean1-mask_center"], dtype=torch.float32)
-    check("conv1x1_backward_weight", case)
+    check("conv1x1_backward_weight", replace(every[f"{name}-mask_center"], dtype=DTYPES[dtype]))

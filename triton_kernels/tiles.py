@@ -20,8 +20,8 @@ REDUCTION_WARPS = 8
 # Partials merged by one program; a second round follows where there are more.
 MERGE_ROWS = 256
 
-# Rows sampled for the value that `gram` subtracts before it squares: it is off by 1/sqrt(512) = 4 % of a
-# standard deviation.
+# Rows sampled for the value that is subtracted from an activation before its products: it is off by 1/sqrt(512) = 4 %
+# of a standard deviation.
 GRAM_SAMPLE = 512
 GRAM_SAMPLE_COLUMNS = 16
 
@@ -62,7 +62,9 @@ CONV1X1_BACKWARD_INPUT = (
 # [Cout, rows] x [rows, Cin]: bm over Cout, bn over Cin, bk over rows.
 CONV1X1_BACKWARD_WEIGHT = (
     GemmTile(32, 32, 64, 4, 3),  # CIFAR bottlenecks
-    GemmTile(64, 64, 32, 4, 3),  # both operands are made in registers: small tiles, four programs a SM
+    GemmTile(
+        64, 64, 32, 4, 3
+    ),  # operands and two sums in registers, up to 167: small tiles, three programs a SM
     GemmTile(128, 64, 32, 8, 3),  # wide layers: a is made again Cout/128 times instead of /64; bk 64 spills
 )
 
