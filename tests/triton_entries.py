@@ -89,8 +89,8 @@ def products() -> Iterator[Entry]:
                 yield product(f"{form}_stride{stride}", forward, signature, constants, tile)
 
     below = conv1x1_gram_backward_input.conv1x1_gram_backward_input_kernel
-    frozen = types(A="dy c weight_dz dz_below", F="mean scale shift tile_sums", U="mask", I="P")
-    training = {**frozen, **types(A="weight_a", F="offset")}
+    frozen = types(A="dy c weight_dz dz_below", F="mean scale shift offset tile_sums", U="mask", I="P")
+    training = {**frozen, **types(A="weight_a")}
     for tile in tiles.CONV1X1_GRAM_BACKWARD_INPUT:
         constants = {"CIN": tile.bn if tile.bn < 128 else 512, "COUT": 1024, "TERMS": 2}
         yield product("training", below, training, constants, tile)
@@ -250,6 +250,8 @@ def algebra() -> Iterator[Entry]:
     kernel = gram_backward_coefficients.gram_offset_kernel
     offset = types(D="products", A="weight_dz", F="sum_dz m center weight_a offset", I="P")
     yield Entry("gram_offset", kernel, offset, by_columns)
+    lost = types(A="weight_dz weight", F="sum_dz scale offset", I="P")
+    yield Entry("gram_offset-frozen", kernel, lost, by_columns)
     kernel = conv1x1_gram_backward_input.split_weight_kernel
     split = types(F="weight center offset moved_offset", A="terms")
     yield Entry("split_weight", kernel, split, {k: v for k, v in by_columns.items() if k != "COUT"})

@@ -28,6 +28,7 @@ TRAPS = (
     "bottleneck-bias-before-1000",
     "bottleneck-dy-mean-1",
     "bottleneck-frozen",
+    "bottleneck-frozen-dy-mean-1",
 )
 SEPARATE = ("basic-projection", "bottleneck", "bottleneck-bias-before-1000")
 CASES = [

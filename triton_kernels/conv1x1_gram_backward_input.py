@@ -20,9 +20,9 @@ def conv1x1_gram_backward_input_kernel(
     scale,  # [CIN], BN below: a = relu(scale*c + shift)
     shift,
     weight_dz,  # [COUT, CIN] in dy's dtype
-    weight_a,  # [TERMS, CIN, CIN] in dy's dtype, their sum is the weight; None with what follows: frozen statistics
+    weight_a,  # [TERMS, CIN, CIN] in dy's dtype, their sum is the weight; or None: frozen statistics
     center,  # [CIN], or None: a is taken as it is
-    offset,  # [CIN]
+    offset,  # [CIN] or None
     dz_below,  # [P, CIN]
     tile_sums,  # [ceil(P / BM), 2, CIN]: sum dz_below, sum dz_below*(c - mean)
     P,
@@ -47,7 +47,7 @@ def conv1x1_gram_backward_input_kernel(
     c_tile = c + base * CIN
 
     acc = tl.zeros((BM, BN), tl.float32)
-    if weight_a is not None:
+    if offset is not None:
         acc += load_vector(offset, n, CIN)
     for k0 in range(0, COUT, BK):
         valid_k = k0 + k < COUT
