@@ -347,7 +347,7 @@ class RawOps(Protocol):
         in the accumulation dtype.
         weight_a and center are None together: frozen statistics. offset None: 0. A backend may round weight_dz to the
         activation dtype, but keeps what rounding weight_a leaves: a and the ReLU's mask go together, so its errors
-        would not average out.
+        would not average out. Kept as a second term it may make NaN of an infinite a's Inf: Inf - Inf.
         """
 
     def conv1x1_backward_input(

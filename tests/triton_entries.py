@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -33,6 +33,14 @@ from fusedres.triton_kernels import (
 ARCHITECTURES = (80, 90, 100)
 # activations, vectors, merged sums, bytes, sizes
 KINDS = {"A": "*bf16", "F": "*fp32", "D": "*fp64", "U": "*u8", "I": "i32"}
+# the tiles of activations and weights that one step of a product loads
+OPERANDS = {
+    "conv1x1_forward": ("BM BK", "BK BN"),
+    "conv1x1_gram_backward_input": ("BM BK", "BK BN"),
+    "conv1x1_backward_input": ("BM BK", "BM BK", "BK BN"),
+    "conv1x1_backward_weight": ("BK BM", "BK BN"),
+    "gram": ("BK BN", "BK BN"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,9 @@ class Entry:
     warps: int = 4
     stages: int = 3
     product: bool = False
+    copies: int = (
+        0  # asynchronous ones of 16 bytes that a thread makes at least: of every operand, for each stage
+    )
     architectures: tuple[int, ...] = ARCHITECTURES
 
     def hash(self) -> str:
@@ -120,6 +131,16 @@ def products() -> Iterator[Entry]:
         yield product("", gram.gram_kernel, signature, constants, tile)
 
 
+def unaligned_products() -> Iterator[Entry]:
+    """With one channel more: the entries that `tiles` chooses there. Copies of 2 bytes are not asynchronous."""
+    for entry in products():
+        more = {name: entry.constants[name] + 1 for name in ("CIN", "COUT") if name in entry.constants}
+        widest = 32 if entry.id.startswith("conv1x1_backward_weight") else 64
+        if entry.constants["BN"] == widest:
+            constants = {**entry.constants, **more}
+            yield replace(entry, id=f"{entry.id}-odd", constants=constants, copies=0)
+
+
 def product(
     form: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], tile: tiles.GemmTile
 ) -> Entry:
@@ -130,7 +151,10 @@ def product(
     # `tiles.forward_tile` does not choose this one on Blackwell
     narrowed = name == "conv1x1_forward" and "stats" in form and tile == tiles.CONV1X1_FORWARD[-1]
     architectures = (80, 90) if narrowed else ARCHITECTURES
-    return Entry(label, kernel, signature, constants, tile.warps, tile.stages, True, architectures)
+    operands = OPERANDS[name] * (2 if "weight_a" in signature else 1)  # a second loop
+    elements = [constants[m] * constants[n] for m, n in map(str.split, operands)]
+    copies = tile.stages * sum(2 * count // (16 * 32 * tile.warps) for count in elements)
+    return Entry(label, kernel, signature, constants, tile.warps, tile.stages, True, copies, architectures)
 
 
 def elementwise() -> Iterator[Entry]:
@@ -258,4 +282,4 @@ def algebra() -> Iterator[Entry]:
 
 
 def entries() -> list[Entry]:
-    return [*products(), *elementwise(), *small(), *algebra()]
+    return [*products(), *unaligned_products(), *elementwise(), *small(), *algebra()]

@@ -110,6 +110,7 @@ CASES = {
     "conv1x1_gram_backward_input": (
         "C17to24-training_mask",
         "C130to33-training_mask",
+        "C136to40-training_mask",
         "P129-frozen_mask",
         "expanded-training_mask",
         "bias30-training_mask",
@@ -121,6 +122,7 @@ CASES = {
     "conv1x1_backward_input": (
         "C17to24-identity_mask",
         "C130to33-identity_mask",
+        "C136to40-identity_mask",
         "P129-relu",
         "mixed-frozen_identity_mask",
         "nan_inf-no_relu",

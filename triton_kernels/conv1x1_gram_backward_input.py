@@ -144,7 +144,7 @@ def conv1x1_gram_backward_input(
     """dz_below [N, Cin, H, W] and its two sums [Cin]; dy [N, Cout, H, W], c like dz_below, not empty."""
     cout, cin = weight_dz.shape
     total = layout.rows(c)
-    tile = tiles.output_tile(tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin)
+    tile = tiles.output_tile(tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin, cout)
     row_tiles = triton.cdiv(total, tile.bm)
     terms = 1 if c.dtype == torch.float32 else 2
     if weight_a is not None and offset is not None and center is not None:

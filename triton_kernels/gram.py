@@ -131,7 +131,7 @@ def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     gram_reference_kernel[(triton.cdiv(cin, columns),)](
         c, scale, shift, reference, total, CIN=cin, SAMPLE=tiles.GRAM_SAMPLE, BN=columns, num_warps=4
     )
-    tile = tiles.output_tile(tiles.GRAM, cin)
+    tile = tiles.output_tile(tiles.GRAM, cin, cin)
     split_rows = tiles.gram_rows(cin, tile.bn)
     splits, column_tiles = triton.cdiv(total, split_rows), triton.cdiv(cin, tile.bn)
     products = layout.empty((splits, cin, cin), c, torch.float32)

@@ -74,7 +74,7 @@ def offsets_fit(op: str, cin: int, widest: int) -> bool:
 
     rows = tiles.STATISTICS_ROWS
     if op == "gram":
-        rows = tiles.gram_rows(cin, tiles.output_tile(tiles.GRAM, cin).bn)
+        rows = tiles.gram_rows(cin, tiles.output_tile(tiles.GRAM, cin, cin).bn)
     elif op == "conv1x1_backward_weight":
         rows = tiles.weight_rows(cin)
     return max(rows, 2 * widest) * widest < 2**31
