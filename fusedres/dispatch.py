@@ -84,7 +84,7 @@ class Dispatcher:
 
     def _call(self, op: str, *args: Any, **kwargs: Any) -> Any:
         for backend in self.backends[:-1]:
-            if backend.supports(op, *args) is None:
+            if backend.supports(op, *args, **kwargs) is None:
                 return getattr(backend, op)(*args, **kwargs)
         return getattr(self.backends[-1], op)(*args, **kwargs)
 

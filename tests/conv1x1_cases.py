@@ -27,6 +27,7 @@ SHAPES = (
     Conv1x1Case("C24to8", (1, 24, 3, 3), cout=8),
     Conv1x1Case("C40to136", (1, 40, 6, 7), cout=136),
     Conv1x1Case("C130to33", (1, 130, 3, 5), cout=33),
+    Conv1x1Case("C136to40", (1, 136, 3, 5), cout=40),
     Conv1x1Case("P1", (1, 24, 1, 1)),
     Conv1x1Case("P127", (1, 16, 1, 127)),
     Conv1x1Case("P128", (2, 16, 8, 8)),

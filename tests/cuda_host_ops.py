@@ -38,7 +38,7 @@ class HostCudaOps:
     def __init__(self, module: ModuleType) -> None:
         self.module = module
 
-    def supports(self, op: str, *args: object) -> str | None:
+    def supports(self, op: str, *args: object, **kwargs: object) -> str | None:
         return None
 
     def _args(self, struct: str, **fields: Any) -> Any:

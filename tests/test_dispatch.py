@@ -19,7 +19,7 @@ class Picky(ReferenceOps):
 
     name = "picky"
 
-    def supports(self, op, *args):
+    def supports(self, op, *args, **kwargs):
         if op != "bn_stats":
             return "not_implemented"
         return None if args[0].dtype is torch.float32 else "dtype"

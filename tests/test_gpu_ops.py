@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conv1x1_cases import Conv1x1Case
 from raw_op_cases import cases_of
 from raw_op_checks import CHECKS
 from test_native_ops import Recorder, expected_backend
@@ -36,6 +37,17 @@ def test_native(op, case, dtype):
     CHECKS[op](ops, case)
     if op != "bn_layer":
         assert {name for called, name in ops.served if called == op} == {expected_backend(op, case)}
+
+
+MANY_ROWS = Conv1x1Case("P200704", (64, 64, 56, 56), form="mask_center", cout=64, dy_mean=1.0)
+
+
+@pytest.mark.parametrize("bias", [3.0, 30.0])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_triton_weight_gradient_of_many_rows(bias, dtype):
+    """Tensor cores truncate as they add: in long sums of large means that is an error of its own, on GPUs alone."""
+    case = replace(MANY_ROWS, bias_before=bias, dtype=DTYPES[dtype], device=DEVICE)
+    check("conv1x1_backward_weight", case)
 
 
 @pytest.mark.parametrize(

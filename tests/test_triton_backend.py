@@ -13,9 +13,10 @@ import torch
 pytest.importorskip("triton")
 
 from fusedres.backends import triton as triton_backend
+from fusedres.backends.reference import ReferenceOps
 from fusedres.backends.triton import SERVED, TritonOps
-from fusedres.dispatch import dispatcher
-from fusedres.raw_ops import RAW_OPS
+from fusedres.dispatch import Dispatcher, dispatcher
+from fusedres.raw_ops import RAW_OPS, BatchNormVectors
 
 NHWC = torch.channels_last
 
@@ -48,6 +49,14 @@ def test_cpu_tensors_only_under_the_interpreter(monkeypatch):
     assert interpreted().supports("bn_stats", c.to("meta")) == "device_meta"
 
 
+def strided(channels):
+    return torch.ones(channels, 2)[:, 0]
+
+
+def vectors(*each):
+    return BatchNormVectors(*each, *(torch.ones(8) for _ in range(5 - len(each))))
+
+
 @pytest.mark.parametrize(
     ("op", "arguments", "reason"),
     [
@@ -75,6 +84,26 @@ def test_cpu_tensors_only_under_the_interpreter(monkeypatch):
             "dtype_float64",
         ),
         ("gram", (activation(2, 8, 3, 3), torch.ones(8), torch.ones(8)), None),
+        ("bn_scale_shift", (torch.zeros(8), torch.ones(8), strided(8), None, 1e-5), "vector_not_dense"),
+        ("bn_scale_shift", (strided(8), torch.ones(8), None, None, 1e-5), "vector_not_dense"),
+        (
+            "bn_scale_shift",
+            (torch.zeros(8), torch.ones(8), None, torch.ones(1).expand(8), 1e-5),
+            "vector_not_dense",
+        ),
+        ("bn_scale_shift", (torch.zeros(1), torch.ones(1), strided(1), None, 1e-5), None),
+        (
+            "bn_add_relu_backward_reduce",
+            (activation(2, 8, 3, 3), activation(2, 8, 3, 3), vectors(strided(8))),
+            "vector_not_dense",
+        ),
+        ("conv1x1_forward", (activation(2, 8, 3, 3), activation(4, 8, 1, 1), strided(4)), "vector_not_dense"),
+        ("conv1x1_forward", (activation(1, 64, 1, 1), activation(16384, 64, 1, 1)), None),
+        (
+            "conv1x1_forward",
+            (activation(1, 64, 1, 1), torch.empty((2**15, 64, 1, 1), dtype=torch.float16)),
+            "too_many_channels",
+        ),
         ("gram_output_stats", (activation(32, 8, 1, 1), None, torch.ones(8), torch.ones(8, 8)), None),
         (
             "gram_output_stats",
@@ -90,6 +119,35 @@ def test_cpu_tensors_only_under_the_interpreter(monkeypatch):
 )
 def test_reason(op, arguments, reason):
     assert interpreted().supports(op, *arguments) == reason
+
+
+def test_arguments_given_by_keyword_count():
+    x, weight = activation(2, 8, 3, 3), activation(4, 8, 1, 1)
+    ops = interpreted()
+    assert ops.supports("conv1x1_forward", x, weight, scale=torch.ones(4), shift=torch.ones(4)) is None
+    assert ops.supports("conv1x1_forward", x, weight, scale=strided(4)) == "vector_not_dense"
+    residual = activation(2, 4, 3, 3, dtype=torch.float32)
+    assert ops.supports("conv1x1_forward", x, weight, residual=residual) == "mixed_dtypes"
+    given = Dispatcher((ops, Refusal()))
+    with pytest.raises(Refused, match="conv1x1_forward"):
+        given.conv1x1_forward(x, weight, scale=strided(4), shift=torch.ones(4))
+
+
+class Refused(Exception):
+    """A call that no backend before the last one served."""
+
+
+class Refusal(ReferenceOps):
+    def conv1x1_forward(self, *args, **kwargs):
+        raise Refused("conv1x1_forward")
+
+
+def test_gpus_of_another_make_are_left_to_the_next_backend(monkeypatch):
+    tensor = mock.MagicMock(dtype=torch.float16, is_cuda=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    assert TritonOps()._device_reason(tensor) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert TritonOps()._device_reason(tensor) == "rocm"
 
 
 def test_dispatcher_explains_and_falls_back():

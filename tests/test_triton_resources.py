@@ -15,12 +15,14 @@ import triton
 from triton_entries import entries
 from triton_resources import compile_entry, read_table
 
-from fusedres.triton_kernels import elementwise, tiles
+from fusedres.triton_kernels import conv1x1_backward_weight, elementwise, gram, tiles
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # a program, in bytes
 ENTRIES = {entry.id: entry for entry in entries()}
 ROWS = [(entry.id, architecture) for entry in ENTRIES.values() for architecture in entry.architectures]
 TABLE = read_table()
+# over many rows, of values whose mean is taken off afterwards
+SUMS_OF_PRODUCTS = (conv1x1_backward_weight.conv1x1_backward_weight_kernel, gram.gram_kernel)
 
 
 def row_of(version, entry_id, architecture):
@@ -50,17 +52,21 @@ def test_row(version, entry_id, architecture):
     if entry.product:
         rows = entry.constants.get("BM", entry.constants["BN"])  # wgmma has 64 at least
         assert row["wgmma" if architecture == 90 and rows >= 64 else "mma"] > 0, "no tensor core instruction"
-        assert row["async_copies"] > 0, "the loads are not asynchronous"
+        assert row["async_copies"] >= entry.copies, "loads of an operand are not asynchronous"
+        if entry.kernel in SUMS_OF_PRODUCTS:
+            assert row["rounded_sums"] > 0, "the compiler folded the sum over steps into the product"
         assert row["overwritten_operands"] == 0, "registers are written while a product still reads them"
 
 
 @pytest.mark.skipif(triton.__version__ not in TABLE, reason=f"no rows of Triton {triton.__version__}")
 def test_changed_rows_compile_to_what_the_table_says():
-    """Where no source changed, one small kernel is compiled, to show that the table is the compiler's."""
+    """Where no source changed, one small kernel and each product are, to show that the table is the compiler's."""
+    last = {entry.kernel: entry.id for entry in ENTRIES.values() if entry.copies}  # of each product
+    compiled_anyway = {"bn_stats", *last.values()}
     recompile_all = os.environ.get("FUSEDRES_RECOMPILE") == "1"
     for entry_id, architecture in ROWS:
         entry, row = ENTRIES[entry_id], row_of(triton.__version__, entry_id, architecture)
-        if recompile_all or row["hash"] != entry.hash() or entry_id == "bn_stats":
+        if recompile_all or row["hash"] != entry.hash() or entry_id in compiled_anyway:
             assert compile_entry(entry, architecture) == row, f"{entry_id} sm_{architecture}"
 
 
@@ -75,6 +81,38 @@ def test_a_row_follows_the_functions_that_its_kernel_calls():
     assert calls.hash() == before[0]
 
 
+def tile_of(entry):
+    """What the launcher chooses for the entry's channels."""
+    cin, cout = entry.constants["CIN"], entry.constants.get("COUT", 0)
+    chosen = {
+        "conv1x1_forward": lambda: tiles.forward_tile(cin, cout, "stats" in entry.id, 9),
+        "conv1x1_gram_backward_input": lambda: tiles.output_tile(
+            tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin, cout
+        ),
+        "conv1x1_backward_input": lambda: tiles.output_tile(tiles.CONV1X1_BACKWARD_INPUT, cin, cout),
+        "conv1x1_backward_weight": lambda: tiles.weight_tile(cout, cin),
+        "gram": lambda: tiles.output_tile(tiles.GRAM, cin, cin),
+    }
+    return chosen[entry.kernel.__name__.removesuffix("_kernel")]()
+
+
+ODD = [entry for entry in ENTRIES.values() if entry.id.endswith("-odd")]
+
+
+@pytest.mark.parametrize("entry", ODD, ids=lambda entry: entry.id)
+def test_rows_that_are_not_aligned_take_the_entries_compiled_for_them(entry):
+    tile = tile_of(entry)
+    found = {name: entry.constants.get(name) for name in ("BM", "BN", "BK")}
+    expected = {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk}
+    assert found == expected if "BM" in entry.constants else (found["BN"], found["BK"]) == (tile.bn, tile.bk)
+    assert (entry.warps, entry.stages) == (tile.warps, tile.stages)
+
+
+def test_each_product_is_compiled_for_rows_that_are_not_aligned():
+    assert {entry.kernel for entry in ODD} == {entry.kernel for entry in ENTRIES.values() if entry.product}
+    assert tiles.aligned(64, 2048) and not tiles.aligned(64, 20) and not tiles.aligned(66, 64)
+
+
 def test_statistics_tiles_do_not_depend_on_tuning():
     for table in (tiles.CONV1X1_FORWARD, tiles.CONV1X1_GRAM_BACKWARD_INPUT):
         assert {tile.bm for tile in table} == {tiles.STATISTICS_ROWS}
@@ -83,7 +121,7 @@ def test_statistics_tiles_do_not_depend_on_tuning():
 
 def test_partials_stay_small():
     for cin in (16, 24, 64, 128, 256, 512):
-        bn = tiles.output_tile(tiles.GRAM, cin).bn
+        bn = tiles.output_tile(tiles.GRAM, cin, cin).bn
         count = -(-cin // bn)
         partial = 4 * bn * bn * count * (count + 1) // 2
         assert partial <= 0.05 * 2 * cin * tiles.gram_rows(cin, bn)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -33,6 +33,14 @@ from fusedres.triton_kernels import (
 ARCHITECTURES = (80, 90, 100)
 # activations, vectors, merged sums, bytes, sizes
 KINDS = {"A": "*bf16", "F": "*fp32", "D": "*fp64", "U": "*u8", "I": "i32"}
+# the tiles of activations and weights that one step of a product loads
+OPERANDS = {
+    "conv1x1_forward": ("BM BK", "BK BN"),
+    "conv1x1_gram_backward_input": ("BM BK", "BK BN"),
+    "conv1x1_backward_input": ("BM BK", "BM BK", "BK BN"),
+    "conv1x1_backward_weight": ("BK BM", "BK BN"),
+    "gram": ("BK BN", "BK BN"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,9 @@ class Entry:
     warps: int = 4
     stages: int = 3
     product: bool = False
+    copies: int = (
+        0  # asynchronous ones of 16 bytes that a thread makes at least: of every operand, for each stage
+    )
     architectures: tuple[int, ...] = ARCHITECTURES
 
     def hash(self) -> str:
@@ -89,8 +100,8 @@ def products() -> Iterator[Entry]:
                 yield product(f"{form}_stride{stride}", forward, signature, constants, tile)
 
     below = conv1x1_gram_backward_input.conv1x1_gram_backward_input_kernel
-    frozen = types(A="dy c weight_dz dz_below", F="mean scale shift tile_sums", U="mask", I="P")
-    training = {**frozen, **types(A="weight_a", F="offset")}
+    frozen = types(A="dy c weight_dz dz_below", F="mean scale shift offset tile_sums", U="mask", I="P")
+    training = {**frozen, **types(A="weight_a")}
     for tile in tiles.CONV1X1_GRAM_BACKWARD_INPUT:
         constants = {"CIN": tile.bn if tile.bn < 128 else 512, "COUT": 1024, "TERMS": 2}
         yield product("training", below, training, constants, tile)
@@ -107,15 +118,27 @@ def products() -> Iterator[Entry]:
         yield product("identity_mask", backward, joined, constants, tile)
 
     weight = conv1x1_backward_weight.conv1x1_backward_weight_kernel
-    signature = types(A="dy c", F="scale shift partial_r partial_dbias", U="mask", I="P")
+    mask = types(A="dy c", F="scale shift partial_r partial_dbias", U="mask", I="P")
+    pivot = {**mask, **types(F="pivot")}
     for tile in tiles.CONV1X1_BACKWARD_WEIGHT:
         constants = {"CIN": 2 * tile.bn, "COUT": 8 * tile.bn, "ROWS": tiles.weight_rows(2 * tile.bn)}
-        yield product("mask", weight, signature, constants, tile)
+        yield product("mask", weight, mask, constants, tile)
+        yield product("mask_pivot", weight, pivot, constants, tile)
 
     signature = types(A="c", F="scale shift reference partial_products partial_sums", I="P")
     for tile in tiles.GRAM:
         constants = {"CIN": 4 * tile.bn, "ROWS": tiles.gram_rows(4 * tile.bn, tile.bn)}
         yield product("", gram.gram_kernel, signature, constants, tile)
+
+
+def unaligned_products() -> Iterator[Entry]:
+    """With one channel more: the entries that `tiles` chooses there. Copies of 2 bytes are not asynchronous."""
+    for entry in products():
+        more = {name: entry.constants[name] + 1 for name in ("CIN", "COUT") if name in entry.constants}
+        widest = 32 if entry.id.startswith("conv1x1_backward_weight") else 64
+        if entry.constants["BN"] == widest:
+            constants = {**entry.constants, **more}
+            yield replace(entry, id=f"{entry.id}-odd", constants=constants, copies=0)
 
 
 def product(
@@ -128,7 +151,10 @@ def product(
     # `tiles.forward_tile` does not choose this one on Blackwell
     narrowed = name == "conv1x1_forward" and "stats" in form and tile == tiles.CONV1X1_FORWARD[-1]
     architectures = (80, 90) if narrowed else ARCHITECTURES
-    return Entry(label, kernel, signature, constants, tile.warps, tile.stages, True, architectures)
+    operands = OPERANDS[name] * (2 if "weight_a" in signature else 1)  # a second loop
+    elements = [constants[m] * constants[n] for m, n in map(str.split, operands)]
+    copies = tile.stages * sum(2 * count // (16 * 32 * tile.warps) for count in elements)
+    return Entry(label, kernel, signature, constants, tile.warps, tile.stages, True, copies, architectures)
 
 
 def elementwise() -> Iterator[Entry]:
@@ -206,9 +232,13 @@ def small() -> Iterator[Entry]:
     )
     span = {"SPAN": tiles.MERGE_ROWS, "BT": merge.BLOCK_ROWS, "BC": merge.BLOCK_COLUMNS}
     sums = types(F="partials left right out", I="T W")
-    yield Entry("merge_sums-outer", merge.merge_sums_kernel, sums, {**span, "RIGHT": 64})
+    yield Entry(
+        "merge_sums-outer", merge.merge_sums_kernel, sums, {**span, "RIGHT": 64, "FINITE_LEFT": False}
+    )
     first = types(F="partials", D="out", I="T W")
-    yield Entry("merge_sums-first", merge.merge_sums_kernel, first, {**span, "RIGHT": 1})
+    yield Entry(
+        "merge_sums-first", merge.merge_sums_kernel, first, {**span, "RIGHT": 1, "FINITE_LEFT": False}
+    )
     moments = types(D="tile_mean out", F="tile_m2", I="T P C")
     yield Entry("merge_moments", merge.merge_moments_kernel, moments, {**span, "ROWS": tiles.STATISTICS_ROWS})
     finish = types(D="power_sums", F="mean var", I="T P C")
@@ -217,6 +247,8 @@ def small() -> Iterator[Entry]:
     sample = {"CIN": 256, "SAMPLE": tiles.GRAM_SAMPLE, "BN": tiles.GRAM_SAMPLE_COLUMNS}
     reference = types(A="c", F="scale shift reference", I="P")
     yield Entry("gram_reference", gram.gram_reference_kernel, reference, sample)
+    pivot = types(A="c", F="scale shift center pivot rest", I="P")
+    yield Entry("conv1x1_pivot", conv1x1_backward_weight.pivot_kernel, pivot, {**sample, "COARSE": True})
     finish = types(D="products sums", F="reference m S", I="P")
     yield Entry("gram_finish", gram.gram_finish_kernel, finish, {"CIN": 256, "BLOCK": 128})
 
@@ -242,10 +274,12 @@ def algebra() -> Iterator[Entry]:
     kernel = gram_backward_coefficients.gram_offset_kernel
     offset = types(D="products", A="weight_dz", F="sum_dz m center weight_a offset", I="P")
     yield Entry("gram_offset", kernel, offset, by_columns)
+    lost = types(A="weight_dz weight", F="sum_dz scale offset", I="P")
+    yield Entry("gram_offset-frozen", kernel, lost, by_columns)
     kernel = conv1x1_gram_backward_input.split_weight_kernel
     split = types(F="weight center offset moved_offset", A="terms")
     yield Entry("split_weight", kernel, split, {k: v for k, v in by_columns.items() if k != "COUT"})
 
 
 def entries() -> list[Entry]:
-    return [*products(), *elementwise(), *small(), *algebra()]
+    return [*products(), *unaligned_products(), *elementwise(), *small(), *algebra()]

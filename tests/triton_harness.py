@@ -56,8 +56,8 @@ class CountingOps(TritonOps):
         super().__init__()
         self.reasons: list[tuple[str, str | None]] = []
 
-    def supports(self, op: str, *args: Any) -> str | None:
-        reason = super().supports(op, *args)
+    def supports(self, op: str, *args: Any, **kwargs: Any) -> str | None:
+        reason = super().supports(op, *args, **kwargs)
         self.reasons.append((op, reason))
         return reason
 

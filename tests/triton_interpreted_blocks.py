@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from block_accuracy import PARAMETERS, assert_block_as_accurate_as_eager, by_recipe, inputs, read
-from block_forms import FORMS, one_step, patched, ran_as
+from block_forms import FORMS, BlockForm, bottleneck, each_bn, frozen, one_step, patched, ran_as, with_bias
+from torch import nn
 from triton_harness import TracedOps, checked_margins
 
 from fusedres.backends.reference import ReferenceOps
@@ -27,6 +28,7 @@ TRAPS = (
     "bottleneck-bias-before-1000",
     "bottleneck-dy-mean-1",
     "bottleneck-frozen",
+    "bottleneck-frozen-dy-mean-1",
 )
 SEPARATE = ("basic-projection", "bottleneck", "bottleneck-bias-before-1000")
 CASES = [
@@ -61,6 +63,53 @@ def test_block_is_as_accurate_as_eager(recipe, name, dtype):
         actual = by_recipe(ops, recipe, config, x, units, dy)
     assert {backend for op, backend in trace if op not in LIBRARY} == {"triton"}, trace
     assert_block_as_accurate_as_eager(actual, config, x, units, dy)
+
+
+def strided_parameters(block):
+    for bn in each_bn(block):
+        bn.weight, bn.bias = (nn.Parameter(strided(p.detach())) for p in (bn.weight, bn.bias))
+    return block
+
+
+def expanded_weights(block):
+    for bn in each_bn(block):
+        bn.weight = nn.Parameter(torch.full((1,), 1.5).expand_as(bn.weight))
+    return block
+
+
+def strided_statistics(block):
+    for bn in each_bn(block):
+        bn.running_mean, bn.running_var = strided(bn.running_mean), strided(bn.running_var)
+    return frozen(block)
+
+
+def strided_bias(block):
+    with_bias(block)
+    for conv in [m for m in block.modules() if isinstance(m, nn.Conv2d)]:
+        conv.bias = nn.Parameter(strided(conv.bias.detach()))
+    return frozen(block)  # batch statistics would take the bias out again
+
+
+def strided(vector):
+    """The same values, two elements apart."""
+    return torch.stack((vector, torch.full_like(vector, 9.0)), 1)[:, 0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "change",
+    [strided_parameters, expanded_weights, strided_statistics, strided_bias],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("save", [True, False], ids=["training", "inference"])
+def test_vectors_that_are_not_dense(change, recipe, save):
+    block, x, _ = inputs(BlockForm(change.__name__, bottleneck(change), 32), torch.float32)
+    config, units = read(block, x)
+    outputs = [
+        RECIPES[recipe].forward(ops, config, x, None, units, save).y
+        for ops in (dispatcher("triton"), dispatcher("reference"))
+    ]
+    torch.testing.assert_close(*outputs)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -98,6 +98,11 @@ CASES = {
         "C40to136-mask_center",
         "P1100-mask",
         "mixed-center",
+        "expanded-center",
+        "dy_mean1-mask_center",
+        "dy_mean1-center",
+        "dy_mean1_P1100-mask_center",
+        "dy_mean1_P1100-center",
         "dy_mean1_bias30-mask_center",
         "dy_mean1_bias1000-mask_center",
         "nan_inf_C17-mask",
@@ -105,6 +110,7 @@ CASES = {
     "conv1x1_gram_backward_input": (
         "C17to24-training_mask",
         "C130to33-training_mask",
+        "C136to40-training_mask",
         "P129-frozen_mask",
         "expanded-training_mask",
         "bias30-training_mask",
@@ -116,6 +122,7 @@ CASES = {
     "conv1x1_backward_input": (
         "C17to24-identity_mask",
         "C130to33-identity_mask",
+        "C136to40-identity_mask",
         "P129-relu",
         "mixed-frozen_identity_mask",
         "nan_inf-no_relu",
@@ -178,11 +185,20 @@ def test_moments_of_many_groups(rows, monkeypatch):
         check("bn_stats", replace(case, dtype=torch.float32))
 
 
-def test_the_late_center_of_bfloat16(monkeypatch):
-    """bfloat16 subtracts center*dbias after the product; interpreted, float32 goes that way."""
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["nan_inf-center", "nan_inf_C17-mask_center", "nan_inf_C17-center"])
+def test_infinities_of_centred_activations(name, dtype):
+    """Not in bfloat16, where center*dbias is subtracted from infinities of another sign."""
+    every = {str(case): case for case in conv1x1_cases.cases_of("conv1x1_backward_weight")}
+    check("conv1x1_backward_weight", replace(every[name], dtype=DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("name", ["dy_mean1", "dy_mean1_P1100", "dy_mean1_bias30"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_pivot_of_bfloat16(name, dtype, monkeypatch):
+    """It subtracts before the product only where the mean is far from 0; interpreted, other dtypes do as it does."""
     from fusedres.triton_kernels import conv1x1_backward_weight as module
 
-    monkeypatch.setattr(module, "EARLY_CENTER", ())
+    monkeypatch.setattr(module, "ROUNDS_COARSELY", tuple(DTYPES.values()))
     every = {str(case): case for case in conv1x1_cases.cases_of("conv1x1_backward_weight")}
-    case = replace(every["dy_mean1-mask_center"], dtype=torch.float32)
-    check("conv1x1_backward_weight", case)
+    check("conv1x1_backward_weight", replace(every[f"{name}-mask_center"], dtype=DTYPES[dtype]))

@@ -14,13 +14,6 @@ from triton_harness import checked_margins, served_by_triton
 
 from fusedres.triton_kernels import launchers
 
-ROUND_R = (
-    (
-        "tl.store(partial_r + place, acc,",
-        "tl.store(partial_r + place, acc.to(c.dtype.element_ty).to(tl.float32),",
-    ),
-    ("EARLY_CENTER = (torch.float16, torch.float32)", "EARLY_CENTER = ()"),
-)
 # id: (op, case, dtype, replacements in the op's source)
 BUGS = {
     "dropped_mask_in_weight_gradient": (
@@ -55,9 +48,26 @@ BUGS = {
     ),
     "rounded_raw_weight_gradient": (
         "conv1x1_backward_weight",
-        "dy_mean1_bias30-mask_center",
+        "P1100-mask",
         "float16",
-        ROUND_R,
+        (
+            (
+                "tl.store(partial_r + place, r,",
+                "tl.store(partial_r + place, r.to(c.dtype.element_ty).to(tl.float32),",
+            ),
+        ),
+    ),
+    "pivot_of_all_bits": (
+        "conv1x1_backward_weight",
+        "dy_mean1_P1100-center",
+        "float16",
+        (("exact.to(tl.bfloat16).to(tl.float32)", "exact.to(tl.float16).to(tl.float32)"),),
+    ),
+    "rest_of_the_center_left_out": (
+        "conv1x1_backward_weight",
+        "dy_mean1-mask_center",
+        "float16",
+        (("tl.store(rest + i, exact - value,", "tl.store(rest + i, 0.0 * value,"),),
     ),
     "relu_that_drops_nan": (
         "conv1x1_forward",
@@ -80,7 +90,7 @@ BUGS = {
         "gram",
         "bias1000",
         "float16",
-        (("far = mean * mean * count > 16.0 * m2", "far = mean != mean"),),
+        (("return mean * mean * count > 16.0 * m2", "return mean != mean"),),
     ),
     "bias_left_out_of_the_mean": (
         "gram_output_stats",
@@ -110,6 +120,18 @@ BUGS = {
         "C40to136-training",
         "float16",
         (("for o0 in range(0, COUT, BM):", "for o0 in range(0, BM, BM):"),),
+    ),
+    "rounding_of_the_frozen_weight_left_in": (
+        "gram_backward_coefficients",
+        "C17to24-frozen",
+        "float16",
+        (("w = tl.where(w - w == 0.0, w, 0.0)", "w = 0.0 * w"),),
+    ),
+    "infinite_row_in_every_row": (
+        "gram_backward_coefficients",
+        "nan_inf_C17-frozen_bias",
+        "float16",
+        (("dz = tl.where(dz - dz == 0.0, dz, 0.0)", "dz = dz + 0.0"),),
     ),
     "offset_moved_the_other_way": (
         "conv1x1_gram_backward_input",

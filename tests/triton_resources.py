@@ -55,11 +55,19 @@ def compile_entry(entry: Entry, architecture: int) -> dict[str, Any]:
         "warnings": sorted(set(re.findall(r"C75\d\d", log))),
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync.aligned") + ptx.count("tcgen05.mma"),
+        "rounded_sums": rounded_sums(compiled.asm["ttgir"]),
         "async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
         "overwritten_operands": len(overwritten_operands(disassemble(compiled.asm["cubin"])))
         if architecture == 90
         else 0,
     }
+
+
+def rounded_sums(ttgir: str) -> int:
+    """Tiles of sums over a loop that are added outside of the product, where tensor cores truncate."""
+    carried = set(re.findall(r"(%\w+) = ", " ".join(re.findall(r"iter_args\(([^)]*)\)", ttgir))))
+    added = re.findall(r"arith\.addf (%\w+), \S+ : tensor<\d+x\d+xf", ttgir)
+    return sum(name in carried for name in added)
 
 
 def assemble(ptx: str) -> str:

@@ -94,7 +94,7 @@ def conv1x1_backward_input(
     dx, dc = layout.empty((n, cin, height, width), c), layout.empty(tuple(c.shape), c)
     scale, shift = activation if activation is not None else (None, None)
     A, B, K = coefficients
-    tile = tiles.output_tile(tiles.CONV1X1_BACKWARD_INPUT, cin)
+    tile = tiles.output_tile(tiles.CONV1X1_BACKWARD_INPUT, cin, cout)
     total = layout.rows(c)
     conv1x1_backward_input_kernel[(triton.cdiv(total, tile.bm) * triton.cdiv(cin, tile.bn),)](
         layout.nhwc(dy),

@@ -7,10 +7,38 @@ from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import activation, load_vector, select_by_mask
+from fusedres.triton_kernels.gram import is_far, sample
 from fusedres.triton_kernels.merge import merge_sums
 
-# bfloat16 would round a - center to 8 bits, where dz*a is exact in float32: there the float64 merge subtracts
-EARLY_CENTER = (torch.float16, torch.float32)
+# would round a - center to 8 bits, where dz*a is exact in float32
+ROUNDS_COARSELY = (torch.bfloat16,)
+
+
+@triton.jit(do_not_specialize=["P"])
+def pivot_kernel(
+    c,  # [P, CIN]
+    scale,  # [CIN]
+    shift,
+    center,  # [CIN]
+    pivot,  # [CIN], out: what to subtract from a before the product
+    rest,  # [CIN], out: center - pivot
+    P,
+    CIN: tl.constexpr,
+    COARSE: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    BN: tl.constexpr,
+):
+    i = tl.program_id(0) * BN + tl.arange(0, BN)
+    exact = tl.load(center + i, mask=i < CIN, other=0.0)
+    value = exact
+    if c.dtype.element_ty != tl.float32:
+        # Far from 0 a - pivot is exact. Elsewhere it is rounded, and a pivot of 8 bits, a multiple of the spacing of
+        # a's values, leaves that to the bits of a: all bits of center would round every row the same way.
+        mean, m2, count = sample(c, scale, shift, i, P, CIN, SAMPLE)
+        near = tl.zeros_like(exact) if COARSE else exact.to(tl.bfloat16).to(tl.float32)
+        value = tl.where(is_far(mean, m2, count), exact.to(c.dtype.element_ty).to(tl.float32), near)
+    tl.store(pivot + i, value, mask=i < CIN)
+    tl.store(rest + i, exact - value, mask=i < CIN)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -20,7 +48,7 @@ def conv1x1_backward_weight_kernel(
     c,  # [P, CIN]
     scale,  # [CIN], a = relu(scale*c + shift)
     shift,
-    center,  # [CIN] or None: a is taken as it is
+    pivot,  # [CIN] or None: a is taken as it is
     partial_r,  # [ceil(P / ROWS), COUT, CIN]
     partial_dbias,  # [ceil(P / ROWS), COUT]
     P,
@@ -45,7 +73,7 @@ def conv1x1_backward_weight_kernel(
     base = split.to(tl.int64) * ROWS
     left = P - split * ROWS
 
-    acc = tl.zeros((BM, BN), tl.float32)
+    r = tl.zeros((BM, BN), tl.float32)
     dbias = tl.zeros((BM,), tl.float32)
     for r0 in range(0, tl.minimum(left, ROWS), BK):
         valid = r0 + row < left  # [BK, 1]
@@ -56,15 +84,38 @@ def conv1x1_backward_weight_kernel(
         a_place = (r0 + row) * CIN + i[None, :]  # [BK, BN]
         a = tl.load(c + base * CIN + a_place, mask=valid & valid_i, other=0.0)
         a = activation(a, scale, shift, i, CIN)
-        if center is not None:
-            a = (a.to(tl.float32) - load_vector(center, i, CIN)).to(c.dtype.element_ty)
-        acc = tl.dot(tl.trans(dz), a, acc, input_precision=PRECISION)
+        if pivot is not None:
+            a = (a.to(tl.float32) - load_vector(pivot, i, CIN)).to(c.dtype.element_ty)
+        # Tensor cores truncate as they add, which over the rows of a split would take up to a ten-thousandth off a
+        # mean: each product is added by itself, rounded. The last argument keeps the addition from being folded in.
+        r += tl.dot(tl.trans(dz), a, input_precision=PRECISION, max_num_imprecise_acc=BK)
         dbias += tl.sum(dz.to(tl.float32), 0)
 
     place = (split.to(tl.int64) * COUT + o[:, None]) * CIN + i[None, :]
-    tl.store(partial_r + place, acc, mask=(o < COUT)[:, None] & valid_i)
+    tl.store(partial_r + place, r, mask=(o < COUT)[:, None] & valid_i)
     written = tl.where(tile % column_tiles == 0, COUT, 0)  # by the first column tile
     tl.store(partial_dbias + split.to(tl.int64) * COUT + o, dbias, mask=o < written)
+
+
+def pivot_of(center: Tensor, c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """What to subtract from a before the product, and what is left of center to subtract after it, each [Cin]."""
+    cin, columns = c.shape[1], tiles.GRAM_SAMPLE_COLUMNS
+    pivot, rest = (layout.empty((cin,), c, torch.float32) for _ in range(2))
+    pivot_kernel[(triton.cdiv(cin, columns),)](
+        c,
+        scale,
+        shift,
+        center,
+        pivot,
+        rest,
+        layout.rows(c),
+        CIN=cin,
+        COARSE=c.dtype in ROUNDS_COARSELY,
+        SAMPLE=tiles.GRAM_SAMPLE,
+        BN=columns,
+        num_warps=4,
+    )
+    return pivot, rest
 
 
 def conv1x1_backward_weight(
@@ -76,8 +127,9 @@ def conv1x1_backward_weight(
     center: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`Rc = dz^T (a - center)` [Cout, Cin], dbias [Cout], float32; dy [N, Cout, H, W], c [N, Cin, H, W]."""
+    c = layout.nhwc(c)
     cout, cin, total = dy.shape[1], c.shape[1], layout.rows(c)
-    early = c.dtype in EARLY_CENTER
+    pivot, rest = (None, None) if center is None else pivot_of(center, c, scale, shift)
     tile = tiles.weight_tile(cout, cin)
     split_rows = tiles.weight_rows(cin)
     splits = triton.cdiv(total, split_rows)
@@ -86,10 +138,10 @@ def conv1x1_backward_weight(
     conv1x1_backward_weight_kernel[(splits * triton.cdiv(cout, tile.bm) * triton.cdiv(cin, tile.bn),)](
         layout.nhwc(dy),
         mask,
-        layout.nhwc(c),
+        c,
         scale,
         shift,
-        center if early else None,
+        pivot,
         partial_r,
         partial_dbias,
         total,
@@ -104,5 +156,5 @@ def conv1x1_backward_weight(
         num_stages=tile.stages,
     )
     dbias = merge_sums(partial_dbias)
-    outer = None if early or center is None else (dbias, center)
-    return merge_sums(partial_r, outer), dbias
+    outer = None if rest is None else (dbias, rest)
+    return merge_sums(partial_r, outer, finite_left=c.dtype not in ROUNDS_COARSELY), dbias

@@ -120,7 +120,7 @@ def conv1x1_forward(
     h_out, w_out = (height - 1) // stride + 1, (width - 1) // stride + 1
     y = layout.empty((n, cout, h_out, w_out), x)
     total = layout.rows(y)
-    tile = tiles.forward_tile(cout, save_stats, layout.capability(x))
+    tile = tiles.forward_tile(cin, cout, save_stats, layout.capability(x))
     row_tiles = triton.cdiv(total, tile.bm)
     # a row's bits end at a byte only where cout is a multiple of 8; else they are packed from y
     mask = layout.empty((y.numel() // 8,), x, torch.uint8) if save_mask and cout % 8 == 0 else None

@@ -20,9 +20,9 @@ def conv1x1_gram_backward_input_kernel(
     scale,  # [CIN], BN below: a = relu(scale*c + shift)
     shift,
     weight_dz,  # [COUT, CIN] in dy's dtype
-    weight_a,  # [TERMS, CIN, CIN] in dy's dtype, their sum is the weight; None with what follows: frozen statistics
+    weight_a,  # [TERMS, CIN, CIN] in dy's dtype, their sum is the weight; or None: frozen statistics
     center,  # [CIN], or None: a is taken as it is
-    offset,  # [CIN]
+    offset,  # [CIN] or None
     dz_below,  # [P, CIN]
     tile_sums,  # [ceil(P / BM), 2, CIN]: sum dz_below, sum dz_below*(c - mean)
     P,
@@ -47,7 +47,7 @@ def conv1x1_gram_backward_input_kernel(
     c_tile = c + base * CIN
 
     acc = tl.zeros((BM, BN), tl.float32)
-    if weight_a is not None:
+    if offset is not None:
         acc += load_vector(offset, n, CIN)
     for k0 in range(0, COUT, BK):
         valid_k = k0 + k < COUT
@@ -144,7 +144,7 @@ def conv1x1_gram_backward_input(
     """dz_below [N, Cin, H, W] and its two sums [Cin]; dy [N, Cout, H, W], c like dz_below, not empty."""
     cout, cin = weight_dz.shape
     total = layout.rows(c)
-    tile = tiles.output_tile(tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin)
+    tile = tiles.output_tile(tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin, cout)
     row_tiles = triton.cdiv(total, tile.bm)
     terms = 1 if c.dtype == torch.float32 else 2
     if weight_a is not None and offset is not None and center is not None:

@@ -10,6 +10,28 @@ from fusedres.triton_kernels.elementwise import activation, load_vector, tile_mo
 from fusedres.triton_kernels.merge import merge_sums
 
 
+@triton.jit
+def sample(c, scale, shift, i, P, CIN: tl.constexpr, SAMPLE: tl.constexpr):
+    """Mean in float32, M2 and number of `a = relu(scale*c + shift)`, channels i, over rows spread along c [P, CIN]."""
+    step = tl.arange(0, SAMPLE)
+    count = tl.minimum(P, SAMPLE)
+    row = step.to(tl.int64) * (P // count)
+    valid = step < count
+    a = tl.load(c + row[:, None] * CIN + i[None, :], mask=valid[:, None] & (i < CIN)[None, :], other=0.0)
+    mean, m2 = tile_moments(activation(a, scale, shift, i, CIN), valid, count, SAMPLE)
+    return mean.to(tl.float32), m2, count
+
+
+@triton.jit
+def is_far(mean, m2, count):
+    """Whether a mean lies more than 4 standard deviations from 0.
+
+    16-bit values and their mean then mostly lie within a factor of 2, where their difference is exact in their dtype
+    (Sterbenz); below that, products lose little to cancellation.
+    """
+    return mean * mean * count > 16.0 * m2
+
+
 @triton.jit(do_not_specialize=["P"])
 def gram_reference_kernel(
     c,  # [P, CIN]
@@ -22,21 +44,12 @@ def gram_reference_kernel(
     BN: tl.constexpr,
 ):
     i = tl.program_id(0) * BN + tl.arange(0, BN)
-    valid_i = i < CIN
-    step = tl.arange(0, SAMPLE)
-    count = tl.minimum(P, SAMPLE)
-    row = step.to(tl.int64) * (P // count)
-    valid = step < count
-    a = tl.load(c + row[:, None] * CIN + i[None, :], mask=valid[:, None] & valid_i[None, :], other=0.0)
-    mean, m2 = tile_moments(activation(a, scale, shift, i, CIN), valid, count, SAMPLE)
-    mean = mean.to(tl.float32)
-    # A 16-bit a and a mean of more than 4 standard deviations mostly lie within a factor of 2, where their
-    # difference is exact in a's dtype (Sterbenz); below that, products of a lose little to cancellation.
-    far = mean * mean * count > 16.0 * m2
+    mean, m2, count = sample(c, scale, shift, i, P, CIN, SAMPLE)
+    far = is_far(mean, m2, count)
     if c.dtype.element_ty == tl.float32:
         far = mean == mean
     rounded = mean.to(c.dtype.element_ty).to(tl.float32)
-    tl.store(reference + i, tl.where(far, rounded, 0.0), mask=valid_i)
+    tl.store(reference + i, tl.where(far, rounded, 0.0), mask=i < CIN)
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -118,7 +131,7 @@ def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     gram_reference_kernel[(triton.cdiv(cin, columns),)](
         c, scale, shift, reference, total, CIN=cin, SAMPLE=tiles.GRAM_SAMPLE, BN=columns, num_warps=4
     )
-    tile = tiles.output_tile(tiles.GRAM, cin)
+    tile = tiles.output_tile(tiles.GRAM, cin, cin)
     split_rows = tiles.gram_rows(cin, tile.bn)
     splits, column_tiles = triton.cdiv(total, split_rows), triton.cdiv(cin, tile.bn)
     products = layout.empty((splits, cin, cin), c, torch.float32)

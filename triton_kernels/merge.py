@@ -21,6 +21,7 @@ def merge_sums_kernel(
     T,
     W,
     RIGHT: tl.constexpr,
+    FINITE_LEFT: tl.constexpr,  # of what is not finite in left, nothing is subtracted
     SPAN: tl.constexpr,
     BT: tl.constexpr,
     BC: tl.constexpr,
@@ -37,6 +38,8 @@ def merge_sums_kernel(
         sums += tl.sum(part.to(tl.float64), 0)
     if left is not None:
         outer = tl.load(left + w // RIGHT, mask=w < W, other=0.0).to(tl.float64)
+        if FINITE_LEFT:
+            outer = tl.where(outer - outer == 0.0, outer, 0.0)
         sums -= outer * tl.load(right + w % RIGHT, mask=w < W, other=0.0).to(tl.float64)
     place = out + group.to(tl.int64) * W + w
     tl.store(place, sums.to(out.dtype.element_ty), mask=w < W)
@@ -105,12 +108,16 @@ def finish_moments_kernel(
 
 
 def merge_sums(
-    partials: Tensor, outer: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype = torch.float32
+    partials: Tensor,
+    outer: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
+    finite_left: bool = False,
 ) -> Tensor:
     """Sum over the first dimension: partials [T, ...] -> [...].
 
     Args:
         outer: (left [L], right [R]); their outer product is subtracted from the sums [L, R] before rounding.
+        finite_left: only where left is finite; elsewhere the sums have its infinities by themselves.
     """
     shape = partials.shape[1:]
     count, width = partials.shape[0], shape.numel()
@@ -127,6 +134,7 @@ def merge_sums(
             count,
             width,
             RIGHT=1 if right is None else right.numel(),
+            FINITE_LEFT=finite_left,
             SPAN=MERGE_ROWS,
             BT=BLOCK_ROWS,
             BC=BLOCK_COLUMNS,

@@ -20,8 +20,8 @@ REDUCTION_WARPS = 8
 # Partials merged by one program; a second round follows where there are more.
 MERGE_ROWS = 256
 
-# Rows sampled for the value that `gram` subtracts before it squares: it is off by 1/sqrt(512) = 4 % of a
-# standard deviation.
+# Rows sampled for the value that is subtracted from an activation before its products: it is off by 1/sqrt(512) = 4 %
+# of a standard deviation.
 GRAM_SAMPLE = 512
 GRAM_SAMPLE_COLUMNS = 16
 
@@ -62,7 +62,9 @@ CONV1X1_BACKWARD_INPUT = (
 # [Cout, rows] x [rows, Cin]: bm over Cout, bn over Cin, bk over rows.
 CONV1X1_BACKWARD_WEIGHT = (
     GemmTile(32, 32, 64, 4, 3),  # CIFAR bottlenecks
-    GemmTile(64, 64, 32, 4, 3),  # both operands are made in registers: small tiles, four programs a SM
+    GemmTile(
+        64, 64, 32, 4, 3
+    ),  # operands and two sums in registers, up to 167: small tiles, three programs a SM
     GemmTile(128, 64, 32, 8, 3),  # wide layers: a is made again Cout/128 times instead of /64; bk 64 spills
 )
 
@@ -89,19 +91,29 @@ POOL_COLUMNS = 64
 POOL_WARPS = 4
 
 
-def output_tile(table: tuple[GemmTile, ...], columns: int) -> GemmTile:
-    """The first entry that covers `columns` with one column tile, or the widest."""
-    return next((tile for tile in table if tile.bn >= columns), table[-1])
+def aligned(*channels: int) -> bool:
+    """Whether rows of these channel counts, of a 2-byte dtype, consist of 16-byte pieces."""
+    return all(n % 8 == 0 for n in channels)
 
 
-def forward_tile(cout: int, save_stats: bool, capability: int) -> GemmTile:
+def output_tile(table: tuple[GemmTile, ...], columns: int, inner: int) -> GemmTile:
+    """The first entry that covers `columns` with one column tile, or the widest; `inner`: the channels summed over.
+
+    Rows that are not aligned come in 2, 4 or 8 bytes, which take more addresses: 128 columns of them spill.
+    """
+    usable = table if aligned(columns, inner) else tuple(tile for tile in table if tile.bn <= 64)
+    return next((tile for tile in usable if tile.bn >= columns), usable[-1])
+
+
+def forward_tile(cin: int, cout: int, save_stats: bool, capability: int) -> GemmTile:
     """On Blackwell (compute capability 10) the statistics of 128 columns spill: it takes 64 there."""
     narrow = save_stats and capability == 10
-    return output_tile(CONV1X1_FORWARD[:2] if narrow else CONV1X1_FORWARD, cout)
+    return output_tile(CONV1X1_FORWARD[:2] if narrow else CONV1X1_FORWARD, cout, cin)
 
 
 def weight_tile(cout: int, cin: int) -> GemmTile:
-    if max(cout, cin) <= 32:
+    """The smallest for rows that are not aligned: beside the addresses two sums of 64 x 64 spill."""
+    if max(cout, cin) <= 32 or not aligned(cout, cin):
         return CONV1X1_BACKWARD_WEIGHT[0]
     return CONV1X1_BACKWARD_WEIGHT[2 if cout >= 512 else 1]
 

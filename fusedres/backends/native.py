@@ -118,7 +118,8 @@ class NativeOps:
         load()
         self._ops = torch.ops.fusedres_native
 
-    def supports(self, op: str, *args: Any) -> str | None:
+    def supports(self, op: str, *args: Any, **kwargs: Any) -> str | None:
+        # what the recipes pass by keyword, flags and the products of recipe `gram`, decides nothing here
         reason = REASONS.get(op)
         return "no_kernel" if reason is None else reason(*args)
 

@@ -92,7 +92,7 @@ class ReferenceOps:
 
     name = "reference"
 
-    def supports(self, op: str, *args: object) -> str | None:
+    def supports(self, op: str, *args: object, **kwargs: object) -> str | None:
         return None
 
     def bn_stats(self, c):
@@ -265,7 +265,8 @@ class ReferenceOps:
         A = grads.A.double()[:, None]
         dW, weight_dz = A * r, (A * w).to(weight.dtype)
         if m is None:
-            return GramGrads(grads.dweight, dW.to(acc), weight_dz, None, None)
+            mean, lost = (t.nan_to_num(0, 0, 0) for t in (sum_dz64 / rows, A * w - weight_dz.double()))
+            return GramGrads(grads.dweight, dW.to(acc), weight_dz, None, (mean @ lost).to(acc))
         B = grads.B.double()[:, None]
         dW = dW + B * (w @ (S.double() * rows))
         weight_a = w.t() @ (B * w)
@@ -287,7 +288,9 @@ class ReferenceOps:
         a = rows_by_channels(activation(c, vectors.scale, vectors.shift)).to(acc)  # [P, Cin]
         da = rows_by_channels(dz).to(acc) @ weight_dz.to(acc)  # [P, Cin]
         if weight_a is not None:
-            da = da + (a - center) @ weight_a + offset
+            da = da + (a - center) @ weight_a
+        if offset is not None:
+            da = da + offset
         dz_below = torch.where(a <= 0, 0, da).view(n, h, w, c.shape[1]).permute(0, 3, 1, 2)
         dz_below = torch.empty_like(c).copy_(dz_below)
         return dz_below, *sums(dz_below, c, vectors.mean)

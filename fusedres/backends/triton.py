@@ -7,6 +7,7 @@ and launchers, which know nothing of the rest of fusedres, in `fusedres.triton_k
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from types import ModuleType
@@ -51,9 +52,19 @@ def launchers() -> ModuleType:
     return launchers
 
 
-def wide_tensors(args: tuple[Any, ...]) -> list[Tensor]:
-    """The activations and convolution weights among the arguments."""
-    return [t for t in args if isinstance(t, Tensor) and t.dim() == 4]
+def tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The arguments that are tensors, and those in named tuples of vectors."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from (t for t in arg if isinstance(t, Tensor))
+
+
+def widest(op: str, wide: list[Tensor]) -> int:
+    """The most channels that a product reads or writes, of its activations and weights."""
+    cout = wide[1].shape[0] if op == "conv1x1_forward" else 0
+    return max(cout, *(t.shape[1] for t in wide))
 
 
 @lru_cache(maxsize=4096)
@@ -63,7 +74,7 @@ def offsets_fit(op: str, cin: int, widest: int) -> bool:
 
     rows = tiles.STATISTICS_ROWS
     if op == "gram":
-        rows = tiles.gram_rows(cin, tiles.output_tile(tiles.GRAM, cin).bn)
+        rows = tiles.gram_rows(cin, tiles.output_tile(tiles.GRAM, cin, cin).bn)
     elif op == "conv1x1_backward_weight":
         rows = tiles.weight_rows(cin)
     return max(rows, 2 * widest) * widest < 2**31
@@ -93,16 +104,24 @@ class TritonOps:
     def __init__(self) -> None:
         self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
-    def supports(self, op: str, *args: Any) -> str | None:
+    def supports(self, op: str, *args: Any, **kwargs: Any) -> str | None:
         place = SERVED.get(op)
         if place is None:
             return "no_triton_kernel"
         tensor = args[place]
         reason = self._device_reason(tensor)
-        if reason is not None or tensor.dim() != 4:
+        if reason is not None:
             return reason
-        activations = {t.dtype for t in wide_tensors(args)}
-        if len(activations - {torch.uint8}) > 1:
+        given = list(tensors((*args, *kwargs.values())))
+        # the kernels step through vectors and masks by 1: one of a strided or expanded parameter reads elsewhere
+        if not all(t.is_contiguous() for t in given if t.dim() < 4):
+            return "vector_not_dense"
+        return self._activations_reason(op, tensor, given) if tensor.dim() == 4 else None
+
+    def _activations_reason(self, op: str, tensor: Tensor, given: list[Tensor]) -> str | None:
+        """tensor: the one that decides, among those given."""
+        wide = [t for t in given if t.dim() == 4]  # activations and convolution weights
+        if len({t.dtype for t in wide} - {torch.uint8}) > 1:
             return "mixed_dtypes"
         if tensor.numel() == 0:
             return "empty"
@@ -110,9 +129,7 @@ class TritonOps:
             return "not_channels_last"
         if tensor.numel() // tensor.shape[1] > MAX_ROWS:
             return "too_many_rows"
-        if op in PRODUCTS and not offsets_fit(
-            op, tensor.shape[1], max(t.shape[1] for t in wide_tensors(args))
-        ):
+        if op in PRODUCTS and not offsets_fit(op, tensor.shape[1], widest(op, wide)):
             return "too_many_channels"
         # TF32 would round a and W differently in the statistics than in the product
         return (
@@ -123,6 +140,8 @@ class TritonOps:
         if tensor.dtype not in DTYPES:
             return f"dtype_{str(tensor.dtype).removeprefix('torch.')}"
         if tensor.is_cuda:
+            if torch.version.hip is not None:
+                return "rocm"  # tiles, and the instruction that waits for a product, are NVIDIA's
             old = torch.cuda.get_device_capability(tensor.device) < OLDEST_CAPABILITY
             return "compute_capability_below_8" if old else None
         if not self.interpreted or tensor.device.type != "cpu":
