@@ -79,14 +79,14 @@ class Conv1x1Output(NamedTuple):
 
 class GramGrads(NamedTuple):
     """Backward of BN over a 1x1 convolution whose output was never stored: the gradients of the parameters, and the
-    coefficients of `conv1x1_gram_backward_input`. weight_a is None with frozen statistics.
+    coefficients of `conv1x1_gram_backward_input`. weight_a and offset are None with frozen statistics.
     """
 
     dweight: Tensor  # [Cout], of the BN's weight
     dW: Tensor  # [Cout, Cin], of the convolution's
-    weight_dz: Tensor  # [Cout, Cin] in the activation dtype
+    weight_dz: Tensor  # [Cout, Cin]
     weight_a: Tensor | None  # [Cin, Cin]
-    offset: Tensor  # [Cin]
+    offset: Tensor | None  # [Cin]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -302,13 +302,11 @@ class RawOps(Protocol):
             dW = A[:,None]*R + B[:,None]*(W (P*S)),  weight_dz = A[:,None]*W,  weight_a = W^T (B[:,None]*W)
             offset = -(sum_dz/P) weight_dz - (m - center) weight_a
         frozen (m, S, center None; Rc = dz^T a): sum_dz_centered = rowsum(Rc*W) + (bias - mean)*sum_dz
-            dW = A[:,None]*Rc,  weight_dz = A[:,None]*W,  offset = (sum_dz/P) (A[:,None]*W - weight_dz)
+            dW = A[:,None]*Rc,  weight_dz = A[:,None]*W
 
         dweight, A and B as in `bn_backward_coefficients`. weight [Cout, Cin, 1, 1], bias [Cout] in the activation
         dtype; vectors: the BN above; m, S as in `gram`, center that of `conv1x1_backward_weight`. Computed in float64,
-        results rounded once: weight_dz to the activation dtype, the rest to the accumulation dtype. offset comes from
-        the rounded weight_dz: what a mean of dz adds through its rounding, in every row alike, cancels. With frozen
-        statistics NaN and Inf stay in their rows: what of sum_dz or of the rounding is not finite counts as 0.
+        results rounded once, to the accumulation dtype.
         """
 
     def conv1x1_backward_weight(
@@ -344,11 +342,10 @@ class RawOps(Protocol):
         `dz_below = where(a <= 0, 0, da)` [N, Cin, H, W], rounded; and of the rounded values
         `sum dz_below` and `sum dz_below*(c - mean)`, each [Cin], for the BN below.
         dy [N, Cout, H, W]; c, vectors: the BN below, `a = relu(scale*c + shift)`, rounded;
-        weight_dz [Cout, Cin] in the activation or the accumulation dtype; weight_a [Cin, Cin], center, offset [Cin]
-        in the accumulation dtype.
-        weight_a and center are None together: frozen statistics. offset None: 0. A backend may round weight_dz to the
-        activation dtype, but keeps what rounding weight_a leaves: a and the ReLU's mask go together, so its errors
-        would not average out. Kept as a second term it may make NaN of an infinite a's Inf: Inf - Inf.
+        weight_dz [Cout, Cin], weight_a [Cin, Cin], center, offset [Cin] in the accumulation dtype.
+        weight_a, center and offset are None together: frozen statistics. Where a backend rounds the weights to the
+        activation dtype, it keeps what that leaves: dz, a and the ReLU's mask below go together, so its errors would
+        not average out.
         """
 
     def conv1x1_backward_input(

@@ -178,7 +178,8 @@ FORMS = [
     BlockForm("bottleneck-bias-before-30", bottleneck(biased_before(30.0)), 32),
     BlockForm("bottleneck-bias-before-1000", bottleneck(biased_before(1000.0)), 32, twin=well_conditioned),
     BlockForm("bottleneck-dy-mean-1", bottleneck(), 32, dy_mean=1.0),
-    BlockForm("bottleneck-frozen-dy-mean-1", bottleneck(frozen), 32, dy_mean=1.0),
+    BlockForm("bottleneck-dy-mean-1-many-rows", bottleneck(), 32, dy_mean=1.0, size=28),
+    BlockForm("bottleneck-frozen-dy-mean-1", bottleneck(frozen), 32, dy_mean=1.0, size=20),
     BlockForm("bottleneck-no-affine", bottleneck(without_affine), 32),
     BlockForm("bottleneck-no-statistics", bottleneck(without_statistics), 32),
 ]

@@ -168,7 +168,7 @@ class GramBackward(NamedTuple):
     weight_dz: Tensor
     weight_a: Tensor | None
     center: Tensor | None
-    offset: Tensor
+    offset: Tensor | None
     eager: Tensor  # [N, Cin, H, W], the gradient of the activation
 
 
@@ -184,11 +184,10 @@ def gram_backward(inputs: Inputs, case: Conv1x1Case, a: Tensor, dz: Tensor) -> G
     m, mean = a64.sum(0) / rows, c3.sum(0) / rows
     invstd = ((c3 - mean).square().sum(0) / rows + EPS).rsqrt()
     A, mean_dz = gamma * invstd, dz64.sum(0) / rows
-    weight_dz = inputs.vector((A[:, None] * w).flatten(), case.dtype).view(case.cout, -1)
+    weight_dz = inputs.vector((A[:, None] * w).flatten()).view(case.cout, -1)
     if "frozen" in case.form:
         dc = A[:, None, None].to(inputs.acc) * dz
-        offset = inputs.vector(mean_dz @ (A[:, None] * w - weight_dz.double()))
-        return GramBackward(weight_dz, None, None, offset, F.conv_transpose2d(dc.to(case.dtype), weight))
+        return GramBackward(weight_dz, None, None, None, F.conv_transpose2d(dc.to(case.dtype), weight))
     B = -A * invstd**2 * (dz64 * (c3 - mean)).sum(0) / rows
     weight_a = inputs.vector((w.t() @ (B[:, None] * w)).flatten()).view(a64.shape[1], -1)
     vectors = (inputs.vector(t) for t in (m, -mean_dz @ weight_dz.double()))
@@ -225,8 +224,7 @@ def check_conv1x1_gram_backward_input(ops: Any, case: Conv1x1Case) -> None:
     keep = ~(a <= 0)
     da = as_rows(dz).double() @ g.weight_dz.double()
     if g.weight_a is not None:
-        da = da + (as_rows(a).double() - g.center.double()) @ g.weight_a.double()
-    da = da + g.offset.double()
+        da = da + (as_rows(a).double() - g.center.double()) @ g.weight_a.double() + g.offset.double()
     exact = torch.where(keep, as_image(da, c), 0)
     eager = torch.where(keep, exact.to(case.dtype) if case.special else g.eager, 0)
     assert_accurate(dz_below, eager, exact, "dz_below")

@@ -142,7 +142,7 @@ def test_the_conditions_of_recipe_auto_are_named():
 
 def test_an_op_served_by_plain_pytorch_once_is_not_said_to_have_no_kernel():
     row = {"device": "cpu", "dtype": "float32", **dict.fromkeys(RAW_OPS, "reference")}
-    note = "native serves other calls of some of these"
+    note = "native leaves sizes to the library"
     assert note not in doctor.serving_text([row])
     assert note in doctor.serving_text([row | {"bn_stats": "native"}])
 

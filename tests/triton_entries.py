@@ -262,7 +262,7 @@ def algebra() -> Iterator[Entry]:
     yield Entry("gram_output_stats", kernel, stats, by_rows)
     yield Entry("gram_output_stats-bias", kernel, {**stats, **types(A="bias")}, by_rows)
     kernel = gram_backward_coefficients.gram_bn_backward_kernel
-    common = types(F="r sum_dz invstd scale dweight", A="weight weight_dz", I="P")
+    common = types(F="r sum_dz invstd scale dweight weight_dz", A="weight", I="P")
     training = {**common, **types(F="m center B", D="wide sloped")}
     frozen = {**common, **types(F="mean dW")}
     yield Entry("gram_bn_backward-training", kernel, training, by_rows)
@@ -272,13 +272,14 @@ def algebra() -> Iterator[Entry]:
     gradient = types(F="r sum_dz scale B m center dW", D="products", I="P")
     yield Entry("gram_weight_gradient", kernel, gradient, by_rows)
     kernel = gram_backward_coefficients.gram_offset_kernel
-    offset = types(D="products", A="weight_dz", F="sum_dz m center weight_a offset", I="P")
+    offset = types(D="products", F="weight_dz sum_dz m center weight_a offset", I="P")
     yield Entry("gram_offset", kernel, offset, by_columns)
-    lost = types(A="weight_dz weight", F="sum_dz scale offset", I="P")
-    yield Entry("gram_offset-frozen", kernel, lost, by_columns)
     kernel = conv1x1_gram_backward_input.split_weight_kernel
-    split = types(F="weight center offset moved_offset", A="terms")
-    yield Entry("split_weight", kernel, split, {k: v for k, v in by_columns.items() if k != "COUT"})
+    alone = types(F="weight", A="terms")
+    moving = {**alone, **types(F="center offset moved_offset")}
+    size = {k: v for k, v in by_columns.items() if k != "COUT"}
+    yield Entry("split_weight", kernel, alone, {**size, "ROWS": 2048, "SHARE": size["BM"]})
+    yield Entry("split_weight-offset", kernel, moving, {**size, "ROWS": 512, "SHARE": 512})
 
 
 def entries() -> list[Entry]:

@@ -27,6 +27,7 @@ TRAPS = (
     "bottleneck-bias-before-30",
     "bottleneck-bias-before-1000",
     "bottleneck-dy-mean-1",
+    "bottleneck-dy-mean-1-many-rows",
     "bottleneck-frozen",
     "bottleneck-frozen-dy-mean-1",
 )

@@ -121,17 +121,16 @@ BUGS = {
         "float16",
         (("for o0 in range(0, COUT, BM):", "for o0 in range(0, BM, BM):"),),
     ),
-    "rounding_of_the_frozen_weight_left_in": (
-        "gram_backward_coefficients",
-        "C17to24-frozen",
+    "second_term_of_a_weight_left_out": (
+        "conv1x1_gram_backward_input",
+        "bias30-training_mask",
         "float16",
-        (("w = tl.where(w - w == 0.0, w, 0.0)", "w = 0.0 * w"),),
-    ),
-    "infinite_row_in_every_row": (
-        "gram_backward_coefficients",
-        "nan_inf_C17-frozen_bias",
-        "float16",
-        (("dz = tl.where(dz - dz == 0.0, dz, 0.0)", "dz = dz + 0.0"),),
+        (
+            (
+                "tl.store(terms + ROWS * CIN + place, low, mask=keep)",
+                "tl.store(terms + ROWS * CIN + place, 0.0 * low, mask=keep)",
+            ),
+        ),
     ),
     "offset_moved_the_other_way": (
         "conv1x1_gram_backward_input",

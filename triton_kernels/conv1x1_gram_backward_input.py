@@ -11,6 +11,12 @@ from fusedres.triton_kernels.merge import merge_sums
 from fusedres.triton_kernels.wgmma import must_wait, wait
 
 
+@triton.jit
+def finite_beyond_first(x, term):
+    """x, and with another than the first term of a weight 0 where it is not finite: Inf - Inf would be NaN."""
+    return tl.where((x - x == 0.0) | (term == 0), x, 0.0)
+
+
 @triton.jit(do_not_specialize=["P"])
 def conv1x1_gram_backward_input_kernel(
     dy,  # [P, COUT]
@@ -19,8 +25,8 @@ def conv1x1_gram_backward_input_kernel(
     mean,  # [CIN], of c
     scale,  # [CIN], BN below: a = relu(scale*c + shift)
     shift,
-    weight_dz,  # [COUT, CIN] in dy's dtype
-    weight_a,  # [TERMS, CIN, CIN] in dy's dtype, their sum is the weight; or None: frozen statistics
+    weight_dz,  # [TERMS, COUT, CIN] in dy's dtype, their sum is the weight
+    weight_a,  # [TERMS, CIN, CIN], likewise; or None: frozen statistics
     center,  # [CIN], or None: a is taken as it is
     offset,  # [CIN] or None
     dz_below,  # [P, CIN]
@@ -49,22 +55,23 @@ def conv1x1_gram_backward_input_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     if offset is not None:
         acc += load_vector(offset, n, CIN)
-    for k0 in range(0, COUT, BK):
+    # once with each term of a weight: dz, a and the mask below go together, so that errors of rounded weights would not
+    # average out; the second time dz is still in a cache
+    for step in range(TERMS * ((COUT + BK - 1) // BK)):
+        k0 = step // TERMS * BK
         valid_k = k0 + k < COUT
         dy_place = row * COUT + (k0 + k)[None, :]  # [BM, BK]
         dz = tl.load(dy_tile + dy_place, mask=valid & valid_k[None, :], other=0.0)
         if mask is not None:
             # BM is a multiple of 8, so a tile starts at bit 0 of a byte for any channel count
             dz = select_by_mask(dz, mask + base // 8 * COUT, dy_place, valid & valid_k[None, :])
-        w_place = (k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
+        w_place = (step % TERMS * COUT + k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
         w = tl.load(weight_dz + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
-        acc = tl.dot(dz, w, acc, input_precision=PRECISION)
-        if mask is not None:
-            acc = wait(acc, WAIT)
+        if TERMS > 1:
+            dz = finite_beyond_first(dz, step % TERMS)
+        acc = wait(tl.dot(dz, w, acc, input_precision=PRECISION), WAIT)
 
     if weight_a is not None:
-        # once with each term of weight_a: a and the mask below go together, so that errors of rounded weights would
-        # not average out
         padded: tl.constexpr = (CIN + BK - 1) // BK * BK
         for step in range(0, TERMS * padded, BK):
             k0 = step % padded
@@ -73,6 +80,8 @@ def conv1x1_gram_backward_input_kernel(
             a = activation(ck, scale, shift, k0 + k, CIN)
             if center is not None:
                 a = a - load_vector(center, k0 + k, CIN)
+            if TERMS > 1:
+                a = finite_beyond_first(a, step // padded)
             w_place = (step // padded * CIN + k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
             w = tl.load(weight_a + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
             acc = wait(tl.dot(a, w, acc, input_precision=PRECISION), WAIT)
@@ -92,39 +101,58 @@ def conv1x1_gram_backward_input_kernel(
 
 @triton.jit
 def split_weight_kernel(
-    weight,  # [CIN, CIN]
-    center,  # [CIN]
+    weight,  # [ROWS, CIN]
+    center,  # [ROWS], or None with offset and moved_offset
     offset,  # [CIN]
-    terms,  # [2, CIN, CIN], out: weight in the activation dtype, and what that leaves of it
+    terms,  # [2, ROWS, CIN], out: weight in the activation dtype, and what that leaves of it
     moved_offset,  # [CIN], out: offset - center (the sum of the terms)
+    ROWS: tl.constexpr,
     CIN: tl.constexpr,
+    SHARE: tl.constexpr,  # rows of a program: all of them where it adds them up
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     n = tl.program_id(0) * BN + tl.arange(0, BN)
+    first = tl.program_id(1) * SHARE
     added = tl.zeros((BN,), tl.float64)
-    for k0 in range(0, CIN, BM):
-        k = k0 + tl.arange(0, BM)
-        keep = (k < CIN)[:, None] & (n < CIN)[None, :]
+    for k0 in range(0, SHARE, BM):
+        k = first + k0 + tl.arange(0, BM)
+        keep = (k < ROWS)[:, None] & (n < CIN)[None, :]
         place = k.to(tl.int64)[:, None] * CIN + n[None, :]
         w = tl.load(weight + place, mask=keep, other=0.0)
         high = w.to(terms.dtype.element_ty)
-        low = (w - high.to(tl.float32)).to(terms.dtype.element_ty)
+        low = tl.where(high - high == 0.0, w - high.to(tl.float32), 0.0).to(terms.dtype.element_ty)
         tl.store(terms + place, high, mask=keep)
-        tl.store(terms + CIN * CIN + place, low, mask=keep)
-        c = tl.load(center + k, mask=k < CIN, other=0.0).to(tl.float64)
-        added += tl.sum(c[:, None] * (high.to(tl.float64) + low.to(tl.float64)), 0)
-    exact = tl.load(offset + n, mask=n < CIN, other=0.0).to(tl.float64) - added
-    tl.store(moved_offset + n, exact.to(moved_offset.dtype.element_ty), mask=n < CIN)
+        tl.store(terms + ROWS * CIN + place, low, mask=keep)
+        if center is not None:
+            c = tl.load(center + k, mask=k < ROWS, other=0.0).to(tl.float64)
+            added += tl.sum(c[:, None] * (high.to(tl.float64) + low.to(tl.float64)), 0)
+    if center is not None:
+        exact = tl.load(offset + n, mask=n < CIN, other=0.0).to(tl.float64) - added
+        tl.store(moved_offset + n, exact.to(moved_offset.dtype.element_ty), mask=n < CIN)
 
 
-def split_weight(weight_a: Tensor, center: Tensor, offset: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """weight_a [Cin, Cin] as two terms [2, Cin, Cin] of c's dtype, and the offset [Cin] for an a without center."""
-    cin = weight_a.shape[0]
-    terms, moved_offset = layout.empty((2, cin, cin), c), layout.empty((cin,), offset)
+def split_weight(
+    weight: Tensor, c: Tensor, center: Tensor | None = None, offset: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """weight [R, Cin] as two terms [2, R, Cin] of c's dtype; with center [R] also the offset [Cin] for an a without."""
+    size, cin = weight.shape
+    terms = layout.empty((2, size, cin), c)
+    moved_offset = None if offset is None else layout.empty((cin,), offset)
     rows, columns = tiles.ALGEBRA_COLUMNS
-    split_weight_kernel[(triton.cdiv(cin, columns),)](
-        weight_a, center, offset, terms, moved_offset, CIN=cin, BM=rows, BN=columns, num_warps=4
+    share = rows if center is None else triton.cdiv(size, rows) * rows
+    split_weight_kernel[(triton.cdiv(cin, columns), triton.cdiv(size, share))](
+        weight.contiguous(),
+        center,
+        offset,
+        terms,
+        moved_offset,
+        ROWS=size,
+        CIN=cin,
+        SHARE=share,
+        BM=rows,
+        BN=columns,
+        num_warps=4,
     )
     return terms, moved_offset
 
@@ -147,11 +175,11 @@ def conv1x1_gram_backward_input(
     tile = tiles.output_tile(tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin, cout)
     row_tiles = triton.cdiv(total, tile.bm)
     terms = 1 if c.dtype == torch.float32 else 2
-    if weight_a is not None and offset is not None and center is not None:
-        weight_a = weight_a.contiguous()
-        if terms == 2:
+    if terms == 2:
+        weight_dz, _ = split_weight(weight_dz, c)
+        if weight_a is not None:
             # a - center would round, and a is exact as it is: what center adds goes into the offset, in float64
-            weight_a, offset = split_weight(weight_a, center, offset, c)
+            weight_a, offset = split_weight(weight_a, c, center, offset)
             center = None
     dz_below = layout.empty(tuple(c.shape), c)
     tile_sums = layout.empty((row_tiles, 2, cin), c, torch.float32)
@@ -162,8 +190,8 @@ def conv1x1_gram_backward_input(
         mean,
         scale,
         shift,
-        weight_dz.to(c.dtype).contiguous(),
-        weight_a,
+        weight_dz.contiguous(),
+        None if weight_a is None else weight_a.contiguous(),
         center,
         offset,
         dz_below,

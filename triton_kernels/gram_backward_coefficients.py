@@ -1,7 +1,7 @@
 """Backward of BN over a 1x1 convolution whose output was never stored: its Cout x Cin algebra, in float64.
 
 Two products of matrices are the library's; what surrounds them is one kernel by rows before, one by rows and one by
-columns after. With frozen statistics there are no products, and of the others only the last.
+columns after. With frozen statistics the first kernel is all there is.
 """
 
 import torch
@@ -42,7 +42,7 @@ def gram_bn_backward_kernel(
     center,
     dweight,  # [COUT], out
     B,  # [COUT], out, or None: frozen statistics
-    weight_dz,  # [COUT, CIN] in weight's dtype, out
+    weight_dz,  # [COUT, CIN], out
     dW,  # [COUT, CIN], out, or None: batch statistics
     wide,  # [COUT, CIN] float64, out: W; or None, with sloped: frozen statistics
     sloped,  # [COUT, CIN] float64, out: B W
@@ -80,9 +80,7 @@ def gram_bn_backward_kernel(
         keep = valid[:, None] & (k0 + k < CIN)[None, :]
         place = row + (k0 + k)[None, :]
         w = tl.load(weight + place, mask=keep, other=0.0).to(tl.float64)
-        # by way of float32, as torch rounds float64 to 16 bits
-        scaled = (gain[:, None] * w).to(tl.float32)
-        tl.store(weight_dz + place, scaled.to(weight_dz.dtype.element_ty), mask=keep)
+        tl.store(weight_dz + place, (gain[:, None] * w).to(weight_dz.dtype.element_ty), mask=keep)
         if wide is not None:
             tl.store(wide + place, w, mask=keep)
             tl.store(sloped + place, slope.to(tl.float64)[:, None] * w, mask=keep)
@@ -122,11 +120,9 @@ def gram_weight_gradient_kernel(
 
 @triton.jit(do_not_specialize=["P"])
 def gram_offset_kernel(
-    products,  # [CIN, CIN] float64: W^T (B W); or None with m, center, weight_a: frozen statistics
+    products,  # [CIN, CIN] float64: W^T (B W)
     weight_dz,  # [COUT, CIN]
     sum_dz,  # [COUT]
-    weight,  # [COUT, CIN], frozen statistics; or None with scale
-    scale,  # [COUT]
     m,  # [CIN]
     center,
     weight_a,  # [CIN, CIN], out
@@ -143,25 +139,17 @@ def gram_offset_kernel(
     for o0 in range(0, COUT, BM):
         o = o0 + step
         keep = (o < COUT)[:, None] & (n < CIN)[None, :]
-        place = o.to(tl.int64)[:, None] * CIN + n[None, :]
-        w = tl.load(weight_dz + place, mask=keep, other=0.0).to(tl.float64)
+        w = tl.load(weight_dz + o.to(tl.int64)[:, None] * CIN + n[None, :], mask=keep, other=0.0)
         dz = tl.load(sum_dz + o, mask=o < COUT, other=0.0).to(tl.float64) / P
-        if weight is not None:
-            # only what rounding left of weight_dz; from row to row nothing that is not finite may pass
-            gain = tl.load(scale + o, mask=o < COUT, other=0.0).to(tl.float64)
-            w -= gain[:, None] * tl.load(weight + place, mask=keep, other=0.0).to(tl.float64)
-            w = tl.where(w - w == 0.0, w, 0.0)
-            dz = tl.where(dz - dz == 0.0, dz, 0.0)
-        of_dz += tl.sum(dz[:, None] * w, 0)
+        of_dz += tl.sum(dz[:, None] * w.to(tl.float64), 0)
     of_a = tl.zeros((BN,), tl.float64)
-    if products is not None:
-        for k0 in range(0, CIN, BM):
-            k = k0 + step
-            keep = (k < CIN)[:, None] & (n < CIN)[None, :]
-            place = k.to(tl.int64)[:, None] * CIN + n[None, :]
-            w = tl.load(products + place, mask=keep, other=0.0)
-            tl.store(weight_a + place, w.to(weight_a.dtype.element_ty), mask=keep)
-            of_a += tl.sum(load_rest(m, center, k, CIN)[:, None] * w, 0)
+    for k0 in range(0, CIN, BM):
+        k = k0 + step
+        keep = (k < CIN)[:, None] & (n < CIN)[None, :]
+        place = k.to(tl.int64)[:, None] * CIN + n[None, :]
+        w = tl.load(products + place, mask=keep, other=0.0)
+        tl.store(weight_a + place, w.to(weight_a.dtype.element_ty), mask=keep)
+        of_a += tl.sum(load_rest(m, center, k, CIN)[:, None] * w, 0)
     tl.store(offset + n, (-of_dz - of_a).to(offset.dtype.element_ty), mask=n < CIN)
 
 
@@ -177,11 +165,11 @@ def gram_backward_coefficients(
     m: Tensor | None = None,
     S: Tensor | None = None,
     center: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dweight [Cout], dW [Cout, Cin], weight_dz [Cout, Cin], weight_a [Cin, Cin], offset [Cin].
 
-    r [Cout, Cin], float32; weight [Cout, Cin, 1, 1], bias [Cout] in the dtype of weight_dz. m, S, center are None
-    together, and then weight_a: frozen statistics.
+    r [Cout, Cin], float32; weight [Cout, Cin, 1, 1], bias [Cout] in the activation dtype. m, S, center are None
+    together, and then weight_a and offset: frozen statistics.
     """
     cout, cin = weight.shape[:2]
     batch = m is not None and S is not None
@@ -189,7 +177,7 @@ def gram_backward_coefficients(
     by_rows, by_columns = tiles.ALGEBRA_ROWS, tiles.ALGEBRA_COLUMNS
     grid = triton.cdiv(cout, by_rows[0])
     dweight, dW = layout.empty((cout,), r), layout.empty((cout, cin), r)
-    weight_dz = layout.empty((cout, cin), weight)
+    weight_dz = layout.empty((cout, cin), r)
     B = layout.empty((cout,), r) if batch else None
     wide, sloped = (layout.empty((cout, cin), r, torch.float64) if batch else None for _ in range(2))
     gram_bn_backward_kernel[(grid,)](
@@ -213,29 +201,27 @@ def gram_backward_coefficients(
         BK=by_rows[1],
         **size,
     )
-    weight_a, offset, squares = None, layout.empty((cin,), r), None
-    if S is not None and wide is not None and sloped is not None:
-        gram_weight_gradient_kernel[(grid, triton.cdiv(cin, by_rows[1]))](
-            r,
-            sum_dz,
-            scale,
-            B,
-            m,
-            center,
-            torch.mm(wide, S.double()),
-            dW,
-            rows,
-            BM=by_rows[0],
-            BK=by_rows[1],
-            **size,
-        )
-        weight_a, squares = layout.empty((cin, cin), r), torch.mm(wide.t(), sloped)
+    if m is None or S is None or wide is None or sloped is None:
+        return dweight, dW, weight_dz, None, None
+    gram_weight_gradient_kernel[(grid, triton.cdiv(cin, by_rows[1]))](
+        r,
+        sum_dz,
+        scale,
+        B,
+        m,
+        center,
+        torch.mm(wide, S.double()),
+        dW,
+        rows,
+        BM=by_rows[0],
+        BK=by_rows[1],
+        **size,
+    )
+    weight_a, offset = layout.empty((cin, cin), r), layout.empty((cin,), r)
     gram_offset_kernel[(triton.cdiv(cin, by_columns[1]),)](
-        squares,
+        torch.mm(wide.t(), sloped),
         weight_dz,
         sum_dz,
-        None if batch else weight,
-        None if batch else scale,
         m,
         center,
         weight_a,

@@ -132,9 +132,8 @@ class FakeOps:
         return mean, var, torch.empty_like(m)
 
     def gram_backward_coefficients(self, r, sum_dz, weight, bias, vectors, rows, m=None, S=None, center=None):
-        dweight, dW, weight_dz = torch.empty_like(sum_dz), torch.empty_like(r), weight.new_empty(r.shape)
-        weight_a = None if m is None else torch.empty_like(S)
-        return GramGrads(dweight, dW, weight_dz, weight_a, r.new_empty(r.shape[1:]))
+        below = (None, None) if m is None else (torch.empty_like(S), torch.empty_like(m))
+        return GramGrads(torch.empty_like(sum_dz), torch.empty_like(r), torch.empty_like(r), *below)
 
     def conv1x1_backward_weight(self, dy, mask, c, scale, shift, center=None):
         cout, cin = dy.shape[1], c.shape[1]

@@ -263,15 +263,14 @@ class ReferenceOps:
         acc, training = sum_dz.dtype, m is not None
         grads = self.bn_backward_coefficients(sum_dz, centered.to(acc), vectors, rows, training)
         A = grads.A.double()[:, None]
-        dW, weight_dz = A * r, (A * w).to(weight.dtype)
+        dW, weight_dz = A * r, A * w
         if m is None:
-            mean, lost = (t.nan_to_num(0, 0, 0) for t in (sum_dz64 / rows, A * w - weight_dz.double()))
-            return GramGrads(grads.dweight, dW.to(acc), weight_dz, None, (mean @ lost).to(acc))
+            return GramGrads(grads.dweight, dW.to(acc), weight_dz.to(acc), None, None)
         B = grads.B.double()[:, None]
         dW = dW + B * (w @ (S.double() * rows))
         weight_a = w.t() @ (B * w)
-        offset = -(sum_dz64 / rows) @ weight_dz.double() - rest @ weight_a
-        return GramGrads(grads.dweight, dW.to(acc), weight_dz, weight_a.to(acc), offset.to(acc))
+        offset = -(sum_dz64 / rows) @ weight_dz - rest @ weight_a
+        return GramGrads(grads.dweight, dW.to(acc), weight_dz.to(acc), weight_a.to(acc), offset.to(acc))
 
     def conv1x1_backward_weight(self, dy, mask, c, scale, shift, center=None):
         dz = dy if mask is None else self.relu_backward(dy, mask)
@@ -286,11 +285,9 @@ class ReferenceOps:
         acc = vectors.scale.dtype
         dz = dy if mask is None else self.relu_backward(dy, mask)
         a = rows_by_channels(activation(c, vectors.scale, vectors.shift)).to(acc)  # [P, Cin]
-        da = rows_by_channels(dz).to(acc) @ weight_dz.to(acc)  # [P, Cin]
+        da = rows_by_channels(dz).to(acc) @ weight_dz  # [P, Cin]
         if weight_a is not None:
-            da = da + (a - center) @ weight_a
-        if offset is not None:
-            da = da + offset
+            da = da + (a - center) @ weight_a + offset
         dz_below = torch.where(a <= 0, 0, da).view(n, h, w, c.shape[1]).permute(0, 3, 1, 2)
         dz_below = torch.empty_like(c).copy_(dz_below)
         return dz_below, *sums(dz_below, c, vectors.mean)
