@@ -133,7 +133,7 @@ GRAM_EDGES: tuple[Line, ...] = (
     ("last", "gram", "below", "", "gram"),
     ("last", "conv1x1_forward", "below w x_or_s", "y mask", "conv"),
     ("last", "conv1x1_backward_weight", "dy mask below", "dw", "conv"),
-    ("last", "conv1x1_gram_backward_input", "dy mask below w", "din", "conv square square"),
+    ("last", "conv1x1_gram_backward_input", "dy mask below w", "din", "conv conv square square"),
     ("shortcut", "bn_add_relu_backward_reduce", "dy mask c", "", ""),
     ("shortcut", "bn_add_relu_backward_input", "~dy mask ~c", "dc", ""),
     ("shortcut", "convolution_backward_input", "dc w", "din", "conv"),
