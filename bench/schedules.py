@@ -80,6 +80,18 @@ SEPARATE: tuple[Line, ...] = (
     ("join", "bn_add_relu_forward", "~c x_or_s", "y mask", ""),
     *SEPARATE_BACKWARD,
 )
+# the same, statistics of plain 1x1 convolutions from a product of our own
+SEPARATE_PRODUCT_STATS: tuple[Line, ...] = (
+    ("1x1 plain", "conv1x1_forward", "in w", "c", "conv"),
+    ("1x1 strided", "convolution", "sampled w", "c", "conv"),
+    ("1x1 strided", "bn_stats", "c", "", ""),
+    ("kxk", "convolution", "in w", "c", "conv"),
+    ("kxk", "bn_stats", "c", "", ""),
+    ("inner 1x1", "bn_add_relu_forward", "c", "a", ""),
+    ("inner kxk", "bn_add_relu_forward", "~c", "a", ""),
+    ("join", "bn_add_relu_forward", "c x_or_s", "y mask", ""),
+    *SEPARATE_BACKWARD,
+)
 SEPARATE_EPILOGUE_STATS: tuple[Line, ...] = (
     *LIBRARY_FORWARD,
     ("inner", "bn_add_relu_forward", "c", "a", ""),
@@ -202,6 +214,7 @@ SCHEDULES = {
     "unfused": Schedule(STEM_UNFUSED, UNFUSED, UNFUSED),
     "inductor": Schedule(STEM_INDUCTOR, INDUCTOR, INDUCTOR),
     "separate": Schedule(STEM_FUSED, SEPARATE, SEPARATE),
+    "separate_product_stats": Schedule(STEM_FUSED, SEPARATE_PRODUCT_STATS, SEPARATE_PRODUCT_STATS),
     "separate_epilogue_stats": Schedule(STEM_FUSED, SEPARATE_EPILOGUE_STATS, SEPARATE_EPILOGUE_STATS),
     "fused_1x1": Schedule(STEM_FUSED, FUSED_1X1, SEPARATE),
     "across_blocks": Schedule(STEM_FUSED, ACROSS_BLOCKS, ACROSS_BLOCKS),

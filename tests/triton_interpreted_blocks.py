@@ -41,7 +41,7 @@ BN |= {"bn_add_relu_backward_reduce", "bn_add_relu_backward_input"}
 LIBRARY = {"conv_backward_input", "conv_backward_weight"}
 # what each recipe calls on an identity bottleneck in training
 SERVED = {
-    "separate": BN,
+    "separate": BN | {"conv1x1_forward"},
     "gram": BN
     | {"conv1x1_forward", "gram", "conv1x1_backward_weight", "conv1x1_gram_backward_input"}
     | {"conv1x1_backward_input", "gram_output_stats", "gram_backward_coefficients"},

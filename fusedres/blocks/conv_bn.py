@@ -16,6 +16,7 @@ from fusedres.dispatch import Dispatcher
 from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, accumulation_dtype
 
 LIBRARY = ReferenceOps.name  # torch's own convolution: both gradients in one call, where it serves
+ONLY_STATS = (None, 1, *(None,) * 7, False, False, True)  # conv1x1_forward's arguments after the weight
 
 
 def convolve(x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
@@ -39,8 +40,22 @@ def conv_bn_forward(
     ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors, frozen: BatchNormVectors | None
 ) -> tuple[Tensor, BatchNormVectors]:
     """c and the vectors of its BN: `frozen`, or those of the batch."""
+    if frozen is not None:
+        return convolve(x, unit, t), frozen
+    c, mean, var = convolve_with_stats(ops, x, unit, t)
+    return c, ops.bn_scale_shift(mean, var, t.bn_weight, t.bn_bias, unit.eps)
+
+
+def convolve_with_stats(
+    ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors
+) -> tuple[Tensor, Tensor, Tensor]:
+    """c, and mean and var of the batch: in one product where a backend has that, else by a pass over c."""
+    if is_plain_1x1(unit, t) and ops.serving("conv1x1_forward", x, cast_later(t, x), *ONLY_STATS) != LIBRARY:
+        bias = None if t.conv_bias is None else t.conv_bias.to(x.dtype)
+        out = ops.conv1x1_forward(x, t.weight.to(x.dtype), bias, save_stats=True)
+        return out.y, out.mean, out.var  # type: ignore[return-value]
     c = convolve(x, unit, t)
-    return c, frozen or ops.bn_scale_shift(*ops.bn_stats(c), t.bn_weight, t.bn_bias, unit.eps)
+    return c, *ops.bn_stats(c)
 
 
 def conv_bn_add_relu(
