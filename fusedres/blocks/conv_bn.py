@@ -53,7 +53,7 @@ def convolve_with_stats(
     if is_plain_1x1(unit, t) and ops.serving("conv1x1_forward", x, cast_later(t, x), *ONLY_STATS) != LIBRARY:
         bias = None if t.conv_bias is None else t.conv_bias.to(x.dtype)
         out = ops.conv1x1_forward(x, t.weight.to(x.dtype), bias, save_stats=True)
-        return out.y, out.mean, out.var  # type: ignore[return-value]
+        return out.y, out.mean, out.var
     c = convolve(x, unit, t)
     return c, *ops.bn_stats(c)
 
