@@ -88,9 +88,9 @@ class Dispatcher:
                 return getattr(backend, op)(*args, **kwargs)
         return getattr(self.backends[-1], op)(*args, **kwargs)
 
-    def serving(self, op: str, *args: Any) -> str:
+    def serving(self, op: str, *args: Any, **kwargs: Any) -> str:
         """The name of the backend that would serve this call."""
-        return next(b.name for b in self.backends if b.supports(op, *args) is None)
+        return next(b.name for b in self.backends if b.supports(op, *args, **kwargs) is None)
 
     def explain(self, op: str, *args: Any) -> list[tuple[str, str | None]]:
         """For one call, each backend in order with its reason against serving it (None: it serves)."""

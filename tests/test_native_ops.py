@@ -11,6 +11,7 @@ from raw_op_checks import CHECKS, backward_parts, forward_parts
 
 from fusedres.backends import native, native_reasons
 from fusedres.backends.reference import ReferenceOps
+from fusedres.dispatch import dispatcher
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
 
@@ -183,6 +184,19 @@ def test_product_says_what_is_wrong(change, message):
     native.load()
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fusedres_native.conv1x1_forward(**args, relu=True)
+
+
+@pytest.mark.parametrize("wanted", ["save_mask", "save_stats"])
+def test_product_of_which_more_is_wanted_is_left_to_another_backend(wanted):
+    """Also where that is asked for by keyword: the kernel would leave it out."""
+    x, weight = (
+        torch.randn(2, 16, 3, 3).contiguous(memory_format=torch.channels_last),
+        torch.randn(8, 16, 1, 1),
+    )
+    args = x, weight, None, 1, None, None, torch.rand(8), torch.rand(8)
+    assert dispatcher("native").serving("conv1x1_forward", *args) == "native"
+    out = dispatcher("native").conv1x1_forward(*args, **{wanted: True})
+    assert (out.mask if wanted == "save_mask" else out.mean) is not None
 
 
 def test_products_without_results_come_to_an_end():

@@ -146,8 +146,8 @@ struct ConvWeightArgs {
   int64_t first_out, last_out, first_in, last_in, first_tap, last_tap;  // what of dw the call is for
   int64_t begin, end;          // rows of dy
   int64_t x_begin, x_end;      // rows of x, of N*height.in, that they read, if the kernel has more than one
-  float* packed_dy;            // scratch, of packed_dy_size
-  float* packed_x;             // scratch, of packed_x_size, aligned to a vector
+  float* packed_dy;            // scratch: panels of a vector for each position of the piece
+  float* packed_x;             // scratch: panels of kVectorsOfPanel vectors for each position of the piece's x
   Stretch* stretches;          // [end - begin], scratch
 };
 

@@ -119,9 +119,8 @@ class NativeOps:
         self._ops = torch.ops.fusedres_native
 
     def supports(self, op: str, *args: Any, **kwargs: Any) -> str | None:
-        # what the recipes pass by keyword, flags and the products of recipe `gram`, decides nothing here
         reason = REASONS.get(op)
-        return "no_kernel" if reason is None else reason(*args)
+        return "no_kernel" if reason is None else reason(*args, **kwargs)
 
     def bn_stats(self, c):
         return self._ops.bn_stats(c)

@@ -78,15 +78,17 @@ def vectors_reason(first: Tensor, *others: Tensor | None) -> str | None:
     return None
 
 
-def forward_reason(c: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *rest: Any):
+def forward_reason(
+    c: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *rest: Any, **flags: bool
+):
     return activations_reason(c, residual)
 
 
-def reduce_reason(dy, c, vectors, mask=None, relu=True, shortcut_c=None, *rest):
+def reduce_reason(dy, c, vectors, mask=None, relu=True, shortcut_c=None, *rest, **flags):
     return activations_reason(c, dy, shortcut_c)
 
 
-def input_reason(dy, c, vectors, grads, mask=None, relu=True, shortcut_c=None, *rest):
+def input_reason(dy, c, vectors, grads, mask=None, relu=True, shortcut_c=None, *rest, **flags):
     return activations_reason(c, dy, shortcut_c)
 
 
@@ -178,7 +180,16 @@ def product_reason(
 
 
 def input_gradient_reason(
-    dy, x, weight, stride, padding, dilation, groups, shortcut_dy=None, shortcut_mask=None
+    dy,
+    x,
+    weight,
+    stride,
+    padding,
+    dilation,
+    groups,
+    shortcut_dy=None,
+    shortcut_mask=None,
+    reuse_shortcut=False,
 ):
     """A 1x1 convolution's is a product, added where eager stores it and adds it in a pass of its own."""
     if tuple(padding) != (0, 0) or groups != 1:
@@ -201,7 +212,7 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "bn_backward_coefficients": lambda sum_dz, centered, vectors, *rest: vectors_reason(sum_dz, *vectors),
     "bn_add_relu_backward_input": input_reason,
     "relu_backward": lambda dy, mask: activations_reason(dy),
-    "bn_relu_maxpool_forward": lambda c, *rest: activations_reason(c),
+    "bn_relu_maxpool_forward": lambda c, *rest, **flags: activations_reason(c),
     "bn_relu_maxpool_backward_reduce": lambda dy, indices, c, *rest: activations_reason(c, dy),
     "bn_relu_maxpool_backward_input": lambda dy, indices, c, *rest: activations_reason(c, dy),
     "conv_backward_weight": weight_gradient_reason,

@@ -16,7 +16,6 @@ from fusedres.dispatch import Dispatcher
 from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, accumulation_dtype
 
 LIBRARY = ReferenceOps.name  # torch's own convolution: both gradients in one call, where it serves
-ONLY_STATS = (None, 1, *(None,) * 7, False, False, True)  # conv1x1_forward's arguments after the weight
 
 
 def convolve(x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
@@ -50,7 +49,8 @@ def convolve_with_stats(
     ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors
 ) -> tuple[Tensor, Tensor, Tensor]:
     """c, and mean and var of the batch: in one product where a backend has that, else by a pass over c."""
-    if is_plain_1x1(unit, t) and ops.serving("conv1x1_forward", x, cast_later(t, x), *ONLY_STATS) != LIBRARY:
+    product = "conv1x1_forward", x, cast_later(t, x)
+    if is_plain_1x1(unit, t) and ops.serving(*product, save_stats=True) != LIBRARY:
         bias = None if t.conv_bias is None else t.conv_bias.to(x.dtype)
         out = ops.conv1x1_forward(x, t.weight.to(x.dtype), bias, save_stats=True)
         return out.y, out.mean, out.var
