@@ -45,7 +45,7 @@ sanitize: $(STAMP)
 	set -e; for capability in "" avx2; do \
 		LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/sanitized \
 			$${capability:+env ATEN_CPU_CAPABILITY=$$capability} $(BIN)/pytest -q tests/test_native_ops.py \
-			tests/test_native_statistics.py; \
+			tests/test_native_convolutions.py tests/test_native_statistics.py; \
 	done
 
 check-package: $(STAMP)

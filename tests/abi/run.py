@@ -14,7 +14,12 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-SUITES = ("test_native_ops.py", "test_native_statistics.py", "test_native_library.py")
+SUITES = (
+    "test_native_ops.py",
+    "test_native_convolutions.py",
+    "test_native_statistics.py",
+    "test_native_library.py",
+)
 
 
 def run(*command: object) -> None:
