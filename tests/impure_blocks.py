@@ -172,6 +172,12 @@ class LooksAtGradMode(Path):
         return F.relu(self.path(x) + x) if torch.is_grad_enabled() else F.relu(self.path(x))
 
 
+class LooksAtGradient(Path):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if y.requires_grad else y * 2
+
+
 class LooksAtSingleImages(Path):
     """A path of its own for inference on one image."""
 
@@ -200,7 +206,8 @@ IMPURE = [
     (LooksAtWidth, "shape_dependent"),
     (LooksAtBatch, "shape_dependent"),
     (LooksAtLargeImages, "shape_dependent"),
-    (LooksAtGradMode, "grad_mode_dependent"),
-    (LooksAtSingleImages, "grad_mode_dependent"),
+    (LooksAtGradMode, "asks_state"),
+    (LooksAtSingleImages, "asks_state"),
+    (LooksAtGradient, "grad_mode_dependent"),
     *((block, "mutates_module") for block in EFFECTS),
 ]

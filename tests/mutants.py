@@ -19,7 +19,20 @@ import torch
 from fusedres import autograd
 from fusedres.blocks import separate
 from fusedres.nn import running_stats
-from fusedres.patching import dry_run, grammar, guards, install, owners, structure, trace
+from fusedres.patching import (
+    ambient,
+    dry_run,
+    every_path,
+    grammar,
+    guards,
+    install,
+    own_code,
+    owners,
+    patched_class,
+    shadows,
+    structure,
+    verify,
+)
 
 residual_block = sys.modules["fusedres.nn.residual_block"]
 TESTS = Path(__file__).parent
@@ -83,7 +96,7 @@ def on_gradients(change):
 
 @mutant("test_hooks.py::test_hook_on_a_module[late-convolution-forward]")
 def ignores_hooks_of_submodules():
-    structure.intervenes = lambda state: "instance_forward" if "forward" in state else None
+    structure.intervenes = lambda module, state: "instance_forward" if "forward" in state else None
 
 
 @mutant("test_hooks.py::test_hook_on_every_module[full_backward]")
@@ -93,22 +106,22 @@ def ignores_global_hooks():
 
 @mutant("test_hooks.py::test_hook_on_a_module[late-norm-full_backward_pre]")
 def ignores_backward_hooks():
-    structure.intervenes = lambda state: "hooks" if state["_forward_hooks"] else None
+    structure.intervenes = lambda module, state: "hooks" if state["_forward_hooks"] else None
 
 
 @mutant("test_guards.py::TestPerCallGuards::test_late_hook")
 def remembers_that_a_block_was_sound():
-    wrap(structure, "resolve", remembering(lambda block, expected: id(block)))
+    wrap(structure, "resolve", remembering(lambda block, *_: id(block)))
 
 
 @mutant("test_copies.py::test_a_copy_trains_the_same_and_apart[deepcopy-separate]")
 def keeps_the_modules_in_the_plan():
-    wrap(structure, "resolve", remembering(lambda block, expected: tuple(e.path for e in expected)))
+    wrap(structure, "resolve", remembering(lambda block, expected, *_: tuple(e.path for e in expected)))
 
 
 @mutant("test_late_changes.py::test_a_change_that_no_recipe_covers_runs_the_original[submodule_forward]")
 def ignores_forwards_set_on_submodules():
-    structure.intervenes = lambda state: "hooks" if state["_forward_hooks"] else None
+    structure.intervenes = lambda module, state: "hooks" if state["_forward_hooks"] else None
 
 
 @mutant("test_late_changes.py::test_a_change_that_no_recipe_covers_runs_the_original[padding_mode]")
@@ -138,7 +151,7 @@ def looks_into_no_object():
 
 @mutant("test_late_flags.py::test_a_forward_given_to_a_class_of_torch")
 def trusts_the_classes_of_submodules():
-    structure.forward_replaced = lambda plan: None
+    structure.method_replaced = lambda plan: None
 
 
 @mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[FunctionalNorm]")
@@ -164,17 +177,16 @@ def leaves_the_effects_of_dry_runs():
 
 @mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtWidth]")
 def reads_one_size():
-    trace.OTHERS = ()
+    every_path.OTHERS = ()
+    every_path.probes = lambda stand_in: ()
 
 
-@mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtGradMode]")
+@mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtGradient]")
 def reads_with_gradients_only():
     def make(right):
-        return lambda stand_in, shape, training, gradients, opaque: right(
-            stand_in, shape, training, True, opaque
-        )
+        return lambda *args, gradients=True, inference=False, **context: right(*args, **context)
 
-    wrap(trace, "trace", make)
+    wrap(every_path, "trace", make)
 
 
 @mutant("test_late_changes.py::test_a_change_is_seen[parameters_replaced-separate]")
@@ -268,7 +280,7 @@ def loses_reduce():
             del cls.__reduce_ex__
         return cls
 
-    wrap(install, "subclass", on_result(change))
+    wrap(patched_class, "subclass", on_result(change))
 
 
 @mutant("test_patching.py::test_patch_returns_the_same_model_and_changes_nothing_visible")
@@ -307,6 +319,102 @@ def ignores_mixed_layouts():
 def ignores_autocast():
     for module in (residual_block, guards, install):
         module.compute_dtype = lambda x: x.dtype
+
+
+@mutant("test_instance_attributes.py::test_set_after_patching[circular-separate]")
+def sees_no_new_attributes():
+    shadows.new_attribute = lambda *args: None
+
+
+@mutant("test_instance_attributes.py::test_set_before_patching[doubled]")
+def reads_the_class_alone():
+    shadows.shadowing = lambda module: None
+
+
+@mutant("test_instance_attributes.py::test_in_a_compiled_graph[bottleneck]")
+def compiles_past_attributes():
+    wrap(
+        shadows,
+        "new_attribute",
+        lambda right: lambda m, f, h, compiling: None if compiling else right(m, f, h, False),
+    )
+
+
+@mutant("test_instance_attributes.py::test_the_stem_of_a_model[before]")
+def trusts_the_instances_of_a_stem():
+    shadows.shadowing = lambda module: None
+
+
+@mutant("test_thread_state.py::test_the_original_runs[Decorated]")
+def sees_no_state_of_torch():
+    ambient.state = lambda: ()
+
+
+@mutant("test_thread_state.py::test_the_original_runs[OnDeterminism]")
+def hears_no_question_about_state():
+    ambient.question = lambda functions: None
+
+
+@mutant("test_thread_state.py::test_verify_compares_layouts")
+def verifies_values_alone():
+    verify.differing = lambda actual, expected: 0.0
+
+
+@mutant("test_thread_state.py::test_a_blocks_own_checks_of_its_input[EvenWidth-separate]")
+def takes_a_blocks_own_errors_for_torchs():
+    every_path.FAILS_AS_FUSED = {*every_path.FAILS_AS_FUSED, None}
+
+
+@mutant("test_thread_state.py::test_a_blocks_own_checks_of_its_input[AtMost-separate]")
+def tries_no_sizes_of_the_code():
+    every_path.probes = lambda stand_in: ()
+
+
+@mutant("test_patched_classes.py::test_classes_that_act_when_subclassed[InRegistry]")
+def subclasses_as_anybody_would():
+    patched_class.derive = lambda base, namespace: type(base.__name__, (base,), namespace)
+
+
+@mutant("test_patched_classes.py::test_an_error_while_installing_leaves_the_model_as_it_was")
+def stops_half_way():
+    def half(modules):
+        for module, state in modules:
+            if state is not None:
+                install.install(module, state)
+
+    install.install_all = half
+
+
+@mutant("test_patched_classes.py::test_another_module_made_from_the_class[False]")
+def makes_patched_modules():
+    del patched_class.PatchedType.__call__
+
+
+@mutant("test_patched_classes.py::test_the_method_of_the_class_called_with_another_module")
+def takes_every_module_for_a_patched_one():
+    wrap(
+        install,
+        "call",
+        lambda right: lambda module, *args: right(module, *args) if vars(module)[install.STATE] else None,
+    )
+    install.BEHAVIOUR = install.BEHAVIOUR._replace(call=install.call)
+
+
+@mutant("test_patched_classes.py::test_forwards_that_ask_for_their_class[TrainsBySuperOfType-False]")
+def overlooks_super_of_the_own_type():
+    own_code.skips_own_class = lambda cls: False
+
+
+@mutant("test_patched_classes.py::test_forwards_that_ask_for_their_class[AsksClass-False]")
+def runs_dry_under_the_own_class_alone():
+    wrap(
+        every_path, "trace", lambda right: lambda *args, subclassed=False, **context: right(*args, **context)
+    )
+
+
+@mutant("test_patched_classes.py::test_a_pickle_is_loaded_with_weights_only")
+def pickles_the_plan():
+    del install.BlockState.__reduce__
 
 
 def run(name: str) -> None:

@@ -137,13 +137,10 @@ def patch(
             tuple(describe(f, f.plan and BlockState(f.plan, recipe, backend)) for f in found)
         )
         return model
+    install.install_all([(f.module, f.plan and BlockState(f.plan, recipe, backend)) for f in found])
     _dry_runs.pop(model, None)
     for f in found:
         (_excluded.add if f.code == "excluded" else _excluded.discard)(f.module)
-        if f.plan is not None:
-            install.install(f.module, BlockState(f.plan, recipe, backend))
-        elif install.is_patched_block(f.module):
-            install.remove(f.module)
     matched = sum(f.plan is not None for f in found)
     if left and not matched:
         warn_of_none(model, left)

@@ -12,14 +12,16 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fusedres.patching import shadows
 from fusedres.patching.contents import Snapshot
+from fusedres.patching.patched_class import derive, set_class
 from fusedres.patching.plan import BASE, STATE
 
 HOOK_DICTS = (
@@ -36,15 +38,21 @@ EPS_PROBE = 0.0009765625  # stands for a frozen norm's attribute eps in a dry ru
 
 
 class DryRunError(Exception):
-    """The module cannot be read; `code` is a reason code."""
+    """The module cannot be read; `code` is a reason code. failed_in: the torch call that its forward failed in."""
 
-    def __init__(self, code: str) -> None:
+    def __init__(self, code: str, failed_in: str | None = None) -> None:
         super().__init__(code)
-        self.code = code
+        self.code, self.failed_in = code, failed_in
 
 
 class Listener(TorchFunctionMode):
-    """What a dry run is held under: sees every torch function, and every call of a submodule."""
+    """What a dry run is held under: sees every torch function, and every call of a submodule.
+
+    failed_in: the torch function or submodule that is running, for the time that it might raise; not every listener
+    notes it.
+    """
+
+    failed_in: str | None = None
 
     def enter(self, path: str) -> None:
         """A submodule's forward begins."""
@@ -70,7 +78,7 @@ def structural_clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module
     cls = getattr(type(module), BASE, type(module))
     clone = object.__new__(cls)
     memo[id(module)] = clone
-    state = {k: v for k, v in vars(module).items() if k != STATE}
+    state = {k: v for k, v in vars(module).items() if k not in (STATE, "forward")}
     state |= {k: OrderedDict() for k in HOOK_DICTS if k in state}
     state |= {k: state[k].copy() for k in ("_parameters", "_buffers", "_non_persistent_buffers_set")}
     state["_modules"] = {
@@ -84,6 +92,26 @@ def structural_clone(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module
 def meta_like(tensor: Tensor) -> Tensor:
     dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
     return torch.empty(tensor.shape, device="meta", dtype=dtype)
+
+
+ASKED: set[int] = set()  # ids of modules of a probe class whose `__class__` was read
+
+
+@cache
+def probe_class(base: type) -> Any:
+    """A subclass as patching makes, without a patch: it notes who asks for `self.__class__`.
+
+    Eager calls are answered as unpatched; a compiler that traces the forward takes `type(self)` for the answer.
+    """
+
+    def own_class(self: nn.Module) -> type:
+        ASKED.add(id(self))
+        return base
+
+    try:
+        return derive(base, {"__class__": property(own_class), BASE: base})
+    except TypeError as error:
+        raise DryRunError(f"class_resists:{error}") from error
 
 
 class RandomStates:
@@ -117,8 +145,11 @@ class StandIn:
         tree = list(module.modules())
         if any(isinstance(m, (torch.jit.ScriptModule, torch.fx.GraphModule)) for m in tree):
             raise DryRunError("script_or_graph_module")
-        if any("forward" in vars(m) for m in tree):
-            raise DryRunError("instance_forward")
+        for path, m in module.named_modules():
+            if "forward" in vars(m) and not shadows.is_own_forward(m):
+                raise DryRunError("instance_forward")
+            if (name := shadows.shadowing(m)) is not None:
+                raise DryRunError(f"instance_shadows:{path}.{name}" if path else f"instance_shadows:{name}")
         self.root = structural_clone(module, {})
         self.modules = dict(self.root.named_modules())
         self.frozen = {path for path, m in self.modules.items() if is_frozen_norm(m)}
@@ -127,6 +158,7 @@ class StandIn:
         self.give_meta_tensors()
         self.listener = Listener()
         self.before: dict[bool, Snapshot] = {}  # by mode
+        self.asked_class = False
         for path, m in self.modules.items():
             if isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.__dict__["momentum"] = 0.1  # None would read a counter, which has no value on meta
@@ -162,8 +194,9 @@ class StandIn:
             self.listener.leave(path, args, kwargs, out)
         return out
 
-    def run(self, x: Tensor, training: bool, listener: Listener) -> Any:
-        """The output for x, the listener watching.
+    def run(self, x: Tensor, training: bool, listener: Listener, subclassed: bool = False) -> Any:
+        """The output for x, the listener watching. subclassed: as a module of a subclass that passes for its class;
+        `asked_class` then says whether the forward asked for `self.__class__`.
 
         Raises:
             DryRunError: the forward failed, drew random numbers, or stored something on the module.
@@ -175,12 +208,18 @@ class StandIn:
             self.before[training] = Snapshot([m.__dict__ for m in self.modules.values()], self.tensors)
         randomness = RandomStates()
         failure = None
+        cls: Any = type(self.root)
+        if subclassed:
+            set_class(self.root, probe_class(cls))
+        ASKED.discard(id(self.root))
         try:
             with listener:
                 out = self.root(x)
         except Exception as error:
-            failure = DryRunError(f"dry_run_failed:{type(error).__name__}")
+            failure = DryRunError(f"dry_run_failed:{type(error).__name__}", listener.failed_in)
             failure.__cause__ = error
+        set_class(self.root, cls)
+        self.asked_class = id(self.root) in ASKED
         drawn, changed = randomness.restore(), self.before[training].restore()
         if failure is not None:
             raise failure

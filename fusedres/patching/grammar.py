@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fusedres.blocks.config import Shortcut
-from fusedres.patching import dataflow, structure, trace
+from fusedres.patching import dataflow, every_path, structure
 from fusedres.patching.dataflow import INPUT, PARAMETER, Dataflow, Node
 from fusedres.patching.dry_run import EPS_PROBE, DryRunError, StandIn
 from fusedres.patching.norms import BN, read_norm
@@ -185,13 +185,13 @@ class Reading:
         except DryRunError as error:
             raise NoMatch(error.code) from error
 
-    def check(self, named: tuple[ConvBNNames, ...], paths: tuple[str, ...] = ()) -> None:
+    def check(self, named: tuple[ConvBNNames, ...], called: tuple[str, ...] = ()) -> None:
         """Raises NoMatch unless all that the module does is the match: in both modes, at every size, in any mode."""
         for flow in self.flows:
-            check_effects(flow, named, paths)
+            check_effects(flow, named, called)
         norms = {unit.bn: EPS_PROBE if unit.eps is None else unit.eps for unit in named if unit.frozen}
         try:
-            trace.check_every_path(self.stand_in, self.channels, norms, set(paths))
+            every_path.check_every_path(self.stand_in, self.channels, norms, set(called))
         except DryRunError as error:
             raise NoMatch(error.code) from error
 
@@ -214,7 +214,7 @@ def plan(module: nn.Module) -> BlockPlan:
     main_names = (*named[: main - 1], named[main - 1]._replace(relu=True))
     projection = named[-1] if shortcut is Shortcut.PROJECTION else None
     found = structure.describe(module)
-    return BlockPlan(main_names, shortcut, projection, paths, found, structure.forwards(found))
+    return BlockPlan(main_names, shortcut, projection, paths, found, structure.methods(found))
 
 
 def looks_residual(module: nn.Module) -> bool:

@@ -7,15 +7,16 @@ live in one plain attribute of the instance.
 
 from __future__ import annotations
 
-import copyreg
+import copy
 import logging
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, reduce, wraps
+from dataclasses import dataclass, field
+from functools import cache, reduce
 from operator import add
-from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
@@ -34,11 +35,11 @@ from fusedres.nn.residual_block import (
 from fusedres.nn.stem import stem_block
 from fusedres.patching import guards, structure
 from fusedres.patching.norms import FrozenNorm
+from fusedres.patching.patched_class import ORIGINAL, Behaviour, patched_class, set_class
 from fusedres.patching.plan import BASE, STATE, BlockPlan, ConvBNNames, Plan, StemPlan
 from fusedres.patching.reasons import describe
 
 logger = logging.getLogger("fusedres")
-ORIGINAL = "__fusedres_original__"  # the attribute of a patched class that holds the method it replaced
 
 
 @dataclass
@@ -51,6 +52,21 @@ class BlockState:
     channels: int | None = None  # out of the first convolution, as installed; None: they do not count
     runs_as: str | None = None  # a recipe, once called
     reason: str | None = None  # why runs_as is not what was asked for
+    harmless: dict[str, str] = field(default_factory=dict)  # of `structure.resolve`
+
+    def __copy__(self) -> BlockState:
+        return BlockState(**vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockState:
+        return BlockState(**copy.deepcopy(vars(self), memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Plain values alone: a pickle is to load under other versions, and with `weights_only=True`."""
+        return restored, (self.recipe, self.backend)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle that holds a plan, as fusedres 0.1 wrote it: plans are found again."""
+        self.__init__(None, state["recipe"], state["backend"])  # type: ignore[misc]
 
 
 @cache
@@ -83,8 +99,11 @@ class AfterStem:
 
 def call(module: nn.Module, base: type, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One call of a patched method of `base`: fused if nothing speaks against it, else by the original method."""
-    state: BlockState = module.__dict__[STATE]
-    plan, original = state.plan, getattr(base, method)
+    state: BlockState | None = module.__dict__.get(STATE)
+    original = getattr(base, method)
+    if state is None or getattr(type(module), BASE, None) is not base:  # `type(block).forward(another, x)`
+        return original(module, *args, **kwargs)
+    plan = state.plan
     if is_dynamo_compiling():  # a graph cannot hold what is noted below, nor a model's stand-in
         goes_on = isinstance(plan, StemPlan) and plan.goes_on
         y = None if goes_on else attempt(module, state, args, kwargs, opaque_backend).y
@@ -96,7 +115,7 @@ def call(module: nn.Module, base: type, method: str, args: tuple[Any, ...], kwar
     if y is None:
         return original(module, *args, **kwargs)
     if isinstance(plan, StemPlan) and plan.goes_on:
-        return original(AfterStem(module, [path for path, _ in plan.parts], y), args[0])
+        return original(AfterStem(module, [part.path for part in plan.parts], y), args[0])
     return y
 
 
@@ -127,12 +146,13 @@ def attempt(
     ops, dtype = ops_for(state.backend), compute_dtype(x)
     if getattr(type(module), ORIGINAL) is not getattr(base_class(module), plan.method):
         return Outcome(UNFUSED, "forward_replaced")
-    if (reason := structure.forward_replaced(plan)) is not None:
+    if (reason := structure.method_replaced(plan)) is not None:
         return Outcome(UNFUSED, reason)
+    compiling = ops_for is opaque_backend
     if isinstance(plan, StemPlan) and not plan.whole:
-        modules = structure.resolve_stem(module, plan)
+        modules = structure.resolve_stem(module, plan, state.harmless, compiling)
     else:
-        modules = structure.resolve(module, plan.structure)
+        modules = structure.resolve(module, plan.structure, state.harmless, compiling)
     if isinstance(modules, str):
         return Outcome(UNFUSED, modules)
     units = [unit(modules, names) for names in plan.units]
@@ -166,52 +186,46 @@ def fused(
     return Outcome(recipe, reason, run(data, recipe, ops))
 
 
-def patched_class(base: type, method: str) -> Any:
-    """The subclass that a module of class `base` is given, with that method replaced."""
-    return subclass(base, method, getattr(base, method))
-
-
-@cache
-def subclass(base: type, method: str, original: Any) -> Any:
-    """The patched class of `base` while its method is `original`."""
-
-    fused_or_not = call
-
-    def template(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return fused_or_not(self, base, method, args, kwargs)
-
-    # torch.jit.script compiles the source of the original, which `wraps` points to, with the names that are global
-    # here: they must be the original's
-    # a copy: Dynamo keeps what it compiled with the code object, up to a limit for each
-    code, closure = template.__code__.replace(co_name=method), template.__closure__
-    replacement = wraps(original)(FunctionType(code, original.__globals__, method, None, closure))
-
-    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        made = super(patched, self).__reduce_ex__(protocol)
-        if made[0] is copyreg.__newobj__ and made[1] == (patched,):  # type: ignore[attr-defined]
-            return (rebuild, (base, method), *made[2:])
-        return made
-
-    patched: Any = type(
-        base.__name__,
-        (base,),
-        {
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "__reduce_ex__": reduce_ex,
-            method: replacement,
-            BASE: base,
-            ORIGINAL: original,
-        },
-    )
-    return patched
-
-
 def rebuild(base: type, method: str) -> nn.Module:
-    """An empty module of the patched class; copy and pickle fill in its state."""
-    cls = patched_class(base, method)
-    return cls.__new__(cls)
+    """An empty module of the patched class; copy and pickle fill in its state.
+
+    Raises:
+        TypeError: `base` is no class of modules; only a damaged or forged pickle asks for another.
+    """
+    if not (isinstance(base, type) and issubclass(base, nn.Module)):
+        raise TypeError(
+            f"fusedres: a pickle asks for a patched {base!r}; it needs a class of modules. Save it again."
+        )
+    cls = patched_class(base, method, BEHAVIOUR)
+    return object.__new__(cls)
+
+
+def complete(module: nn.Module, method: str) -> None:
+    """Finds the plan of a module that was pickled while patched, again: a pickle holds none.
+
+    Where there is none any more, the module is as if unpatched, and a warning says why.
+    """
+    state: BlockState | None = vars(module).get(STATE)
+    if state is None or state.plan is not None:
+        return
+    from fusedres.patching.search import plan_again  # the search is built on this module
+
+    found = plan_again(module, method)
+    if isinstance(found, str):
+        remove(module)
+        warnings.warn(
+            f"fusedres: a {type(module).__name__} was pickled while patched, and cannot be patched here: "
+            f"{describe(found)} [{found}]. It runs as unpatched.",
+            stacklevel=3,
+        )
+        return
+    state.plan = found
+    state.channels = structure.first_channels(module, found)
+
+
+def restored(recipe: str, backend: str) -> BlockState:
+    """The state of a module that is being loaded; `complete` finds its plan."""
+    return BlockState(None, recipe, backend)  # type: ignore[arg-type]
 
 
 def is_patched_block(module: nn.Module) -> bool:
@@ -234,9 +248,29 @@ def original_view(module: nn.Module) -> nn.Module:
 
 
 def install(block: nn.Module, state: BlockState) -> None:
-    block.__dict__[STATE] = state
+    cls = patched_class(base_class(block), state.plan.method, BEHAVIOUR)
+    block.__dict__.pop(STATE, None)
+    block.__dict__[STATE] = state  # the newest attribute of the block
     state.channels = structure.first_channels(block, state.plan)
-    block.__class__ = patched_class(base_class(block), state.plan.method)
+    set_class(block, cls)
+
+
+def install_all(modules: list[tuple[nn.Module, BlockState | None]]) -> None:
+    """Installs each state, or takes off what is installed where it is None: all of them, or after an error none."""
+    before = [(module, type(module), vars(module).get(STATE)) for module, _ in modules]
+    try:
+        for module, state in modules:
+            if state is not None:
+                install(module, state)
+            elif is_patched_block(module):
+                remove(module)
+    except BaseException:
+        for module, cls, state in before:
+            set_class(module, cls)
+            vars(module).pop(STATE, None)
+            if state is not None:
+                vars(module)[STATE] = state
+        raise
 
 
 def check_removable(name: str, block: nn.Module) -> None:
@@ -250,5 +284,9 @@ def check_removable(name: str, block: nn.Module) -> None:
 
 def remove(block: nn.Module) -> None:
     """Restores the class; `check_removable` must have passed."""
-    block.__class__ = base_class(block)
-    del block.__dict__[STATE]
+    set_class(block, base_class(block))
+    block.__dict__.pop(STATE, None)
+
+
+BEHAVIOUR = Behaviour(call, rebuild, complete)
+torch.serialization.add_safe_globals([rebuild, restored])  # they call nothing that a pickle names

@@ -6,6 +6,7 @@ Modules are found by name in every call; nothing here refers to one.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from fusedres.blocks.config import Shortcut
@@ -30,32 +31,33 @@ class ConvBNNames(NamedTuple):
 
 
 class Submodule(NamedTuple):
-    """One module of a block as found: its path, its class, its children's names in order, its own attributes, and
-    the plain ones of its class that none of its own hides."""
+    """One module of a block as found.
+
+    path, cls; children: their names in order; attributes: the module's own; flags: the plain attributes of its class
+    that none of its own hides; newest: the name of the attribute that it was given last; called: the methods of its
+    class that its forward can come to.
+    """
 
     path: str
     cls: type
     children: tuple[str, ...]
     attributes: tuple[tuple[str, object], ...]
     flags: tuple[tuple[str, object], ...]
+    newest: str
+    called: tuple[str, ...]
 
 
-class Forwards:
-    """The forward of some classes as it is now.
+class Methods:
+    """Methods of some classes as they are now: name and function of each."""
 
-    Functions need not pickle: a plan that is loaded again reads them anew.
-    """
+    def __init__(self, names: Iterable[tuple[Any, str]]) -> None:
+        found = ((cls, name, getattr(cls, name, None)) for cls, name in dict.fromkeys(names))
+        self.known = tuple(entry for entry in found if isinstance(entry[2], FunctionType))
 
-    def __init__(self, classes: Iterable[Any]) -> None:
-        self.known = tuple((cls, cls.forward) for cls in dict.fromkeys(classes))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Forwards, (tuple(cls for cls, _ in self.known),)
-
-    def __copy__(self) -> Forwards:
+    def __copy__(self) -> Methods:
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Forwards:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Methods:
         return self
 
 
@@ -63,7 +65,7 @@ class BlockPlan(NamedTuple):
     """One matched block.
 
     shortcut_paths: the submodules to call for Shortcut.TENSOR, whose outputs are added; structure: the block and
-    every module below it, as found; forwards: of their classes.
+    every module below it, as found; methods: of their classes.
     """
 
     main: tuple[ConvBNNames, ...]
@@ -71,7 +73,7 @@ class BlockPlan(NamedTuple):
     projection: ConvBNNames | None
     shortcut_paths: tuple[str, ...]
     structure: tuple[Submodule, ...]
-    forwards: Forwards
+    methods: Methods
 
     @property
     def method(self) -> str:
@@ -104,16 +106,16 @@ class PoolWindow(NamedTuple):
 class StemPlan(NamedTuple):
     """A stem: the method that computes it, its convolution and BN, its pooling if it has one, by path or numbers.
 
-    parts: of a model's own stem, paths and classes of the submodules that it calls, in their order; structure: of a
-    module that is a stem, as of a block. goes_on: the method runs the rest of the model too.
+    parts: of a model's own stem, the submodules that it calls, in their order; structure: of a module that is a stem,
+    as of a block. goes_on: the method runs the rest of the model too.
     """
 
     method: str
     unit: ConvBNNames
     pool: str | PoolWindow | None
-    parts: tuple[tuple[str, type], ...]
+    parts: tuple[Submodule, ...]
     structure: tuple[Submodule, ...]
-    forwards: Forwards
+    methods: Methods
     goes_on: bool
 
     @property

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedres.patching import grammar, install, stems
 from fusedres.patching.owners import NoMatch
-from fusedres.patching.plan import Plan
+from fusedres.patching.plan import STATE, Plan
 
 STEM = "stem"  # the name under which a model's own stem is reported
 
@@ -38,7 +38,7 @@ def shared_modules(model: nn.Module) -> set[int]:
 def find_plan(module: nn.Module, shared: set[int], renew: bool) -> Plan | None:
     """The plan of a whole module; of a patched one the known plan, or with `renew` found anew. None if it looks like
     nothing. Raises NoMatch."""
-    known: Plan | None = vars(module)[install.STATE].plan if install.is_patched_block(module) else None
+    known: Plan | None = vars(module)[STATE].plan if install.is_patched_block(module) else None
     if known is not None and known.whole and not renew:
         return known
     plan: Plan
@@ -51,14 +51,39 @@ def find_plan(module: nn.Module, shared: set[int], renew: bool) -> Plan | None:
     units = [module.get_submodule(path) for unit in plan.units for path in (unit.conv, unit.bn)]
     if any(id(unit) in shared for unit in units):
         raise NoMatch("shared_module")
+    check_class(module, plan)
     return plan
+
+
+def check_class(module: nn.Module, plan: Plan) -> None:
+    """Raises NoMatch where the module cannot be given a patched class."""
+    view = install.original_view(module)
+    try:
+        cls = install.patched_class(type(view), plan.method, install.BEHAVIOUR)
+        install.set_class(object.__new__(type(view)), cls)
+    except TypeError as error:
+        raise NoMatch(f"class_resists:{error}") from error
+
+
+def plan_again(module: nn.Module, method: str) -> Plan | str:
+    """The plan of a module whose `method` was patched before it was pickled, or the code of why there is none now."""
+    view = install.original_view(module)
+    with _disable_current_modes():
+        try:
+            if stems.has_stem(type(view)) and method != "forward":
+                return stems.plan_stem(view, type(view))
+            return find_plan(view, set(), True) or "not_residual"
+        except NoMatch as refusal:
+            return refusal.code
 
 
 def find_stem(name: str, model: nn.Module) -> Found:
     if install.is_patched_block(model):
-        return Found(name, model, vars(model)[install.STATE].plan, None)
+        return Found(name, model, vars(model)[STATE].plan, None)
     try:
-        return Found(name, model, stems.plan_stem(model, install.base_class(model)), None)
+        plan = stems.plan_stem(model, install.base_class(model))
+        check_class(model, plan)
+        return Found(name, model, plan, None)
     except NoMatch as refusal:
         return Found(name, model, None, refusal.code)
 

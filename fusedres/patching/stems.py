@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fusedres.nn.stem import single, unsuitable_pool
-from fusedres.patching import structure
+from fusedres.patching import own_code, shadows, structure
 from fusedres.patching.dataflow import Dataflow
 from fusedres.patching.grammar import (
     CONTAINERS,
@@ -21,7 +21,7 @@ from fusedres.patching.grammar import (
     refusal,
 )
 from fusedres.patching.owners import NoMatch, geometry, names
-from fusedres.patching.plan import ConvBNNames, Forwards, PoolWindow, StemPlan
+from fusedres.patching.plan import ConvBNNames, PoolWindow, StemPlan
 from fusedres.patching.stem_source import begins_with
 
 MAX_POOL = "MaxPool2DWithIndices"
@@ -75,6 +75,8 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
     cls, form = found
     if form.method in vars(model) or "forward" in vars(model):
         raise NoMatch("instance_forward")
+    if own_code.reads_own_class(base):
+        raise NoMatch("asks_own_class")
     method = getattr(base, form.method, None)
     known = begins_with(method, form.parts) if form.goes_on else method is getattr(cls, form.method)
     if not known:
@@ -91,8 +93,11 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
         raise NoMatch("unsupported_module:MaxPool2d")
     conv = model.get_submodule(form.conv)
     unit = ConvBNNames(form.conv, form.bn, True, geometry(conv))  # type: ignore[arg-type]
-    parts = tuple((path, type(model.get_submodule(path))) for path in form.parts)
-    return StemPlan(form.method, unit, form.pool, parts, (), Forwards(cls for _, cls in parts), form.goes_on)
+    parts = tuple(structure.describe_module(path, model.get_submodule(path)) for path in form.parts)
+    for path in form.parts:
+        if (name := shadows.shadowing(model.get_submodule(path))) is not None:
+            raise NoMatch(f"instance_shadows:{path}.{name}")
+    return StemPlan(form.method, unit, form.pool, parts, (), structure.methods(parts), form.goes_on)
 
 
 def looks_like_stem(module: nn.Module) -> bool:
@@ -139,4 +144,4 @@ def plan_stem_module(module: nn.Module) -> StemPlan:
     unit, pool = found.pop()
     reading.check((unit,))
     described = structure.describe(module)
-    return StemPlan("forward", unit, pool, (), described, structure.forwards(described), False)
+    return StemPlan("forward", unit, pool, (), described, structure.methods(described), False)

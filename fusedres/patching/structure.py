@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from fusedres.patching import own_code, shadows
 from fusedres.patching.contents import MISSING, is_plain, kept, same
 from fusedres.patching.dry_run import is_frozen_norm
-from fusedres.patching.plan import BASE, STATE, Forwards, Plan, StemPlan, Submodule
+from fusedres.patching.plan import BASE, STATE, Methods, Plan, StemPlan, Submodule
 
 BOOKKEEPING = frozenset({STATE, *vars(nn.Module())})  # what torch keeps on every module, and what we keep
 READ_ANEW = {  # what a call reads from the modules themselves, or what changes no result
@@ -36,16 +37,28 @@ def flags(module: nn.Module) -> tuple[tuple[str, object], ...]:
     cls, own = getattr(type(module), BASE, type(module)), vars(module)
     found: dict[str, object] = {}
     for base in cls.__mro__:
-        if base.__module__.partition(".")[0] != "torch":
+        if not own_code.is_torch(base):
             for name, value in vars(base).items():
                 if is_plain(value) and not name.startswith("__") and name not in own:
                     found.setdefault(name, kept(value))
     return tuple(found.items())
 
 
-def forwards(structure: tuple[Submodule, ...]) -> Forwards:
-    """Those of the classes below a block; its own is what was replaced."""
-    return Forwards(found.cls for found in structure if found.path and found.cls is not type(None))
+def methods(structure: tuple[Submodule, ...]) -> Methods:
+    """What the calls of a block's submodules run, and its own methods but the one that is replaced."""
+    return Methods(
+        (found.cls, name)
+        for found in structure
+        for name in (*(("__call__",) if found.path else ()), *found.called)
+        if found.cls is not type(None) and (found.path or name != found.called[0])
+    )
+
+
+def describe_module(path: str, module: nn.Module, method: str = "forward") -> Submodule:
+    cls: Any = getattr(type(module), BASE, type(module))
+    called = own_code.called_names(cls, method)
+    newest = next(name for name in reversed(vars(module)) if name != STATE)
+    return Submodule(path, cls, tuple(module._modules), attributes(module), flags(module), newest, called)
 
 
 def describe(block: nn.Module) -> tuple[Submodule, ...]:
@@ -54,13 +67,13 @@ def describe(block: nn.Module) -> tuple[Submodule, ...]:
     queue: list[tuple[str, Any]] = [("", block)]
     for path, module in queue:
         if module is None:
-            found.append(Submodule(path, type(None), (), (), ()))
+            found.append(Submodule(path, type(None), (), (), (), "", ()))
             continue
-        children = module._modules
-        cls = getattr(type(module), BASE, type(module))
-        found.append(Submodule(path, cls, tuple(children), attributes(module), flags(module)))
-        queue.extend((f"{path}.{name}" if path else name, child) for name, child in children.items())
-    return tuple(found)
+        found.append(describe_module(path, module))
+        children = module._modules.items()
+        queue.extend((f"{path}.{name}" if path else name, child) for name, child in children)
+    # what `patch` gives the block is given last
+    return found[0]._replace(newest=STATE), *found[1:]
 
 
 def first_channels(block: nn.Module, plan: Plan) -> int | None:
@@ -77,10 +90,10 @@ def first_channels(block: nn.Module, plan: Plan) -> int | None:
     return weight.shape[0] if found else None
 
 
-def forward_replaced(plan: Plan) -> str | None:
-    """A reason if a class below the block was given another forward since."""
-    for cls, forward in plan.forwards.known:
-        if cls.forward is not forward:
+def method_replaced(plan: Plan) -> str | None:
+    """A reason if a class of the block, or of a module below it, was given another method since."""
+    for cls, name, function in plan.methods.known:
+        if getattr(cls, name, None) is not function:
             return "forward_replaced"
     return None
 
@@ -94,8 +107,8 @@ def has_global_hooks() -> bool:
     )
 
 
-def intervenes(state: dict[str, Any]) -> str | None:
-    """A reason if a submodule with this `__dict__` does more when called than its class says."""
+def intervenes(module: nn.Module, state: dict[str, Any]) -> str | None:
+    """A reason if a submodule does more when called than its class says; `state` is its `__dict__`."""
     if (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -103,32 +116,43 @@ def intervenes(state: dict[str, Any]) -> str | None:
         or state["_backward_pre_hooks"]
     ):
         return "hooks"
-    return "instance_forward" if "forward" in state else None
+    if "forward" in state and not shadows.is_own_forward(module):
+        return "instance_forward"
+    return None
 
 
-def resolve(block: nn.Module, expected: tuple[Submodule, ...]) -> dict[str, Any] | str:
-    """Every module of the block by path, or the reason why it is not what was found at patching."""
+def resolve(
+    block: nn.Module, expected: tuple[Submodule, ...], harmless: dict[str, str], compiling: bool
+) -> dict[str, Any] | str:
+    """Every module of the block by path, or the reason why it is not what was found at patching.
+
+    harmless: by path, the newest attribute that was looked at and found to hide nothing; compiling: the call is traced
+    by Dynamo, which watches names that it is asked for.
+    """
     # a non-full backward hook is given the gradients of the block's last operation, whatever that is
     if has_global_hooks() or (block._backward_hooks and not block._is_full_backward_hook):
         return "hooks"
     modules: dict[str, Any] = {}
     queue: list[Any] = [block]
-    for (path, cls, children, values, of_class), module in zip(
-        expected, queue, strict=False
-    ):  # the queue grows
+    for found, module in zip(expected, queue, strict=False):  # the queue grows
+        path, cls, children, values, of_class, newest, _ = found
         if path:
             if type(module) is not cls:
                 return "module_replaced"
             if module is None:
                 continue
-            if (reason := intervenes(module.__dict__)) is not None:
-                return reason
+        state = module.__dict__
+        if path and (reason := intervenes(module, state)) is not None:
+            return reason
+        if (compiling or next(reversed(state)) != newest) and (
+            reason := shadows.new_attribute(module, found, harmless, compiling)
+        ) is not None:
+            return reason
         below = module._modules
         if (below or children) and tuple(below) != children:
             return "module_replaced"
         queue.extend(below.values())
         if values:
-            state = module.__dict__
             for name, value in values:
                 if not same(state.get(name, MISSING), value):
                     return "attribute_changed"
@@ -140,16 +164,23 @@ def resolve(block: nn.Module, expected: tuple[Submodule, ...]) -> dict[str, Any]
     return modules
 
 
-def resolve_stem(model: nn.Module, plan: StemPlan) -> dict[str, Any] | str:
+def resolve_stem(
+    model: nn.Module, plan: StemPlan, harmless: dict[str, str], compiling: bool
+) -> dict[str, Any] | str:
     """The same for the submodules that a model's own stem calls."""
     if has_global_hooks():
         return "hooks"
     modules: dict[str, Any] = {}
-    for path, cls in plan.parts:
-        module = model._modules.get(path)
-        if module is None or type(module) is not cls:
+    for found in plan.parts:
+        module = model._modules.get(found.path)
+        if module is None or type(module) is not found.cls:
             return "module_replaced"
-        if (reason := intervenes(module.__dict__)) is not None:
+        state = module.__dict__
+        if (reason := intervenes(module, state)) is not None:
             return reason
-        modules[path] = module
+        if (compiling or next(reversed(state)) != found.newest) and (
+            reason := shadows.new_attribute(module, found, harmless, compiling)
+        ) is not None:
+            return reason
+        modules[found.path] = module
     return modules

@@ -1,15 +1,14 @@
-"""Whether a module does the same at other sizes and without gradients: the torch calls of several runs, compared.
+"""The torch calls of one run of a module, to be compared with another run's.
 
-The dataflow is that of one size, and without gradients there is none to read. A run's calls, with their operands by
-where these came from, are the same wherever the forward takes the same path; sizes do not stand in them. Submodules
-that a fused block calls too are one call each.
+A run's calls, with their operands by where these came from, are the same wherever the forward takes the same path;
+sizes do not stand in them. Submodules that a fused block calls too are one call each.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import partial
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,16 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
+from fusedres.patching import ambient
 from fusedres.patching.contents import SCALARS
-from fusedres.patching.dry_run import FROZEN_TENSORS, DryRunError, Listener, StandIn
+from fusedres.patching.dry_run import FROZEN_TENSORS, Listener, StandIn
 
-Shape = tuple[int, int, int]  # of an input: N, H, W
-FIRST: Shape = (2, 32, 32)
-OTHERS: tuple[tuple[Shape, ...], ...] = (  # of each, the first that the module takes
-    ((3, 9, 7), (3, 12, 8), (3, 48, 24)),
-    ((40, 224, 160),),
-)
-WITHOUT_GRADIENTS: tuple[Shape, ...] = ((1, 32, 32),)
+SIZES = {"dim", "ndimension", "nelement", "numel", "shape", "size", "stride", "__len__", "ndim"}
 BATCH_NORM = inspect.signature(F.batch_norm)
 VALUES = (*SCALARS, torch.dtype, torch.device, torch.layout, torch.memory_format, slice, type(Ellipsis))
 
@@ -35,13 +29,20 @@ class Trace(Listener):
     """The torch calls of one run, in order; those inside an opaque submodule apart.
 
     Batch normalisation is passed over: on meta tensors it takes longer than everything else.
+    called: of the opaque submodules, those that a fused block calls too: their state and their errors are their own.
+    enters_state: some call ran under another autocast, grad mode or the like than the forward was called in.
+    reads_sizes: code that is not torch's read a tensor's size. failed_in: the torch call or the opaque submodule that
+    raised, None where the module's own code did.
     """
 
-    def __init__(self, names: dict[int, str], opaque: set[str], x: Tensor) -> None:
+    def __init__(self, names: dict[int, str], opaque: set[str], called: set[str], x: Tensor) -> None:
         super().__init__()
         self.labels = {**names, id(x): "X"}
         self.kept: list[Any] = [x]  # so that identities stay their own
-        self.opaque = opaque
+        self.opaque, self.called = opaque, called
+        self.state = ambient.state()
+        self.enters_state = self.reads_sizes = False
+        self.failed_in: str | None = None
         self.inside: str | None = None
         self.calls: list[tuple[Any, ...]] = []
         self.within: dict[str, list[tuple[Any, ...]]] = {path: [] for path in opaque}
@@ -57,6 +58,12 @@ class Trace(Listener):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        inside = self.inside in self.called
+        self.enters_state |= not inside and ambient.state() != self.state
+        self.failed_in = self.inside if inside else name
+        attribute = func.__self__.__name__ if name == "__get__" else name
+        if attribute in SIZES and sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "torch":
+            self.reads_sizes = True
         if func is F.batch_norm:
             bound = BATCH_NORM.bind(*args, **kwargs)
             bound.apply_defaults()
@@ -66,7 +73,8 @@ class Trace(Listener):
             out = func(*args, **kwargs)
         reads = name == "__get__" and not isinstance(out, Tensor)
         if not reads and name != "_set_grad_enabled":  # on leaving a context: what was before it
-            self.add(f"{name} {func.__self__.__name__}" if name == "__get__" else name, args, kwargs, out)
+            self.add(f"{name} {attribute}" if name == "__get__" else name, args, kwargs, out)
+        self.failed_in = self.inside if inside else None
         return out
 
     def add(self, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> None:
@@ -91,60 +99,32 @@ class Trace(Listener):
 
 @torch.inference_mode(False)
 def trace(
-    stand_in: StandIn, shape: tuple[int, ...], training: bool, gradients: bool, opaque: set[str]
+    stand_in: StandIn,
+    shape: tuple[int, ...],
+    training: bool,
+    *,
+    opaque: set[str],
+    called: set[str],
+    gradients: bool = True,
+    inference: bool = False,
+    within: AbstractContextManager[Any] | None = None,
+    subclassed: bool = False,
 ) -> Trace:
+    """One run on an input of that shape.
+
+    gradients, inference, within: grad mode, inference mode and a context of the caller's; subclassed: the module is of
+    a subclass of its class, as a patched one is.
+
+    Raises:
+        DryRunError: as `StandIn.run`; its `trace` is how far the run came.
+    """
     with torch.enable_grad():
         x = torch.empty(shape, device="meta", dtype=torch.float64, requires_grad=True)
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(gradients), torch.inference_mode(inference), within or nullcontext():
         x = x * 1
-        found = Trace(stand_in.names, opaque, x)
-        stand_in.run(x, training, found)
+        found = Trace(stand_in.names, opaque, called, x)
+        stand_in.run(x, training, found, subclassed)
     return found
-
-
-def check_every_path(stand_in: StandIn, channels: int, norms: dict[str, float], modules: set[str]) -> None:
-    """Holds other sizes, and calls without gradients, against the first size, in both modes.
-
-    norms: the block's frozen norms, with their eps: without gradients they may call torch's batch_norm instead;
-    modules: submodules that the fused block calls too.
-
-    Raises:
-        DryRunError: the module does something else there.
-    """
-
-    def run(shape: Shape, training: bool, gradients: bool = True) -> Trace:
-        n, height, width = shape
-        return trace(stand_in, (n, channels, height, width), training, gradients, {*norms, *modules})
-
-    for training in (True, False):
-        first = run(FIRST, training)
-        for shapes in OTHERS:
-            other = first_that_runs(partial(run, training=training), shapes, "shape_dependent")
-            if other.calls != first.calls or any(other.within[norm] != first.within[norm] for norm in norms):
-                raise DryRunError("shape_dependent")
-        without = partial(run, training=training, gradients=False)
-        other = first_that_runs(without, WITHOUT_GRADIENTS, "grad_mode_dependent")
-        constant = all(
-            other.within[norm] == first.within[norm] or is_constant_norm(other, norm, eps)
-            for norm, eps in norms.items()
-        )
-        if other.calls != first.calls or not constant:
-            raise DryRunError("grad_mode_dependent")
-
-
-def first_that_runs(run: Callable[[Shape], Trace], shapes: tuple[Shape, ...], code: str) -> Trace:
-    """The run of the first shape that the module takes.
-
-    Raises:
-        DryRunError: it takes none (`code`), or does what no forward of a block may do.
-    """
-    for shape in shapes:
-        try:
-            return run(shape)
-        except DryRunError as error:
-            if not error.code.startswith("dry_run_failed"):
-                raise
-    raise DryRunError(code)
 
 
 def is_constant_norm(found: Trace, path: str, eps: float) -> bool:

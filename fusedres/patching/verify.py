@@ -2,7 +2,8 @@
 
 Whole models are compared in float64, to 1e-10, in training and evaluation mode; in the model's own dtype only
 outputs are, by their error against float64 relative to the unpatched model's own (sign flips of a ReLU near zero
-would drown everything else in lower precision).
+would drown everything else in lower precision). Dtype, memory layout and device have to be the same in both, under
+the caller's autocast, grad mode and default dtype.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedres.accuracy import error_limit
 from fusedres.blocks import RECIPES
 from fusedres.dispatch import AUTO as AUTO_BACKEND
 from fusedres.errors import UnsupportedModelError
@@ -26,7 +28,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: the largest relative error found, and the limit for it."""
+    """One comparison: the largest relative error found, or a number of differing tensors, and the limit for it."""
 
     what: str
     recipe: str
@@ -86,6 +88,20 @@ def error(actual: list[Tensor], exact: list[Tensor]) -> float:
     floor = max(norms, default=0.0) * 1e-12 or 1.0
     differences = [(a.double() - e.double()).norm().item() for a, e in zip(actual, exact, strict=True)]
     return max((d / max(n, floor) for d, n in zip(differences, norms, strict=True)), default=0.0)
+
+
+def kind(t: Tensor) -> tuple[Any, ...]:
+    """Dtype, device, shape and memory layout: strides where they say anything."""
+    strided = t.layout is torch.strided
+    strides = [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] if strided else None
+    return t.dtype, t.device, t.shape, t.layout, strides
+
+
+def differing(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """How many tensors are of another kind than their counterparts; inf where their number differs."""
+    if len(actual) != len(expected):
+        return float("inf")
+    return float(sum(kind(a) != kind(e) for a, e in zip(actual, expected, strict=True)))
 
 
 @dataclass
@@ -169,11 +185,18 @@ def verify(
                     continue
                 value = error(getattr(found, what), getattr(exact[training], what))
                 checks.append(Check(f"{mode}: {what}, float64", recipe, value, FLOAT64_LIMIT))
+            kinds = differing(
+                [*found.outputs, *found.gradients], [*exact[training].outputs, *exact[training].gradients]
+            )
+            checks.append(Check(f"{mode}: dtype, layout, float64", recipe, kinds, 0.0))
             low = run(patch(copy.deepcopy(plain), recipe=recipe, backend=backend), example, training, False)
             eager = run(copy.deepcopy(plain), example, training, False)
             value, own = (error(r.outputs, exact[training].outputs) for r in (low, eager))
-            limit = 2 * own + 8 * torch.finfo(dtype).eps
-            checks.append(
-                Check(f"{mode}: outputs, {str(dtype).removeprefix('torch.')}", recipe, value, limit)
+            coarsest = max(
+                (out.dtype for out in eager.outputs), key=lambda d: torch.finfo(d).eps, default=dtype
             )
+            name = str(dtype).removeprefix("torch.")
+            checks.append(Check(f"{mode}: outputs, {name}", recipe, value, error_limit(own, coarsest)))
+            kinds = differing(low.outputs, eager.outputs)
+            checks.append(Check(f"{mode}: dtype, layout, {name}", recipe, kinds, 0.0))
     return VerifyReport(tuple(checks), fused)

@@ -1,0 +1,173 @@
+"""What the Python code of a user's modules says of itself, read from code objects: names, constants, calls of `super`.
+
+Torch's own classes and functions are taken as known. A dry run sees what a forward does; this sees what it could ask.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+MOST_FUNCTIONS = 256  # that one forward is followed into
+ATTRIBUTE_READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD")
+LARGEST_SIZE = 1 << 16  # of an image or batch that a constant may stand for
+
+
+def is_torch(owner: Any) -> bool:
+    """Whether a class or function belongs to torch."""
+    return (getattr(owner, "__module__", None) or "").partition(".")[0] == "torch"
+
+
+def codes(function: FunctionType) -> Iterator[CodeType]:
+    """The code of a function and of all that is defined inside."""
+    queue = [function.__code__]
+    for code in queue:
+        yield code
+        queue.extend(c for c in code.co_consts if isinstance(c, CodeType))
+
+
+def plain_function(value: Any) -> FunctionType | None:
+    """The Python function behind a method, property, class method, decorator with `__wrapped__`, or None."""
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    if isinstance(value, property):
+        value = value.fget
+    value = getattr(value, "__func__", value)
+    return value if isinstance(value, FunctionType) else None
+
+
+def named(cls: type, name: str) -> Any:
+    """What a class has by that name, as it stands in the class; None where it has nothing."""
+    return inspect.getattr_static(cls, name, None)
+
+
+def mentions(function: FunctionType) -> set[str]:
+    """Every name that the code looks up, and every string in it."""
+    found: set[str] = set()
+    for code in codes(function):
+        found.update(code.co_names, code.co_freevars, (c for c in code.co_consts if isinstance(c, str)))
+    return found
+
+
+def attributes_named(function: FunctionType) -> set[str]:
+    """The names that the code reads from objects."""
+    return {
+        instruction.argval
+        for code in codes(function)
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ATTRIBUTE_READS
+    }
+
+
+def attributes_read(function: FunctionType) -> set[str]:
+    """The names that the code may read from objects: in a user's function every string too, for `getattr`."""
+    named = attributes_named(function)
+    return named if is_torch(function) else named | mentions(function)
+
+
+@cache
+def called_names(cls: Any, start: str = "forward") -> tuple[str, ...]:
+    """The methods of a class that its `start` can come to by name, itself first; of torch's classes too."""
+    found = [start]
+    for name in found:
+        function = plain_function(named(cls, name))
+        if function is None:
+            continue
+        for other in sorted(attributes_read(function)):
+            if other not in found and plain_function(named(cls, other)) is not None:
+                found.append(other)
+    return tuple(found)
+
+
+def functions_of(classes: Iterable[type]) -> list[FunctionType]:
+    """The user's functions that the forwards of these classes can come to: methods, and functions by a global name or
+    in a closure."""
+    seen: dict[int, FunctionType] = {}
+    queue: list[Any] = []
+    for cls in classes:
+        for base in cls.__mro__:
+            if not is_torch(base):
+                queue.extend(vars(base).get(name) for name in called_names(cls))
+    for value in queue:
+        function = plain_function(value)
+        if function is None or id(function) in seen or is_torch(function) or len(seen) >= MOST_FUNCTIONS:
+            continue
+        seen[id(function)] = function
+        queue.append(getattr(function, "__wrapped__", None))
+        queue.extend(function.__globals__.get(name) for code in codes(function) for name in code.co_names)
+        for cell in function.__closure__ or ():
+            try:
+                queue.append(cell.cell_contents)
+            except ValueError:  # an empty cell
+                continue
+    return list(seen.values())
+
+
+def user_classes(modules: Iterable[nn.Module]) -> list[type]:
+    """The classes of these modules that are not torch's."""
+    return [cls for cls in dict.fromkeys(type(m) for m in modules) if not is_torch(cls)]
+
+
+def sizes_named(functions: Iterable[FunctionType], modules: Iterable[nn.Module]) -> set[int]:
+    """The numbers that a forward may hold a size against: constants of its code, numbers on its modules."""
+    numbers = [c for f in functions for code in codes(f) for c in flat(code.co_consts)]
+    numbers += [v for m in modules if not is_torch(type(m)) for v in flat(vars(m).values())]
+    for f in functions:
+        globals_ = f.__globals__
+        numbers += [v for code in codes(f) for name in code.co_names for v in flat([globals_.get(name)])]
+    return {n for n in numbers if type(n) is int and 1 < n <= LARGEST_SIZE}
+
+
+@cache
+def looked_up(cls: Any) -> frozenset[str]:
+    """Every name that the forward of a user's class may look up on its module, `getattr` with a string included."""
+    return frozenset(name for function in functions_of((cls,)) for name in mentions(function))
+
+
+def flat(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, and those of tuples and lists among them."""
+    for value in values:
+        if isinstance(value, (tuple, list, frozenset)):
+            yield from flat(value)
+        else:
+            yield value
+
+
+@cache
+def reads_own_class(cls: Any) -> bool:
+    """Whether a method of the class reads a `__class__`, or may skip its own class as `skips_own_class` has it."""
+    functions = [plain_function(v) for base in cls.__mro__ if not is_torch(base) for v in vars(base).values()]
+    reads = any(f is not None and "__class__" in attributes_named(f) for f in functions)
+    return reads or skips_own_class(cls)
+
+
+@cache
+def skips_own_class(cls: Any) -> bool:
+    """Whether a method of the class may say `super(type(self), self)`: under a subclass that means another class.
+
+    `super(self.__class__, self)` does not count: a patched module says that its class is its base.
+    """
+    functions = [plain_function(v) for base in cls.__mro__ if not is_torch(base) for v in vars(base).values()]
+    return any(
+        "super" in code.co_names and "type" in code.co_names and gives_super_a_type(code)
+        for function in functions
+        if function is not None
+        for code in codes(function)
+    )
+
+
+def gives_super_a_type(code: CodeType) -> bool:
+    """Whether some `super` is given `type(...)` or a local variable, rather than nothing or a class by its name."""
+    loads = [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "CACHE", "PRECALL")]
+    return any(
+        first.argval == "super" and (second.argval == "type" or second.opname.startswith("LOAD_FAST"))
+        for first, second in itertools.pairwise(loads)
+        if first.opname == "LOAD_GLOBAL"
+    )

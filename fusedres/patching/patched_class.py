@@ -1,0 +1,173 @@
+"""The class that a patched module is given: a subclass of the module's own class that passes for that class.
+
+    module.__class__, isinstance, ==, hash, tables keyed by class, type(module)(...), class Other(type(module))
+
+all mean the base. Making the subclass runs no code of the user's: neither `__init_subclass__` nor a metaclass is
+called. `type(module) is Base` is the one question whose answer changes; a dry run under the patched class finds
+forwards that ask it.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import inspect
+from collections.abc import Callable
+from functools import cache, wraps
+from types import FunctionType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fusedres.patching.plan import BASE, STATE
+
+ORIGINAL = "__fusedres_original__"  # the attribute of a patched class that holds the method it replaced
+
+
+class Behaviour(NamedTuple):
+    """What a patched class does: `call(module, base, method, args, kwargs)` runs the method; `rebuild(base, method)`
+    makes an empty module for copy and pickle, and `complete(module, method)` is given it once its state is in it."""
+
+    call: Callable[[nn.Module, type, str, tuple[Any, ...], dict[str, Any]], Any]
+    rebuild: Callable[[type, str], nn.Module]
+    complete: Callable[[nn.Module, str], None]
+
+
+_class = object.__dict__["__class__"]  # the slot itself: a patched class has a property in front of it
+
+
+def set_class(module: nn.Module, cls: type) -> None:
+    """`module.__class__ = cls`, past the property of a patched class."""
+    _class.__set__(module, cls)
+
+
+def as_base(cls: Any) -> Any:
+    """The class that a patched class stands for; any other object as it is."""
+    return type.__getattribute__(cls, BASE) if is_patched_class(cls) else cls
+
+
+def is_patched_class(cls: Any) -> bool:
+    return issubclass(type(cls), PatchedType)
+
+
+class PatchedType(type):
+    """The metaclass of patched classes: to whoever asks the class, it is its base."""
+
+    def __new__(meta, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **keywords: Any) -> Any:
+        """A class statement that names a patched class among its bases inherits from its base instead."""
+        bases = tuple(as_base(base) for base in bases)
+        return type(bases[0])(name, bases, namespace, **keywords)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return as_base(cls)(*args, **kwargs)
+
+    def __eq__(cls, other: object) -> bool:
+        return as_base(cls) is as_base(other)
+
+    def __hash__(cls) -> int:
+        return hash(as_base(cls))
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, as_base(cls))
+
+    def __subclasscheck__(cls, subclass: Any) -> bool:
+        return issubclass(subclass, as_base(cls))
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        return inspect.signature(as_base(cls))
+
+
+def base_itself(base: type) -> type:
+    """What a pickled patched class is loaded as."""
+    return base
+
+
+def reduce_class(cls: type) -> Any:
+    return base_itself, (as_base(cls),)
+
+
+copyreg.pickle(PatchedType, reduce_class)
+
+
+@cache
+def metaclass_for(base_metaclass: type) -> type:
+    """PatchedType on top of the base's metaclass, whose own hooks for subclasses are not run."""
+    if base_metaclass is type:
+        return PatchedType
+    made: Any = type.__new__(type, base_metaclass.__name__, (PatchedType,), {})
+    made.__bases__ = (PatchedType, base_metaclass)
+    copyreg.pickle(made, reduce_class)
+    return made
+
+
+def derive(base: type, namespace: dict[str, Any]) -> Any:
+    """A subclass of `base` with its name, made past `__init_subclass__` and the metaclass.
+
+    Raises:
+        TypeError: the layout of its instances does not allow it, or the class answers for `__class__` itself.
+    """
+    if inspect.getattr_static(base, "__class__") is not _class:
+        raise TypeError(f"{base.__qualname__} answers for its __class__ itself")
+    known = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    made: Any = type.__new__(metaclass_for(type(base)), base.__name__, (nn.Module,), known | namespace)
+    made.__bases__ = (base,)  # `__init_subclass__` is called for the bases at creation alone
+    return made
+
+
+def patched_class(base: type, method: str, behaviour: Behaviour) -> Any:
+    """The subclass that a module of class `base` is given.
+
+    Raises:
+        TypeError: the class allows no such subclass.
+    """
+    return subclass(base, method, behaviour, getattr(base, method))
+
+
+@cache
+def subclass(base: type, method: str, behaviour: Behaviour, original: Any) -> Any:
+    """The patched class of `base` while its method is `original`."""
+    call = behaviour.call
+
+    def template(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return call(self, base, method, args, kwargs)
+
+    # torch.jit.script compiles the source of the original, which `wraps` points to, with the names that are global
+    # here: they must be the original's. The code is a copy, for Dynamo keeps what it compiled with the code object,
+    # up to a limit for each.
+    code, closure = template.__code__.replace(co_name=method), template.__closure__
+    replacement = wraps(original)(FunctionType(code, original.__globals__, method, None, closure))
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        made = super(patched, self).__reduce_ex__(max(protocol, 2))
+        if made[0] is copyreg.__newobj__ and made[1][0] is patched:  # type: ignore[attr-defined]
+            return (behaviour.rebuild, (base, method), *made[2:])
+        return made
+
+    def set_state(self: nn.Module, state: Any) -> None:
+        super(patched, self).__setstate__(state)
+        behaviour.complete(self, method)
+
+    def assign(self: nn.Module, cls: type) -> None:
+        """Another tool's class goes under the patched one while it keeps the method; else it replaces both."""
+        if STATE in vars(self) and not is_patched_class(cls) and getattr(cls, method, None) is original:
+            cls = patched_class(cls, method, behaviour)
+        set_class(self, cls)
+        if not is_patched_class(cls):
+            vars(self).pop(STATE, None)
+
+    def own_class(self: nn.Module) -> type:
+        # Dynamo looks up methods in what `__class__` says, though a module's call in its type
+        return base if method == "forward" else type(self)
+
+    patched = derive(
+        base,
+        {
+            "__reduce_ex__": reduce_ex,
+            "__setstate__": set_state,
+            "__class__": property(own_class, assign),
+            method: replacement,
+            BASE: base,
+            ORIGINAL: original,
+        },
+    )
+    return patched
