@@ -1,13 +1,13 @@
 """A recipe on whole blocks in any dtype, backend and device, held against float64 by the one rule of `accuracy.py`.
 
 Gradients are compared with those of the recipe's own ReLU masks; the yardstick is the block in eager PyTorch, held
-against float64 with eager's masks, over several draws of x and dy.
+against float64 with eager's masks, both over several draws of x and dy.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from fusedres.dispatch import Dispatcher
 from fusedres.nn.residual_block import ConvBN, read_block
 
 PARAMETERS = len(ConvBNNeeds._fields)  # the first fields of ConvBNTensors; statistics follow
-DRAWS = 8  # of x and dy, for eager's error
+DRAWS = 8  # of x and dy
 
 
 def inputs(
@@ -98,6 +98,9 @@ def largest_flipped(mask: Tensor | None, z: Tensor) -> float:
     return wrong.max().item() / size.max().item() if wrong.numel() else 0.0
 
 
+Run = Callable[[BlockConfig, Tensor, tuple[ConvBNTensors, ...], Tensor], Result]
+
+
 def tensors_of(result: Result) -> list[Tensor | None]:
     return [result.y, *result.gradients]
 
@@ -131,52 +134,60 @@ def errors_of(
     return Errors(signs, tensors), exact
 
 
-def draws(x: Tensor, dy: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """x and dy, and DRAWS - 1 more of the kind that `block_forms.tensors_for` makes."""
+def draws(x: Tensor, dy: Tensor, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """x and dy, and more of the kind that `block_forms.tensors_for` makes: `number` in all."""
     yield x, dy
     generator = torch.Generator().manual_seed(0)
-    for _ in range(DRAWS - 1):
+    for _ in range(number - 1):
         again = torch.randn(x.shape, generator=generator)
         gradient = torch.randn(dy.shape, generator=generator) + dy.double().mean().item()
         yield torch.empty_like(x).copy_(again), torch.empty_like(dy).copy_(gradient)
 
 
-def errors_of_eager(
-    config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor
-) -> tuple[Errors, Result]:
-    """The largest over draws of the signs' errors, the root mean square of the others; and eager's result on x and dy.
+def eagerly(config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor) -> Result:
+    return by_autograd(config, x, units, dy)[0]
+
+
+def errors_over_draws(
+    run: Run, config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor, number: int
+) -> Errors:
+    """The largest over draws of the signs' errors, the root mean square of the others, of what `run` gives.
 
     A gradient of eight channels has eight errors, each a sum of roundings: in a single draw these are now and then a
-    third of what they mostly are, and a ReLU has one sign or none that differs.
+    third, or twice, of what they mostly are, and a ReLU has one sign or none that differs.
     """
-    results = [by_autograd(config, drawn, units, gradient)[0] for drawn, gradient in draws(x, dy)]
-    found = [
-        errors_of(result, config, drawn, units, gradient)[0]
-        for result, (drawn, gradient) in zip(results, draws(x, dy), strict=True)
-    ]
+    found = []
+    for drawn, gradient in draws(x, dy, number):
+        call = config, drawn, units, gradient
+        found.append(errors_of(run(*call), *call)[0])
     signs = [max(errors) for errors in zip(*(errors.signs for errors in found), strict=True)]
     squares = torch.tensor([errors.tensors for errors in found], dtype=torch.float64).square()
-    return Errors(signs, squares.mean(0).sqrt().tolist()), results[0]
+    return Errors(signs, squares.mean(0).sqrt().tolist())
 
 
-def compared(config: BlockConfig, result: Result) -> list[tuple[str, int]]:
-    """What each of `Errors.relative` is of, and over how many elements; 0 for a gradient that nobody wants."""
-    signs = [(f"signs of ReLU {i}", 1) for i in range(len(config.main))]
-    names = ["y", "dx", *(f"gradient {i}" for i in range(len(result.gradients) - 1))]
-    sizes = [0 if t is None else t.numel() for t in tensors_of(result)]
-    return [*signs, *zip(names, sizes, strict=True)]
+def compared(config: BlockConfig, result: Result) -> list[str]:
+    """What each of `Errors.relative` is of."""
+    signs = [f"signs of ReLU {i}" for i in range(len(config.main))]
+    return [*signs, "y", "dx", *(f"gradient {i}" for i in range(len(result.gradients) - 1))]
 
 
 def assert_block_as_accurate_as_eager(
-    actual: Result, config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor
+    run: Run,
+    config: BlockConfig,
+    x: Tensor,
+    units: tuple[ConvBNTensors, ...],
+    dy: Tensor,
+    number: int = DRAWS,
 ) -> None:
-    """`actual`, of `by_recipe` on these arguments, by the rule: signs, y, and every gradient."""
-    found, exact = errors_of(actual, config, x, units, dy)
-    own, eager = errors_of_eager(config, x, units, dy)
+    """What `run` gives on these arguments and on others like them, `number` in all, by the rule: signs, y and every
+    gradient. Eager's error is that of DRAWS."""
+    call = config, x, units, dy
+    actual, eager = run(*call), eagerly(*call)
     dtypes = [[None if t is None else t.dtype for t in tensors_of(result)] for result in (actual, eager)]
     assert dtypes[0] == dtypes[1], f"dtypes {dtypes[0]}, eager {dtypes[1]}"
-    for (what, _), error, yardstick in zip(
-        compared(config, actual), found.relative(exact), own.relative(exact), strict=True
-    ):
+    _, exact = errors_of(actual, *call)
+    found = errors_over_draws(run, *call, number).relative(exact)
+    own = errors_over_draws(eagerly, *call, DRAWS).relative(exact)
+    for what, error, yardstick in zip(compared(config, actual), found, own, strict=True):
         limit = error_limit(yardstick, x.dtype)
         assert error <= limit, f"{what}: error {error:.3e} exceeds {limit:.3e} (eager's own: {yardstick:.3e})"

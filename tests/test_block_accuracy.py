@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from block_accuracy import assert_block_as_accurate_as_eager, by_recipe, inputs, read
@@ -17,5 +19,5 @@ every_form = pytest.mark.parametrize(("recipe", "form"), RECIPE_FORMS, ids=RECIP
 def test_block_is_as_accurate_as_eager(recipe, form, dtype):
     block, x, dy = inputs(form, dtype)
     config, units = read(block, x)
-    actual = by_recipe(dispatcher("auto"), recipe, config, x, units, dy)
-    assert_block_as_accurate_as_eager(actual, config, x, units, dy)
+    run = partial(by_recipe, dispatcher("auto"), recipe)
+    assert_block_as_accurate_as_eager(run, config, x, units, dy)
