@@ -255,7 +255,7 @@ def selftest_text(rows: list[dict[str, Any]]) -> str:
         where = f"{row['device']} {row['dtype']}"
         lines.append((row["backend"], where, str(row["passed"]), str(len(row["problems"])), unserved))
         problems += [f"wrong: {row['backend']}, {where}: {problem}" for problem in row["problems"]]
-    return section("self-test: error <= 2 * eager's + 8 * eps, against float64", lines, *problems)
+    return section("self-test: error against float64, held to twice eager's own", lines, *problems)
 
 
 def text(found: dict[str, Any]) -> str:

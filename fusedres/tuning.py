@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fusedres.accuracy import error_limit
 from fusedres.blocks import RECIPES, user_table
 from fusedres.blocks.choice import AUTO, UNFUSED
 from fusedres.blocks.user_table import Entry, Key
@@ -139,8 +140,8 @@ def step_of(place: Place, module: nn.Module, gradients: bool) -> Callable[[], Te
 def inaccurate(place: Place, module: nn.Module, gradients: bool) -> str | None:
     """Why this variant must not be taken, or None.
 
-    Its output must pass `err <= 2*err(eager) + 8*eps` against float64, its gradients must be finite. How accurate those
-    are, the tests say: against float64 they are dominated by the few signs near zero that rounding flips.
+    Its output must pass the rule of `fusedres.accuracy`, its gradients must be finite. How accurate those are, the
+    tests say: against float64 they are dominated by the few signs near zero that rounding flips.
     """
     small = replace(place, x=place.x[:GATE_BATCH])
     eager = step_of(small, copy.deepcopy(place.module), False)()
@@ -149,7 +150,7 @@ def inaccurate(place: Place, module: nn.Module, gradients: bool) -> str | None:
     candidate = copy.deepcopy(module)
     found = step_of(small, candidate, gradients)()
     value, own = error([found], [exact]), error([eager], [exact])
-    if not value <= 2 * own + 8 * torch.finfo(found.dtype).eps:
+    if not value <= error_limit(own, found.dtype):
         return f"error {value:.1e} where eager has {own:.1e}"
     grads = [p.grad for p in candidate.parameters() if p.grad is not None]
     return None if all(g.isfinite().all() for g in grads) else "a gradient is not finite"

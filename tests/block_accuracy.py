@@ -1,34 +1,39 @@
 """A recipe on whole blocks in any dtype, backend and device, held against float64 by the one rule of `accuracy.py`.
 
 Gradients are compared with those of the recipe's own ReLU masks; the yardstick is the block in eager PyTorch, held
-against float64 with eager's masks.
+against float64 with eager's masks, both over several draws of x and dy.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from accuracy import assert_as_accurate_as_eager
 from block_forms import BlockForm, tensors_for
 from torch import Tensor, nn
 
+from fusedres.accuracy import error_limit
 from fusedres.blocks import RECIPES, masked
 from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNNeeds, ConvBNTensors
 from fusedres.dispatch import Dispatcher
 from fusedres.nn.residual_block import ConvBN, read_block
 
 PARAMETERS = len(ConvBNNeeds._fields)  # the first fields of ConvBNTensors; statistics follow
+DRAWS = 8  # of x and dy
 
 
-def inputs(form: BlockForm, dtype: torch.dtype, device: str = "cpu") -> tuple[nn.Module, Tensor, Tensor]:
+def inputs(
+    form: BlockForm, dtype: torch.dtype, device: str = "cpu", seed: int = 1
+) -> tuple[nn.Module, Tensor, Tensor]:
     """The block with convolutions in `dtype` and BN in float32, x and dy; more rows than one tile has."""
     block = form.build()
     for module in block.modules():
         if isinstance(module, nn.Conv2d):
             module.to(dtype)
-    x, dy = tensors_for(form, copy.deepcopy(block).float(), torch.float32, batch=8)
+    x, dy = tensors_for(form, copy.deepcopy(block).float(), torch.float32, 8, seed)
     return block.to(device), at_odd_offset(x.to(device, dtype)), dy.to(device, dtype)
 
 
@@ -84,42 +89,105 @@ def in_float64(units: tuple[ConvBNTensors, ...]) -> tuple[ConvBNTensors, ...]:
     return tuple(ConvBNTensors(*(None if t is None else t.detach().double() for t in unit)) for unit in units)
 
 
-def assert_signs_as_sure_as_eager(masks, eager_masks, entered: tuple[Tensor, ...], eps: float) -> None:
-    """A sign may differ from float64's where |z| <= 2*(the largest |z| where eager's does) + 8*eps*max|z|."""
-    for i, (mask, eager, z) in enumerate(zip(masks, eager_masks, entered, strict=True)):
-        size, sign = z.abs(), ~(z <= 0)
-        found, own = (size[m != sign].amax().item() if (m != sign).any() else 0.0 for m in (mask, eager))
-        limit = 2 * own + 8 * eps * size.max().item()
-        assert found <= limit, f"ReLU {i}: a sign differs at |z| = {found:.3e}, more than {limit:.3e}"
+def largest_flipped(mask: Tensor | None, z: Tensor) -> float:
+    """The largest |z| whose sign is not that of the mask, over the largest of all; both [N, C, H, W]."""
+    if mask is None:
+        return 0.0
+    size = z.abs()
+    wrong = size[mask == (z <= 0)]
+    return wrong.max().item() / size.max().item() if wrong.numel() else 0.0
+
+
+Run = Callable[[BlockConfig, Tensor, tuple[ConvBNTensors, ...], Tensor], Result]
+
+
+def tensors_of(result: Result) -> list[Tensor | None]:
+    return [result.y, *result.gradients]
+
+
+class Errors(NamedTuple):
+    """Of one result against float64: of the signs of every ReLU, and ||result - exact|| of y and of every gradient."""
+
+    signs: list[float]
+    tensors: list[float]  # 0 for a gradient that nobody wants
+
+    def relative(self, exact: Result) -> list[float]:
+        """All in one list: the second over the norm of the tensor, or over that of the largest gradient for one that
+        is zero in exact arithmetic, as of a bias that BN takes out."""
+        norms = [0.0 if t is None else t.norm().item() for t in tensors_of(exact)]
+        largest = max(norms[1:])
+        norms[1:] = [norm if norm > 1e-10 * largest else largest for norm in norms[1:]]
+        return [*self.signs, *(error / norm for error, norm in zip(self.tensors, norms, strict=True))]
+
+
+def errors_of(
+    result: Result, config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor
+) -> tuple[Errors, Result]:
+    """The errors, and what they are against: float64 with the result's own masks."""
+    wide = config, x.double(), in_float64(units), dy.double()
+    _, entered = by_autograd(*wide)
+    signs = [largest_flipped(mask, z.detach()) for mask, z in zip(result.masks, entered, strict=True)]
+    exact, _ = by_autograd(*wide, masks=result.masks)
+    tensors = []
+    for found, right in zip(tensors_of(result), tensors_of(exact), strict=True):
+        tensors.append(0.0 if found is None or right is None else (found.double() - right).norm().item())
+    return Errors(signs, tensors), exact
+
+
+def draws(x: Tensor, dy: Tensor, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """x and dy, and more of the kind that `block_forms.tensors_for` makes: `number` in all."""
+    yield x, dy
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(number - 1):
+        again = torch.randn(x.shape, generator=generator)
+        gradient = torch.randn(dy.shape, generator=generator) + dy.double().mean().item()
+        yield torch.empty_like(x).copy_(again), torch.empty_like(dy).copy_(gradient)
+
+
+def eagerly(config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor) -> Result:
+    return by_autograd(config, x, units, dy)[0]
+
+
+def errors_over_draws(
+    run: Run, config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor, number: int
+) -> Errors:
+    """The largest over draws of the signs' errors, the root mean square of the others, of what `run` gives.
+
+    A gradient of eight channels has eight errors, each a sum of roundings: in a single draw these are now and then a
+    third, or twice, of what they mostly are, and a ReLU has one sign or none that differs.
+    """
+    found = []
+    for drawn, gradient in draws(x, dy, number):
+        call = config, drawn, units, gradient
+        found.append(errors_of(run(*call), *call)[0])
+    signs = [max(errors) for errors in zip(*(errors.signs for errors in found), strict=True)]
+    squares = torch.tensor([errors.tensors for errors in found], dtype=torch.float64).square()
+    return Errors(signs, squares.mean(0).sqrt().tolist())
+
+
+def compared(config: BlockConfig, result: Result) -> list[str]:
+    """What each of `Errors.relative` is of."""
+    signs = [f"signs of ReLU {i}" for i in range(len(config.main))]
+    return [*signs, "y", "dx", *(f"gradient {i}" for i in range(len(result.gradients) - 1))]
 
 
 def assert_block_as_accurate_as_eager(
-    actual: Result, config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor
+    run: Run,
+    config: BlockConfig,
+    x: Tensor,
+    units: tuple[ConvBNTensors, ...],
+    dy: Tensor,
+    number: int = DRAWS,
 ) -> None:
-    """`actual`, of `by_recipe` on these arguments, by the rule: signs, y, and every gradient."""
-    eager, _ = by_autograd(config, x, units, dy)
-    wide = (config, x.double(), in_float64(units), dy.double())
-    _, entered = by_autograd(*wide)
-    eps = torch.finfo(x.dtype).eps
-    assert_signs_as_sure_as_eager(actual.masks, eager.masks, [z.detach() for z in entered], eps)
-    exact, _ = by_autograd(*wide, masks=actual.masks)
-    exact_of_eager, _ = by_autograd(*wide, masks=eager.masks)
-    assert_as_accurate_as_eager(actual.y, eager.y, exact.y, "y")
-    largest = max(g.double().norm().item() for g in exact.gradients if g is not None)
-    for place, gradients in enumerate(
-        zip(actual.gradients, eager.gradients, exact.gradients, exact_of_eager.gradients, strict=True)
-    ):
-        what = "dx" if place == 0 else f"gradient {place - 1}"
-        assert len({g is None for g in gradients}) == 1, what
-        if gradients[0] is None:
-            continue
-        found, plain, exact_gradient, exact_plain = gradients
-        if (
-            exact_gradient.norm() <= 1e-10 * largest
-        ):  # zero in exact arithmetic, as of a bias that BN takes out
-            noise, own = (g.double().norm().item() / largest for g in (found, plain))
-            assert noise <= 2 * own + 8 * eps, f"{what}: {noise:.3e} of the largest, eager {own:.3e}"
-        else:
-            # eager's error moves over to the reference of the other masks
-            yardstick = (plain.double() - exact_plain + exact_gradient).to(plain.dtype)
-            assert_as_accurate_as_eager(found, yardstick, exact_gradient, what)
+    """What `run` gives on these arguments and on others like them, `number` in all, by the rule: signs, y and every
+    gradient. Eager's error is that of DRAWS."""
+    call = config, x, units, dy
+    actual, eager = run(*call), eagerly(*call)
+    dtypes = [[None if t is None else t.dtype for t in tensors_of(result)] for result in (actual, eager)]
+    assert dtypes[0] == dtypes[1], f"dtypes {dtypes[0]}, eager {dtypes[1]}"
+    _, exact = errors_of(actual, *call)
+    found = errors_over_draws(run, *call, number).relative(exact)
+    own = errors_over_draws(eagerly, *call, DRAWS).relative(exact)
+    for what, error, yardstick in zip(compared(config, actual), found, own, strict=True):
+        limit = error_limit(yardstick, x.dtype)
+        assert error <= limit, f"{what}: error {error:.3e} exceeds {limit:.3e} (eager's own: {yardstick:.3e})"

@@ -47,6 +47,7 @@ SHAPES = (
     Case("C130", (1, 130, 3, 5)),
     Case("P1", (1, 24, 1, 1)),
     Case("P2", (2, 17, 1, 1)),
+    Case("P4", (4, 17, 1, 1)),
     Case("N0", (0, 24, 5, 7)),
     Case("rows8000", (5, 16, 40, 40)),
 )
@@ -141,8 +142,9 @@ def cases_of(op: str) -> Iterator[Case]:
             continue
         if "maxpool" in op and min(case.shape[2:]) < 2:
             continue
-        # eager BN refuses a single row in training, and NaN statistics leave nothing to compare
-        if op == "bn_layer" and (case.special or case.id in ("N0", "P1")):
+        # eager BN refuses a single row in training, and NaN statistics leave nothing to compare; of two rows dc is 0
+        # but for eps, and eager's error there is 3 in NCHW where it is 0.0007 in channels_last
+        if op == "bn_layer" and (case.special or case.id in ("N0", "P1", "P2")):
             continue
         for form in FORMS[op]:
             yield replace(case, form=form)

@@ -4,6 +4,7 @@ Without one `triton_interpreted_blocks.py` runs the same blocks, and `test_block
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -43,8 +44,8 @@ CASES = [
 def test_block_is_as_accurate_as_eager(recipe, name, backend, dtype):
     block, x, dy = inputs(BY_NAME[name], DTYPES[dtype], DEVICE)
     config, units = read(block, x)
-    actual = by_recipe(dispatcher(backend), recipe, config, x, units, dy)
-    assert_block_as_accurate_as_eager(actual, config, x, units, dy)
+    run = partial(by_recipe, dispatcher(backend), recipe)
+    assert_block_as_accurate_as_eager(run, config, x, units, dy)
 
 
 @pytest.fixture
