@@ -40,6 +40,10 @@ REASONS: dict[str, str] = {
     "forward_replaced": "its class, or a submodule's, was given another forward since patching; patch again",
     "attribute_changed": "an attribute of the block, a submodule or their classes changed since patching; patch again",
     "geometry_changed": "a convolution's stride, padding or dilation no longer fits the shortcut",
+    "unusual_number": "a number of a convolution, norm or pooling is a tensor, a string or of another type; set it to "
+    "one of Python or NumPy",
+    "eps_not_positive": "an eps for which the original forward raises, or gives NaN",
+    "shared_statistics": "a running statistic or batch counter of it is another tensor of it too",
     "parameter_shape": "a parameter or buffer has a shape that does not fit the rest of the block",
     "input_rank": "the input is not [N, C, H, W]",
     "input_channels": "the input's channels are not those of the first convolution",

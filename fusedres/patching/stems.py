@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fusedres.nn.stem import single, unsuitable_pool
+from fusedres.nn.numbers import UnusualNumberError
+from fusedres.nn.stem import single, square_window
 from fusedres.patching import structure
 from fusedres.patching.dataflow import Dataflow
 from fusedres.patching.grammar import (
@@ -87,12 +88,22 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
             raise NoMatch(f"unsupported_module:{type(getattr(model, path, None)).__name__}")
     if type(getattr(model, form.activation, None)) is not nn.ReLU:
         raise NoMatch("activation_not_relu")
-    if form.pool is not None and unsuitable_pool(model.get_submodule(form.pool)):  # type: ignore[arg-type]
-        raise NoMatch("unsupported_module:MaxPool2d")
+    if form.pool is not None:
+        check_pool(model.get_submodule(form.pool))  # type: ignore[arg-type]
     conv = model.get_submodule(form.conv)
     unit = ConvBNNames(form.conv, form.bn, True, geometry(conv))  # type: ignore[arg-type]
     parts = tuple((path, type(model.get_submodule(path))) for path in form.parts)
     return StemPlan(form.method, unit, form.pool, parts, (), Forwards(cls for _, cls in parts), form.goes_on)
+
+
+def check_pool(pool: nn.MaxPool2d) -> None:
+    """Raises NoMatch where the pooling is none that is served."""
+    try:
+        window = square_window(pool)
+    except UnusualNumberError as error:
+        raise NoMatch(error.code) from error
+    if window is None:
+        raise NoMatch("unsupported_module:MaxPool2d")
 
 
 def looks_like_stem(module: nn.Module) -> bool:
@@ -117,12 +128,11 @@ def match_stem(module: nn.Module, flow: Dataflow) -> tuple[ConvBNNames, str | Po
     elif path is not None and isinstance(module.get_submodule(path), nn.MaxPool2d):
         raise NoMatch(f"unsupported_module:{type(module.get_submodule(path)).__name__}")
     else:
-        if single(root.attributes["dilation"]) != 1 or root.attributes["ceil_mode"]:
+        if single(root.attributes["dilation"], "dilation") != 1 or root.attributes["ceil_mode"]:
             raise NoMatch("unsupported_op:max_pool2d")
         pool = PoolWindow(*(root.attributes[k] for k in ("kernel_size", "stride", "padding")))
     made = module.get_submodule(pool) if isinstance(pool, str) else nn.MaxPool2d(*pool)
-    if unsuitable_pool(made):  # type: ignore[arg-type]
-        raise NoMatch("unsupported_module:MaxPool2d")
+    check_pool(made)  # type: ignore[arg-type]
     return names(module, flow, units[0])._replace(relu=True), pool
 
 
