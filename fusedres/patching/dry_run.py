@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fusedres.patching.contents import Snapshot
+from fusedres.patching.lazy import is_uninitialised
 from fusedres.patching.plan import BASE, STATE
 
 HOOK_DICTS = (
@@ -114,6 +115,8 @@ class StandIn:
 
     @torch.inference_mode(False)
     def __init__(self, module: nn.Module) -> None:
+        if is_uninitialised(module):
+            raise DryRunError("uninitialised")
         tree = list(module.modules())
         if any(isinstance(m, (torch.jit.ScriptModule, torch.fx.GraphModule)) for m in tree):
             raise DryRunError("script_or_graph_module")

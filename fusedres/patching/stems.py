@@ -21,8 +21,10 @@ from fusedres.patching.grammar import (
     chain,
     refusal,
 )
+from fusedres.patching.lazy import is_uninitialised
 from fusedres.patching.owners import NoMatch, geometry, names
 from fusedres.patching.plan import ConvBNNames, Forwards, PoolWindow, StemPlan
+from fusedres.patching.stem_reach import reaches
 from fusedres.patching.stem_source import begins_with
 
 MAX_POOL = "MaxPool2DWithIndices"
@@ -69,7 +71,8 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
     """The plan of a listed model's stem; `base` is its class as the user knows it.
 
     Raises:
-        NoMatch: its method is another, its parts are not torch's own, or a method was set on the instance.
+        NoMatch: its method is another or its forward does not come to it, its parts are not torch's own or not
+            initialised, or a method was set on the instance.
     """
     found = listed(base)
     assert found is not None
@@ -80,6 +83,11 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
     known = begins_with(method, form.parts) if form.goes_on else method is getattr(cls, form.method)
     if not known:
         raise NoMatch("stem_differs")
+    if not reaches(base, form.method):
+        raise NoMatch("stem_not_called")
+    parts = [getattr(model, path, None) for path in form.parts]
+    if any(isinstance(part, nn.Module) and is_uninitialised(part) for part in parts):
+        raise NoMatch("uninitialised")
     expected = {form.conv: nn.Conv2d, form.bn: nn.BatchNorm2d}
     if form.pool is not None:
         expected[form.pool] = nn.MaxPool2d
@@ -92,8 +100,9 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
         check_pool(model.get_submodule(form.pool))  # type: ignore[arg-type]
     conv = model.get_submodule(form.conv)
     unit = ConvBNNames(form.conv, form.bn, True, geometry(conv))  # type: ignore[arg-type]
-    parts = tuple((path, type(model.get_submodule(path))) for path in form.parts)
-    return StemPlan(form.method, unit, form.pool, parts, (), Forwards(cls for _, cls in parts), form.goes_on)
+    found_parts = tuple((path, type(model.get_submodule(path))) for path in form.parts)
+    forwards = Forwards(cls for _, cls in found_parts)
+    return StemPlan(form.method, unit, form.pool, found_parts, (), forwards, form.goes_on)
 
 
 def check_pool(pool: nn.MaxPool2d) -> None:
@@ -111,6 +120,16 @@ def looks_like_stem(module: nn.Module) -> bool:
     if isinstance(module, (*CONTAINERS, nn.Conv2d)):
         return False
     return sum(isinstance(m, nn.Conv2d) for m in module.modules()) == 1
+
+
+def was_meant_as_one(module: nn.Module, code: str) -> bool:
+    """Whether a module with one convolution, refused with that code, is worth a line in the report.
+
+    Few are stems: only another activation says so, or, where nothing could be read yet, a pooling.
+    """
+    if code == "uninitialised":
+        return any(isinstance(m, nn.MaxPool2d) for m in module.modules())
+    return code.startswith("activation_not_relu")
 
 
 def match_stem(module: nn.Module, flow: Dataflow) -> tuple[ConvBNNames, str | PoolWindow]:
