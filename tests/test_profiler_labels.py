@@ -1,4 +1,4 @@
-"""Blocks that label parts of themselves for profilers are left alone: the profile of a patched model keeps the labels."""
+"""Blocks that label parts of themselves for profilers are left alone: profiles of a patched model keep the labels."""
 
 from __future__ import annotations
 

@@ -6,15 +6,11 @@ The original forward moves one norm's statistics before the next norm runs; a fu
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from fusedres.nn.attributes import tensor
 from fusedres.nn.residual_block import BlockCall
-from fusedres.nn.running_stats import BUFFERS
-from fusedres.patching.norms import FrozenNorm
 
 
 def shared_statistics(call: BlockCall, others: Iterable[nn.Module]) -> str | None:
@@ -24,23 +20,25 @@ def shared_statistics(call: BlockCall, others: Iterable[nn.Module]) -> str | Non
     """
     if not any(unit.training for unit in call.config.units):
         return None
-    moved: list[Any] = [
-        tensor(bn, name) for bn in call.norms if type(bn) is not FrozenNorm for name in BUFFERS
-    ]
-    read: list[Any] = [t for unit in call.tensors for t in (unit.bn_weight, unit.bn_bias)]
-    norms = {id(bn) for bn in call.norms}
-    for module in others:
-        if module is not None and id(module) not in norms:
-            read.extend(module._buffers.values())
+    moved = [t for bn in call.norms for t in bn._buffers.values() if t is not None]
+    read = [t for bn in call.norms for t in bn._parameters.values() if t is not None]
+    if others:
+        read.extend(buffers_of(call, others))
     shared = same_tensor if is_dynamo_compiling() else same_memory
-    found = shared([t for t in moved if t is not None], [t for t in read if t is not None])
-    return "shared_statistics" if found else None
+    return "shared_statistics" if shared(moved, read) else None
+
+
+def buffers_of(call: BlockCall, others: Iterable[nn.Module]) -> list[Tensor]:
+    """Of the modules that are none of the call's norms."""
+    norms = {id(bn._buffers) for bn in call.norms}  # a frozen norm is read through a view of its module
+    found = (m for m in others if m is not None and id(m._buffers) not in norms)
+    return [t for m in found for t in m._buffers.values() if t is not None]
 
 
 def same_memory(moved: list[Tensor], read: list[Tensor]) -> bool:
     """Whether one of `moved` begins where another of them, or one of `read`, does."""
-    places = {t.data_ptr() for t in moved}
-    return len(places) < len(moved) or any(t.data_ptr() in places for t in read)
+    places = set(map(Tensor.data_ptr, moved))
+    return len(places) < len(moved) or not places.isdisjoint(map(Tensor.data_ptr, read))
 
 
 def same_tensor(moved: list[Tensor], read: list[Tensor]) -> bool:
