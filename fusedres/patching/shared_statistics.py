@@ -20,8 +20,8 @@ def shared_statistics(call: BlockCall, others: Iterable[nn.Module]) -> str | Non
     """
     if not any(unit.training for unit in call.config.units):
         return None
-    moved = [t for bn in call.norms for t in bn._buffers.values() if t is not None]
-    read = [t for bn in call.norms for t in bn._parameters.values() if t is not None]
+    moved: list[Tensor] = [t for bn in call.norms for t in bn._buffers.values() if t is not None]
+    read: list[Tensor] = [t for bn in call.norms for t in bn._parameters.values() if t is not None]
     if others:
         read.extend(buffers_of(call, others))
     shared = same_tensor if is_dynamo_compiling() else same_memory
