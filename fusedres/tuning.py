@@ -24,6 +24,7 @@ from fusedres.blocks.user_table import Entry, Key
 from fusedres.dispatch import AUTO as AUTO_BACKEND
 from fusedres.errors import UnsupportedModelError
 from fusedres.patching.api import check_model, find, patch, report, unpatch
+from fusedres.patching.lazy import initialised_copy
 from fusedres.patching.plan import StemPlan
 from fusedres.patching.verify import error
 from fusedres.timing import bootstrap_interval, median, paired_ratios, seconds
@@ -104,7 +105,7 @@ def recorded_inputs(places: list[tuple[nn.Module, str]]) -> Iterator[dict[int, T
 
 def find_places(model: nn.Module, example: tuple[Any, ...]) -> list[Place]:
     """Every block of the model that a recipe can run, with random input like the one it has on the example."""
-    plain = unpatch(copy.deepcopy(model))
+    plain = unpatch(initialised_copy(model, example))
     found = [f for f in find(plain) if f.plan is not None]
     if not found:
         raise UnsupportedModelError(

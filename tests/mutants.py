@@ -21,6 +21,7 @@ from fusedres.blocks import separate
 from fusedres.nn import running_stats
 from fusedres.patching import (
     ambient,
+    api,
     dry_run,
     every_path,
     grammar,
@@ -30,6 +31,7 @@ from fusedres.patching import (
     owners,
     patched_class,
     shadows,
+    stems,
     structure,
     verify,
 )
@@ -415,6 +417,38 @@ def runs_dry_under_the_own_class_alone():
 @mutant("test_patched_classes.py::test_a_pickle_is_loaded_with_weights_only")
 def pickles_the_plan():
     del install.BlockState.__reduce__
+
+
+@mutant("test_numbers.py::test_a_number_that_is_left_to_torch[momentum]")
+def takes_any_number():
+    running_stats.momentum = lambda bn: bn.momentum
+    residual_block.real = residual_block.whole = lambda value, name: value
+    residual_block.pair = lambda value, name: value if isinstance(value, tuple) else (value, value)
+
+
+@mutant("test_numbers.py::test_norms_that_share_a_buffer[mean]")
+def moves_shared_statistics_together():
+    install.shared_statistics = lambda call, others: None
+
+
+@mutant("test_lazy_modules.py::test_a_lazy_head_hides_no_block[head1]")
+def looks_into_uninitialised_modules():
+    dry_run.is_uninitialised = lambda module: False
+
+
+@mutant("test_stem_reach.py::test_a_forward_that_passes_the_method_by[Encoder]")
+def trusts_that_the_stem_is_called():
+    stems.reaches = lambda base, method: True
+
+
+@mutant("test_stem_reach.py::test_a_caller_that_passes_the_method_by")
+def trusts_the_callers_of_a_stem():
+    api.is_passed_by = lambda found: False
+
+
+@mutant("test_profiler_labels.py::test_a_label_is_kept[KeptLabel]")
+def loses_labels():
+    grammar.check_no_labels = lambda stand_in, channels: None
 
 
 def run(name: str) -> None:

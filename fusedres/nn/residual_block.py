@@ -19,11 +19,11 @@ from fusedres.blocks.config import (
     ConvBNConfig,
     ConvBNTensors,
     Shortcut,
-    Size,
     unit_sizes,
 )
 from fusedres.dispatch import AUTO, OpaqueBackend, Ops, operators
 from fusedres.nn.attributes import tensor
+from fusedres.nn.numbers import pair, real, whole
 from fusedres.nn.running_stats import BatchStatistics, update_running_stats
 from fusedres.opaque_blocks import block_constants, residual_block_operator
 from fusedres.raw_ops import BatchNormVectors
@@ -54,27 +54,24 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
-def pair(value: Any) -> Size:
-    """A convolution's number for height and width: torch takes one for both as well."""
-    if type(value) is tuple and len(value) == 2:
-        return value
-    if isinstance(value, int):
-        return value, value
-    height, width = value if len(value) > 1 else (*value, *value)
-    return height, width
-
-
 def read_conv_bn(unit: ConvBN) -> tuple[ConvBNConfig, ConvBNTensors]:
-    """The unit's constants and tensors; the batch's statistics serve in training mode, or where there are no others."""
+    """The unit's constants and tensors; the batch's statistics serve in training mode, or where there are no others.
+
+    Raises:
+        UnusualNumberError: one of its numbers is none that a recipe takes; momentum, which is read later, included.
+    """
     conv, bn, relu = unit
     mean, var = tensor(bn, "running_mean"), tensor(bn, "running_var")
-    training = bn.training or (mean is None and var is None)
+    training = True if bn.training else mean is None and var is None
+    groups, eps, momentum = conv.groups, bn.eps, bn.momentum
+    if type(momentum) is not float and momentum is not None:
+        real(momentum, "momentum")
     config = ConvBNConfig(
-        pair(conv.stride),
-        pair(conv.padding),
-        pair(conv.dilation),
-        conv.groups,
-        bn.eps,
+        pair(conv.stride, "stride"),
+        pair(conv.padding, "padding"),
+        pair(conv.dilation, "dilation"),
+        groups if type(groups) is int else whole(groups, "groups"),
+        eps if type(eps) is float else real(eps, "eps"),
         training,
         relu,
     )
@@ -184,7 +181,8 @@ def residual_block(
         y [N, Cout, H', W'], freshly allocated, in x's dtype (under autocast: in its dtype).
 
     Raises:
-        ValueError: unknown recipe; "auto" or "unfused" where no recipe applies.
+        ValueError: unknown recipe; "auto" or "unfused" where no recipe applies; a number of a module is a tensor,
+            a string or of another type that no recipe takes (UnusualNumberError).
         BackendUnavailableError: unknown backend.
     """
     ops = operators(backend)

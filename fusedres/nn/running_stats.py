@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.nn.attributes import tensor
+from fusedres.nn.numbers import real
 
 BUFFERS = "num_batches_tracked", "running_mean", "running_var"
 
@@ -29,7 +30,8 @@ class BatchStatistics(NamedTuple):
 def update_running_stats(seen: Sequence[BatchStatistics]) -> None:
     """Moves the running statistics of every BN, as torch does after a forward in training mode.
 
-    momentum None gives the cumulative average. To be called without grad mode. The BNs are different modules.
+    momentum None gives the cumulative average. To be called without grad mode. No buffer belongs to two
+    of the BNs, or to one twice: they are moved together.
     """
     counters, moving, means, variances = [], [], [], []
     for s in seen:
@@ -65,5 +67,5 @@ def update_running_stats(seen: Sequence[BatchStatistics]) -> None:
 def momentum(bn: nn.BatchNorm2d) -> float:
     """The weight of the newest batch, its counter moved already."""
     if bn.momentum is not None:
-        return bn.momentum
+        return real(bn.momentum, "momentum")
     return 0.0 if bn.num_batches_tracked is None else 1.0 / float(bn.num_batches_tracked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -10,24 +12,41 @@ from fusedres.blocks import stem
 from fusedres.blocks.config import output_size
 from fusedres.blocks.stem import StemConfig
 from fusedres.dispatch import AUTO, OpaqueBackend, Ops, operators
+from fusedres.nn.numbers import pair
 from fusedres.nn.residual_block import ConvBN, compute_dtype, read_conv_bn
 from fusedres.nn.running_stats import BatchStatistics, update_running_stats
 from fusedres.opaque_stem import stem_operator
 from fusedres.raw_ops import BatchNormVectors
 
 
-def single(value: int | tuple[int, ...]) -> int | None:
-    """The one number of a square window's parameter, or None."""
-    values = set(value) if isinstance(value, tuple) else {value}
-    return values.pop() if len(values) == 1 else None
+class Window(NamedTuple):
+    """A pooling's square window: one number each for height and width."""
+
+    kernel_size: int
+    stride: int
+    padding: int
 
 
-def unsuitable_pool(pool: nn.MaxPool2d) -> bool:
-    """Whether the pooling is outside what `bn_relu_maxpool_forward` serves."""
-    window = [single(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
-    if None in window or single(pool.dilation) != 1 or pool.ceil_mode or pool.return_indices:
-        return True
-    return not 1 <= window[0] <= 15  # type: ignore[operator]
+def single(value: Any, name: str) -> int | None:
+    """The one number of a square window's parameter, or None. Raises UnusualNumberError."""
+    height, width = pair(value, name)
+    return height if height == width else None
+
+
+def square_window(pool: nn.MaxPool2d) -> Window | None:
+    """The pooling's window; None where it is outside what `bn_relu_maxpool_forward` serves.
+
+    Raises:
+        UnusualNumberError: one of its numbers is none that a recipe takes.
+    """
+    numbers = [single(getattr(pool, name), name) for name in Window._fields]
+    # a flag of another type is left to torch
+    if pool.ceil_mode is not False or pool.return_indices is not False:
+        return None
+    if None in numbers or single(pool.dilation, "dilation") != 1:
+        return None
+    window = Window(*numbers)  # type: ignore[arg-type]
+    return window if 1 <= window.kernel_size <= 15 else None
 
 
 def stem_block(x: Tensor, unit: ConvBN, pool: nn.MaxPool2d, *, backend: str | Ops = AUTO) -> Tensor:
@@ -43,15 +62,17 @@ def stem_block(x: Tensor, unit: ConvBN, pool: nn.MaxPool2d, *, backend: str | Op
         y [N, Cout, H'', W''], freshly allocated.
 
     Raises:
-        ValueError: a pooling outside of that.
+        ValueError: a pooling outside of that; a number of a module is a tensor, a string or of another type that no
+            recipe takes (UnusualNumberError).
         BackendUnavailableError: unknown backend.
     """
-    if unsuitable_pool(pool):
+    window = square_window(pool)
+    if window is None:
         raise ValueError(f"stem_block: needs a square window of at most 15 without dilation, found {pool}")
     ops = operators(backend) if isinstance(backend, str) else backend
     x = x.to(compute_dtype(x))
     config, tensors = read_conv_bn(unit)
-    stem_config = StemConfig(config, *(single(v) for v in (pool.kernel_size, pool.stride, pool.padding)))  # type: ignore[arg-type]
+    stem_config = StemConfig(config, *window)
 
     def move(mean: Tensor, var: Tensor) -> None:
         if config.training:

@@ -65,6 +65,22 @@ def check_model(model: object, caller: str) -> None:
         )
 
 
+def is_passed_by(found: Found) -> bool:
+    """Whether a model's blocks ran, but not the method with its stem."""
+    state: BlockState | None = vars(found.module).get(install.STATE)
+    if state is None or state.runs_as is not None or found.plan is None or found.plan.whole:
+        return False
+    below = (block for _, block in patched_blocks(found.module) if block is not found.module)
+    return any(vars(block)[install.STATE].runs_as is not None for block in below)
+
+
+def code_of(found: Found, state: BlockState | None) -> str | None:
+    """The reason code of a row; state: of a module that is matched."""
+    if state is not None:
+        return "stem_not_called" if is_passed_by(found) else state.reason
+    return "excluded" if found.module in _excluded else found.code
+
+
 def describe(found: Found, planned: BlockState | None = None) -> BlockReport:
     """A found module's row: what a patched block runs as, or, with `planned`, what it would be given."""
     state: BlockState | None = vars(found.module).get(install.STATE) if planned is None else planned
@@ -77,7 +93,7 @@ def describe(found: Found, planned: BlockState | None = None) -> BlockReport:
         recipe=state.recipe if state and matched else None,
         backend=state.backend if state and matched else None,
         runs_as=state.runs_as if state and matched else None,
-        code=state.reason if state and matched else "excluded" if found.module in _excluded else found.code,
+        code=code_of(found, state if matched else None),
     )
 
 

@@ -17,6 +17,7 @@ from fusedres.blocks.choice import AUTO
 from fusedres.dispatch import AUTO as AUTO_BACKEND
 from fusedres.errors import VerificationError
 from fusedres.patching.api import patch, report, unpatch
+from fusedres.patching.lazy import initialised_copy
 from fusedres.patching.verify import VerifyReport, check_blocks, tensors, verify
 from fusedres.patching.warmup import cuda_devices
 from fusedres.timing import bootstrap_interval, interleave, median, paired_ratios
@@ -135,7 +136,7 @@ def compare(
     if rounds < 2:
         raise ValueError(f"fusedres.compare: an interval needs at least 2 rounds, found {rounds}")
     example = example if isinstance(example, tuple) else (example,)
-    plain = unpatch(copy.deepcopy(model))
+    plain = unpatch(initialised_copy(model, example))
     fused = patch(copy.deepcopy(plain), recipe=recipe, backend=backend)
     device = next((a.device for a in example if isinstance(a, Tensor)), torch.device("cpu"))
     devices = cuda_devices(

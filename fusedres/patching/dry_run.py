@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fusedres.patching import shadows
 from fusedres.patching.contents import Snapshot
+from fusedres.patching.lazy import is_uninitialised
 from fusedres.patching.patched_class import derive, set_class
 from fusedres.patching.plan import BASE, STATE
 
@@ -142,6 +143,8 @@ class StandIn:
 
     @torch.inference_mode(False)
     def __init__(self, module: nn.Module) -> None:
+        if is_uninitialised(module):
+            raise DryRunError("uninitialised")
         tree = list(module.modules())
         if any(isinstance(m, (torch.jit.ScriptModule, torch.fx.GraphModule)) for m in tree):
             raise DryRunError("script_or_graph_module")

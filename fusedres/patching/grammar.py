@@ -20,6 +20,7 @@ from fusedres.blocks.config import Shortcut
 from fusedres.patching import dataflow, every_path, structure
 from fusedres.patching.dataflow import INPUT, PARAMETER, Dataflow, Node
 from fusedres.patching.dry_run import EPS_PROBE, DryRunError, StandIn
+from fusedres.patching.labels import check_no_labels
 from fusedres.patching.norms import BN, read_norm
 from fusedres.patching.owners import NoMatch, Unit, check_called, names
 from fusedres.patching.plan import BlockPlan, ConvBNNames
@@ -192,6 +193,7 @@ class Reading:
         norms = {unit.bn: EPS_PROBE if unit.eps is None else unit.eps for unit in named if unit.frozen}
         try:
             every_path.check_every_path(self.stand_in, self.channels, norms, set(called))
+            check_no_labels(self.stand_in, self.channels)
         except DryRunError as error:
             raise NoMatch(error.code) from error
 

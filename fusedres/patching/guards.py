@@ -17,8 +17,9 @@ from torch._C import _get_tracing_state
 
 from fusedres.blocks.config import ConvBNConfig, ConvBNTensors, Shortcut, unit_sizes
 from fusedres.nn.attributes import tensor
+from fusedres.nn.numbers import UnusualNumberError
 from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype
-from fusedres.nn.stem import single, unsuitable_pool
+from fusedres.nn.stem import square_window
 from fusedres.patching.norms import FrozenNorm
 from fusedres.raw_ops import ACTIVATION_DTYPES
 
@@ -74,8 +75,6 @@ def unfit_input(x: Tensor, casts: bool) -> str | None:
 def unreadable(units: Sequence[ConvBN]) -> str | None:
     """A reason if the modules cannot be read as a block's data."""
     for conv, bn, _ in units:
-        if isinstance(conv.padding, str):
-            return "geometry_changed"
         if conv.padding_mode != "zeros":
             return "attribute_changed"
         weight = tensor(conv, "weight")
@@ -140,13 +139,18 @@ def unfit_frozen(call: BlockCall) -> str | None:
     return None
 
 
-def unfit_pool(call: BlockCall, pool: nn.MaxPool2d) -> bool:
-    """Whether a stem's pooling, rewritten since patching, is outside what is served or has no output at all."""
-    if unsuitable_pool(pool):
-        return True
-    kernel, padding = single(pool.kernel_size), single(pool.padding)
+def unfit_pool(call: BlockCall, pool: nn.MaxPool2d) -> str | None:
+    """A reason if a stem's pooling, rewritten since patching, is outside what is served or has no output at all."""
+    try:
+        window = square_window(pool)
+    except UnusualNumberError as error:
+        return error.code
+    if window is None:
+        return "geometry_changed"
+    kernel, stride, padding = window
     ((height, width),) = unit_sizes(call.config, call.tensors, call.x)
-    return 2 * padding > kernel or min(height, width) + 2 * padding < kernel  # type: ignore[operator]
+    fits = stride >= 1 and 0 <= 2 * padding <= kernel <= min(height, width) + 2 * padding
+    return None if fits else "geometry_changed"
 
 
 def unfit_block(call: BlockCall) -> str | None:
@@ -165,6 +169,8 @@ def unfit_block(call: BlockCall) -> str | None:
         return reason
     if any(map(unfit_geometry, config.units)):
         return "geometry_changed"
+    if any(not unit.eps > 0 and (unit.training or unit.eps != 0) for unit in config.units):
+        return "eps_not_positive"
     if not x.is_contiguous(memory_format=torch.channels_last) and not all(
         is_nchw(t.weight) for t in call.tensors
     ):

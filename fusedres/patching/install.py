@@ -24,6 +24,7 @@ from fusedres.blocks.choice import UNFUSED, choose, choose_stem, never_fused
 from fusedres.blocks.config import Shortcut
 from fusedres.dispatch import Ops, dispatcher, opaque_backend
 from fusedres.errors import UnsupportedModelError
+from fusedres.nn.numbers import UnusualNumberError
 from fusedres.nn.residual_block import (
     ConvBN,
     compute_dtype,
@@ -38,6 +39,7 @@ from fusedres.patching.norms import FrozenNorm
 from fusedres.patching.patched_class import ORIGINAL, Behaviour, patched_class, set_class
 from fusedres.patching.plan import BASE, STATE, BlockPlan, ConvBNNames, Plan, StemPlan
 from fusedres.patching.reasons import describe
+from fusedres.patching.shared_statistics import shared_statistics
 
 logger = logging.getLogger("fusedres")
 
@@ -166,13 +168,17 @@ def fused(
 ) -> Outcome:
     """The outcome once the modules are known to be those of the plan; x in the dtype of the convolutions."""
     main, shortcut = (units, None) if plan.projection is None else (units[:-1], units[-1])
-    data = read_block(x, main, shortcut, plan.shortcut is Shortcut.IDENTITY)
-    if (reason := guards.unfit_block(data)) is not None:
+    try:
+        data = read_block(x, main, shortcut, plan.shortcut is Shortcut.IDENTITY)
+    except UnusualNumberError as error:
+        return Outcome(UNFUSED, error.code)
+    others = modules.values() if isinstance(plan, BlockPlan) and plan.shortcut_paths else ()
+    if (reason := guards.unfit_block(data) or shared_statistics(data, others)) is not None:
         return Outcome(UNFUSED, reason)
     if isinstance(plan, StemPlan) and plan.pool is not None:
         pool = modules[plan.pool] if isinstance(plan.pool, str) else nn.MaxPool2d(*plan.pool)
-        if guards.unfit_pool(data, pool):
-            return Outcome(UNFUSED, "geometry_changed")
+        if (reason := guards.unfit_pool(data, pool)) is not None:
+            return Outcome(UNFUSED, reason)
         recipe, reason = choose_stem(requested, x, ops, wants_gradient(data), data.tensors[0].weight.shape[0])
         if recipe == UNFUSED:
             return Outcome(recipe, reason)

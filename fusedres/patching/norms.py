@@ -39,6 +39,7 @@ class FrozenNorm:
     """A frozen norm, read as torch's BatchNorm2d in evaluation mode is; `eps` as in `Frozen`."""
 
     training = False
+    momentum = None
 
     def __init__(self, module: nn.Module, eps: float | None) -> None:
         self._parameters, self._buffers = module._parameters, module._buffers

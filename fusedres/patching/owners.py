@@ -10,9 +10,12 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fusedres.nn.numbers import UnusualNumberError, pair, whole
 from fusedres.patching.dataflow import PARAMETER, Dataflow, Node
 from fusedres.patching.norms import Norm
-from fusedres.patching.plan import ConvBNNames
+from fusedres.patching.plan import ConvBNNames, Geometry
+
+SIZES = "stride", "padding", "dilation"  # of a convolution, for height and width
 
 
 class Unit(NamedTuple):
@@ -82,17 +85,23 @@ def names(module: nn.Module, flow: Dataflow, unit: Unit) -> ConvBNNames:
     conv, frozen = module.get_submodule(conv_path), unit.norm.frozen
     if not isinstance(conv, nn.Conv2d):
         raise NoMatch(f"unsupported_module:{type(conv).__name__}")
-    if tuple(unit.conv.attributes[k] for k in ("stride", "padding", "dilation", "groups")) != geometry(conv):
+    made, found = geometry(conv), unit.conv.attributes
+    if (*(pair(found[name], name) for name in SIZES), found["groups"]) != made:
         raise NoMatch("unsupported_module")
     if parameter(unit.conv.args[2]) != (None if conv.bias is None else f"{conv_path}.bias"):
         raise NoMatch("unsupported_module")
     if frozen is not None:
-        return ConvBNNames(conv_path, frozen.path, unit.relu, geometry(conv), True, frozen.eps)
+        return ConvBNNames(conv_path, frozen.path, unit.relu, made, True, frozen.eps)
     bn_path = bn_owner(module, flow, unit.norm.node)
     if module.get_submodule(bn_path).eps != unit.norm.node.attributes["eps"]:
         raise NoMatch("unsupported_module")
-    return ConvBNNames(conv_path, bn_path, unit.relu, geometry(conv))
+    return ConvBNNames(conv_path, bn_path, unit.relu, made)
 
 
-def geometry(conv: nn.Conv2d) -> tuple:
-    return conv.stride, conv.padding, conv.dilation, conv.groups
+def geometry(conv: nn.Conv2d) -> Geometry:
+    """The convolution's numbers as torch reads them. Raises NoMatch where one is none that a recipe takes."""
+    try:
+        stride, padding, dilation = (pair(getattr(conv, name), name) for name in SIZES)
+        return stride, padding, dilation, whole(conv.groups, "groups")
+    except UnusualNumberError as error:
+        raise NoMatch(error.code) from error

@@ -107,9 +107,8 @@ def find(model: nn.Module, renew: bool = False) -> list[Found]:
                 yield Found(name, module, plan, None)
                 return
         except NoMatch as refusal:
-            # few modules with one convolution are stems: only an activation says that this one was meant as one
-            is_block = grammar.looks_residual(module) or refusal.code.startswith("activation_not_relu")
-            code = refusal.code if is_block else None
+            is_meant = grammar.looks_residual(module) or stems.was_meant_as_one(module, refusal.code)
+            code = refusal.code if is_meant else None
         below = [
             found
             for child_name, child in module.named_children()

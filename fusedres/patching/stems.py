@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from fusedres.nn.stem import single, unsuitable_pool
+from fusedres.nn.numbers import UnusualNumberError
+from fusedres.nn.stem import single, square_window
 from fusedres.patching import own_code, shadows, structure
 from fusedres.patching.dataflow import Dataflow
 from fusedres.patching.grammar import (
@@ -20,8 +21,10 @@ from fusedres.patching.grammar import (
     chain,
     refusal,
 )
+from fusedres.patching.lazy import is_uninitialised
 from fusedres.patching.owners import NoMatch, geometry, names
 from fusedres.patching.plan import ConvBNNames, PoolWindow, StemPlan
+from fusedres.patching.stem_reach import reaches
 from fusedres.patching.stem_source import begins_with
 
 MAX_POOL = "MaxPool2DWithIndices"
@@ -68,7 +71,8 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
     """The plan of a listed model's stem; `base` is its class as the user knows it.
 
     Raises:
-        NoMatch: its method is another, its parts are not torch's own, or a method was set on the instance.
+        NoMatch: its method is another or its forward does not come to it, its parts are not torch's own or not
+            initialised, or a method was set on the instance.
     """
     found = listed(base)
     assert found is not None
@@ -81,6 +85,11 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
     known = begins_with(method, form.parts) if form.goes_on else method is getattr(cls, form.method)
     if not known:
         raise NoMatch("stem_differs")
+    if not reaches(base, form.method):
+        raise NoMatch("stem_not_called")
+    parts = [getattr(model, path, None) for path in form.parts]
+    if any(isinstance(part, nn.Module) and is_uninitialised(part) for part in parts):
+        raise NoMatch("uninitialised")
     expected = {form.conv: nn.Conv2d, form.bn: nn.BatchNorm2d}
     if form.pool is not None:
         expected[form.pool] = nn.MaxPool2d
@@ -89,15 +98,25 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
             raise NoMatch(f"unsupported_module:{type(getattr(model, path, None)).__name__}")
     if type(getattr(model, form.activation, None)) is not nn.ReLU:
         raise NoMatch("activation_not_relu")
-    if form.pool is not None and unsuitable_pool(model.get_submodule(form.pool)):  # type: ignore[arg-type]
-        raise NoMatch("unsupported_module:MaxPool2d")
+    if form.pool is not None:
+        check_pool(model.get_submodule(form.pool))  # type: ignore[arg-type]
     conv = model.get_submodule(form.conv)
     unit = ConvBNNames(form.conv, form.bn, True, geometry(conv))  # type: ignore[arg-type]
-    parts = tuple(structure.describe_module(path, model.get_submodule(path)) for path in form.parts)
+    described = tuple(structure.describe_module(path, model.get_submodule(path)) for path in form.parts)
     for path in form.parts:
         if (name := shadows.shadowing(model.get_submodule(path))) is not None:
             raise NoMatch(f"instance_shadows:{path}.{name}")
-    return StemPlan(form.method, unit, form.pool, parts, (), structure.methods(parts), form.goes_on)
+    return StemPlan(form.method, unit, form.pool, described, (), structure.methods(described), form.goes_on)
+
+
+def check_pool(pool: nn.MaxPool2d) -> None:
+    """Raises NoMatch where the pooling is none that is served."""
+    try:
+        window = square_window(pool)
+    except UnusualNumberError as error:
+        raise NoMatch(error.code) from error
+    if window is None:
+        raise NoMatch("unsupported_module:MaxPool2d")
 
 
 def looks_like_stem(module: nn.Module) -> bool:
@@ -105,6 +124,16 @@ def looks_like_stem(module: nn.Module) -> bool:
     if isinstance(module, (*CONTAINERS, nn.Conv2d)):
         return False
     return sum(isinstance(m, nn.Conv2d) for m in module.modules()) == 1
+
+
+def was_meant_as_one(module: nn.Module, code: str) -> bool:
+    """Whether a module with one convolution, refused with that code, is worth a line in the report.
+
+    Few are stems: only another activation says so, or, where nothing could be read yet, a pooling.
+    """
+    if code == "uninitialised":
+        return any(isinstance(m, nn.MaxPool2d) for m in module.modules())
+    return code.startswith("activation_not_relu")
 
 
 def match_stem(module: nn.Module, flow: Dataflow) -> tuple[ConvBNNames, str | PoolWindow]:
@@ -122,12 +151,11 @@ def match_stem(module: nn.Module, flow: Dataflow) -> tuple[ConvBNNames, str | Po
     elif path is not None and isinstance(module.get_submodule(path), nn.MaxPool2d):
         raise NoMatch(f"unsupported_module:{type(module.get_submodule(path)).__name__}")
     else:
-        if single(root.attributes["dilation"]) != 1 or root.attributes["ceil_mode"]:
+        if single(root.attributes["dilation"], "dilation") != 1 or root.attributes["ceil_mode"]:
             raise NoMatch("unsupported_op:max_pool2d")
         pool = PoolWindow(*(root.attributes[k] for k in ("kernel_size", "stride", "padding")))
     made = module.get_submodule(pool) if isinstance(pool, str) else nn.MaxPool2d(*pool)
-    if unsuitable_pool(made):  # type: ignore[arg-type]
-        raise NoMatch("unsupported_module:MaxPool2d")
+    check_pool(made)  # type: ignore[arg-type]
     return names(module, flow, units[0])._replace(relu=True), pool
 
 

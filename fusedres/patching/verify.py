@@ -21,6 +21,7 @@ from fusedres.blocks import RECIPES
 from fusedres.dispatch import AUTO as AUTO_BACKEND
 from fusedres.errors import UnsupportedModelError
 from fusedres.patching.api import check_model, find, patch, report, unpatch
+from fusedres.patching.lazy import initialised_copy
 
 FLOAT64_LIMIT = 1e-10
 SEED = 0
@@ -165,7 +166,7 @@ def verify(
     """
     check_blocks(model, "verify")
     example = example if isinstance(example, tuple) else (example,)
-    plain = unpatch(copy.deepcopy(model))
+    plain = unpatch(initialised_copy(model, example))
     plain.zero_grad(set_to_none=True)
     dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
     exact_example = cast(example, torch.float64)

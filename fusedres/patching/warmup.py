@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fusedres.errors import UnsupportedModelError
 from fusedres.patching.api import check_model, is_patched
+from fusedres.patching.lazy import initialised_copy, is_uninitialised
 
 
 @contextmanager
@@ -62,6 +63,8 @@ def warmup(model: nn.Module, example: Any) -> None:
             f"fusedres.warmup: no block of {type(model).__name__} is patched; call fusedres.patch(model) first."
         )
     example = example if isinstance(example, tuple) else (example,)
+    if is_uninitialised(model):  # a first call would initialise it: that is the caller's to make
+        model = initialised_copy(model, example)
     tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor)]
     devices = cuda_devices([*tensors, *model.parameters()])
     if devices and torch.cuda.is_current_stream_capturing():
