@@ -12,6 +12,7 @@ from importlib.metadata import version
 from fusedres import models
 from fusedres.dispatch import use_backend
 from fusedres.errors import BackendUnavailableError, FusedresError, UnsupportedModelError, VerificationError
+from fusedres.flop_formulas import register_now_or_at_import
 from fusedres.patching import (
     BlockReport,
     Comparison,
@@ -27,6 +28,8 @@ from fusedres.patching import (
     verify,
     warmup,
 )
+
+register_now_or_at_import()
 
 __version__ = version("fusedres")
 
