@@ -9,10 +9,9 @@ Importing it needs torch alone, touches no GPU and prints nothing.
 
 from importlib.metadata import version
 
-from fusedres import models
+from fusedres import block_flops, models
 from fusedres.dispatch import use_backend
 from fusedres.errors import BackendUnavailableError, FusedresError, UnsupportedModelError, VerificationError
-from fusedres.flop_formulas import register_now_or_at_import
 from fusedres.patching import (
     BlockReport,
     Comparison,
@@ -29,7 +28,7 @@ from fusedres.patching import (
     warmup,
 )
 
-register_now_or_at_import()
+block_flops.register()
 
 __version__ = version("fusedres")
 

@@ -70,8 +70,9 @@ def test_backward(recipe, when):
 def test_symbolic_sizes(recipe):
     def call(model):
         with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
-            return [model(mode.from_tensor(images(2, 64, 8, 8)))]
+            return [model(mode.from_tensor(x))]
 
+    x = images(2, 64, 8, 8)
     ((_, shape, *_),) = same_forms(call, *pair(lambda: net()[1], recipe))
     assert any("s" in size for size in shape)
 
@@ -96,7 +97,8 @@ def test_a_compiled_model(recipe):
     def call(model):
         torch._dynamo.reset()
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            return [torch.compile(model, backend="aot_eager")(mode.from_tensor(images(2, 64, 8, 8)))]
+            return [torch.compile(model, backend="aot_eager")(mode.from_tensor(x))]
 
+    x = images(2, 64, 8, 8)
     same_forms(call, *pair(lambda: net()[1], recipe))
     torch._dynamo.reset()
