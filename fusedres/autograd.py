@@ -32,6 +32,8 @@ from fusedres.raw_ops import BatchNormVectors
 FIELDS = len(ConvBNTensors._fields)
 PARAMETERS = len(ConvBNNeeds._fields)  # of FIELDS, those that can want a gradient; the rest are statistics
 FIXED = 6  # config, recipe, ops, observe, x, residual come before the units' tensors
+# places of BN's weight and bias among the arguments, of as many units as any block has
+NORMS = frozenset(FIXED + unit * FIELDS + field for unit in range(64) for field in (2, 3))
 STEM_X = 3  # config, ops, observe come before x
 FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
 Observer = Callable[[tuple[BatchNormVectors, ...]], None]
@@ -142,8 +144,7 @@ def asked_of_block(ctx: Any, flat: tuple[Tensor | None, ...]) -> Sequence[bool]:
     wanted = ctx.needs_input_grad
     residual = (FIXED - 1,) if ctx.config.shortcut is Shortcut.TENSOR else ()
     given = FIXED - 2, *residual, *(i for i, t in enumerate(flat, FIXED) if t is not None)
-    norms = [i for start in range(FIXED, len(wanted), FIELDS) for i in (start + 2, start + 3)]
-    asked = taken(ctx, wanted, given, norms)
+    asked = taken(ctx, wanted, given, NORMS)
     if asked[FIXED - 2] or asked[FIXED]:  # a gradient passes every BN on its way to x or to the first weight
         return asked
     return taken(ctx, wanted, given)
