@@ -131,10 +131,9 @@ def test_operators_that_a_graph_runs_eagerly(asked, monkeypatch):
     assert counts[1] == counts[0] and "fusedres.residual_block_forward" in counted.operators
 
 
-@pytest.mark.parametrize("asked", ["x", "some-parameters", "backward", "backward-inputs"])
-def test_under_compiled_autograd(asked):
+def test_under_compiled_autograd():
     """It runs backward from a graph of its own, with a stand-in for ctx: nothing that is wanted is missed."""
     plain, fused = pair(net)
-    expected = ASKED[asked](plain)
+    expected = ASKED["backward-inputs"](plain)
     with compiled_autograd._enable(lambda graph: graph):
-        assert_same_gradients(ASKED[asked](fused), expected)
+        assert_same_gradients(ASKED["backward-inputs"](fused), expected)
