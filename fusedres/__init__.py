@@ -9,7 +9,7 @@ Importing it needs torch alone, touches no GPU and prints nothing.
 
 from importlib.metadata import version
 
-from fusedres import models
+from fusedres import block_flops, models
 from fusedres.dispatch import use_backend
 from fusedres.errors import BackendUnavailableError, FusedresError, UnsupportedModelError, VerificationError
 from fusedres.patching import (
@@ -27,6 +27,8 @@ from fusedres.patching import (
     verify,
     warmup,
 )
+
+block_flops.register()
 
 __version__ = version("fusedres")
 

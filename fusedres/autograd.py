@@ -6,7 +6,7 @@ Forward calls a recipe and saves; backward unpacks and calls it. Under `create_g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,16 +21,21 @@ from fusedres.blocks.config import (
     ConvBNNeeds,
     ConvBNTensors,
     Saved,
+    Shortcut,
     own_statistics,
 )
 from fusedres.blocks.stem import StemConfig, StemSaved
 from fusedres.dispatch import Dispatcher
+from fusedres.graph_task import taken
 from fusedres.raw_ops import BatchNormVectors
 
 FIELDS = len(ConvBNTensors._fields)
 PARAMETERS = len(ConvBNNeeds._fields)  # of FIELDS, those that can want a gradient; the rest are statistics
 FIXED = 6  # config, recipe, ops, observe, x, residual come before the units' tensors
+# places of BN's weight and bias among the arguments, of as many units as any block has
+NORMS = frozenset(FIXED + unit * FIELDS + field for unit in range(64) for field in (2, 3))
 STEM_X = 3  # config, ops, observe come before x
+FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
 Observer = Callable[[tuple[BatchNormVectors, ...]], None]
 
 
@@ -46,9 +51,11 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def wants_differentiable(dy: Tensor) -> bool:
-    """Whether backward must be made of torch's own operations: for second derivatives, and for a batch of gradients
-    (`is_grads_batched`, vmap), which is one tensor to those alone."""
+    """Whether backward must be made of torch's own operations: for second derivatives, for a batch of gradients
+    (`is_grads_batched`, vmap), which is one tensor to those alone, and under FakeTensorMode, which knows no others."""
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch._C._get_dispatch_mode(FAKE_MODE) is not None:
         return True
     return torch._C._functorch.is_legacy_batchedtensor(dy)
 
@@ -62,6 +69,14 @@ def memory_format(y: Tensor) -> torch.memory_format:
     """The layout that gradients of y are brought into."""
     channels_last = y.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def without_elements(residual: Tensor | None) -> Tensor | None:
+    """[0, C, H, W], a function of the residual to autograd, in storage of its own: it keeps no activation alive."""
+    if residual is None or not residual.requires_grad:
+        return None
+    with torch.enable_grad():
+        return torch.slice_copy(residual, 0, 0, 0)
 
 
 class ResidualBlock(torch.autograd.Function):
@@ -95,6 +110,7 @@ class ResidualBlock(torch.autograd.Function):
         ctx.save_for_backward(x, *(t for unit in units for t in unit), *out.saved.flatten())
         ctx.config, ctx.recipe, ctx.ops = config, recipe, ops
         ctx.layout, ctx.inputs = out.saved.layout, len(flat)
+        ctx.residual = without_elements(residual)
         ctx.held_by_hooks = saved_tensors_have_hooks()
         ctx.memory_format = memory_format(out.y)
         ctx.set_materialize_grads(False)
@@ -102,14 +118,14 @@ class ResidualBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-        wanted = ctx.needs_input_grad
         if dy is None:
-            return (None,) * len(wanted)
+            return (None,) * len(ctx.needs_input_grad)
         tensors = ctx.saved_tensors
         x, flat = tensors[0], tensors[1 : 1 + ctx.inputs]
         saved = Saved.unflatten(tensors[1 + ctx.inputs :], ctx.layout)
+        wanted = asked_of_block(ctx, flat)
         if wants_differentiable(dy):
-            return differentiable_backward(ctx.config, wanted, x, flat, saved.mask, dy)
+            return differentiable_backward(ctx, wanted, x, flat, saved.mask, dy)
         needs = BlockNeeds(
             wanted[FIXED - 2],
             wanted[FIXED - 1],
@@ -123,9 +139,34 @@ class ResidualBlock(torch.autograd.Function):
         return None, None, None, None, grads.x, grads.residual, *parameters
 
 
+def asked_of_block(ctx: Any, flat: tuple[Tensor | None, ...]) -> Sequence[bool]:
+    """The flags of `ctx.needs_input_grad` for what the running backward takes; flat: the units' tensors."""
+    wanted = ctx.needs_input_grad
+    residual = (FIXED - 1,) if ctx.config.shortcut is Shortcut.TENSOR else ()
+    given = FIXED - 2, *residual, *(i for i, t in enumerate(flat, FIXED) if t is not None)
+    asked = taken(ctx, wanted, given, NORMS)
+    if asked[FIXED - 2] or asked[FIXED]:  # a gradient passes every BN on its way to x or to the first weight
+        return asked
+    return taken(ctx, wanted, given)
+
+
+def through_relu(dy: Tensor, mask: Tensor | None, graph: Sequence[Tensor]) -> Tensor:
+    """dz [N, C, H, W] by the mask of y. graph: what y is a function of, [N, C, H, W] or without elements.
+
+    The derivative by y is zero, and torch's ReLU passes it on: whoever differentiates dz alone finds zeros below.
+    """
+    if mask is None:
+        return dy
+    keep = unpack_mask(mask, dy)
+    if not graph:
+        return torch.where(keep, dy, 0)
+    signs = torch.cat([keep.to(dy.dtype), *(t[:0] for t in graph)])
+    return torch.ops.aten.threshold_backward(dy, signs, 0)
+
+
 def differentiable_backward(
-    config: BlockConfig,
-    wanted: tuple[bool, ...],
+    ctx: Any,
+    asked: Sequence[bool],
     x: Tensor,
     flat: tuple[Tensor | None, ...],
     mask: Tensor | None,
@@ -135,17 +176,21 @@ def differentiable_backward(
 
     The mask of y is the one of forward, so a residual computed elsewhere is not needed again: its gradient is dz.
     """
-    dz = dy if mask is None else torch.where(unpack_mask(mask, dy), dy, 0)
-    result: list[Tensor | None] = [None] * len(wanted)
+    result: list[Tensor | None] = [None] * len(asked)
     inputs = {FIXED - 2: x, **dict(enumerate(flat, FIXED))}
-    indices = [i for i in inputs if wanted[i]]
+    indices, graph = [i for i in inputs if asked[i]], torch.is_grad_enabled()
+    y_of = [] if ctx.residual is None or not graph else [ctx.residual]
+    with torch.enable_grad(), without_autocast(x.device.type):
+        if indices or (graph and any(ctx.needs_input_grad[i] for i in inputs)):
+            z = eager.preactivation(ctx.config, x, as_units(flat))
+            y_of += [z] if graph else []
+    dz = through_relu(dy, mask, y_of)
     if indices:
-        with torch.enable_grad(), without_autocast(x.device.type):
-            z = eager.preactivation(config, x, as_units(flat))
-            grads = torch.autograd.grad(z, [inputs[i] for i in indices], dz, create_graph=True)  # type: ignore[arg-type]
+        chosen = [inputs[i] for i in indices]
+        grads = torch.autograd.grad(z, chosen, dz, create_graph=graph)  # type: ignore[arg-type]
         for i, grad in zip(indices, grads, strict=True):
             result[i] = grad
-    if wanted[FIXED - 1]:
+    if asked[FIXED - 1]:
         result[FIXED - 1] = dz
     return tuple(result)
 
@@ -174,17 +219,17 @@ class ConvBNReLUMaxPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-        wanted = ctx.needs_input_grad
         if dy is None:
-            return (None,) * len(wanted)
+            return (None,) * len(ctx.needs_input_grad)
         x, *rest = ctx.saved_tensors
         t, (c, *vectors, indices) = ConvBNTensors(*rest[:FIELDS]), rest[FIELDS:]
+        inputs = dict(enumerate((x, *t), STEM_X))
+        wanted = taken(ctx, ctx.needs_input_grad, (i for i, given in inputs.items() if given is not None))
         if wants_differentiable(dy):
-            inputs = dict(enumerate((x, *t), STEM_X))
-            chosen = [i for i in inputs if wanted[i]]
+            chosen, graph = [i for i in inputs if wanted[i]], torch.is_grad_enabled()
             with torch.enable_grad(), without_autocast(x.device.type):
                 y = stem.differentiable(ctx.config, x, t)
-                grads = torch.autograd.grad(y, [inputs[i] for i in chosen], dy, create_graph=True)
+                grads = torch.autograd.grad(y, [inputs[i] for i in chosen], dy, create_graph=graph)
             by_index = dict(zip(chosen, grads, strict=True))
             return tuple(by_index.get(i) for i in range(len(wanted)))
         saved = StemSaved(c, BatchNormVectors(*vectors), indices)

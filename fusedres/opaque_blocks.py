@@ -30,6 +30,7 @@ from fusedres.blocks.config import (
     own_statistics,
 )
 from fusedres.dispatch import Dispatcher, dispatcher
+from fusedres.graph_task import taken
 from fusedres.raw_ops import BatchNormVectors
 
 FAKE = Dispatcher((FakeOps(),))
@@ -224,12 +225,15 @@ def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     dy = grads[0]
     if dy is None:
         return None, None, [None] * sum(ctx.given), *(None for _ in rest)
+    flags = wanted_x, wanted_residual, *wanted
+    given = (i for i in range(len(flags)) if i != 1 or constants.shortcut == Shortcut.TENSOR.value)
+    wanted_x, wanted_residual, *wanted = taken(ctx, flags, given)
     x, *tensors = ctx.saved_tensors
     tensors, saved = tensors[: ctx.parameters], tensors[ctx.parameters :]
     left = iter(wanted)
-    flags = [here and next(left) for here in ctx.given]
-    starts = range(0, len(flags), FIELDS)
-    needs = [wanted_x, wanted_residual, *(f for i in starts for f in flags[i : i + PARAMETERS])]
+    by_field = [here and next(left) for here in ctx.given]
+    starts = range(0, len(by_field), FIELDS)
+    needs = [wanted_x, wanted_residual, *(f for i in starts for f in by_field[i : i + PARAMETERS])]
     made = iter(
         torch.ops.fusedres.residual_block_backward(
             dy, x, tensors, saved, needs, ctx.channels_last, *constants

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from fusedres import flops
 from fusedres.backends.fake import FakeOps
 from fusedres.dispatch import AUTO, dispatcher
 from fusedres.raw_ops import RAW_OPS, BatchNormGrads, BatchNormVectors, Conv1x1Output, GramGrads, RawOps
@@ -116,3 +117,4 @@ def register(op: str) -> torch.library.CustomOpDef:
 
 
 OPAQUE_OPS: dict[str, Callable[..., Any]] = {op: register(op) for op in RAW_OPS}
+flops.register(NAMESPACE, flops.RAW)

@@ -12,6 +12,7 @@ from fusedres.blocks import stem
 from fusedres.blocks.config import ConvBNNeeds, ConvBNTensors, own_statistics
 from fusedres.blocks.stem import StemConfig, StemSaved
 from fusedres.dispatch import Dispatcher, dispatcher
+from fusedres.graph_task import taken
 from fusedres.opaque_blocks import FAKE, unit_config, unit_ints, without_statistics
 from fusedres.raw_ops import BatchNormVectors
 
@@ -121,16 +122,18 @@ def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     dy = grads[0]
     if dy is None:
         return None, [None] * sum(ctx.given), *(None for _ in rest)
+    flags = wanted_x, *wanted
+    wanted_x, *wanted = taken(ctx, flags, range(len(flags)))
     x, *tensors = ctx.saved_tensors
     left = iter(wanted)
-    flags = [here and next(left) for here in ctx.given][:PARAMETERS]
+    needs = [here and next(left) for here in ctx.given][:PARAMETERS]
     made = iter(
         torch.ops.fusedres.stem_backward(
             dy,
             x,
             tensors[: ctx.parameters],
             tensors[ctx.parameters :],
-            [wanted_x, *flags],
+            [wanted_x, *needs],
             ctx.channels_last,
             *ctx.constants,
         )

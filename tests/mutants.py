@@ -7,6 +7,7 @@ a test passes.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import multiprocessing
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedres import autograd
+from fusedres import autograd, flops, graph_task
 from fusedres.blocks import separate
 from fusedres.nn import running_stats
 from fusedres.patching import (
@@ -273,6 +274,34 @@ def differentiates_saved_tensors_twice():
 @mutant("test_copies.py::test_a_batch_of_gradients[gram]")
 def takes_no_batch_of_gradients():
     autograd.wants_differentiable = lambda dy: torch.is_grad_enabled()
+
+
+@mutant("test_asked_gradients.py::test_gradients_asked_for_and_no_other[x]")
+def makes_gradients_that_nobody_asked_for():
+    autograd.taken = lambda ctx, wanted, *rest: wanted
+
+
+@mutant("test_asked_gradients.py::test_gradients_asked_for_and_no_other[all-parameters]")
+def drops_gradients_that_torch_does_not_speak_of():
+    graph_task.will_run = lambda node: node.next_functions != ()
+
+
+@mutant("test_asked_gradients.py::test_a_gradient_penalty_alone[x-separate]")
+def forgets_that_the_mask_is_a_function_of_the_parameters():
+    wrap(autograd, "through_relu", lambda right: lambda dy, mask, graph: right(dy, mask, []))
+
+
+@mutant("test_fake_mode.py::test_a_real_model[real-identity-separate]")
+def runs_kernels_under_fake_tensor_mode():
+    guards.transformed = lambda: None
+
+
+@mutant("test_flops.py::test_separate_counts_what_eager_counts[bottleneck-eval-auto]")
+def counts_products_of_torch_alone():
+    flops.hand_over = lambda counter: None
+    registry = importlib.import_module(flops.COUNTER).flop_registry
+    for op in [op for op in registry if str(op).startswith("fusedres")]:
+        del registry[op]
 
 
 @mutant("test_copies.py::test_a_copy_trains_the_same_and_apart[pickle-separate]")

@@ -28,14 +28,18 @@ DISABLED_SCOPES: list[object] = []  # entered now, in any thread: what a graph b
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 DEVICES = ("cpu", "cuda")
 PROXY_MODE = torch._C._TorchDispatchModeKey.PROXY
+FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
 
 
 def transformed() -> str | None:
-    """A reason if torch is exporting or transforming: those want the original operations."""
+    """A reason if torch is exporting, transforming or only working out shapes: those want the original operations."""
     if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
         return "tracing"
-    if not torch.compiler.is_dynamo_compiling() and torch._C._get_dispatch_mode(PROXY_MODE) is not None:
-        return "tracing"
+    if not torch.compiler.is_dynamo_compiling():  # a graph being compiled has operators that they know
+        if torch._C._get_dispatch_mode(PROXY_MODE) is not None:
+            return "tracing"
+        if torch._C._get_dispatch_mode(FAKE_MODE) is not None:
+            return "fake_mode"
     return "forward_ad" if torch.autograd.forward_ad._current_level >= 0 else None
 
 

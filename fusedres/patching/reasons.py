@@ -43,6 +43,7 @@ REASONS: dict[str, str] = {
     "signature": "called with more than one positional tensor",
     "tensor_subclass": "the input or a parameter is not a plain tensor",
     "tracing": "traced, scripted, exported or transformed by torch.func: the original forward runs",
+    "fake_mode": "under FakeTensorMode, which works out shapes: the original forward runs",
     "forward_ad": "forward-mode differentiation: the original forward runs",
     "hooks": "a hook is registered on a submodule, or globally on all modules",
     "module_replaced": "a submodule was replaced or changed its class; patch again",

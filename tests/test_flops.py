@@ -1,0 +1,153 @@
+"""Tools that count products by torch's registry see ours: as many as unpatched, and those that `gram` adds."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from asked_gradients import net, picture
+from block_forms import FORMS, RECIPE_FORM_IDS, RECIPE_FORMS, one_step, patched, tensors_for
+from flops import Flops, flops_of
+from opaque_operators import Operators
+from same_model import images, pair
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from fusedres import op_cases
+from fusedres.backends import native
+from fusedres.backends.reference import ReferenceOps
+from fusedres.dispatch import AUTO, opaque_backend
+from fusedres.flops import NATIVE, RAW
+from fusedres.models import Bottleneck
+from fusedres.patching import install
+from fusedres.raw_ops import RAW_OPS
+
+
+def steps(block, x, dy):
+    """Products of inference and of a training step."""
+    with torch.no_grad():
+        inference = flops_of(copy.deepcopy(block).eval(), x)
+    return inference, flops_of(one_step, block, x, dy)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+def test_separate_counts_what_eager_counts(form, backend):
+    plain = form.build()
+    x, dy = tensors_for(form, plain, torch.float32)
+    fused = patched(copy.deepcopy(plain), "separate", backend)
+    assert steps(fused, x, dy) == steps(plain, x, dy)
+
+
+def test_gram_adds_the_products_of_its_moments():
+    plain, fused = pair(lambda: Bottleneck(32, 8), "gram")
+    x, dy = images(3, 32, 6, 6), images(3, 32, 6, 6, seed=1)
+    rows, cin, cout = 3 * 6 * 6, 8, 32
+    forward = rows * cin * cin + cout * cin * cin
+    backward = rows * cin * cin + 2 * cout * cin * cin + cout * cin + cin * cin
+    expected, found = steps(plain, x, dy), steps(fused, x, dy)
+    assert found[0] == expected[0]
+    assert found[1] == expected[1] + 2 * (forward + backward)
+
+
+@pytest.mark.parametrize(("recipe", "form"), RECIPE_FORMS, ids=RECIPE_FORM_IDS)
+def test_a_blocks_operators_count_what_runs_inside(recipe, form, monkeypatch):
+    block = form.build()
+    x, dy = tensors_for(form, block, torch.float32)
+    expected = steps(patched(copy.deepcopy(block), recipe, "reference"), x, dy)
+    monkeypatch.setattr(install, "dispatcher", opaque_backend)
+    assert steps(patched(block, recipe), x, dy) == expected
+
+
+def test_the_stems_operators(monkeypatch):
+    plain, fused = pair(net)
+    monkeypatch.setattr(install, "dispatcher", opaque_backend)
+    for model in (plain, fused):
+        with Flops() as counted:
+            model(picture()).sum().backward()
+        model.total = counted.total
+    assert fused.total == plain.total
+    assert {"fusedres.stem_forward", "fusedres.stem_backward"} <= counted.operators
+
+
+def test_every_raw_op_counts_what_the_reference_multiplies():
+    shape, seen = op_cases.Shape(2, 5, 8, 32), {}
+    for _, op, args in op_cases.cases(shape, torch.float32, torch.device("cpu")):
+        expected = flops_of(getattr(ReferenceOps(), op), *args)
+        assert flops_of(getattr(Operators(None, AUTO), op), *args) == expected, op
+        seen[op] = seen.get(op, 0) + expected
+    multiplying = {op for op, total in seen.items() if total}
+    assert multiplying <= set(RAW) and set(seen) == set(RAW_OPS)
+
+
+@pytest.mark.skipif(not native.is_built(), reason="the native library is not built")
+def test_every_native_operator_that_multiplies_has_a_formula():
+    names = [op for op in native.LIBRARY_OPS if "conv" in op or "gram" in op]
+    assert set(names) == set(NATIVE)
+    assert all(getattr(torch.ops.fusedres_native, name) in flop_registry for name in names)
+
+
+@pytest.mark.parametrize("recipe", ["separate", "auto"])
+def test_torchs_own_counter_around_a_backward(recipe):
+    totals = []
+    for model in pair(net, recipe):
+        loss = model(picture()).sum()
+        with FlopCounterMode(display=False) as counted:
+            loss.backward()
+        totals.append(counted.get_total_flops())
+    assert totals[1] == totals[0] > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_graph(training):
+    totals = []
+
+    def compiler(graph, inputs):
+        def run(*args):
+            with Flops() as counted:
+                out = graph(*args)
+            totals[-1] += counted.total
+            return out
+
+        return run
+
+    for model in pair(lambda: net()[1]):
+        torch._dynamo.reset()
+        totals.append(0)
+        x = images(2, 64, 6, 6).requires_grad_(training)
+        y = torch.compile(model.train(training), backend=aot_autograd(fw_compiler=compiler), fullgraph=True)(
+            x
+        )
+        if training:
+            y.sum().backward()
+    torch._dynamo.reset()
+    assert totals[1] == totals[0] > 0
+
+
+HIDDEN = """
+import pathlib
+is_file = pathlib.Path.is_file
+pathlib.Path.is_file = lambda path: path.name != "libfusedres_native.so" and is_file(path)
+"""
+REGISTERED = """
+from torch.utils.flop_counter import flop_registry
+import torch, fusedres, fusedres.opaque_ops
+names = {str(op) for op in flop_registry if str(op).startswith("fusedres")}
+assert {"fusedres.residual_block_backward", "fusedres.gram", "fusedres.stem_forward"} <= names, names
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys, fusedres\nassert 'torch.utils.flop_counter' not in sys.modules" + REGISTERED,
+        REGISTERED,
+        HIDDEN + REGISTERED + "assert not any(name.startswith('fusedres_native') for name in names)",
+    ],
+    ids=["after", "before", "without-native"],
+)
+def test_registered_in_whatever_order_one_imports(code):
+    subprocess.run([sys.executable, "-c", code], check=True)
