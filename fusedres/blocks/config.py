@@ -64,6 +64,8 @@ class ConvBNTensors(NamedTuple):
 
 def own_statistics(t: ConvBNTensors) -> ConvBNTensors:
     """The same with copies of frozen statistics, to be kept: a later call in training mode moves the buffers."""
+    if t.mean is None and t.var is None:
+        return t
     mean, var = (None if s is None else s.clone() for s in (t.mean, t.var))
     return t._replace(mean=mean, var=var)
 
@@ -106,13 +108,15 @@ class BlockConfig(NamedTuple):
 
 def unit_sizes(config: BlockConfig, units: tuple[ConvBNTensors, ...], x: Tensor) -> list[Size]:
     """Height and width of every unit's output, as `config.units`, from x [N, Cin, H, W]."""
-    size: Size = (x.shape[2], x.shape[3])
-    sizes = [size]
-    for unit, t in zip(config.units, units, strict=True):
-        start = sizes[0] if len(sizes) > len(config.main) else sizes[-1]  # the projection starts from x
-        kernel = t.weight.shape[2], t.weight.shape[3]
-        sizes.append(output_size(start, kernel, unit.stride, unit.padding, unit.dilation))
-    return sizes[1:]
+    _, _, height, width = x.shape
+    first = size = (height, width)
+    sizes: list[Size] = []
+    for i, (unit, t) in enumerate(zip(config.units, units, strict=True)):
+        _, _, *kernel = t.weight.shape
+        start = first if i == len(config.main) else size  # the projection starts from x
+        size = output_size(start, kernel, unit.stride, unit.padding, unit.dilation)  # type: ignore[arg-type]
+        sizes.append(size)
+    return sizes
 
 
 class BlockNeeds(NamedTuple):

@@ -104,8 +104,11 @@ def read_block(
 def wants_gradient(call: BlockCall) -> bool:
     if not torch.is_grad_enabled():
         return False
-    tensors = (call.x, call.residual, *(t for unit in call.tensors for t in unit))
-    return any(t is not None and t.requires_grad for t in tensors)
+    for tensors in (*call.tensors, (call.x, call.residual)):  # mostly the first weight settles it
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def run(call: BlockCall, recipe: str, ops: Ops) -> Tensor:

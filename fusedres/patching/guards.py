@@ -86,8 +86,7 @@ def unreadable(units: Sequence[ConvBN]) -> str | None:
             return "parameter_shape"
         if (tensor(bn, "running_mean") is None) != (tensor(bn, "running_var") is None):
             return "parameter_shape"
-    norms = [id(unit.bn) for unit in units]
-    return "shared_module" if len(set(norms)) < len(norms) else None
+    return "shared_module" if len({id(bn) for _, bn, _ in units}) < len(units) else None
 
 
 def unfit_tensors(
@@ -126,14 +125,16 @@ def is_nchw(weight: Tensor) -> bool:
 
 def norm_vectors(t: ConvBNTensors, bn: nn.BatchNorm2d) -> list[Tensor]:
     """Every vector that the BN has, whether the call reads it or moves it."""
-    vectors = t.bn_weight, t.bn_bias, tensor(bn, "running_mean"), tensor(bn, "running_var")
-    return [v for v in vectors if v is not None]
+    mean, var = t.mean, t.var
+    if mean is None and var is None:  # or frozen ones, which were read
+        mean, var = tensor(bn, "running_mean"), tensor(bn, "running_var")
+    return [v for v in (t.bn_weight, t.bn_bias, mean, var) if v is not None]
 
 
 def unfit_frozen(call: BlockCall) -> str | None:
     """A reason if a frozen norm's constants would give another dtype, which its arithmetic promotes, or a gradient."""
     for t, bn in zip(call.tensors, call.norms, strict=True):
-        if not isinstance(bn, FrozenNorm):
+        if type(bn) is not FrozenNorm:
             continue
         vectors = norm_vectors(t, bn)
         if any(v.dtype is not call.config.dtype for v in vectors):
@@ -171,10 +172,11 @@ def unfit_block(call: BlockCall) -> str | None:
         return reason
     if (reason := unfit_frozen(call)) is not None:
         return reason
-    if any(map(unfit_geometry, config.units)):
-        return "geometry_changed"
-    if any(not unit.eps > 0 and (unit.training or unit.eps != 0) for unit in config.units):
-        return "eps_not_positive"
+    for unit in config.units:
+        if unfit_geometry(unit):
+            return "geometry_changed"
+        if not unit.eps > 0 and (unit.training or unit.eps != 0):
+            return "eps_not_positive"
     if not x.is_contiguous(memory_format=torch.channels_last) and not all(
         is_nchw(t.weight) for t in call.tensors
     ):
@@ -207,15 +209,17 @@ def unfit_channels(call: BlockCall) -> str | None:
 def unfit_sizes(call: BlockCall) -> str | None:
     """A reason if the paths do not meet, or a BN would see one value per channel."""
     config, x = call.config, call.x
-    sizes = unit_sizes(call.config, call.tensors, call.x)
-    if any(h < 1 or w < 1 for h, w in sizes):
-        return "geometry_changed"
+    sizes = unit_sizes(config, call.tensors, x)
+    for h, w in sizes:
+        if h < 1 or w < 1:
+            return "geometry_changed"
     end = sizes[len(config.main) - 1]
     if config.projection is not None and sizes[-1] != end:
         return "geometry_changed"
     if config.shortcut is Shortcut.IDENTITY and end != tuple(x.shape[2:]):
         return "geometry_changed"
     n = x.shape[0]
-    if any(unit.training and n * h * w == 1 for unit, (h, w) in zip(config.units, sizes, strict=True)):
-        return "single_value_per_channel"
+    for unit, (h, w) in zip(config.units, sizes, strict=True):
+        if n * h * w == 1 and unit.training:
+            return "single_value_per_channel"
     return None

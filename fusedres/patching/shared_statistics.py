@@ -18,7 +18,10 @@ def shared_statistics(call: BlockCall, others: Iterable[nn.Module]) -> str | Non
 
     others: modules that a fused call calls too; those of the call itself may be among them.
     """
-    if not any(unit.training for unit in call.config.units):
+    for unit in call.config.units:
+        if unit.training:
+            break
+    else:
         return None
     moved: list[Tensor] = [t for bn in call.norms for t in bn._buffers.values() if t is not None]
     read: list[Tensor] = [t for bn in call.norms for t in bn._parameters.values() if t is not None]
