@@ -22,15 +22,15 @@ CPU_SOURCES = (
     "library.cpp",
     "older_systems.cpp",
     "cpu/binding.cpp",
-    "cpu/channel_ops.cpp",
+    "cpu/bn.cpp",
+    "cpu/bn_vectors.cpp",
+    "cpu/conv1x1.cpp",
+    "cpu/conv_weight.cpp",
     "cpu/kernels.cpp",
     "cpu/kernels_avx2.cpp",
     "cpu/kernels_avx512.cpp",
     "cpu/kernels_avx512_bf16.cpp",
-    "cpu/launch_bn.cpp",
-    "cpu/launch_conv.cpp",
-    "cpu/launch_pool.cpp",
-    "cpu/launch_product.cpp",
+    "cpu/pool.cpp",
 )
 DEFAULT_ARCHS = "80;86;89;90;100;120"
 TORCH_FLOOR = "0x020a000000000000"  # 2.10

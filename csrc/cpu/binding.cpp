@@ -266,8 +266,8 @@ Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tenso
 }
 
 // Whether this processor multiplies t's dtype.
-void check_products(const char* op, const char* name, const Tensor& t) {
-  if (products(shape_of(t).dtype) != nullptr) return;
+void check_convolutions(const char* op, const char* name, const Tensor& t) {
+  if (convolutions(shape_of(t).dtype) != nullptr) return;
   fail(op, name, dtype_name(t.scalar_type()), "float32 on this processor", "convert it, or use backend='reference'");
 }
 
@@ -281,7 +281,7 @@ Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t 
   if (dy.scalar_type() != x.scalar_type()) {
     fail(op, "dy", dtype_name(dy.scalar_type()), dtype_name(x.scalar_type()), "pass tensors of one dtype");
   }
-  check_products(op, "x", x);
+  check_convolutions(op, "x", x);
   const ConvAxis height{x.size(2), dy.size(2), kernel_height, stride_height, padding_height, dilation_height};
   const ConvAxis width{x.size(3), dy.size(3), kernel_width, stride_width, padding_width, dilation_width};
   check_convolution(op, dy, x, height.kernel, height.stride, height.padding, height.dilation, 2);
@@ -314,13 +314,13 @@ void check_pointwise(const char* op, const char* name, const Tensor& x, const Te
     fail(op, "weight", sizes_of(weight), of == 0 ? "[" + channels + ", Cin, 1, 1]" : "[Cout, " + channels + ", 1, 1]",
          "pass the weight of the 1x1 convolution");
   }
-  check_products(op, name, x);
+  check_convolutions(op, name, x);
   if (x.scalar_type() != ScalarType::Float && x.size(1) % 2 != 0) fail(op, name, channels + " channels", "an even number", "use backend='reference'");
 }
 
-ConvInputArgs input_args(const char* op, const Tensor& dy, const Tensor& weight) {
+Conv1x1InputArgs input_args(const char* op, const Tensor& dy, const Tensor& weight) {
   check_pointwise(op, "dy", dy, weight, 0);
-  ConvInputArgs args{};
+  Conv1x1InputArgs args{};
   args.batch = dy.size(0);
   args.in_channels = weight.size(1);
   args.out_channels = dy.size(1);
@@ -332,7 +332,7 @@ ConvInputArgs input_args(const char* op, const Tensor& dy, const Tensor& weight)
 // dy [N, Cout, H, W], weight [Cout, Cin, 1, 1], shortcut_dy and the result [N, Cin, H, W]
 Tensor conv_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy, OptionalTensor mask) {
   const char* op = "conv_backward_input";
-  ConvInputArgs args = input_args(op, dy, weight);
+  Conv1x1InputArgs args = input_args(op, dy, weight);
   const int64_t height = dy.size(2), width = dy.size(3);
   Tensor dx = new_channels_last(dy, dy.size(0), weight.size(1), height, width, dtype_code(dy));
   check_like(op, "shortcut_dy", shortcut_dy, dx);
@@ -354,7 +354,7 @@ Tensor conv_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy,
 // dx [N, Cin, H, W], added to; dy [N, Cout, H', W']
 void conv_backward_input_(Tensor dx, Tensor dy, Tensor weight, int64_t stride_height, int64_t stride_width) {
   const char* op = "conv_backward_input_";
-  ConvInputArgs args = input_args(op, dy, weight);
+  Conv1x1InputArgs args = input_args(op, dy, weight);
   check_activation(op, "dx", dx);
   if (dx.scalar_type() != dy.scalar_type()) {
     fail(op, "dx", dtype_name(dx.scalar_type()), dtype_name(dy.scalar_type()), "pass tensors of one dtype");

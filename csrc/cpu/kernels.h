@@ -173,7 +173,7 @@ struct Conv1x1Args {
 };
 
 // A 1x1 convolution without padding: dx from dy, by positions of dy.
-struct ConvInputArgs {
+struct Conv1x1InputArgs {
   int64_t batch, in_channels, out_channels;
   ConvAxis height, width;
   Dtype dtype;
@@ -184,11 +184,11 @@ struct ConvInputArgs {
   void* dx;                    // [N, height.in, width.in, in_channels]
 };
 
-// Matrix products of one dtype. 1x1 convolutions with bfloat16 sum over even numbers of channels only.
-struct Products {
+// The convolutions of one dtype. A 1x1 convolution of bfloat16 sums over an even number of channels only.
+struct Convolutions {
   void (*pack_weight)(const PackArgs&, int64_t begin, int64_t end);             // panels of input channels
   void (*pack_weight_transposed)(const PackArgs&, int64_t begin, int64_t end);  // panels of output channels
-  void (*conv_backward_input)(const ConvInputArgs&, int64_t begin, int64_t end);
+  void (*conv1x1_backward_input)(const Conv1x1InputArgs&, int64_t begin, int64_t end);
   void (*conv1x1_forward)(const Conv1x1Args&, int64_t begin, int64_t end);
   void (*conv_backward_weight)(const ConvWeightArgs&);
 };
@@ -206,7 +206,7 @@ struct Kernels {
   void (*relu_backward)(const MaskArgs&, int64_t begin, int64_t end);
   void (*bn_relu_maxpool_forward)(const PoolForwardArgs&, int64_t begin, int64_t end);
   void (*bn_relu_maxpool_backward)(const PoolBackwardArgs&, int64_t begin, int64_t end);
-  Products float32;
+  Convolutions float32;
 };
 
 extern const Kernels avx2_kernels;
@@ -215,9 +215,10 @@ extern const Kernels avx512_kernels;
 // The best set for this processor, at most what ATEN_CPU_CAPABILITY (torch's own switch) allows; null below AVX2.
 const Kernels* kernels();
 
-extern const Products avx512_bf16_products;
+extern const Convolutions avx512_bf16_convolutions;
 
-// Those of a dtype; null where the processor has none, or tiles of AMX, with which the library is far faster.
-const Products* products(Dtype dtype);
+// The convolutions of a dtype. Null where the processor has no instructions for them; also where it has the tiles of
+// AMX, because the library's convolutions use the tiles and are far faster.
+const Convolutions* convolutions(Dtype dtype);
 
 }  // namespace fusedres::cpu

@@ -55,7 +55,7 @@ void launch_bn_relu_maxpool_backward_input(Dtype dtype, int64_t batch, const Win
 void launch_conv_backward_weight(ConvWeightArgs args);
 
 // `weight` [out_channels, in_channels] is packed here
-void launch_conv_backward_input(ConvInputArgs args, const void* weight);
+void launch_conv_backward_input(Conv1x1InputArgs args, const void* weight);
 void launch_conv1x1_forward(Conv1x1Args args, int64_t positions, const void* weight);
 
 }  // namespace fusedres::cpu

@@ -56,7 +56,7 @@ void add_pieces(ConvWeightArgs args) {
   for (; args.begin < rows; args.begin = args.end) {
     args.end = std::min(rows, args.begin + piece);
     find_rows(args);
-    products(args.dtype)->conv_backward_weight(args);
+    convolutions(args.dtype)->conv_backward_weight(args);
   }
 }
 

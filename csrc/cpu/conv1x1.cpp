@@ -23,18 +23,18 @@ Lines<float> pack(Pack kernel, Dtype dtype, PackArgs args, int64_t columns) {
 
 }  // namespace
 
-void launch_conv_backward_input(ConvInputArgs args, const void* weight) {
-  const Products& kernel = *products(args.dtype);
+void launch_conv_backward_input(Conv1x1InputArgs args, const void* weight) {
+  const Convolutions& kernel = *convolutions(args.dtype);
   const PackArgs given{args.in_channels, args.out_channels, weight, nullptr};
   const Lines<float> packed = pack(kernel.pack_weight, args.dtype, given, args.in_channels);
   args.packed_weight = packed.data();
   const int64_t positions = args.batch * args.height.out * args.width.out;
   parallel_chunks(count_chunks(positions, args.in_channels), positions,
-                  [&](int64_t, int64_t begin, int64_t end) { kernel.conv_backward_input(args, begin, end); });
+                  [&](int64_t, int64_t begin, int64_t end) { kernel.conv1x1_backward_input(args, begin, end); });
 }
 
 void launch_conv1x1_forward(Conv1x1Args args, int64_t positions, const void* weight) {
-  const Products& kernel = *products(args.dtype);
+  const Convolutions& kernel = *convolutions(args.dtype);
   const PackArgs given{args.in_channels, args.out_channels, weight, nullptr};
   const Lines<float> packed = pack(kernel.pack_weight_transposed, args.dtype, given, args.out_channels);
   args.packed_weight = packed.data();

@@ -2,7 +2,7 @@
 // for each position, or for two at once of bfloat16, in float. Included after vec_avx2.h or vec_avx512.h.
 #pragma once
 
-#include "conv_packing.h"
+#include "conv_weight_packing.h"
 
 namespace {
 

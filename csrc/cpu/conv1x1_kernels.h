@@ -35,7 +35,7 @@ struct ProductTile {
 // The input gradient's results: dx, and what is added to it.
 template <class T>
 struct AddToShortcut {
-  explicit AddToShortcut(const ConvInputArgs& args)
+  explicit AddToShortcut(const Conv1x1InputArgs& args)
       : shortcut_dy(static_cast<const T*>(args.shortcut_dy)), mask(args.mask), dx(static_cast<T*>(args.dx)) {}
 
   const T* soon() const { return shortcut_dy == nullptr ? dx : shortcut_dy; }
@@ -227,7 +227,7 @@ void pack_weight_transposed(const PackArgs& args, int64_t begin, int64_t end) {
 }
 
 // The row of dx that a position of dy, of N*height.out*width.out, belongs to.
-inline int64_t row_of(const ConvInputArgs& args, int64_t position) {
+inline int64_t row_of(const Conv1x1InputArgs& args, int64_t position) {
   const ConvAxis &height = args.height, &width = args.width;
   if (height.stride == 1 && width.stride == 1) return position;
   const int64_t line = position / width.out, image = line / height.out;
@@ -237,7 +237,7 @@ inline int64_t row_of(const ConvInputArgs& args, int64_t position) {
 
 // dx of positions [begin, end) of dy
 template <class T>
-void conv_backward_input(const ConvInputArgs& args, int64_t begin, int64_t end) {
+void conv1x1_backward_input(const Conv1x1InputArgs& args, int64_t begin, int64_t end) {
   const int64_t depth = args.out_channels / kPerWord<T>;
   const Product product{static_cast<const float*>(args.dy), args.packed_weight, depth, args.in_channels};
   multiply_rows<T>(product, begin, end, [&](int64_t at) { return row_of(args, at); }, AddToShortcut<T>(args));
