@@ -9,7 +9,7 @@ namespace fusedres {
 
 #ifdef FUSEDRES_CUDA_ARCHS
 inline std::string cuda_archs() { return FUSEDRES_CUDA_ARCHS; }
-// Both in cuda_binding.cpp. Of the toolkit, such as 13000.
+// Of the toolkit, such as 13000; like cuda_device_problem in front/cuda.cpp.
 int64_t cuda_version();
 // Why the kernels cannot run on this device, "" if they can.
 std::string cuda_device_problem(int device);

@@ -20,7 +20,7 @@ bool cuda_archs_cover(std::string archs, int64_t major, int64_t minor) {
 
 bool cpu_multiplies_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 
-bool cpu_products_of_bfloat16() { return fusedres::cpu::convolutions(fusedres::cpu::Dtype::bfloat16) != nullptr; }
+bool cpu_products_of_bfloat16() { return fusedres::cpu::convolutions(fusedres::Dtype::kBFloat16) != nullptr; }
 
 std::string cpu_capability() {
   const fusedres::cpu::Kernels* kernels = fusedres::cpu::kernels();

@@ -6,8 +6,10 @@
 #include "../csrc/cuda/launchers.h"
 #include "../csrc/cuda/plan.h"
 #include "../csrc/host_emulator/scheduler.h"
+#include "../csrc/ops.h"
 
 namespace py = pybind11;
+using namespace fusedres;
 using namespace fusedres::cuda;
 
 namespace {

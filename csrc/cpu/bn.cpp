@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kSamples = 16;
 
 float element(Dtype dtype, const void* tensor, int64_t i) {
-  if (dtype == Dtype::float32) return static_cast<const float*>(tensor)[i];
+  if (dtype == Dtype::kFloat32) return static_cast<const float*>(tensor)[i];
   const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(tensor)[i]) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -43,38 +43,41 @@ std::vector<float> sampled_mean(const Shape& shape, const void* c) {
   if (samples > 0) kernels()->sample_mean({shape.dtype, c, shape.channels, rows, samples, mean.data()});
   for (float& m : mean) {
     if (!std::isfinite(m)) m = 0;
-    if (shape.dtype == Dtype::bfloat16) m = upper_half(m);
+    if (shape.dtype == Dtype::kBFloat16) m = upper_half(m);
   }
   return mean;
 }
 
-Gradient gradient_of(const Gradients& gradients) {
-  if (gradients.mask != nullptr) return Gradient::mask;
-  return gradients.relu ? Gradient::sign : Gradient::plain;
+// Of the arguments of an op that forms dz.
+template <class Args>
+Gradient gradient_of(const Args& args) {
+  if (args.mask != nullptr) return Gradient::kMask;
+  return args.relu ? Gradient::kSign : Gradient::kPlain;
 }
 
 // Coefficients at the period's length, and the vectors that hold them.
 struct RepeatedCoefficients {
   RepeatedCoefficients(const Period& period, const Coefficients& v)
-      : a(period.repeat(v.a)), b(period.repeat(v.b)), k(period.repeat(v.k)) {}
-  Coefficients get() const { return {a.data(), b.data(), k.data()}; }
-  Lines<float> a, b, k;
+      : A(period.repeat(v.A)), B(period.repeat(v.B)), K(period.repeat(v.K)) {}
+  Coefficients get() const { return {A.data(), B.data(), K.data()}; }
+  Lines<float> A, B, K;
 };
 
 }  // namespace
 
-void launch_bn_stats(const Shape& shape, const void* c, float* mean, float* var) {
+void bn_stats(const BnStats& args) {
+  const Shape& shape = args.shape;
   const Period period(shape);
-  const std::vector<float> shift = sampled_mean(shape, c);
+  const std::vector<float> shift = sampled_mean(shape, args.c);
   const Lines<float> repeated = period.repeat(shift.data());
   const int64_t chunks = count_chunks(period.rows, period.length);
   PartialSums partial(chunks, 2, period.length);
   parallel_chunks(chunks, period.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
-    const StatsArgs args{shape.dtype, c, repeated.data(), partial.scratch(chunk), partial.sums(chunk), period.length};
-    kernels()->bn_stats(args, begin, end);
+    const StatsArgs mine{shape.dtype, args.c, repeated.data(), partial.scratch(chunk), partial.sums(chunk), period.length};
+    kernels()->bn_stats(mine, begin, end);
   });
   for (int64_t i = 0; i < period.tail; ++i) {
-    const double d = static_cast<double>(element(shape.dtype, c, period.rows * period.length + i)) - repeated[i];
+    const double d = static_cast<double>(element(shape.dtype, args.c, period.rows * period.length + i)) - repeated[i];
     partial.sums(0)[i] += d;
     partial.sums(0)[period.length + i] += d * d;
   }
@@ -82,102 +85,96 @@ void launch_bn_stats(const Shape& shape, const void* c, float* mean, float* var)
   for (int64_t j = 0; j < shape.channels; ++j) {
     const double sum = partial.total(0, j, shape.channels), squares = partial.total(1, j, shape.channels);
     const double variance = (squares - sum * (sum / rows)) / rows;
-    mean[j] = static_cast<float>(shift[j] + sum / rows);
-    var[j] = static_cast<float>(variance < 0 ? 0 : variance);
+    args.mean[j] = static_cast<float>(shift[j] + sum / rows);
+    args.var[j] = static_cast<float>(variance < 0 ? 0 : variance);
   }
 }
 
-void launch_bn_add_relu_forward(const Shape& shape, const void* c, Affine affine, const void* residual,
-                                Affine residual_affine, bool relu, void* y, uint8_t* mask) {
-  const Period period(shape);
-  const Lines<float> scale = period.repeat(affine.scale), shift = period.repeat(affine.shift);
-  const Lines<float> scale2 = period.repeat(residual_affine.scale), shift2 = period.repeat(residual_affine.shift);
-  const Residual form = residual == nullptr ? Residual::none
-                        : scale2.empty()    ? Residual::identity
-                                            : Residual::projection;
-  ForwardArgs args{shape.dtype, form, relu, c, scale.data(), shift.data(), residual,
-                   scale2.data(), shift2.data(), y, mask, period.length};
+void bn_add_relu_forward(const BnAddReluForward& args) {
+  const Period period(args.shape);
+  const Lines<float> scale = period.repeat(args.scale), shift = period.repeat(args.shift);
+  const Lines<float> scale2 = period.repeat(args.residual_scale), shift2 = period.repeat(args.residual_shift);
+  const Residual form = args.residual == nullptr ? Residual::kNone
+                        : scale2.empty()         ? Residual::kIdentity
+                                                 : Residual::kProjection;
+  ForwardArgs all{args.shape.dtype, form, args.relu, args.c, scale.data(), shift.data(), args.residual,
+                  scale2.data(), shift2.data(), args.y, args.mask, period.length};
   parallel_chunks(count_chunks(period.rows, period.length), period.rows,
-                  [&](int64_t, int64_t begin, int64_t end) { kernels()->bn_add_relu_forward(args, begin, end); });
+                  [&](int64_t, int64_t begin, int64_t end) { kernels()->bn_add_relu_forward(all, begin, end); });
   if (period.tail == 0) return;
   Tail tail(period);
-  args.c = tail.in(c);
-  args.residual = tail.in(residual);
-  args.y = tail.out(y);
-  args.mask = tail.out_mask(mask);
-  kernels()->bn_add_relu_forward(args, 0, 1);
+  all.c = tail.in(args.c);
+  all.residual = tail.in(args.residual);
+  all.y = tail.out(args.y);
+  all.mask = tail.out_mask(args.mask);
+  kernels()->bn_add_relu_forward(all, 0, 1);
   tail.copy_back();
 }
 
-void launch_bn_add_relu_backward_reduce(const Shape& shape, const Gradients& gradients, const float* mean,
-                                        const void* shortcut_c, const float* shortcut_mean, float* sum_dz,
-                                        float* sum_centered, float* sum_shortcut) {
-  const Period period(shape);
-  const Lines<float> scale = period.repeat(gradients.affine.scale), shift = period.repeat(gradients.affine.shift);
-  const Lines<float> center = period.repeat(mean), center2 = period.repeat(shortcut_mean);
+void bn_add_relu_backward_reduce(const BnAddReluBackwardReduce& args) {
+  const Period period(args.shape);
+  const Lines<float> scale = period.repeat(args.scale), shift = period.repeat(args.shift);
+  const Lines<float> center = period.repeat(args.mean), center2 = period.repeat(args.shortcut_mean);
   const int64_t chunks = count_chunks(period.rows, period.length);
   PartialSums partial(chunks, 3, period.length);
-  BackwardReduceArgs args{shape.dtype, gradient_of(gradients), gradients.dy, gradients.c, gradients.mask,
-                          center.data(), scale.data(), shift.data(), shortcut_c, center2.data(),
-                          nullptr, nullptr, period.length};
+  BackwardReduceArgs all{args.shape.dtype, gradient_of(args), args.dy, args.c, args.mask,
+                         center.data(), scale.data(), shift.data(), args.shortcut_c, center2.data(),
+                         nullptr, nullptr, period.length};
   parallel_chunks(chunks, period.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
-    BackwardReduceArgs mine = args;
+    BackwardReduceArgs mine = all;
     mine.partial = partial.scratch(chunk);
     mine.sums = partial.sums(chunk);
     kernels()->bn_add_relu_backward_reduce(mine, begin, end);
   });
   if (period.tail != 0) {
     Tail tail(period);
-    args.dy = tail.in(gradients.dy);
-    args.c = tail.in(gradients.c);
-    args.mask = tail.in_mask(gradients.mask);
-    args.shortcut_c = tail.in(shortcut_c);
-    args.partial = partial.scratch(0);
-    args.sums = partial.sums(0);
-    kernels()->bn_add_relu_backward_reduce(args, 0, 1);
+    all.dy = tail.in(args.dy);
+    all.c = tail.in(args.c);
+    all.mask = tail.in_mask(args.mask);
+    all.shortcut_c = tail.in(args.shortcut_c);
+    all.partial = partial.scratch(0);
+    all.sums = partial.sums(0);
+    kernels()->bn_add_relu_backward_reduce(all, 0, 1);
   }
-  float* const results[] = {sum_dz, sum_centered, sum_shortcut};
-  for (int64_t index = 0; index < (sum_shortcut == nullptr ? 2 : 3); ++index) {
-    for (int64_t j = 0; j < shape.channels; ++j) {
-      results[index][j] = static_cast<float>(partial.total(index, j, shape.channels));
-    }
+  float* const results[] = {args.sum_dz, args.sum_dz_centered, args.shortcut_sum};
+  const int64_t channels = args.shape.channels;
+  for (int64_t index = 0; index < (args.shortcut_sum == nullptr ? 2 : 3); ++index) {
+    for (int64_t j = 0; j < channels; ++j) results[index][j] = static_cast<float>(partial.total(index, j, channels));
   }
 }
 
-void launch_bn_add_relu_backward_input(const Shape& shape, const Gradients& gradients, Coefficients main,
-                                       const void* shortcut_c, Coefficients shortcut, void* dc, void* dresidual) {
-  const Period period(shape);
-  const Lines<float> scale = period.repeat(gradients.affine.scale), shift = period.repeat(gradients.affine.shift);
-  const RepeatedCoefficients first(period, main), second(period, shortcut);
-  BackwardInputArgs args{shape.dtype, gradient_of(gradients), gradients.dy, gradients.c,
-                         gradients.mask, scale.data(), shift.data(), first.get(), shortcut_c,
-                         second.get(), dc, dresidual, period.length};
+void bn_add_relu_backward_input(const BnAddReluBackwardInput& args) {
+  const Period period(args.shape);
+  const Lines<float> scale = period.repeat(args.scale), shift = period.repeat(args.shift);
+  const RepeatedCoefficients main(period, args.grads), shortcut(period, args.shortcut_grads);
+  BackwardInputArgs all{args.shape.dtype, gradient_of(args), args.dy, args.c, args.mask, scale.data(), shift.data(),
+                        main.get(), args.shortcut_c, shortcut.get(), args.dc, args.dresidual, period.length};
   parallel_chunks(count_chunks(period.rows, period.length), period.rows, [&](int64_t, int64_t begin, int64_t end) {
-    kernels()->bn_add_relu_backward_input(args, begin, end);
+    kernels()->bn_add_relu_backward_input(all, begin, end);
   });
   if (period.tail == 0) return;
   Tail tail(period);
-  args.dy = tail.in(gradients.dy);
-  args.c = tail.in(gradients.c);
-  args.mask = tail.in_mask(gradients.mask);
-  args.shortcut_c = tail.in(shortcut_c);
-  args.dc = tail.out(dc);
-  args.dresidual = tail.out(dresidual);
-  kernels()->bn_add_relu_backward_input(args, 0, 1);
+  all.dy = tail.in(args.dy);
+  all.c = tail.in(args.c);
+  all.mask = tail.in_mask(args.mask);
+  all.shortcut_c = tail.in(args.shortcut_c);
+  all.dc = tail.out(args.dc);
+  all.dresidual = tail.out(args.dresidual);
+  kernels()->bn_add_relu_backward_input(all, 0, 1);
   tail.copy_back();
 }
 
-void launch_relu_backward(const Shape& shape, const void* dy, const uint8_t* mask, void* dz) {
-  const Period period(shape);
-  MaskArgs args{shape.dtype, dy, mask, dz, period.length};
+void relu_backward(const ReluBackward& args) {
+  const Period period({args.dtype, args.numel, 1});
+  MaskArgs all{args.dtype, args.dy, args.mask, args.dz, period.length};
   parallel_chunks(count_chunks(period.rows, period.length), period.rows,
-                  [&](int64_t, int64_t begin, int64_t end) { kernels()->relu_backward(args, begin, end); });
+                  [&](int64_t, int64_t begin, int64_t end) { kernels()->relu_backward(all, begin, end); });
   if (period.tail == 0) return;
   Tail tail(period);
-  args.dy = tail.in(dy);
-  args.mask = tail.in_mask(mask);
-  args.dz = tail.out(dz);
-  kernels()->relu_backward(args, 0, 1);
+  all.dy = tail.in(args.dy);
+  all.mask = tail.in_mask(args.mask);
+  all.dz = tail.out(args.dz);
+  kernels()->relu_backward(all, 0, 1);
   tail.copy_back();
 }
 

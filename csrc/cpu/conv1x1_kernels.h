@@ -62,13 +62,13 @@ struct ScaleShiftAddRelu {
   explicit ScaleShiftAddRelu(const Conv1x1Args& args)
       : args(args), residual(static_cast<const T*>(args.residual)), y(static_cast<T*>(args.y)) {}
 
-  const T* soon() const { return form == Residual::none ? y : residual; }
+  const T* soon() const { return form == Residual::kNone ? y : residual; }
   void operator()(const ProductTile& tile, int64_t element, int64_t channel, Float sum, int64_t lanes) const {
     if (!tile.first) sum = sum + load_lanes(y + element, lanes);
     if (!tile.last) return store_lanes(y + element, rounded<T>(sum), lanes);
     Float z = fma(load_lanes(args.scale + channel, lanes), sum, load_lanes(args.shift + channel, lanes));
-    if constexpr (form == Residual::identity) z = z + load_lanes(residual + element, lanes);
-    if constexpr (form == Residual::projection) {
+    if constexpr (form == Residual::kIdentity) z = z + load_lanes(residual + element, lanes);
+    if constexpr (form == Residual::kProjection) {
       const Float scale = load_lanes(args.residual_scale + channel, lanes);
       z = z + fma(scale, load_lanes(residual + element, lanes), load_lanes(args.residual_shift + channel, lanes));
     }

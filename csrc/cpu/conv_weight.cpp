@@ -64,7 +64,7 @@ void add_pieces(ConvWeightArgs args) {
 
 // Threads share the channels there are more of, then the others and then the taps, as far as shares would not be too
 // small: what each adds up, and in which order, does not depend on how many there are.
-void launch_conv_backward_weight(ConvWeightArgs args) {
+void conv_backward_weight(const ConvBackwardWeight& args) {
   const int64_t threads = torch::stable::get_num_threads(), taps = args.height.kernel * args.width.kernel;
   int64_t blocks = args.out_channels / kFewestOut, parts = args.in_channels / kFewestIn;
   if (args.out_channels >= args.in_channels) {
@@ -80,7 +80,8 @@ void launch_conv_backward_weight(ConvWeightArgs args) {
   torch::stable::parallel_for(0, blocks * parts * groups, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t block = task % blocks, part = task / blocks % parts, group = task / blocks / parts;
-      ConvWeightArgs mine = args;
+      ConvWeightArgs mine{};
+      static_cast<ConvBackwardWeight&>(mine) = args;
       mine.first_out = args.out_channels * block / blocks;
       mine.last_out = args.out_channels * (block + 1) / blocks;
       mine.first_in = panels * part / parts * lanes;

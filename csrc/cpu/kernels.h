@@ -7,11 +7,16 @@
 
 #include <cstdint>
 
+#include "../ops.h"
+
 namespace fusedres::cpu {
 
-enum class Dtype { float32, bfloat16 };
-enum class Residual { none, identity, projection };
-enum class Gradient { plain, mask, sign };  // where dz comes from: dy; dy and mask; dy and the sign of scale*c + shift
+using fusedres::Coefficients;  // here with vectors of [period]
+using fusedres::ConvAxis;
+using fusedres::Dtype;  // float32 and bfloat16
+
+enum class Residual { kNone, kIdentity, kProjection };
+enum class Gradient { kPlain, kMask, kSign };  // where dz comes from: dy; dy and mask; dy and the sign of scale*c + shift
 
 struct SampleArgs {
   Dtype dtype;
@@ -55,10 +60,6 @@ struct BackwardReduceArgs {
   float* partial;               // [3, period], scratch
   double* sums;                 // [3, period]: += sum dz, sum dz*(c - mean), sum dz*(shortcut_c - shortcut_mean)
   int64_t period;
-};
-
-struct Coefficients {
-  const float *a, *b, *k;       // [period]; b and k null: frozen statistics
 };
 
 struct BackwardInputArgs {
@@ -116,11 +117,6 @@ struct PoolBackwardArgs {
   double* sums;                 // [2, channels], padded: += sum dz, sum dz*(c - mean)
 };
 
-// One axis of a convolution: sizes of x and dy, and the taps along it.
-struct ConvAxis {
-  int64_t in, out, kernel, stride, padding, dilation;
-};
-
 constexpr int64_t kVectorsOfPanel = 2;  // of one position, or row of a weight, in a packed copy
 
 // The rows of a tile of results: with kVectorsOfPanel vectors each they fill the registers.
@@ -135,20 +131,14 @@ struct Stretch {
   int64_t positions;
 };
 
-// A piece of the gradient's sum: rows of dy, of N*height.out, whose copies stay in the cache.
-struct ConvWeightArgs {
-  Dtype dtype;
-  int64_t batch, in_channels, out_channels;
-  ConvAxis height, width;
-  const void* dy;              // [N, height.out, width.out, out_channels]
-  const void* x;               // [N, height.in, width.in, in_channels]
-  float* dw;                   // [out_channels, height.kernel, width.kernel, in_channels], added to
+// A piece of the weight gradient's sum: rows of dy, of N*height.out, whose copies stay in the cache. dw is added to.
+struct ConvWeightArgs : ConvBackwardWeight {
   int64_t first_out, last_out, first_in, last_in, first_tap, last_tap;  // what of dw the call is for
-  int64_t begin, end;          // rows of dy
-  int64_t x_begin, x_end;      // rows of x, of N*height.in, that they read, if the kernel has more than one
-  float* packed_dy;            // scratch: panels of a vector for each position of the piece
-  float* packed_x;             // scratch: panels of kVectorsOfPanel vectors for each position of the piece's x
-  Stretch* stretches;          // [end - begin], scratch
+  int64_t begin, end;      // rows of dy
+  int64_t x_begin, x_end;  // rows of x, of N*height.in, that they read, if the kernel has more than one
+  float* packed_dy;        // scratch: panels of a vector for each position of the piece
+  float* packed_x;         // scratch: panels of kVectorsOfPanel vectors for each position of the piece's x
+  Stretch* stretches;      // [end - begin], scratch
 };
 
 // Copies a weight as panels of the columns of a product.
@@ -158,30 +148,14 @@ struct PackArgs {
   float* packed;               // whole panels, in words of one float or two bfloat16
 };
 
-// A 1x1 convolution without stride and padding, BN with known vectors, addition and ReLU, by positions.
-struct Conv1x1Args {
-  int64_t in_channels, out_channels;
+struct Conv1x1Args : Conv1x1Forward {
   Residual form;
-  bool relu;
-  Dtype dtype;
-  const void* x;               // [positions, in_channels]
   const float* packed_weight;
-  const float *scale, *shift;  // [out_channels]
-  const void* residual;        // like y, or null
-  const float *residual_scale, *residual_shift;  // [out_channels] or null
-  void* y;                     // [positions, out_channels]
 };
 
-// A 1x1 convolution without padding: dx from dy, by positions of dy.
-struct Conv1x1InputArgs {
-  int64_t batch, in_channels, out_channels;
-  ConvAxis height, width;
-  Dtype dtype;
-  const void* dy;              // [N, height.out, width.out, out_channels]
+// By positions of dy.
+struct Conv1x1InputArgs : ConvBackwardInput {
   const float* packed_weight;
-  const void* shortcut_dy;     // like dx, added to the gradient, or null; may be dx
-  const uint8_t* mask;         // one bit an element of shortcut_dy, or null
-  void* dx;                    // [N, height.in, width.in, in_channels]
 };
 
 // The convolutions of one dtype. A 1x1 convolution of bfloat16 sums over an even number of channels only.

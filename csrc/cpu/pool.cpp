@@ -7,6 +7,10 @@ namespace fusedres::cpu {
 
 namespace {
 
+Window window_of(const Pooling& p) {
+  return {p.kernel_size, p.stride, p.padding, p.channels, p.height, p.width, p.pooled_height, p.pooled_width};
+}
+
 int64_t padded_channels(const Window& window) {
   const int64_t width = kernels()->width;
   return (window.channels + width - 1) / width * width;
@@ -40,43 +44,44 @@ struct Coverings {
 
 }  // namespace
 
-void launch_bn_relu_maxpool_forward(Dtype dtype, int64_t batch, const Window& window, const void* c, Affine affine,
-                                    void* y, uint8_t* indices) {
-  const Lines<float> scale = padded(window, affine.scale), shift = padded(window, affine.shift);
-  const PoolForwardArgs args{dtype, window, c, scale.data(), shift.data(), y, indices};
-  const int64_t rows = batch * window.out_height;
+void bn_relu_maxpool_forward(const BnReluMaxpoolForward& args) {
+  const Window window = window_of(args.pooling);
+  const Lines<float> scale = padded(window, args.scale), shift = padded(window, args.shift);
+  const PoolForwardArgs all{args.pooling.dtype, window, args.c, scale.data(), shift.data(), args.y, args.indices};
+  const int64_t rows = args.pooling.batch * window.out_height;
   parallel_chunks(count_chunks(rows, window.width * window.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
-    kernels()->bn_relu_maxpool_forward(args, begin, end);
+    kernels()->bn_relu_maxpool_forward(all, begin, end);
   });
 }
 
-void launch_bn_relu_maxpool_backward_reduce(Dtype dtype, int64_t batch, const Window& window, const void* dy,
-                                            const uint8_t* indices, const void* c, const float* mean,
-                                            float* sum_dz, float* sum_centered) {
-  const Lines<float> center = padded(window, mean);
+void bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& args) {
+  const Window window = window_of(args.pooling);
+  const Lines<float> center = padded(window, args.mean);
   const Coverings covering(window);
-  const int64_t rows = batch * window.height, chunks = count_chunks(rows, window.width * window.channels);
+  const int64_t rows = args.pooling.batch * window.height;
+  const int64_t chunks = count_chunks(rows, window.width * window.channels);
   PartialSums partial(chunks, 2, padded_channels(window));
   parallel_chunks(chunks, rows, [&](int64_t chunk, int64_t begin, int64_t end) {
-    const PoolBackwardArgs args{dtype, window, covering.rows.data(), covering.columns.data(), dy, c, indices,
-                                center.data(), {}, nullptr, partial.scratch(chunk), partial.sums(chunk)};
-    kernels()->bn_relu_maxpool_backward(args, begin, end);
+    const PoolBackwardArgs mine{args.pooling.dtype, window, covering.rows.data(), covering.columns.data(), args.dy,
+                                args.c, args.indices, center.data(), {}, nullptr, partial.scratch(chunk),
+                                partial.sums(chunk)};
+    kernels()->bn_relu_maxpool_backward(mine, begin, end);
   });
   for (int64_t j = 0; j < window.channels; ++j) {
-    sum_dz[j] = static_cast<float>(partial.total(0, j, padded_channels(window)));
-    sum_centered[j] = static_cast<float>(partial.total(1, j, padded_channels(window)));
+    args.sum_dz[j] = static_cast<float>(partial.total(0, j, padded_channels(window)));
+    args.sum_dz_centered[j] = static_cast<float>(partial.total(1, j, padded_channels(window)));
   }
 }
 
-void launch_bn_relu_maxpool_backward_input(Dtype dtype, int64_t batch, const Window& window, const void* dy,
-                                           const uint8_t* indices, const void* c, Coefficients main, void* dc) {
-  const Lines<float> a = padded(window, main.a), b = padded(window, main.b), k = padded(window, main.k);
+void bn_relu_maxpool_backward_input(const BnReluMaxpoolBackwardInput& args) {
+  const Window window = window_of(args.pooling);
+  const Lines<float> A = padded(window, args.grads.A), B = padded(window, args.grads.B), K = padded(window, args.grads.K);
   const Coverings covering(window);
-  const PoolBackwardArgs args{dtype, window, covering.rows.data(), covering.columns.data(), dy, c, indices,
-                              nullptr, {a.data(), b.data(), k.data()}, dc, nullptr, nullptr};
-  const int64_t rows = batch * window.height;
+  const PoolBackwardArgs all{args.pooling.dtype, window, covering.rows.data(), covering.columns.data(), args.dy, args.c,
+                             args.indices, nullptr, {A.data(), B.data(), K.data()}, args.dc, nullptr, nullptr};
+  const int64_t rows = args.pooling.batch * window.height;
   parallel_chunks(count_chunks(rows, window.width * window.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
-    kernels()->bn_relu_maxpool_backward(args, begin, end);
+    kernels()->bn_relu_maxpool_backward(all, begin, end);
   });
 }
 

@@ -157,8 +157,8 @@ void pool_backward_rows(const PoolBackwardArgs& args, int64_t begin, int64_t end
           store(sum + i, load(sum + i) + dz);
           store(centered + i, fma(dz, c - load(args.mean + i), load(centered + i)));
         } else {
-          const Float a = load(args.main.a + i);
-          const Float dc = frozen ? a * dz : fma(a, dz, fma(load(args.main.b + i), c, load(args.main.k + i)));
+          const Float a = load(args.main.A + i);
+          const Float dc = frozen ? a * dz : fma(a, dz, fma(load(args.main.B + i), c, load(args.main.K + i)));
           store_lanes(static_cast<T*>(args.dc) + (row * w.width + x) * w.channels + i, rounded<T>(dc), lanes);
         }
       };
@@ -177,7 +177,7 @@ void bn_relu_maxpool_backward(const PoolBackwardArgs& args, int64_t begin, int64
   with(args.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (args.dc == nullptr) return pool_backward_rows<T, true, false>(args, begin, end);
-    with(args.main.b == nullptr,
+    with(args.main.B == nullptr,
          [&](auto frozen) { pool_backward_rows<T, false, frozen.value>(args, begin, end); });
   });
 }

@@ -16,6 +16,8 @@ namespace fusedres::cpu {
 constexpr int64_t kShortestPeriod = 128;       // elements; shorter inner loops cost more than they do
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
 // The flat array of rows x channels as `rows` of `period` elements and a `tail` that is shorter than one.
 struct Period {
   Period(const Shape& shape)

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace fusedres {
+namespace fusedres::front {
 
 using torch::stable::Tensor;
 
@@ -52,4 +52,4 @@ inline Tensor new_channels_last(const Tensor& like, int64_t batch, int64_t chann
   return new_strided(like, 4, sizes, strides, dtype);
 }
 
-}  // namespace fusedres
+}  // namespace fusedres::front

@@ -1,4 +1,5 @@
-// What every op asks of its arguments. A failed check throws; the text says op, argument, found, needed, fix.
+// What ops ask of their arguments, on every device. A failed check throws; the text says op, argument, found, needed,
+// fix.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace fusedres {
+namespace fusedres::front {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -135,55 +136,4 @@ inline void check_together(const char* op, const char* name, bool first, bool se
   if (first != second) fail(op, name, "given in part", "both or neither", "pass the pair");
 }
 
-// Positions that sums were taken over; 0 of an empty batch.
-inline void check_rows(const char* op, int64_t rows) {
-  if (rows < 0) fail(op, "rows", std::to_string(rows), "N*H*W", "pass the number of positions of c");
-}
-
-// A pooling window, and that c [N, C, H, W] holds at least one.
-inline void check_window(const char* op, const Tensor& c, int64_t kernel_size, int64_t stride, int64_t padding) {
-  if (kernel_size < 1 || kernel_size > 15 || stride < 1 || padding < 0 || padding > kernel_size / 2) {
-    std::ostringstream found;
-    found << "kernel_size " << kernel_size << ", stride " << stride << ", padding " << padding;
-    fail(op, "the window", found.str(), "kernel_size 1 to 15, stride >= 1, padding <= kernel_size/2",
-         "use backend='reference'");
-  }
-  if (c.size(2) + 2 * padding < kernel_size || c.size(3) + 2 * padding < kernel_size) {
-    fail(op, "c", sizes_of(c), "at least one window", "pass a larger image");
-  }
-}
-
-// dy and indices [N, C, height, width], the pooled size, for c [N, C, H, W].
-inline void check_pooled(const char* op, const Tensor& dy, const Tensor& indices, const Tensor& c, int64_t height,
-                         int64_t width) {
-  check_channels_last(op, "dy", dy);
-  check_device(op, "dy", dy, c.is_cuda());
-  check_like(op, "indices", indices, dy, ScalarType::Byte);
-  if (dy.scalar_type() != c.scalar_type()) {
-    fail(op, "dy", dtype_name(dy.scalar_type()), dtype_name(c.scalar_type()), "pass tensors of one dtype");
-  }
-  if (dy.size(0) != c.size(0) || dy.size(1) != c.size(1) || dy.size(2) != height || dy.size(3) != width) {
-    fail(op, "dy", sizes_of(dy), "the shape of the pooled output", "pass the gradient of y");
-  }
-}
-
-// One axis, 2 or 3, of a convolution from x to dy's shape.
-inline void check_convolution(const char* op, const Tensor& dy, const Tensor& x, int64_t kernel, int64_t stride,
-                              int64_t padding, int64_t dilation, int64_t axis) {
-  constexpr int64_t kLargest = 1 << 20;  // products of two, and sizes of images beside them, stay far from 2^63
-  const auto within = [](int64_t least, int64_t value) { return value >= least && value <= kLargest; };
-  if (!within(1, kernel) || !within(1, stride) || !within(0, padding) || !within(1, dilation)) {
-    std::ostringstream found;
-    found << "kernel " << kernel << ", stride " << stride << ", padding " << padding << ", dilation " << dilation;
-    fail(op, "the convolution", found.str(), "kernel, stride, dilation >= 1 and padding >= 0, none above 2^20",
-         "pass its geometry");
-  }
-  const int64_t room = x.size(axis) + 2 * padding - dilation * (kernel - 1) - 1;
-  const int64_t expected = room < 0 ? 0 : room / stride + 1;
-  if (dy.size(0) != x.size(0) || dy.size(axis) != expected) {
-    fail(op, "dy", sizes_of(dy), "the output's shape, " + std::to_string(expected) + " along dimension " +
-         std::to_string(axis) + " for x " + sizes_of(x), "pass the gradient of the convolution's output");
-  }
-}
-
-}  // namespace fusedres
+}  // namespace fusedres::front
