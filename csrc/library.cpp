@@ -12,10 +12,10 @@ std::string cuda_archs() { return fusedres::cuda_archs(); }
 
 int64_t cuda_version() { return fusedres::cuda_version(); }
 
-std::string cuda_device_problem(int64_t device) { return fusedres::cuda_device_problem(static_cast<int>(device)); }
+std::string cuda_device_problem(int64_t device) { return fusedres::cuda_device_problem(int(device)); }
 
 bool cuda_archs_cover(std::string archs, int64_t major, int64_t minor) {
-  return fusedres::archs_cover(archs, static_cast<int>(major), static_cast<int>(minor));
+  return fusedres::archs_cover(archs, int(major), int(minor));
 }
 
 bool cpu_multiplies_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }

@@ -59,7 +59,7 @@ struct BnStats {
   float* mean;    // [C]
   float* var;     // [C] biased
   // CUDA alone: computed by the last block of the same launch if .scale is set; .channels, .mean, .var are not read
-  BnScaleShift scale_shift;
+  BnScaleShift scale_shift = {};
 };
 
 struct BnAddReluForward {
@@ -91,8 +91,8 @@ struct BnAddReluBackwardReduce {
   float* sum_dz_centered;      // [C] sum dz*(c - mean)
   float* shortcut_sum;         // [C] sum dz*(shortcut_c - shortcut_mean), or null: no projection
   // CUDA alone: computed by the last block of the same launch if .dweight is set; .channels and the sums are not read
-  BnBackwardCoefficients coefficients;
-  BnBackwardCoefficients shortcut_coefficients;
+  BnBackwardCoefficients coefficients = {};
+  BnBackwardCoefficients shortcut_coefficients = {};
 };
 
 struct Coefficients {
@@ -153,13 +153,13 @@ struct BnReluMaxpoolForward {
 
 struct BnReluMaxpoolBackwardReduce {
   Pooling pooling;
-  const void* dy;                       // [N, H', W', C]
-  const uint8_t* indices;               // [N, H', W', C]
-  const void* c;                        // [N, H, W, C]
-  const float* mean;                    // [C]
-  float* sum_dz;                        // [C]
-  float* sum_dz_centered;               // [C]
-  BnBackwardCoefficients coefficients;  // as in BnAddReluBackwardReduce
+  const void* dy;                            // [N, H', W', C]
+  const uint8_t* indices;                    // [N, H', W', C]
+  const void* c;                             // [N, H, W, C]
+  const float* mean;                         // [C]
+  float* sum_dz;                             // [C]
+  float* sum_dz_centered;                    // [C]
+  BnBackwardCoefficients coefficients = {};  // as in BnAddReluBackwardReduce
 };
 
 struct BnReluMaxpoolBackwardInput {

@@ -12,7 +12,7 @@ constexpr int64_t kSamples = 16;
 
 float element(Dtype dtype, const void* tensor, int64_t i) {
   if (dtype == Dtype::kFloat32) return static_cast<const float*>(tensor)[i];
-  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(tensor)[i]) << 16;
+  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(tensor)[i]) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
@@ -38,7 +38,7 @@ std::vector<float> sampled_mean(const Shape& shape, const void* c) {
   const int64_t samples = std::min(kSamples, shape.rows);
   for (int64_t i = 0; i < samples; ++i) {
     const double place = (i + 1) * 0.6180339887498949;
-    rows[i] = std::min(shape.rows - 1, static_cast<int64_t>((place - std::floor(place)) * shape.rows));
+    rows[i] = std::min(shape.rows - 1, int64_t((place - std::floor(place)) * shape.rows));
   }
   if (samples > 0) kernels()->sample_mean({shape.dtype, c, shape.channels, rows, samples, mean.data()});
   for (float& m : mean) {
@@ -77,16 +77,16 @@ void bn_stats(const BnStats& args) {
     kernels()->bn_stats(mine, begin, end);
   });
   for (int64_t i = 0; i < period.tail; ++i) {
-    const double d = static_cast<double>(element(shape.dtype, args.c, period.rows * period.length + i)) - repeated[i];
+    const double d = double(element(shape.dtype, args.c, period.rows * period.length + i)) - repeated[i];
     partial.sums(0)[i] += d;
     partial.sums(0)[period.length + i] += d * d;
   }
-  const double rows = static_cast<double>(shape.rows);
+  const double rows = double(shape.rows);
   for (int64_t j = 0; j < shape.channels; ++j) {
     const double sum = partial.total(0, j, shape.channels), squares = partial.total(1, j, shape.channels);
     const double variance = (squares - sum * (sum / rows)) / rows;
-    args.mean[j] = static_cast<float>(shift[j] + sum / rows);
-    args.var[j] = static_cast<float>(variance < 0 ? 0 : variance);
+    args.mean[j] = float(shift[j] + sum / rows);
+    args.var[j] = float(variance < 0 ? 0 : variance);
   }
 }
 
@@ -139,7 +139,7 @@ void bn_add_relu_backward_reduce(const BnAddReluBackwardReduce& args) {
   float* const results[] = {args.sum_dz, args.sum_dz_centered, args.shortcut_sum};
   const int64_t channels = args.shape.channels;
   for (int64_t index = 0; index < (args.shortcut_sum == nullptr ? 2 : 3); ++index) {
-    for (int64_t j = 0; j < channels; ++j) results[index][j] = static_cast<float>(partial.total(index, j, channels));
+    for (int64_t j = 0; j < channels; ++j) results[index][j] = float(partial.total(index, j, channels));
   }
 }
 

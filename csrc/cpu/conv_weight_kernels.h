@@ -21,7 +21,7 @@ Soon soon(const ConvWeightArgs& args, int64_t index) {
   const auto find = [&](const void* tensor, int64_t channels, int64_t first, int64_t i) {
     const int64_t position = args.end * args.width.out + i % kPerWord<T>;
     const T* line = static_cast<const T*>(tensor) + position * channels + first + i / kPerWord<T> * kLine<T>;
-    return Soon{reinterpret_cast<const char*>(line), channels * static_cast<int64_t>(sizeof(T))};
+    return Soon{reinterpret_cast<const char*>(line), channels * int64_t(sizeof(T))};
   };
   const int64_t lines_of_dy = count(args.last_out - args.first_out);
   if (args.end < args.batch * args.height.out) {

@@ -42,6 +42,20 @@ struct Coverings {
   std::vector<Covering> rows, columns;
 };
 
+// What both backward passes read.
+template <class Args>
+PoolBackwardArgs backward_args(const Args& args, const Window& window, const Coverings& covering) {
+  PoolBackwardArgs all{};
+  all.dtype = args.pooling.dtype;
+  all.window = window;
+  all.rows = covering.rows.data();
+  all.columns = covering.columns.data();
+  all.dy = args.dy;
+  all.c = args.c;
+  all.indices = args.indices;
+  return all;
+}
+
 }  // namespace
 
 void bn_relu_maxpool_forward(const BnReluMaxpoolForward& args) {
@@ -61,24 +75,28 @@ void bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& args) {
   const int64_t rows = args.pooling.batch * window.height;
   const int64_t chunks = count_chunks(rows, window.width * window.channels);
   PartialSums partial(chunks, 2, padded_channels(window));
+  PoolBackwardArgs all = backward_args(args, window, covering);
+  all.mean = center.data();
   parallel_chunks(chunks, rows, [&](int64_t chunk, int64_t begin, int64_t end) {
-    const PoolBackwardArgs mine{args.pooling.dtype, window, covering.rows.data(), covering.columns.data(), args.dy,
-                                args.c, args.indices, center.data(), {}, nullptr, partial.scratch(chunk),
-                                partial.sums(chunk)};
+    PoolBackwardArgs mine = all;
+    mine.partial = partial.scratch(chunk);
+    mine.sums = partial.sums(chunk);
     kernels()->bn_relu_maxpool_backward(mine, begin, end);
   });
   for (int64_t j = 0; j < window.channels; ++j) {
-    args.sum_dz[j] = static_cast<float>(partial.total(0, j, padded_channels(window)));
-    args.sum_dz_centered[j] = static_cast<float>(partial.total(1, j, padded_channels(window)));
+    args.sum_dz[j] = float(partial.total(0, j, padded_channels(window)));
+    args.sum_dz_centered[j] = float(partial.total(1, j, padded_channels(window)));
   }
 }
 
 void bn_relu_maxpool_backward_input(const BnReluMaxpoolBackwardInput& args) {
   const Window window = window_of(args.pooling);
-  const Lines<float> A = padded(window, args.grads.A), B = padded(window, args.grads.B), K = padded(window, args.grads.K);
+  const Coefficients& given = args.grads;
+  const Lines<float> A = padded(window, given.A), B = padded(window, given.B), K = padded(window, given.K);
   const Coverings covering(window);
-  const PoolBackwardArgs all{args.pooling.dtype, window, covering.rows.data(), covering.columns.data(), args.dy, args.c,
-                             args.indices, nullptr, {A.data(), B.data(), K.data()}, args.dc, nullptr, nullptr};
+  PoolBackwardArgs all = backward_args(args, window, covering);
+  all.main = {A.data(), B.data(), K.data()};
+  all.dc = args.dc;
   const int64_t rows = args.pooling.batch * window.height;
   parallel_chunks(count_chunks(rows, window.width * window.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
     kernels()->bn_relu_maxpool_backward(all, begin, end);

@@ -28,7 +28,7 @@ struct Best {
   void take(Float z, int64_t at) {
     const Keep better = either(greater(z, value), is_nan(z));
     value = select(better, z, value);
-    place = select(better, set_int(static_cast<int>(at)), place);
+    place = select(better, set_int(int(at)), place);
   }
   void take(Float z) { value = select(is_nan(z), z, larger(z, value)); }
   Float value = zero();
@@ -117,7 +117,7 @@ inline int64_t find_windows(const PoolBackwardArgs& args, int64_t n, int64_t h, 
   for (int64_t oh = rows.first; oh <= rows.last; ++oh) {
     for (int64_t ow = columns.first; ow <= columns.last; ++ow) {
       const int64_t place = (h - oh * w.stride + w.padding) * w.kernel_size + x - ow * w.stride + w.padding;
-      found[count++] = {((n * w.out_height + oh) * w.out_width + ow) * w.channels, static_cast<int>(place)};
+      found[count++] = {((n * w.out_height + oh) * w.out_width + ow) * w.channels, int(place)};
     }
   }
   return count;

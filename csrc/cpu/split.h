@@ -56,14 +56,14 @@ class Tail {
     void* copy = const_cast<void*>(in(tensor));
     if (copy != nullptr) {
       outputs_.push_back({static_cast<char*>(tensor) + offset_ * period_.element, copy,
-                          static_cast<size_t>(period_.tail * period_.element)});
+                          size_t(period_.tail * period_.element)});
     }
     return copy;
   }
   uint8_t* out_mask(uint8_t* mask) {
     uint8_t* copy = const_cast<uint8_t*>(in_mask(mask));
     if (copy != nullptr) {
-      outputs_.push_back({mask + offset_ / 8, copy, static_cast<size_t>((period_.tail + 7) / 8)});
+      outputs_.push_back({mask + offset_ / 8, copy, size_t((period_.tail + 7) / 8)});
       if (period_.tail % 8 != 0) last_mask_byte_ = mask + (offset_ + period_.tail) / 8;
     }
     return copy;
@@ -71,7 +71,7 @@ class Tail {
   void copy_back() const {
     for (const Output& output : outputs_) std::memcpy(output.target, output.copy, output.bytes);
     // bits past the last element, of the padding, are 0
-    if (last_mask_byte_ != nullptr) *last_mask_byte_ &= static_cast<uint8_t>((1u << period_.tail % 8) - 1);
+    if (last_mask_byte_ != nullptr) *last_mask_byte_ &= uint8_t((1u << period_.tail % 8) - 1);
   }
 
  private:

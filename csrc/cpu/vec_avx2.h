@@ -39,7 +39,7 @@ inline Keep unpack_bits(const uint8_t* mask) {
   const Int bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return equal(_mm256_and_si256(_mm256_set1_epi32(*mask), bit), bit);
 }
-inline void pack_bits(uint8_t* mask, Keep keep) { *mask = static_cast<uint8_t>(_mm256_movemask_ps(keep)); }
+inline void pack_bits(uint8_t* mask, Keep keep) { *mask = uint8_t(_mm256_movemask_ps(keep)); }
 
 // The value as T stores it; BFloat16: nearest even, NaN to the NaN that torch writes.
 template <class T>
@@ -53,7 +53,7 @@ inline Float rounded<BFloat16>(Float v) {
   const Int bits = _mm256_castps_si256(v);
   const Int odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), set_int(1));
   const Int up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, set_int(0x7fff)));
-  const Int high = _mm256_and_si256(up, set_int(static_cast<int>(0xffff0000)));
+  const Int high = _mm256_and_si256(up, set_int(int(0xffff0000)));
   return select(is_nan(v), _mm256_castsi256_ps(set_int(0x7fc00000)), _mm256_castsi256_ps(high));
 }
 

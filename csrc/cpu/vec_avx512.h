@@ -21,7 +21,7 @@ inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 inline Float select(Keep keep, Float v) { return _mm512_maskz_mov_ps(keep, v); }
 inline Float select(Keep keep, Float yes, Float no) { return _mm512_mask_blend_ps(keep, no, yes); }
 inline Int select(Keep keep, Int yes, Int no) { return _mm512_mask_blend_epi32(keep, no, yes); }
-inline Keep either(Keep a, Keep b) { return static_cast<Keep>(a | b); }
+inline Keep either(Keep a, Keep b) { return Keep(a | b); }
 
 // maxps gives its second operand if one is NaN: relu(NaN) stays NaN
 inline Float relu(Float v) { return _mm512_max_ps(zero(), v); }
@@ -33,10 +33,10 @@ inline Keep is_nan(Float v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
 inline Keep equal(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a, b); }
 inline Int set_int(int v) { return _mm512_set1_epi32(v); }
 
-inline Keep unpack_bits(const uint8_t* mask) { return static_cast<Keep>(mask[0] | mask[1] << 8); }
+inline Keep unpack_bits(const uint8_t* mask) { return Keep(mask[0] | mask[1] << 8); }
 inline void pack_bits(uint8_t* mask, Keep keep) {
-  mask[0] = static_cast<uint8_t>(keep);
-  mask[1] = static_cast<uint8_t>(keep >> 8);
+  mask[0] = uint8_t(keep);
+  mask[1] = uint8_t(keep >> 8);
 }
 
 // The value as T stores it; BFloat16: nearest even, NaN to the NaN that torch writes.
@@ -51,7 +51,7 @@ inline Float rounded<BFloat16>(Float v) {
   const Int bits = _mm512_castps_si512(v);
   const Int odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set_int(1));
   const Int up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, set_int(0x7fff)));
-  const Int high = _mm512_and_si512(up, set_int(static_cast<int>(0xffff0000)));
+  const Int high = _mm512_and_si512(up, set_int(int(0xffff0000)));
   return select(is_nan(v), _mm512_castsi512_ps(set_int(0x7fc00000)), _mm512_castsi512_ps(high));
 }
 

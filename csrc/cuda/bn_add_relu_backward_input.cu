@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kPacketThreads, (kBlocksPerMultiprocessor<kFix
         if (!kFixed) load_vectors(packet);
         Packet<T, kPacket> out, residual;
 #pragma unroll
-        for (int i = 0; i < kPacket; i++) {
+        for (int i = 0; i < kPacket; ++i) {
           const float value = to_float(in.c.value[i]);
           const bool pass = kGate == Gate::kBits
                                 ? (in.bits >> i & 1u) != 0

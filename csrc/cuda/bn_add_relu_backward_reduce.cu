@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<kProjec
         },
         [&](int64_t, const Loaded& in) {
 #pragma unroll
-          for (int i = 0; i < V; i++) {
+          for (int i = 0; i < V; ++i) {
             const float value = to_float(in.c.value[i]);
             const bool pass = kGate == Gate::kBits
                                   ? (in.bits >> i & 1u) != 0

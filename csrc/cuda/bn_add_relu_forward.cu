@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kPacketThreads, kBlocksPerMultiprocessor<kResi
         Packet<T, kPacket> out;
         unsigned bits = 0;
 #pragma unroll
-        for (int i = 0; i < kPacket; i++) {
+        for (int i = 0; i < kPacket; ++i) {
           float z = affine(to_float(in.c.value[i]), scale[i], shift[i]);
           if constexpr (kResidual == Residual::kPlain) z += to_float(in.residual.value[i]);
           if constexpr (kResidual == Residual::kAffine)

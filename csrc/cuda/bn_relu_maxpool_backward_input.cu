@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
                                       args.indices + me.channel);
     Packet<T, V> out;
 #pragma unroll
-    for (int i = 0; i < V; i++)
+    for (int i = 0; i < V; ++i)
       out.value[i] =
           round_to<T>(apply_coefficients(dz[i], to_float(in.value[i]), A[i], B[i], K[i], training));
     store_channels<T, V>(dc + row * plan.channels, out, l2_policy(row < plan.kept));

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
       gather_dz<T, V, kKernel, kStride>(dz, pooling, position_of(row, pooling.height, pooling.width), dy,
                                         args.indices + me.channel);
 #pragma unroll
-      for (int i = 0; i < V; i++) {
+      for (int i = 0; i < V; ++i) {
         acc[i] += dz[i];
         acc[V + i] = fmaf(dz[i], to_float(in.value[i]) - mean[i], acc[V + i]);
       }

@@ -28,12 +28,12 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     float best[V];
     Packet<uint8_t, V> index;
 #pragma unroll
-    for (int i = 0; i < V; i++) {
+    for (int i = 0; i < V; ++i) {
       best[i] = -INFINITY;
       index.value[i] = kNoGradient;
     }
 #pragma unroll 1
-    for (int place_y = 0; place_y < window.kernel; place_y++) {
+    for (int place_y = 0; place_y < window.kernel; ++place_y) {
       const int64_t y = out.y * window.stride - window.padding + place_y;
       if (y < 0 || y >= pooling.height) continue;
       for (int place_x = 0; place_x < window.kernel; place_x += kColumns) {
@@ -41,14 +41,14 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
         const T* line = c + ((out.image * pooling.height + y) * pooling.width) * pooling.channels;
         Packet<T, V> staged[kColumns];
 #pragma unroll
-        for (int k = 0; k < kColumns; k++)
+        for (int k = 0; k < kColumns; ++k)
           if (left + k >= 0 && left + k < pooling.width)
             staged[k] = load_channels<T, V>(line + (left + k) * pooling.channels, l2_policy(true));
 #pragma unroll
-        for (int k = 0; k < kColumns; k++) {
+        for (int k = 0; k < kColumns; ++k) {
           if (left + k < 0 || left + k >= pooling.width) continue;
 #pragma unroll
-          for (int i = 0; i < V; i++) {
+          for (int i = 0; i < V; ++i) {
             float a = to_float(round_to<T>(affine(to_float(staged[k].value[i]), scale[i], shift[i])));
             a = passes(a) ? a : 0.f;
             if (a > best[i] || isnan(a)) {  // torch's order: the first maximum, and the last NaN
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     }
     Packet<T, V> result;
 #pragma unroll
-    for (int i = 0; i < V; i++) {
+    for (int i = 0; i < V; ++i) {
       result.value[i] = round_to<T>(best[i]);
       if (!passes(best[i])) index.value[i] = kNoGradient;
     }

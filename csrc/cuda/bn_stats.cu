@@ -20,7 +20,7 @@ template <int V> struct MomentMerge {
     if (n_b == 0.f) return;
     const float n = n_a + n_b, weight = n_b / n;
 #pragma unroll
-    for (int i = 0; i < V; i++) {
+    for (int i = 0; i < V; ++i) {
       const float delta = b(i) - a[i], m2 = b(V + i);
       a[V + i] = a[V + i] + m2 + delta * (delta * (n_a * weight));
       a[i] = fmaf(delta, weight, a[i]);
@@ -33,12 +33,12 @@ template <int V> struct MomentMerge {
 template <class T, int V>
 __device__ __forceinline__ void pivot(const T* c, const TilePlan& plan, float (&value)[V]) {
 #pragma unroll
-  for (int i = 0; i < V; i++) value[i] = 0.f;
+  for (int i = 0; i < V; ++i) value[i] = 0.f;
 #pragma unroll
-  for (int k = 0; k < kPivotRows; k++) {
+  for (int k = 0; k < kPivotRows; ++k) {
     const Packet<T, V> row = load_channels<T, V>(c + plan.rows * k / kPivotRows * plan.channels, l2_policy(true));
 #pragma unroll
-    for (int i = 0; i < V; i++) value[i] = fmaf(to_float(row.value[i]), 1.f / kPivotRows, value[i]);
+    for (int i = 0; i < V; ++i) value[i] = fmaf(to_float(row.value[i]), 1.f / kPivotRows, value[i]);
   }
 }
 
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     float shift[V], sum[V] = {}, square[V] = {};
     const Packet<T, V> first = load_channels<T, V>(c + me.row * plan.channels, l2_policy(false));
 #pragma unroll
-    for (int i = 0; i < V; i++) shift[i] = to_float(first.value[i]);
+    for (int i = 0; i < V; ++i) shift[i] = to_float(first.value[i]);
     walk<kUnroll<T, kUnroll16>>(
         me.row, plan.row_stride(), plan.rows,
         [&](int64_t row) {
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
         },
         [&](int64_t, const Packet<T, V>& packet) {
 #pragma unroll
-          for (int i = 0; i < V; i++) {
+          for (int i = 0; i < V; ++i) {
             const float x = to_float(packet.value[i]) - shift[i];
             sum[i] += x;
             square[i] = fmaf(x, x, square[i]);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     float reference[V];
     pivot<T, V>(c, plan, reference);
 #pragma unroll
-    for (int i = 0; i < V; i++) {
+    for (int i = 0; i < V; ++i) {
       const float mean = sum[i] / n, m2 = square[i] - sum[i] * mean;
       acc[i] = shift[i] - reference[i] + mean;
       acc[V + i] = m2 < 0.f ? 0.f : m2;

@@ -30,7 +30,7 @@ template <class T, int Of16Bit> constexpr int kUnroll = sizeof(T) == 2 ? Of16Bit
 template <class T> __device__ __forceinline__ Packet<T, kPacket> load_packet(const T* from, uint64_t policy) {
   uint4 word[kWordsPerPacket<T>];
 #pragma unroll
-  for (int i = 0; i < kWordsPerPacket<T>; i++)
+  for (int i = 0; i < kWordsPerPacket<T>; ++i)
     word[i] = load_16_bytes(reinterpret_cast<const char*>(from) + 16 * i, policy);
   Packet<T, kPacket> packet;
   memcpy(&packet, word, sizeof packet);
@@ -42,7 +42,7 @@ __device__ __forceinline__ void store_packet(T* to, const Packet<T, kPacket>& pa
   uint4 word[kWordsPerPacket<T>];
   memcpy(word, &packet, sizeof packet);
 #pragma unroll
-  for (int i = 0; i < kWordsPerPacket<T>; i++)
+  for (int i = 0; i < kWordsPerPacket<T>; ++i)
     store_16_bytes(reinterpret_cast<char*>(to) + 16 * i, word[i], policy);
 }
 
@@ -93,11 +93,11 @@ template <int V>
 __device__ __forceinline__ void load_vector(float (&out)[V], const float* vector, int64_t first) {
   if (vector == nullptr) {
 #pragma unroll
-    for (int i = 0; i < V; i++) out[i] = 0.f;
+    for (int i = 0; i < V; ++i) out[i] = 0.f;
   } else if constexpr (V == kPacket) {
     const Packet<float, kPacket> packet = load_packet(vector + first, l2_policy(true));
 #pragma unroll
-    for (int i = 0; i < V; i++) out[i] = packet.value[i];
+    for (int i = 0; i < V; ++i) out[i] = packet.value[i];
   } else {
     out[0] = vector[first];
   }

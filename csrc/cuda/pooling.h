@@ -46,14 +46,14 @@ __device__ __forceinline__ void gather_dz(float (&dz)[V], const Pooling& pooling
   const int64_t bottom = (at.y + window.padding) / window.stride,
                 right = (at.x + window.padding) / window.stride;
 #pragma unroll
-  for (int i = 0; i < V; i++) dz[i] = 0.f;
+  for (int i = 0; i < V; ++i) dz[i] = 0.f;
 #pragma unroll kUnrolled
-  for (int j = 0; j < reach; j++) {
+  for (int j = 0; j < reach; ++j) {
     const int64_t out_y = bottom - j;
     const int in_window_y = int(at.y + window.padding - out_y * window.stride);
     if (out_y < 0 || out_y >= pooled_height || in_window_y >= window.kernel) continue;
 #pragma unroll kUnrolled
-    for (int k = 0; k < reach; k++) {
+    for (int k = 0; k < reach; ++k) {
       const int64_t out_x = right - k;
       const int in_window_x = int(at.x + window.padding - out_x * window.stride);
       if (out_x < 0 || out_x >= pooled_width || in_window_x >= window.kernel) continue;
@@ -62,7 +62,7 @@ __device__ __forceinline__ void gather_dz(float (&dz)[V], const Pooling& pooling
       const Packet<T, V> gradient = load_channels<T, V>(dy + offset, l2_policy(true));
       const Packet<uint8_t, V> index = load_indices<V>(indices + offset);
 #pragma unroll
-      for (int i = 0; i < V; i++)
+      for (int i = 0; i < V; ++i)
         if (index.value[i] == place) dz[i] += to_float(gradient.value[i]);
     }
   }

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kPacketThreads, kBlocksPerMultiprocessor)
         const int64_t packet = plan.backwards(step);
         Packet<T, kPacket> out;
 #pragma unroll
-        for (int i = 0; i < kPacket; i++)
+        for (int i = 0; i < kPacket; ++i)
           out.value[i] = in.bits >> i & 1u ? in.dy.value[i] : round_to<T>(0.f);
         store_flat<false>(static_cast<T*>(args.dz), packet, out, plan, l2_policy(packet < plan.kept));
       });

@@ -23,7 +23,7 @@ __device__ __forceinline__ void merge_block(float (&acc)[N], float* shared, cons
     const int half = (rows + 1) / 2, width = (rows - half) * plan.lanes;
     if (row >= half && row < rows) {
 #pragma unroll
-      for (int i = 0; i < N; i++) shared[i * width + thread - half * plan.lanes] = acc[i];
+      for (int i = 0; i < N; ++i) shared[i * width + thread - half * plan.lanes] = acc[i];
     }
     __syncthreads();
     if (row < rows - half) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ bool merge_blocks(float (&acc)[N], float* shared, voi
   if (row == 0) {
     float* mine = partials + int64_t(blockIdx.y) * plan.partial_floats(N);
 #pragma unroll
-    for (int i = 0; i < N; i++) mine[i * plan.lanes] = acc[i];
+    for (int i = 0; i < N; ++i) mine[i * plan.lanes] = acc[i];
   }
   __threadfence();
   FUSEDRES_SHARED(bool, last, 1);
@@ -58,14 +58,14 @@ __device__ __forceinline__ bool merge_blocks(float (&acc)[N], float* shared, voi
   __threadfence();
   if (threadIdx.x == 0) atomicExch(counter, 0u);
 #pragma unroll
-  for (int i = 0; i < N; i++) acc[i] = 0.f;
+  for (int i = 0; i < N; ++i) acc[i] = 0.f;
   for (int group = row; group < plan.groups; group += kMergedAtOnce * plan.tile_rows) {
     float theirs[kMergedAtOnce][N];  // zeros beyond the last group
 #pragma unroll
-    for (int k = 0; k < kMergedAtOnce; k++) {
+    for (int k = 0; k < kMergedAtOnce; ++k) {
       const int from = group + k * plan.tile_rows;
 #pragma unroll
-      for (int i = 0; i < N; i++) {
+      for (int i = 0; i < N; ++i) {
         theirs[k][i] = 0.f;
         if (from < plan.groups) {
           theirs[k][i] = __ldcg(partials + int64_t(from) * plan.partial_floats(N) + i * plan.lanes);
@@ -73,7 +73,7 @@ __device__ __forceinline__ bool merge_blocks(float (&acc)[N], float* shared, voi
       }
     }
 #pragma unroll
-    for (int k = 0; k < kMergedAtOnce; k++) merge(acc, [&](int i) { return theirs[k][i]; });
+    for (int k = 0; k < kMergedAtOnce; ++k) merge(acc, [&](int i) { return theirs[k][i]; });
   }
   merge_block(acc, shared, plan, merge);
   return true;
@@ -89,7 +89,7 @@ __device__ __forceinline__ void reduce_tile(float (&acc)[N], float* shared, void
   const int thread = int(threadIdx.x);
   if (thread < plan.lanes) {
 #pragma unroll
-    for (int i = 0; i < N; i++) shared[i * plan.lanes + thread] = acc[i];
+    for (int i = 0; i < N; ++i) shared[i * plan.lanes + thread] = acc[i];
   }
   __syncthreads();
   const int64_t first = int64_t(blockIdx.x) * plan.lanes * V;
@@ -101,7 +101,7 @@ __device__ __forceinline__ void reduce_tile(float (&acc)[N], float* shared, void
 struct AddMerge {
   template <int N, class Other> __device__ __forceinline__ void operator()(float (&a)[N], Other b) const {
 #pragma unroll
-    for (int i = 0; i < N; i++) a[i] += b(i);
+    for (int i = 0; i < N; ++i) a[i] += b(i);
   }
 };
 

@@ -24,9 +24,9 @@ __device__ __forceinline__ void walk(int64_t first, int64_t stride, int64_t end,
   for (; i + (U - 1) * stride < end; i += U * stride) {
     decltype(load(i)) staged[U];
 #pragma unroll
-    for (int u = 0; u < U; u++) staged[u] = load(i + u * stride);
+    for (int u = 0; u < U; ++u) staged[u] = load(i + u * stride);
 #pragma unroll
-    for (int u = 0; u < U; u++) use(i + u * stride, staged[u]);
+    for (int u = 0; u < U; ++u) use(i + u * stride, staged[u]);
   }
   for (; i < end; i += stride) use(i, load(i));
 }
@@ -43,7 +43,7 @@ __device__ __forceinline__ Packet<T, kPacket> load_flat(const T* tensor, int64_t
     if (plan.aligned && first + kPacket <= plan.numel) return load_packet(tensor + first, policy);
     Packet<T, kPacket> out;
 #pragma unroll
-    for (int i = 0; i < kPacket; i++)
+    for (int i = 0; i < kPacket; ++i)
       out.value[i] = first + i < plan.numel ? tensor[first + i] : round_to<T>(0.f);
     return out;
   }
@@ -58,7 +58,7 @@ __device__ __forceinline__ void store_flat(T* tensor, int64_t packet, const Pack
   } else {
     if (plan.aligned && first + kPacket <= plan.numel) return store_packet(tensor + first, values, policy);
 #pragma unroll
-    for (int i = 0; i < kPacket; i++)
+    for (int i = 0; i < kPacket; ++i)
       if (first + i < plan.numel) tensor[first + i] = values.value[i];
   }
 }
@@ -72,7 +72,7 @@ __device__ __forceinline__ void load_vector_flat(float (&out)[kPacket], const fl
     load_vector(out, vector, channel);
   } else {
 #pragma unroll
-    for (int i = 0; i < kPacket; i++) {
+    for (int i = 0; i < kPacket; ++i) {
       out[i] = vector == nullptr ? 0.f : vector[channel];
       if (++channel == plan.channels) channel = 0;
     }

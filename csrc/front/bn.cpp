@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor> bn_stats(Tensor c) {
   const Shape shape = check_activation<Device>(op, "c", c);
   const Device on(op, c);
   Tensor mean = new_vector(c, shape.channels), var = new_vector(c, shape.channels);
-  on.launch(BnStats{shape, c.const_data_ptr(), written(mean), written(var), {}});
+  on.launch(BnStats{shape, c.const_data_ptr(), written(mean), written(var)});
   return {mean, var};
 }
 
@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_scale_shift(Tensor mean, Tensor var, Optio
   check_device(op, "mean", mean, Device::kCuda);
   check_vector(op, "mean", mean, channels);
   check_vector(op, "var", var, channels);
-  const Device on(op, mean, {{"var", var}, {"weight", weight}, {"bias", bias}});
+  const Device on(op, mean, {Named("var", var), Named("weight", weight), Named("bias", bias)});
   const Parameter w = Device::parameter_of(op, "weight", weight, channels);
   const Parameter b = Device::parameter_of(op, "bias", bias, channels);
   Tensor invstd = new_vector(mean, channels), scale = new_vector(mean, channels), shift = new_vector(mean, channels);
@@ -44,8 +44,8 @@ void add_relu_forward(const char* op, const Shape& shape, const Tensor& c, const
   check_vector(op, "residual_shift", residual_shift, shape.channels);
   check_together(op, "residual_scale, residual_shift", residual_scale.has_value(), residual_shift.has_value());
   if (residual_scale && !residual) fail(op, "residual", "None", "a tensor like c", "pass what residual_scale is for");
-  const Device on(op, c, {{"scale", scale}, {"shift", shift}, {"residual", residual},
-                          {"residual_scale", residual_scale}, {"residual_shift", residual_shift}});
+  const Device on(op, c, {Named("scale", scale), Named("shift", shift), Named("residual", residual),
+                          Named("residual_scale", residual_scale), Named("residual_shift", residual_shift)});
   on.launch(BnAddReluForward{shape, c.const_data_ptr(), data(scale), data(shift), untyped(residual),
                              data(residual_scale), data(residual_shift), relu, y.mutable_data_ptr(),
                              written_bytes(mask)});
@@ -94,14 +94,14 @@ std::tuple<Tensor, Tensor, OptionalTensor> bn_add_relu_backward_reduce(Tensor dy
   check_like(op, "shortcut_c", shortcut_c, c);
   check_vector(op, "shortcut_mean", shortcut_mean, shape.channels);
   check_together(op, "shortcut_c, shortcut_mean", shortcut_c.has_value(), shortcut_mean.has_value());
-  const Device on(op, c, {{"dy", dy}, {"mean", mean}, {"scale", scale}, {"shift", shift}, {"mask", mask},
-                          {"shortcut_c", shortcut_c}, {"shortcut_mean", shortcut_mean}});
+  const Device on(op, c, {Named("dy", dy), Named("mean", mean), Named("scale", scale), Named("shift", shift), Named("mask", mask),
+                          Named("shortcut_c", shortcut_c), Named("shortcut_mean", shortcut_mean)});
   Tensor sum = new_vector(c, shape.channels), centered = new_vector(c, shape.channels);
   OptionalTensor shortcut;
   if (shortcut_c) shortcut = new_vector(c, shape.channels);
   on.launch(BnAddReluBackwardReduce{shape, dy.const_data_ptr(), c.const_data_ptr(), byte_data(mask), relu, data(mean),
                                     data(scale), data(shift), untyped(shortcut_c), data(shortcut_mean), written(sum),
-                                    written(centered), written(shortcut), {}, {}});
+                                    written(centered), written(shortcut)});
   return {sum, centered, shortcut};
 }
 
@@ -120,7 +120,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> bn_backward_coefficients(Tens
   check_vector(op, "invstd", invstd, channels);
   check_vector(op, "scale", scale, channels);
   const Device on(op, sum_dz,
-                  {{"sum_dz_centered", sum_dz_centered}, {"mean", mean}, {"invstd", invstd}, {"scale", scale}});
+                  {Named("sum_dz_centered", sum_dz_centered), Named("mean", mean), Named("invstd", invstd), Named("scale", scale)});
   Tensor dweight = new_vector(mean, channels);
   OptionalTensor b, k;
   if (training) {
@@ -144,9 +144,9 @@ void backward_input(const char* op, const Shape& shape, const Tensor& dy, const 
   check_like(op, "shortcut_c", shortcut_c, c);
   const Coefficients shortcut_grads = check_coefficients(op, shortcut_a, shortcut_b, shortcut_k, shape.channels);
   check_together(op, "shortcut_c, shortcut_A", shortcut_c.has_value(), shortcut_a.has_value());
-  const Device on(op, c, {{"dy", dy}, {"scale", scale}, {"shift", shift}, {"A", a}, {"B", b}, {"K", k}, {"mask", mask},
-                          {"shortcut_c", shortcut_c}, {"shortcut_A", shortcut_a}, {"shortcut_B", shortcut_b},
-                          {"shortcut_K", shortcut_k}});
+  const Device on(op, c, {Named("dy", dy), Named("scale", scale), Named("shift", shift), Named("A", a), Named("B", b), Named("K", k), Named("mask", mask),
+                          Named("shortcut_c", shortcut_c), Named("shortcut_A", shortcut_a), Named("shortcut_B", shortcut_b),
+                          Named("shortcut_K", shortcut_k)});
   on.launch(BnAddReluBackwardInput{shape, dy.const_data_ptr(), c.const_data_ptr(), byte_data(mask), relu, data(scale),
                                    data(shift), grads, untyped(shortcut_c), shortcut_grads, dc.mutable_data_ptr(),
                                    untyped_written(dresidual)});
@@ -196,7 +196,7 @@ Tensor relu_backward(Tensor dy, Tensor mask) {
   const char* op = "relu_backward";
   const Shape shape = check_activation<Device>(op, "dy", dy);
   check_mask(op, mask, dy);
-  const Device on(op, dy, {{"mask", mask}});
+  const Device on(op, dy, {Named("mask", mask)});
   Tensor dz = new_like(dy);
   on.launch(ReluBackward{shape.dtype, dy.numel(), dy.const_data_ptr(), byte_data(mask), dz.mutable_data_ptr()});
   return dz;

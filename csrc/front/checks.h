@@ -54,7 +54,7 @@ inline std::string dtype_name(ScalarType dtype) {
     case ScalarType::Bool: return "bool";
     case ScalarType::ComplexFloat: return "complex64";
     case ScalarType::ComplexDouble: return "complex128";
-    default: return "dtype number " + std::to_string(static_cast<int>(dtype));
+    default: return "dtype number " + std::to_string(int(dtype));
   }
 }
 

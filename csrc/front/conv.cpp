@@ -44,7 +44,7 @@ Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t 
   Device::check_convolutions(op, "x", x);
   const ConvAxis height = axis_of(op, dy, x, kernel_height, stride_height, padding_height, dilation_height, 2);
   const ConvAxis width = axis_of(op, dy, x, kernel_width, stride_width, padding_width, dilation_width, 3);
-  const Device on(op, x, {{"dy", dy}});
+  const Device on(op, x, {Named("dy", dy)});
   Tensor dw = new_channels_last(x, out_channels, shape.channels, kernel_height, kernel_width,
                                 aoti_torch_dtype_float32());
   on.launch(ConvBackwardWeight{shape.dtype, x.size(0), shape.channels, out_channels, height, width,
@@ -86,10 +86,10 @@ Tensor conv_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy,
     fail(op, "shortcut_mask", std::to_string(channels) + " bits a position", "a multiple of 8",
          "use backend='reference'");
   }
-  const Device on(op, dy, {{"weight", weight}, {"shortcut_dy", shortcut_dy}, {"shortcut_mask", mask}});
-  on.launch(ConvBackwardInput{shape.dtype, batch, channels, shape.channels, {height, height, 1, 1, 0, 1},
-                              {width, width, 1, 1, 0, 1}, dy.const_data_ptr(), weight.const_data_ptr(),
-                              untyped(shortcut_dy), byte_data(mask), dx.mutable_data_ptr()});
+  const Device on(op, dy, {Named("weight", weight), Named("shortcut_dy", shortcut_dy), Named("shortcut_mask", mask)});
+  const ConvAxis down{height, height, 1, 1, 0, 1}, across{width, width, 1, 1, 0, 1};
+  on.launch(ConvBackwardInput{shape.dtype, batch, channels, shape.channels, down, across, dy.const_data_ptr(),
+                              weight.const_data_ptr(), untyped(shortcut_dy), byte_data(mask), dx.mutable_data_ptr()});
   return dx;
 }
 
@@ -105,7 +105,7 @@ void conv_backward_input_(Tensor dx, Tensor dy, Tensor weight, int64_t stride_he
   }
   const ConvAxis height = axis_of(op, dy, dx, 1, stride_height, 0, 1, 2);
   const ConvAxis width = axis_of(op, dy, dx, 1, stride_width, 0, 1, 3);
-  const Device on(op, dy, {{"dx", dx}, {"weight", weight}});
+  const Device on(op, dy, {Named("dx", dx), Named("weight", weight)});
   on.launch(ConvBackwardInput{shape.dtype, dy.size(0), channels, shape.channels, height, width, dy.const_data_ptr(),
                               weight.const_data_ptr(), dx.const_data_ptr(), nullptr, dx.mutable_data_ptr()});
 }
@@ -123,8 +123,8 @@ Tensor conv1x1_forward(Tensor x, Tensor weight, Tensor scale, Tensor shift, Opti
   if (residual_scale && !residual) fail(op, "residual_scale", "without residual", "both", "pass the residual");
   check_vector(op, "residual_scale", residual_scale, channels);
   check_vector(op, "residual_shift", residual_shift, channels);
-  const Device on(op, x, {{"weight", weight}, {"scale", scale}, {"shift", shift}, {"residual", residual},
-                          {"residual_scale", residual_scale}, {"residual_shift", residual_shift}});
+  const Device on(op, x, {Named("weight", weight), Named("scale", scale), Named("shift", shift), Named("residual", residual),
+                          Named("residual_scale", residual_scale), Named("residual_shift", residual_shift)});
   Tensor y = new_channels_last(x, x.size(0), channels, x.size(2), x.size(3), dtype_code(x));
   check_like(op, "residual", residual, y);
   on.launch(Conv1x1Forward{shape.dtype, shape.rows, shape.channels, channels, x.const_data_ptr(),

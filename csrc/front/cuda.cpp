@@ -87,7 +87,7 @@ Parameter Cuda::parameter_of(const char* op, const char* name, const OptionalTen
 template <class Args>
 void Cuda::launch_in_scratch(const Args& args, size_t bytes,
                              cudaError_t (*launcher)(const Args&, const cuda::Workspace&, cudaStream_t)) const {
-  const Tensor scratch = new_bytes(first_, static_cast<int64_t>(bytes));
+  const Tensor scratch = new_bytes(first_, int64_t(bytes));
   check_launch(op_, launcher(args, {scratch.mutable_data_ptr(), bytes, false}, stream_));
 }
 

@@ -26,7 +26,7 @@ Pooling pooling_of(const char* op, const Tensor& c, const Shape& shape, int64_t 
     fail(op, "c", sizes_of(c), "at least one window", "pass a larger image");
   }
   return {shape.dtype, c.size(0), height, width, shape.channels,
-          static_cast<int>(kernel_size), static_cast<int>(step), static_cast<int>(padding)};
+          int(kernel_size), int(step), int(padding)};
 }
 
 // dy and indices have the pooled size of c.
@@ -51,7 +51,7 @@ std::tuple<Tensor, OptionalTensor> bn_relu_maxpool_forward(Tensor c, Tensor scal
   const Pooling pooling = pooling_of(op, c, shape, kernel_size, stride, padding);
   check_vector(op, "scale", scale, shape.channels);
   check_vector(op, "shift", shift, shape.channels);
-  const Device on(op, c, {{"scale", scale}, {"shift", shift}});
+  const Device on(op, c, {Named("scale", scale), Named("shift", shift)});
   const auto make = [&](int32_t dtype) {
     return new_channels_last(c, pooling.batch, pooling.channels, pooling.pooled_height, pooling.pooled_width, dtype);
   };
@@ -71,10 +71,10 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce(Tensor dy, Tensor ind
   const Pooling pooling = pooling_of(op, c, shape, kernel_size, stride, padding);
   check_pooled(op, dy, indices, c, pooling);
   check_vector(op, "mean", mean, shape.channels);
-  const Device on(op, c, {{"dy", dy}, {"indices", indices}, {"mean", mean}});
+  const Device on(op, c, {Named("dy", dy), Named("indices", indices), Named("mean", mean)});
   Tensor sum = new_vector(c, shape.channels), centered = new_vector(c, shape.channels);
   on.launch(BnReluMaxpoolBackwardReduce{pooling, dy.const_data_ptr(), byte_data(indices), c.const_data_ptr(),
-                                        data(mean), written(sum), written(centered), {}});
+                                        data(mean), written(sum), written(centered)});
   return {sum, centered};
 }
 
@@ -86,7 +86,7 @@ Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tenso
   const Pooling pooling = pooling_of(op, c, shape, kernel_size, stride, padding);
   check_pooled(op, dy, indices, c, pooling);
   const Coefficients grads = check_coefficients(op, a, b, k, shape.channels);
-  const Device on(op, c, {{"dy", dy}, {"indices", indices}, {"A", a}, {"B", b}, {"K", k}});
+  const Device on(op, c, {Named("dy", dy), Named("indices", indices), Named("A", a), Named("B", b), Named("K", k)});
   Tensor dc = new_like(c);
   on.launch(BnReluMaxpoolBackwardInput{pooling, dy.const_data_ptr(), byte_data(indices), c.const_data_ptr(), grads,
                                        dc.mutable_data_ptr()});

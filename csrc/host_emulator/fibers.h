@@ -116,7 +116,7 @@ inline void prepare(Fiber& fiber, void (*entry)()) {
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
   *--top = nullptr;  // where a return from entry would go
   *--top = reinterpret_cast<void*>(entry);
-  for (int i = 0; i < 6; i++) *--top = nullptr;  // the registers that swap_stacks pops
+  for (int i = 0; i < 6; ++i) *--top = nullptr;  // the registers that swap_stacks pops
   fiber.stack_pointer = top;
 }
 

@@ -83,7 +83,7 @@ inline State& state() {
 FUSEDRES_UNINSTRUMENTED inline void release_barrier_if_complete(Block& block) {
   if (block.alive > 0 && block.arrived == block.alive) {
     block.arrived = 0;
-    block.generation++;
+    ++block.generation;
   }
 }
 
@@ -91,12 +91,12 @@ FUSEDRES_UNINSTRUMENTED inline void barrier() {
   State& s = state();
   Thread& me = *s.current;
   Block& block = *me.block;
-  me.barriers++;
+  ++me.barriers;
   char* order = &block.order[block.generation & 1];
   release(order);
   me.seen = block.generation;
   me.waits_for = &block.generation;
-  block.arrived++;
+  ++block.arrived;
   release_barrier_if_complete(block);
   while (block.generation == me.seen) switch_fiber(me, s.caller, s.caller_stack, false);
   me.waits_for = nullptr;
@@ -134,7 +134,7 @@ inline void add_block(unsigned number) {
   block->index = uint3{number % s.grid.x, number / s.grid.x % s.grid.y, number / (s.grid.x * s.grid.y)};
   block->threads.resize(s.block.x);
   block->alive = int(s.block.x);
-  for (unsigned i = 0; i < s.block.x; i++) {
+  for (unsigned i = 0; i < s.block.x; ++i) {
     Thread& thread = block->threads[i];
     thread.block = block.get();
     thread.index = uint3{i, 0, 0};
@@ -188,11 +188,11 @@ inline cudaError_t run_grid(dim3 grid, dim3 block, std::function<void()> kernel)
 #endif
   std::vector<unsigned> order = s.only_blocks;
   if (order.empty())
-    for (unsigned i = 0; i < grid.x * grid.y * grid.z; i++) order.push_back(i);
+    for (unsigned i = 0; i < grid.x * grid.y * grid.z; ++i) order.push_back(i);
   std::shuffle(order.begin(), order.end(), s.random);
   constexpr size_t kResident = 4;  // in flight together, so that races between blocks show too
   for (size_t i = 0; i < order.size(); i += kResident) {
-    for (size_t k = i; k < std::min(order.size(), i + kResident); k++) add_block(order[k]);
+    for (size_t k = i; k < std::min(order.size(), i + kResident); ++k) add_block(order[k]);
     release(&s.begin);
     run_resident_blocks();
     acquire(&s.end);
