@@ -21,11 +21,13 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/* csr
 demo: $(STAMP)
 	$(BIN)/fusedres demo --output demo-output
 
+CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*.cpp tests/*/*.h)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 # A file at a time to each of two processes: most tests keep one core busy. Each has two threads, which must not spin
 # while they wait for one another.

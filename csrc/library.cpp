@@ -3,8 +3,8 @@
 // Python and every torch from there on.
 #include <torch/csrc/stable/library.h>
 
-#include "cuda_archs.h"
 #include "cpu/kernels.h"
+#include "cuda_archs.h"
 
 namespace {
 
@@ -37,7 +37,8 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "bn_add_relu_forward(Tensor c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
       " Tensor? residual_shift, bool relu, bool save_mask) -> (Tensor y, Tensor? mask)");
-  // in place: y in the storage of c; dc in that of dy; dc, and the gradient of a projection, in those of c and shortcut_c
+  // in place: y in the storage of c; dc in that of dy; dc, and the gradient of a projection, in those of c and
+  // shortcut_c
   m.def(
       "bn_add_relu_forward_(Tensor(a!) c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
       " Tensor? residual_shift, bool relu) -> ()");
@@ -78,8 +79,7 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
       " Tensor? residual_shift, bool relu) -> Tensor");
   m.def("conv_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask) -> Tensor");
   // of a convolution with stride: added to dx
-  m.def(
-      "conv_backward_input_(Tensor(a!) dx, Tensor dy, Tensor weight, int stride_height, int stride_width) -> ()");
+  m.def("conv_backward_input_(Tensor(a!) dx, Tensor dy, Tensor weight, int stride_height, int stride_width) -> ()");
   // the instruction set in use; "none" below AVX2
   m.def("cpu_capability() -> str");
   // whether the processor has instructions for products of bfloat16

@@ -73,7 +73,8 @@ void bn_stats(const BnStats& args) {
   const int64_t chunks = count_chunks(period.rows, period.length);
   PartialSums partial(chunks, 2, period.length);
   parallel_chunks(chunks, period.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
-    const StatsArgs mine{shape.dtype, args.c, repeated.data(), partial.scratch(chunk), partial.sums(chunk), period.length};
+    const StatsArgs mine{shape.dtype,         args.c,       repeated.data(), partial.scratch(chunk),
+                         partial.sums(chunk), period.length};
     kernels()->bn_stats(mine, begin, end);
   });
   for (int64_t i = 0; i < period.tail; ++i) {
@@ -97,8 +98,8 @@ void bn_add_relu_forward(const BnAddReluForward& args) {
   const Residual form = args.residual == nullptr ? Residual::kNone
                         : scale2.empty()         ? Residual::kIdentity
                                                  : Residual::kProjection;
-  ForwardArgs all{args.shape.dtype, form, args.relu, args.c, scale.data(), shift.data(), args.residual,
-                  scale2.data(), shift2.data(), args.y, args.mask, period.length};
+  ForwardArgs all{args.shape.dtype, form,          args.relu,     args.c, scale.data(), shift.data(),
+                  args.residual,    scale2.data(), shift2.data(), args.y, args.mask,    period.length};
   parallel_chunks(count_chunks(period.rows, period.length), period.rows,
                   [&](int64_t, int64_t begin, int64_t end) { kernels()->bn_add_relu_forward(all, begin, end); });
   if (period.tail == 0) return;
@@ -117,9 +118,9 @@ void bn_add_relu_backward_reduce(const BnAddReluBackwardReduce& args) {
   const Lines<float> center = period.repeat(args.mean), center2 = period.repeat(args.shortcut_mean);
   const int64_t chunks = count_chunks(period.rows, period.length);
   PartialSums partial(chunks, 3, period.length);
-  BackwardReduceArgs all{args.shape.dtype, gradient_of(args), args.dy, args.c, args.mask,
-                         center.data(), scale.data(), shift.data(), args.shortcut_c, center2.data(),
-                         nullptr, nullptr, period.length};
+  BackwardReduceArgs all{args.shape.dtype, gradient_of(args), args.dy,      args.c,          args.mask,
+                         center.data(),    scale.data(),      shift.data(), args.shortcut_c, center2.data(),
+                         nullptr,          nullptr,           period.length};
   parallel_chunks(chunks, period.rows, [&](int64_t chunk, int64_t begin, int64_t end) {
     BackwardReduceArgs mine = all;
     mine.partial = partial.scratch(chunk);
@@ -147,11 +148,11 @@ void bn_add_relu_backward_input(const BnAddReluBackwardInput& args) {
   const Period period(args.shape);
   const Lines<float> scale = period.repeat(args.scale), shift = period.repeat(args.shift);
   const RepeatedCoefficients main(period, args.grads), shortcut(period, args.shortcut_grads);
-  BackwardInputArgs all{args.shape.dtype, gradient_of(args), args.dy, args.c, args.mask, scale.data(), shift.data(),
-                        main.get(), args.shortcut_c, shortcut.get(), args.dc, args.dresidual, period.length};
-  parallel_chunks(count_chunks(period.rows, period.length), period.rows, [&](int64_t, int64_t begin, int64_t end) {
-    kernels()->bn_add_relu_backward_input(all, begin, end);
-  });
+  BackwardInputArgs all{args.shape.dtype, gradient_of(args), args.dy,      args.c,          args.mask,
+                        scale.data(),     shift.data(),      main.get(),   args.shortcut_c, shortcut.get(),
+                        args.dc,          args.dresidual,    period.length};
+  parallel_chunks(count_chunks(period.rows, period.length), period.rows,
+                  [&](int64_t, int64_t begin, int64_t end) { kernels()->bn_add_relu_backward_input(all, begin, end); });
   if (period.tail == 0) return;
   Tail tail(period);
   all.dy = tail.in(args.dy);

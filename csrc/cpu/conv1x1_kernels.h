@@ -29,7 +29,7 @@ struct ProductTile {
   const float* b;       // [depth, kPanelIn]
   const int64_t* rows;  // of the result, one for each of a
   int64_t depth, column, lanes;
-  bool first, last;     // of the depth
+  bool first, last;  // of the depth
 };
 
 // The input gradient's results: dx, and what is added to it.
@@ -169,8 +169,8 @@ inline void multiply_rows(const Product& product, int64_t begin, int64_t end, Ro
         const int64_t column = panel * kPanelIn, left = product.columns - column;
         const float* a = product.a + position * product.depth + done;
         const float* b = product.packed_b + column * product.depth + done * kPanelIn;
-        const ProductTile tile{a, b, rows, depth, column, left < kPanelIn ? left : kPanelIn, done == 0,
-                               done + depth == product.depth};
+        const ProductTile tile{
+            a, b, rows, depth, column, left < kPanelIn ? left : kPanelIn, done == 0, done + depth == product.depth};
         size = multiply_some<T, kPanel>(end - position, product, tile, finish);
       }
     }

@@ -71,8 +71,8 @@ inline void add_products(Float (&sums)[size][2], Float low, Float high, F factor
 
 // dw[r, 0..lanes) += sum over positions of dy[p, r] * x[p, :]; dw has rows `stride` apart.
 template <class T, int size>
-void outer_products(const Stretch* stretches, int64_t count, const float* dy, float* dw, int64_t stride,
-                    int64_t lanes, Soon soon) {
+void outer_products(const Stretch* stretches, int64_t count, const float* dy, float* dw, int64_t stride, int64_t lanes,
+                    Soon soon) {
   Float sums[size][2];
 #pragma GCC unroll 14
   for (int r = 0; r < size; ++r) {
@@ -132,8 +132,8 @@ void add_panel(const ConvWeightArgs& args, const float* packed_x, int64_t channe
     for (int64_t p = 0; p < panels; ++p) {
       const Panel panel(channels, panels, p);
       float* dw = args.dw + (args.first_out + panel.first) * stride + tap * args.in_channels + channel;
-      outer_products_of<T, kPanel>(panel.size, args.stretches, count, args.packed_dy + p * positions * kWidth, dw, stride,
-                                lanes, soon<T>(args, calls++));
+      outer_products_of<T, kPanel>(panel.size, args.stretches, count, args.packed_dy + p * positions * kWidth, dw,
+                                   stride, lanes, soon<T>(args, calls++));
     }
   }
 }

@@ -38,8 +38,7 @@ const Kernels* kernels() {
 const Convolutions* convolutions(Dtype dtype) {
   if (kernels() == nullptr) return nullptr;
   if (dtype == Dtype::kFloat32) return &kernels()->float32;
-  static const bool bfloat16 =
-      kernels() == &avx512_kernels && __builtin_cpu_supports("avx512bf16") && !has_amx();
+  static const bool bfloat16 = kernels() == &avx512_kernels && __builtin_cpu_supports("avx512bf16") && !has_amx();
   return bfloat16 ? &avx512_bf16_convolutions : nullptr;
 }
 

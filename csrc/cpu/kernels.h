@@ -16,23 +16,27 @@ using fusedres::ConvAxis;
 using fusedres::Dtype;  // float32 and bfloat16
 
 enum class Residual { kNone, kIdentity, kProjection };
-enum class Gradient { kPlain, kMask, kSign };  // where dz comes from: dy; dy and mask; dy and the sign of scale*c + shift
+enum class Gradient {
+  kPlain,
+  kMask,
+  kSign
+};  // where dz comes from: dy; dy and mask; dy and the sign of scale*c + shift
 
 struct SampleArgs {
   Dtype dtype;
-  const void* c;         // [rows, channels]
+  const void* c;  // [rows, channels]
   int64_t channels;
-  const int64_t* rows;   // those that are taken
+  const int64_t* rows;  // those that are taken
   int64_t samples;
-  float* mean;           // [channels]: of the samples but the smallest and the largest, from three on
+  float* mean;  // [channels]: of the samples but the smallest and the largest, from three on
 };
 
 struct StatsArgs {
   Dtype dtype;
-  const void* c;         // [rows, period]
-  const float* shift;    // [period], about the mean: what is summed is c - shift
-  float* partial;        // [2, period], scratch
-  double* sums;          // [2, period]: += sum d, sum d*d with d = c - shift
+  const void* c;       // [rows, period]
+  const float* shift;  // [period], about the mean: what is summed is c - shift
+  float* partial;      // [2, period], scratch
+  double* sums;        // [2, period]: += sum d, sum d*d with d = c - shift
   int64_t period;
 };
 
@@ -40,63 +44,63 @@ struct ForwardArgs {
   Dtype dtype;
   Residual form;
   bool relu;
-  const void* c;                // [rows, period]
-  const float *scale, *shift;   // [period]
-  const void* residual;         // [rows, period] or null
+  const void* c;                                 // [rows, period]
+  const float *scale, *shift;                    // [period]
+  const void* residual;                          // [rows, period] or null
   const float *residual_scale, *residual_shift;  // [period] or null
-  void* y;                      // [rows, period]
-  uint8_t* mask;                // [rows, period/8] or null
+  void* y;                                       // [rows, period]
+  uint8_t* mask;                                 // [rows, period/8] or null
   int64_t period;
 };
 
 struct BackwardReduceArgs {
   Dtype dtype;
   Gradient gradient;
-  const void *dy, *c;           // [rows, period]
-  const uint8_t* mask;          // [rows, period/8] or null
+  const void *dy, *c;                 // [rows, period]
+  const uint8_t* mask;                // [rows, period/8] or null
   const float *mean, *scale, *shift;  // [period]
-  const void* shortcut_c;       // [rows, period] or null
-  const float* shortcut_mean;   // [period] or null
-  float* partial;               // [3, period], scratch
-  double* sums;                 // [3, period]: += sum dz, sum dz*(c - mean), sum dz*(shortcut_c - shortcut_mean)
+  const void* shortcut_c;             // [rows, period] or null
+  const float* shortcut_mean;         // [period] or null
+  float* partial;                     // [3, period], scratch
+  double* sums;                       // [3, period]: += sum dz, sum dz*(c - mean), sum dz*(shortcut_c - shortcut_mean)
   int64_t period;
 };
 
 struct BackwardInputArgs {
   Dtype dtype;
   Gradient gradient;
-  const void *dy, *c;           // [rows, period]
-  const uint8_t* mask;          // [rows, period/8] or null
-  const float *scale, *shift;   // [period]
+  const void *dy, *c;          // [rows, period]
+  const uint8_t* mask;         // [rows, period/8] or null
+  const float *scale, *shift;  // [period]
   Coefficients main;
-  const void* shortcut_c;       // [rows, period] or null
+  const void* shortcut_c;  // [rows, period] or null
   Coefficients shortcut;
-  void* dc;                     // [rows, period]
-  void* dresidual;              // [rows, period] or null: dz, or the shortcut's dc if shortcut_c is given
+  void* dc;         // [rows, period]
+  void* dresidual;  // [rows, period] or null: dz, or the shortcut's dc if shortcut_c is given
   int64_t period;
 };
 
 struct MaskArgs {
   Dtype dtype;
-  const void* dy;               // [rows, period]
-  const uint8_t* mask;          // [rows, period/8]
-  void* dz;                     // [rows, period]
+  const void* dy;       // [rows, period]
+  const uint8_t* mask;  // [rows, period/8]
+  void* dz;             // [rows, period]
   int64_t period;
 };
 
 struct Window {
   int64_t kernel_size, stride, padding;
-  int64_t channels, height, width;       // of c
-  int64_t out_height, out_width;         // of y
+  int64_t channels, height, width;  // of c
+  int64_t out_height, out_width;    // of y
 };
 
 struct PoolForwardArgs {
   Dtype dtype;
   Window window;
-  const void* c;                // [N, height, width, channels]
-  const float *scale, *shift;   // [channels], padded to the vector width
-  void* y;                      // [N, out_height, out_width, channels]
-  uint8_t* indices;             // like y, or null
+  const void* c;               // [N, height, width, channels]
+  const float *scale, *shift;  // [channels], padded to the vector width
+  void* y;                     // [N, out_height, out_width, channels]
+  uint8_t* indices;            // like y, or null
 };
 
 // The windows of one axis that contain a position: [first, last].
@@ -110,11 +114,11 @@ struct PoolBackwardArgs {
   const Covering *rows, *columns;  // [height], [width]
   const void *dy, *c;
   const uint8_t* indices;
-  const float* mean;            // [channels], padded; for the sums
-  Coefficients main;            // padded; for dc
-  void* dc;                     // like c, or null: only the sums
-  float* partial;               // [2, channels], padded, scratch
-  double* sums;                 // [2, channels], padded: += sum dz, sum dz*(c - mean)
+  const float* mean;  // [channels], padded; for the sums
+  Coefficients main;  // padded; for dc
+  void* dc;           // like c, or null: only the sums
+  float* partial;     // [2, channels], padded, scratch
+  double* sums;       // [2, channels], padded: += sum dz, sum dz*(c - mean)
 };
 
 constexpr int64_t kVectorsOfPanel = 2;  // of one position, or row of a weight, in a packed copy
@@ -126,15 +130,15 @@ constexpr int64_t kPackedIn = 128;  // input channels packed at once: whole tile
 
 // Positions of one row of dy, beside each other where their x is.
 struct Stretch {
-  const float* x;     // packed, of the first position
-  int64_t position;   // of the first, in the piece
+  const float* x;    // packed, of the first position
+  int64_t position;  // of the first, in the piece
   int64_t positions;
 };
 
 // A piece of the weight gradient's sum: rows of dy, of N*height.out, whose copies stay in the cache. dw is added to.
 struct ConvWeightArgs : ConvBackwardWeight {
   int64_t first_out, last_out, first_in, last_in, first_tap, last_tap;  // what of dw the call is for
-  int64_t begin, end;      // rows of dy
+  int64_t begin, end;                                                   // rows of dy
   int64_t x_begin, x_end;  // rows of x, of N*height.in, that they read, if the kernel has more than one
   float* packed_dy;        // scratch: panels of a vector for each position of the piece
   float* packed_x;         // scratch: panels of kVectorsOfPanel vectors for each position of the piece's x
@@ -144,8 +148,8 @@ struct ConvWeightArgs : ConvBackwardWeight {
 // Copies a weight as panels of the columns of a product.
 struct PackArgs {
   int64_t in_channels, out_channels;
-  const void* weight;          // [out_channels, in_channels]
-  float* packed;               // whole panels, in words of one float or two bfloat16
+  const void* weight;  // [out_channels, in_channels]
+  float* packed;       // whole panels, in words of one float or two bfloat16
 };
 
 struct Conv1x1Args : Conv1x1Forward {

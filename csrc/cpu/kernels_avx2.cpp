@@ -2,9 +2,9 @@
 #include "vec_avx2.h"
 
 #include "bn_kernels.h"
+#include "conv1x1_kernels.h"
 #include "conv_weight_kernels.h"
 #include "pool_kernels.h"
-#include "conv1x1_kernels.h"
 
 namespace fusedres::cpu {
 

@@ -63,9 +63,8 @@ void bn_relu_maxpool_forward(const BnReluMaxpoolForward& args) {
   const Lines<float> scale = padded(window, args.scale), shift = padded(window, args.shift);
   const PoolForwardArgs all{args.pooling.dtype, window, args.c, scale.data(), shift.data(), args.y, args.indices};
   const int64_t rows = args.pooling.batch * window.out_height;
-  parallel_chunks(count_chunks(rows, window.width * window.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
-    kernels()->bn_relu_maxpool_forward(all, begin, end);
-  });
+  parallel_chunks(count_chunks(rows, window.width * window.channels), rows,
+                  [&](int64_t, int64_t begin, int64_t end) { kernels()->bn_relu_maxpool_forward(all, begin, end); });
 }
 
 void bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& args) {
@@ -98,9 +97,8 @@ void bn_relu_maxpool_backward_input(const BnReluMaxpoolBackwardInput& args) {
   all.main = {A.data(), B.data(), K.data()};
   all.dc = args.dc;
   const int64_t rows = args.pooling.batch * window.height;
-  parallel_chunks(count_chunks(rows, window.width * window.channels), rows, [&](int64_t, int64_t begin, int64_t end) {
-    kernels()->bn_relu_maxpool_backward(all, begin, end);
-  });
+  parallel_chunks(count_chunks(rows, window.width * window.channels), rows,
+                  [&](int64_t, int64_t begin, int64_t end) { kernels()->bn_relu_maxpool_backward(all, begin, end); });
 }
 
 }  // namespace fusedres::cpu

@@ -17,8 +17,10 @@ inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 // The part [h0, h1) x [w0, w1) of a window that lies inside the image.
 struct Inside {
   Inside(const Window& w, int64_t top, int64_t left)
-      : h0(at_least(top, 0)), h1(at_most(top + w.kernel_size, w.height)),
-        w0(at_least(left, 0)), w1(at_most(left + w.kernel_size, w.width)) {}
+      : h0(at_least(top, 0)),
+        h1(at_most(top + w.kernel_size, w.height)),
+        w0(at_least(left, 0)),
+        w1(at_most(left + w.kernel_size, w.width)) {}
   int64_t h0, h1, w0, w1;
 };
 
@@ -147,7 +149,7 @@ void pool_backward_rows(const PoolBackwardArgs& args, int64_t begin, int64_t end
       for (int64_t i = 0; i < 2 * padded; i += kWidth) store(args.partial + i, zero());
     }
     for (int64_t x = 0; x < w.width; ++x) {
-      const T *c_at = static_cast<const T*>(args.c) + (row * w.width + x) * w.channels;
+      const T* c_at = static_cast<const T*>(args.c) + (row * w.width + x) * w.channels;
       const T* dy = static_cast<const T*>(args.dy);
       const int64_t count = find_windows(args, row / w.height, row % w.height, x, windows);
       const auto channels = [&](int64_t i, int64_t lanes) {
@@ -177,8 +179,7 @@ void bn_relu_maxpool_backward(const PoolBackwardArgs& args, int64_t begin, int64
   with(args.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (args.dc == nullptr) return pool_backward_rows<T, true, false>(args, begin, end);
-    with(args.main.B == nullptr,
-         [&](auto frozen) { pool_backward_rows<T, false, frozen.value>(args, begin, end); });
+    with(args.main.B == nullptr, [&](auto frozen) { pool_backward_rows<T, false, frozen.value>(args, begin, end); });
   });
 }
 

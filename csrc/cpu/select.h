@@ -24,12 +24,9 @@ template <class F>
 inline void with(fusedres::cpu::Residual form, F f) {
   using fusedres::cpu::Residual;
   switch (form) {
-    case Residual::kNone:
-      return f(Constant<Residual::kNone>{});
-    case Residual::kIdentity:
-      return f(Constant<Residual::kIdentity>{});
-    case Residual::kProjection:
-      return f(Constant<Residual::kProjection>{});
+    case Residual::kNone: return f(Constant<Residual::kNone>{});
+    case Residual::kIdentity: return f(Constant<Residual::kIdentity>{});
+    case Residual::kProjection: return f(Constant<Residual::kProjection>{});
   }
 }
 
@@ -37,12 +34,9 @@ template <class F>
 inline void with(fusedres::cpu::Gradient gradient, F f) {
   using fusedres::cpu::Gradient;
   switch (gradient) {
-    case Gradient::kPlain:
-      return f(Constant<Gradient::kPlain>{});
-    case Gradient::kMask:
-      return f(Constant<Gradient::kMask>{});
-    case Gradient::kSign:
-      return f(Constant<Gradient::kSign>{});
+    case Gradient::kPlain: return f(Constant<Gradient::kPlain>{});
+    case Gradient::kMask: return f(Constant<Gradient::kMask>{});
+    case Gradient::kSign: return f(Constant<Gradient::kSign>{});
   }
 }
 

@@ -20,8 +20,7 @@ inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // The flat array of rows x channels as `rows` of `period` elements and a `tail` that is shorter than one.
 struct Period {
-  Period(const Shape& shape)
-      : channels(shape.channels), element(size_of(shape.dtype)) {
+  Period(const Shape& shape) : channels(shape.channels), element(size_of(shape.dtype)) {
     const int64_t unit = std::lcm(channels, kernels()->width);
     length = (kShortestPeriod + unit - 1) / unit * unit;
     rows = shape.rows * channels / length;
@@ -55,8 +54,8 @@ class Tail {
   void* out(void* tensor) {
     void* copy = const_cast<void*>(in(tensor));
     if (copy != nullptr) {
-      outputs_.push_back({static_cast<char*>(tensor) + offset_ * period_.element, copy,
-                          size_t(period_.tail * period_.element)});
+      outputs_.push_back(
+          {static_cast<char*>(tensor) + offset_ * period_.element, copy, size_t(period_.tail * period_.element)});
     }
     return copy;
   }

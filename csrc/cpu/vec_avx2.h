@@ -20,9 +20,7 @@ inline Float zero() { return _mm256_setzero_ps(); }
 inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 inline Float select(Keep keep, Float v) { return _mm256_and_ps(keep, v); }
 inline Float select(Keep keep, Float yes, Float no) { return _mm256_blendv_ps(no, yes, keep); }
-inline Int select(Keep keep, Int yes, Int no) {
-  return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(keep));
-}
+inline Int select(Keep keep, Int yes, Int no) { return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(keep)); }
 inline Keep either(Keep a, Keep b) { return _mm256_or_ps(a, b); }
 
 // maxps gives its second operand if one is NaN: relu(NaN) stays NaN

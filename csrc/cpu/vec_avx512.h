@@ -88,9 +88,7 @@ inline void store(BFloat16* p, Float v) {
 inline Int load_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline void store_bytes(uint8_t* p, Int v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
-}
+inline void store_bytes(uint8_t* p, Int v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 
 // sums[i] += v[i]
 inline void add_to_double(double* sums, Float v) {

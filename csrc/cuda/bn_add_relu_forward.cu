@@ -14,7 +14,8 @@ enum class Residual { kNone, kPlain, kAffine };
 
 // what the registers of each kernel allow without spilling
 constexpr int blocks_per_multiprocessor(Residual residual) { return residual == Residual::kAffine ? 3 : 4; }
-template <Residual kResidual> constexpr int kBlocksPerMultiprocessor = blocks_per_multiprocessor(kResidual);
+template <Residual kResidual>
+constexpr int kBlocksPerMultiprocessor = blocks_per_multiprocessor(kResidual);
 
 template <class T, bool kFixed, Residual kResidual>
 __global__ void __launch_bounds__(kPacketThreads, kBlocksPerMultiprocessor<kResidual>)
@@ -93,8 +94,8 @@ cudaError_t bn_add_relu_forward(const BnAddReluForward& args, cudaStream_t strea
   DeviceLimits limits;
   const cudaError_t error = current_device_limits(&limits);
   if (error != cudaSuccess) return error;
-  const bool aligned = aligned_to_16(args.c, args.residual, args.y, args.scale, args.shift,
-                                     args.residual_scale, args.residual_shift);
+  const bool aligned =
+      aligned_to_16(args.c, args.residual, args.y, args.scale, args.shift, args.residual_scale, args.residual_shift);
   const Residual residual = args.residual == nullptr         ? Residual::kNone
                             : args.residual_scale == nullptr ? Residual::kPlain
                                                              : Residual::kAffine;

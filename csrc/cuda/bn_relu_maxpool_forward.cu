@@ -86,11 +86,11 @@ cudaError_t bn_relu_maxpool_forward(const BnReluMaxpoolForward& args, cudaStream
       return for_window(pooling, [&](auto kernel, auto stride) {
         using T = typename decltype(type)::type;
         constexpr int V = by_packet ? kPacket : 1;
-        const TilePlan plan = plan_tiles(
-            {rows, pooling.channels, V, 1, kBlocksPerMultiprocessor, bytes_of(pooling.dtype)}, limits);
+        const TilePlan plan =
+            plan_tiles({rows, pooling.channels, V, 1, kBlocksPerMultiprocessor, bytes_of(pooling.dtype)}, limits);
         return launch(bn_relu_maxpool_forward_kernel<T, V, kernel, stride>,
-                      dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())),
-                      stream, args, plan);
+                      dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())), stream, args,
+                      plan);
       });
     });
   });

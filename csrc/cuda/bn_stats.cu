@@ -11,11 +11,14 @@ namespace {
 constexpr int kUnroll16 = 4;
 constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kPivotRows = 8;
-template <int V> constexpr int kValues = 2 * V + 1;  // mean - pivot [V], M2 [V], count
+template <int V>
+constexpr int kValues = 2 * V + 1;  // mean - pivot [V], M2 [V], count
 }  // namespace
 
-template <int V> struct MomentMerge {
-  template <class Other> __device__ __forceinline__ void operator()(float (&a)[kValues<V>], Other b) const {
+template <int V>
+struct MomentMerge {
+  template <class Other>
+  __device__ __forceinline__ void operator()(float (&a)[kValues<V>], Other b) const {
     const float n_a = a[2 * V], n_b = b(2 * V);
     if (n_b == 0.f) return;
     const float n = n_a + n_b, weight = n_b / n;
@@ -97,10 +100,9 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
 
 namespace {
 TilePlan plan_of(const Shape& shape, int vector, const DeviceLimits& limits) {
-  return plan_tiles(
-      {shape.rows, shape.channels, vector, shape.dtype == Dtype::kFloat32 ? kUnroll16 / 2 : kUnroll16,
-       kBlocksPerMultiprocessor, bytes_of(shape.dtype)},
-      limits);
+  return plan_tiles({shape.rows, shape.channels, vector, shape.dtype == Dtype::kFloat32 ? kUnroll16 / 2 : kUnroll16,
+                     kBlocksPerMultiprocessor, bytes_of(shape.dtype)},
+                    limits);
 }
 }  // namespace
 

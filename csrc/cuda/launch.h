@@ -11,18 +11,21 @@ cudaError_t current_device_limits(DeviceLimits* limits);
 
 inline int bytes_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
-template <class... Pointers> bool aligned_to_16(const Pointers*... pointers) {
+template <class... Pointers>
+bool aligned_to_16(const Pointers*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
 inline bool aligned_to_8(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 8 == 0; }
 
-template <class T> struct Type {
+template <class T>
+struct Type {
   using type = T;
 };
 
 // call(Type<T>{}) for an activation dtype.
-template <class Call> cudaError_t for_dtype(Dtype dtype, Call call) {
+template <class Call>
+cudaError_t for_dtype(Dtype dtype, Call call) {
   switch (dtype) {
     case Dtype::kFloat16: return call(Type<__half>{});
     case Dtype::kBFloat16: return call(Type<__nv_bfloat16>{});
@@ -32,7 +35,8 @@ template <class Call> cudaError_t for_dtype(Dtype dtype, Call call) {
 }
 
 // The geometry that a kernel's windows need at compile time: the stem's, or any (0, 0).
-template <class Call> cudaError_t for_window(const Pooling& pooling, Call call) {
+template <class Call>
+cudaError_t for_window(const Pooling& pooling, Call call) {
   if (pooling.kernel_size == 3 && pooling.stride == 2)
     return call(std::integral_constant<int, 3>{}, std::integral_constant<int, 2>{});
   return call(std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
@@ -45,12 +49,12 @@ inline bool valid(const Pooling& p) {
 }
 
 // call(std::integral_constant<bool, ...>) for a run-time flag.
-template <class Call> cudaError_t for_flag(bool flag, Call call) {
+template <class Call>
+cudaError_t for_flag(bool flag, Call call) {
   return flag ? call(std::true_type{}) : call(std::false_type{});
 }
 
 // Clears the counters if they may not be zero, and checks the size. Nothing to do with one group a chunk.
-cudaError_t prepare_workspace(const Workspace& workspace, const TilePlan& plan, int values,
-                              cudaStream_t stream);
+cudaError_t prepare_workspace(const Workspace& workspace, const TilePlan& plan, int values, cudaStream_t stream);
 
 }  // namespace fusedres::cuda

@@ -21,9 +21,8 @@ namespace fusedres::cuda {
 
 constexpr int kPacket = 8;  // elements: one byte of mask, 16 bytes of a 16-bit dtype
 constexpr int kPacketThreads = 256;
-constexpr int kTileThreads =
-    320;                        // large blocks leave few partials to merge; two of them leave 102 registers
-constexpr int kTileLanes = 32;  // channel groups of 8 a block: 512 bytes of a row, and a short merge
+constexpr int kTileThreads = 320;  // large blocks leave few partials to merge; two of them leave 102 registers
+constexpr int kTileLanes = 32;     // channel groups of 8 a block: 512 bytes of a row, and a short merge
 constexpr int kTileLanesScalar = 128;
 constexpr int64_t kMaxGridX = 2147483647;
 constexpr int64_t kMaxGridY = 65535;
@@ -54,13 +53,9 @@ struct PacketPlan {
   bool fixed_channels;  // and 8 divides C, and a thread meets the same 8 channels all along
 
   FUSEDRES_HOST_DEVICE constexpr int64_t stride() const { return int64_t(blocks) * threads; }
-  FUSEDRES_HOST_DEVICE constexpr int64_t first(int64_t block, int thread) const {
-    return block * threads + thread;
-  }
+  FUSEDRES_HOST_DEVICE constexpr int64_t first(int64_t block, int thread) const { return block * threads + thread; }
   FUSEDRES_HOST_DEVICE constexpr int64_t backwards(int64_t step) const { return packets - 1 - step; }
-  FUSEDRES_HOST_DEVICE constexpr int64_t first_channel(int64_t packet) const {
-    return packet * kPacket % channels;
-  }
+  FUSEDRES_HOST_DEVICE constexpr int64_t first_channel(int64_t packet) const { return packet * kPacket % channels; }
 };
 
 struct PacketRequest {

@@ -16,8 +16,7 @@
 namespace fusedres::cuda {
 
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
-                   const Args&... args) {
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, const Args&... args) {
   kernel<<<grid, block, 0, stream>>>(args...);
   return cudaGetLastError();
 }
@@ -40,13 +39,11 @@ __device__ __forceinline__ uint4 load_16_bytes(const void* from, uint64_t policy
 }
 
 __device__ __forceinline__ void store_16_bytes(void* to, uint4 v, uint64_t policy) {
-  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w), "l"(policy));
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w), "l"(policy));
 }
 
-__device__ __forceinline__ uint2 load_8_bytes(const void* from) {
-  return __ldg(static_cast<const uint2*>(from));
-}
+__device__ __forceinline__ uint2 load_8_bytes(const void* from) { return __ldg(static_cast<const uint2*>(from)); }
 
 __device__ __forceinline__ void store_8_bytes(void* to, uint2 v) { *static_cast<uint2*>(to) = v; }
 

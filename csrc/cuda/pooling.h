@@ -16,15 +16,15 @@ struct Position {
 __device__ __forceinline__ Position position_of(int64_t row, int64_t height, int64_t width) {
   if ((row >> 32) == 0 && (width >> 32) == 0 && (height >> 32) == 0) {
     const uint32_t line = uint32_t(row) / uint32_t(width), image = line / uint32_t(height);
-    return {int64_t(image), int64_t(line - image * uint32_t(height)),
-            int64_t(uint32_t(row) - line * uint32_t(width))};
+    return {int64_t(image), int64_t(line - image * uint32_t(height)), int64_t(uint32_t(row) - line * uint32_t(width))};
   }
   const int64_t line = row / width, image = line / height;
   return {image, line - image * height, row - line * width};
 }
 
 // kKernel, kStride: known at compile time (the stem's 3 and 2), so that windows unroll; 0: any.
-template <int kKernel, int kStride> struct Window {
+template <int kKernel, int kStride>
+struct Window {
   int kernel, stride, padding;
 
   __device__ __forceinline__ explicit Window(const Pooling& pooling)
@@ -36,15 +36,13 @@ template <int kKernel, int kStride> struct Window {
 // dz of V channels at one position of c: each of its windows' dy, where the window's index points here.
 // dy, indices [N, H', W', C], from the first of the V channels
 template <class T, int V, int kKernel, int kStride>
-__device__ __forceinline__ void gather_dz(float (&dz)[V], const Pooling& pooling, const Position& at,
-                                          const T* dy, const uint8_t* indices) {
+__device__ __forceinline__ void gather_dz(float (&dz)[V], const Pooling& pooling, const Position& at, const T* dy,
+                                          const uint8_t* indices) {
   [[maybe_unused]] constexpr int kUnrolled = kKernel ? (kKernel + kStride - 1) / (kStride + !kStride) : 1;
   const Window<kKernel, kStride> window(pooling);
   const int64_t pooled_height = pooling.pooled_height, pooled_width = pooling.pooled_width;
-  const int reach =
-      (window.kernel + window.stride - 1) / window.stride;  // windows over one position, each way
-  const int64_t bottom = (at.y + window.padding) / window.stride,
-                right = (at.x + window.padding) / window.stride;
+  const int reach = (window.kernel + window.stride - 1) / window.stride;  // windows over one position, each way
+  const int64_t bottom = (at.y + window.padding) / window.stride, right = (at.x + window.padding) / window.stride;
 #pragma unroll
   for (int i = 0; i < V; ++i) dz[i] = 0.f;
 #pragma unroll kUnrolled

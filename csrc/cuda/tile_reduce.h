@@ -10,14 +10,14 @@ namespace fusedres::cuda {
 constexpr int kMergedAtOnce = 2;
 
 // floats of shared memory for N values: the upper half of a block's threads, and never fewer than its lanes
-template <int Values> constexpr int kMergeFloats = Values * kTileThreads / 2;
+template <int Values>
+constexpr int kMergeFloats = Values * kTileThreads / 2;
 
 // Merges acc over the rows of a block's tile, in a fixed tree; the result is in the threads of row 0.
 // merge(acc, b) takes b(0) ... b(N-1) into acc; zeros are its identity.
 // shared: [values][upper half of the threads]
 template <int N, class Merge>
-__device__ __forceinline__ void merge_block(float (&acc)[N], float* shared, const TilePlan& plan,
-                                            Merge merge) {
+__device__ __forceinline__ void merge_block(float (&acc)[N], float* shared, const TilePlan& plan, Merge merge) {
   const int thread = int(threadIdx.x), row = thread / plan.lanes;
   for (int rows = plan.tile_rows; rows > 1;) {
     const int half = (rows + 1) / 2, width = (rows - half) * plan.lanes;
@@ -38,8 +38,8 @@ __device__ __forceinline__ void merge_block(float (&acc)[N], float* shared, cons
 // for which acc then holds the merge of all blocks, again in the threads of row 0. workspace: counters
 // [chunks], then partials [chunks][groups][N][lanes]
 template <int N, class Merge>
-__device__ __forceinline__ bool merge_blocks(float (&acc)[N], float* shared, void* workspace,
-                                             const TilePlan& plan, Merge merge) {
+__device__ __forceinline__ bool merge_blocks(float (&acc)[N], float* shared, void* workspace, const TilePlan& plan,
+                                             Merge merge) {
   const int lane = int(threadIdx.x) % plan.lanes, row = int(threadIdx.x) / plan.lanes;
   unsigned* counter = static_cast<unsigned*>(workspace) + blockIdx.x;
   float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.counter_bytes()) +
@@ -82,8 +82,8 @@ __device__ __forceinline__ bool merge_blocks(float (&acc)[N], float* shared, voi
 // Merges acc over all rows of the tensor and calls finish(channel, values), in the last block only, once for
 // each channel of its chunk. values(k) is value k of the channel: acc[k*V + i] for the i-th of V.
 template <int V, int N, class Merge, class Finish>
-__device__ __forceinline__ void reduce_tile(float (&acc)[N], float* shared, void* workspace,
-                                            const TilePlan& plan, Merge merge, Finish finish) {
+__device__ __forceinline__ void reduce_tile(float (&acc)[N], float* shared, void* workspace, const TilePlan& plan,
+                                            Merge merge, Finish finish) {
   merge_block(acc, shared, plan, merge);
   if (plan.groups > 1 && !merge_blocks(acc, shared, workspace, plan, merge)) return;
   const int thread = int(threadIdx.x);
@@ -99,7 +99,8 @@ __device__ __forceinline__ void reduce_tile(float (&acc)[N], float* shared, void
 
 // The merge of plain sums.
 struct AddMerge {
-  template <int N, class Other> __device__ __forceinline__ void operator()(float (&a)[N], Other b) const {
+  template <int N, class Other>
+  __device__ __forceinline__ void operator()(float (&a)[N], Other b) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) a[i] += b(i);
   }

@@ -34,8 +34,8 @@ __device__ __forceinline__ void walk(int64_t first, int64_t stride, int64_t end,
 // Packet `packet` of a flat tensor [numel]: 16-byte words if kFixed, else element by element where the tensor
 // is not aligned or ends inside the packet. Elements past the end read as 0.
 template <bool kFixed, class T>
-__device__ __forceinline__ Packet<T, kPacket> load_flat(const T* tensor, int64_t packet,
-                                                        const PacketPlan& plan, uint64_t policy) {
+__device__ __forceinline__ Packet<T, kPacket> load_flat(const T* tensor, int64_t packet, const PacketPlan& plan,
+                                                        uint64_t policy) {
   const int64_t first = packet * kPacket;
   if constexpr (kFixed) {
     return load_packet(tensor + first, policy);
@@ -43,8 +43,7 @@ __device__ __forceinline__ Packet<T, kPacket> load_flat(const T* tensor, int64_t
     if (plan.aligned && first + kPacket <= plan.numel) return load_packet(tensor + first, policy);
     Packet<T, kPacket> out;
 #pragma unroll
-    for (int i = 0; i < kPacket; ++i)
-      out.value[i] = first + i < plan.numel ? tensor[first + i] : round_to<T>(0.f);
+    for (int i = 0; i < kPacket; ++i) out.value[i] = first + i < plan.numel ? tensor[first + i] : round_to<T>(0.f);
     return out;
   }
 }

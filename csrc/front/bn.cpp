@@ -44,8 +44,9 @@ void add_relu_forward(const char* op, const Shape& shape, const Tensor& c, const
   check_vector(op, "residual_shift", residual_shift, shape.channels);
   check_together(op, "residual_scale, residual_shift", residual_scale.has_value(), residual_shift.has_value());
   if (residual_scale && !residual) fail(op, "residual", "None", "a tensor like c", "pass what residual_scale is for");
-  const Device on(op, c, {Named("scale", scale), Named("shift", shift), Named("residual", residual),
-                          Named("residual_scale", residual_scale), Named("residual_shift", residual_shift)});
+  const Device on(op, c,
+                  {Named("scale", scale), Named("shift", shift), Named("residual", residual),
+                   Named("residual_scale", residual_scale), Named("residual_shift", residual_shift)});
   on.launch(BnAddReluForward{shape, c.const_data_ptr(), data(scale), data(shift), untyped(residual),
                              data(residual_scale), data(residual_shift), relu, y.mutable_data_ptr(),
                              written_bytes(mask)});
@@ -94,8 +95,9 @@ std::tuple<Tensor, Tensor, OptionalTensor> bn_add_relu_backward_reduce(Tensor dy
   check_like(op, "shortcut_c", shortcut_c, c);
   check_vector(op, "shortcut_mean", shortcut_mean, shape.channels);
   check_together(op, "shortcut_c, shortcut_mean", shortcut_c.has_value(), shortcut_mean.has_value());
-  const Device on(op, c, {Named("dy", dy), Named("mean", mean), Named("scale", scale), Named("shift", shift), Named("mask", mask),
-                          Named("shortcut_c", shortcut_c), Named("shortcut_mean", shortcut_mean)});
+  const Device on(op, c,
+                  {Named("dy", dy), Named("mean", mean), Named("scale", scale), Named("shift", shift),
+                   Named("mask", mask), Named("shortcut_c", shortcut_c), Named("shortcut_mean", shortcut_mean)});
   Tensor sum = new_vector(c, shape.channels), centered = new_vector(c, shape.channels);
   OptionalTensor shortcut;
   if (shortcut_c) shortcut = new_vector(c, shape.channels);
@@ -119,8 +121,9 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> bn_backward_coefficients(Tens
   check_vector(op, "mean", mean, channels);
   check_vector(op, "invstd", invstd, channels);
   check_vector(op, "scale", scale, channels);
-  const Device on(op, sum_dz,
-                  {Named("sum_dz_centered", sum_dz_centered), Named("mean", mean), Named("invstd", invstd), Named("scale", scale)});
+  const Device on(
+      op, sum_dz,
+      {Named("sum_dz_centered", sum_dz_centered), Named("mean", mean), Named("invstd", invstd), Named("scale", scale)});
   Tensor dweight = new_vector(mean, channels);
   OptionalTensor b, k;
   if (training) {
@@ -144,19 +147,21 @@ void backward_input(const char* op, const Shape& shape, const Tensor& dy, const 
   check_like(op, "shortcut_c", shortcut_c, c);
   const Coefficients shortcut_grads = check_coefficients(op, shortcut_a, shortcut_b, shortcut_k, shape.channels);
   check_together(op, "shortcut_c, shortcut_A", shortcut_c.has_value(), shortcut_a.has_value());
-  const Device on(op, c, {Named("dy", dy), Named("scale", scale), Named("shift", shift), Named("A", a), Named("B", b), Named("K", k), Named("mask", mask),
-                          Named("shortcut_c", shortcut_c), Named("shortcut_A", shortcut_a), Named("shortcut_B", shortcut_b),
-                          Named("shortcut_K", shortcut_k)});
+  const Device on(op, c,
+                  {Named("dy", dy), Named("scale", scale), Named("shift", shift), Named("A", a), Named("B", b),
+                   Named("K", k), Named("mask", mask), Named("shortcut_c", shortcut_c), Named("shortcut_A", shortcut_a),
+                   Named("shortcut_B", shortcut_b), Named("shortcut_K", shortcut_k)});
   on.launch(BnAddReluBackwardInput{shape, dy.const_data_ptr(), c.const_data_ptr(), byte_data(mask), relu, data(scale),
                                    data(shift), grads, untyped(shortcut_c), shortcut_grads, dc.mutable_data_ptr(),
                                    untyped_written(dresidual)});
 }
 
 template <class Device>
-std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input(
-    Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor a, OptionalTensor b, OptionalTensor k, OptionalTensor mask,
-    bool relu, OptionalTensor shortcut_c, OptionalTensor shortcut_a, OptionalTensor shortcut_b,
-    OptionalTensor shortcut_k, bool save_dz) {
+std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input(Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor a,
+                                                              OptionalTensor b, OptionalTensor k, OptionalTensor mask,
+                                                              bool relu, OptionalTensor shortcut_c,
+                                                              OptionalTensor shortcut_a, OptionalTensor shortcut_b,
+                                                              OptionalTensor shortcut_k, bool save_dz) {
   const char* op = "bn_add_relu_backward_input";
   const Shape shape = check_activation<Device>(op, "c", c);
   Tensor dc = new_like(c);

@@ -18,8 +18,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 [[noreturn]] inline void fail(const char* op, const char* name, const std::string& found, const std::string& needed,
                               const char* fix) {
-  throw std::runtime_error(std::string("fusedres ") + op + ": " + name + " is " + found + ", needed " + needed +
-                           "; " + fix + ".");
+  throw std::runtime_error(std::string("fusedres ") + op + ": " + name + " is " + found + ", needed " + needed + "; " +
+                           fix + ".");
 }
 
 inline std::string sizes_of(const Tensor& t) {

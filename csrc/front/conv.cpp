@@ -21,8 +21,10 @@ ConvAxis axis_of(const char* op, const Tensor& dy, const Tensor& x, int64_t kern
   const int64_t room = in + 2 * padding - dilation * (kernel - 1) - 1;
   const int64_t expected = room < 0 ? 0 : room / stride + 1;
   if (dy.size(0) != x.size(0) || out != expected) {
-    fail(op, "dy", sizes_of(dy), "the output's shape, " + std::to_string(expected) + " along dimension " +
-         std::to_string(axis) + " for x " + sizes_of(x), "pass the gradient of the convolution's output");
+    fail(op, "dy", sizes_of(dy),
+         "the output's shape, " + std::to_string(expected) + " along dimension " + std::to_string(axis) + " for x " +
+             sizes_of(x),
+         "pass the gradient of the convolution's output");
   }
   return {in, out, kernel, stride, padding, dilation};
 }
@@ -45,10 +47,10 @@ Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t 
   const ConvAxis height = axis_of(op, dy, x, kernel_height, stride_height, padding_height, dilation_height, 2);
   const ConvAxis width = axis_of(op, dy, x, kernel_width, stride_width, padding_width, dilation_width, 3);
   const Device on(op, x, {Named("dy", dy)});
-  Tensor dw = new_channels_last(x, out_channels, shape.channels, kernel_height, kernel_width,
-                                aoti_torch_dtype_float32());
-  on.launch(ConvBackwardWeight{shape.dtype, x.size(0), shape.channels, out_channels, height, width,
-                               dy.const_data_ptr(), x.const_data_ptr(), written(dw)});
+  Tensor dw =
+      new_channels_last(x, out_channels, shape.channels, kernel_height, kernel_width, aoti_torch_dtype_float32());
+  on.launch(ConvBackwardWeight{shape.dtype, x.size(0), shape.channels, out_channels, height, width, dy.const_data_ptr(),
+                               x.const_data_ptr(), written(dw)});
   return dw;
 }
 
@@ -123,8 +125,9 @@ Tensor conv1x1_forward(Tensor x, Tensor weight, Tensor scale, Tensor shift, Opti
   if (residual_scale && !residual) fail(op, "residual_scale", "without residual", "both", "pass the residual");
   check_vector(op, "residual_scale", residual_scale, channels);
   check_vector(op, "residual_shift", residual_shift, channels);
-  const Device on(op, x, {Named("weight", weight), Named("scale", scale), Named("shift", shift), Named("residual", residual),
-                          Named("residual_scale", residual_scale), Named("residual_shift", residual_shift)});
+  const Device on(op, x,
+                  {Named("weight", weight), Named("scale", scale), Named("shift", shift), Named("residual", residual),
+                   Named("residual_scale", residual_scale), Named("residual_shift", residual_shift)});
   Tensor y = new_channels_last(x, x.size(0), channels, x.size(2), x.size(3), dtype_code(x));
   check_like(op, "residual", residual, y);
   on.launch(Conv1x1Forward{shape.dtype, shape.rows, shape.channels, channels, x.const_data_ptr(),

@@ -37,8 +37,7 @@ struct Cpu {
   // Whether this processor has convolutions of t's dtype.
   static void check_convolutions(const char* op, const char* name, const Tensor& t) {
     if (cpu::convolutions(dtype_of(op, name, t)) != nullptr) return;
-    fail(op, name, dtype_name(t.scalar_type()), "float32 on this processor",
-         "convert it, or use backend='reference'");
+    fail(op, name, dtype_name(t.scalar_type()), "float32 on this processor", "convert it, or use backend='reference'");
   }
 
   static void launch(const BnScaleShift& args) { cpu::bn_scale_shift(args); }

@@ -11,8 +11,7 @@ namespace {
 // The pooling of c [N, C, H, W], whose window has to be one that kernels take, and c large enough for one.
 Pooling pooling_of(const char* op, const Tensor& c, const Shape& shape, int64_t kernel_size, int64_t stride,
                    int64_t padding) {
-  const bool taken =
-      kernel_size >= 1 && kernel_size <= 15 && stride >= 1 && padding >= 0 && padding <= kernel_size / 2;
+  const bool taken = kernel_size >= 1 && kernel_size <= 15 && stride >= 1 && padding >= 0 && padding <= kernel_size / 2;
   const int64_t height = c.size(2), width = c.size(3);
   // A stride as long as the padded image leaves one window on each axis, as every longer one does.
   const int64_t step = taken ? std::min(stride, std::max(height, width) + 2 * padding) : stride;
@@ -25,8 +24,7 @@ Pooling pooling_of(const char* op, const Tensor& c, const Shape& shape, int64_t 
   if (height + 2 * padding < kernel_size || width + 2 * padding < kernel_size) {
     fail(op, "c", sizes_of(c), "at least one window", "pass a larger image");
   }
-  return {shape.dtype, c.size(0), height, width, shape.channels,
-          int(kernel_size), int(step), int(padding)};
+  return {shape.dtype, c.size(0), height, width, shape.channels, int(kernel_size), int(step), int(padding)};
 }
 
 // dy and indices have the pooled size of c.
@@ -79,8 +77,8 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce(Tensor dy, Tensor ind
 }
 
 template <class Device>
-Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tensor a, OptionalTensor b,
-                                      OptionalTensor k, int64_t kernel_size, int64_t stride, int64_t padding) {
+Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tensor a, OptionalTensor b, OptionalTensor k,
+                                      int64_t kernel_size, int64_t stride, int64_t padding) {
   const char* op = "bn_relu_maxpool_backward_input";
   const Shape shape = check_activation<Device>(op, "c", c);
   const Pooling pooling = pooling_of(op, c, shape, kernel_size, stride, padding);

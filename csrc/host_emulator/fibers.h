@@ -83,8 +83,8 @@ class Fibers {
  public:
   Fiber take() {
     if (free_.empty()) {
-      void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* memory =
+          mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (memory == MAP_FAILED) {
         std::perror("fusedres emulator: no memory for a fiber's stack");
         std::abort();
@@ -128,12 +128,11 @@ FUSEDRES_UNINSTRUMENTED inline void entered([[maybe_unused]] CallerStack& caller
 }
 
 // `to` without a stack of its own is the caller. A dying fiber is never switched back to.
-FUSEDRES_UNINSTRUMENTED inline void switch_fiber(Fiber& from, Fiber& to,
-                                                 [[maybe_unused]] const CallerStack& caller,
+FUSEDRES_UNINSTRUMENTED inline void switch_fiber(Fiber& from, Fiber& to, [[maybe_unused]] const CallerStack& caller,
                                                  [[maybe_unused]] bool dying) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(dying ? nullptr : &from.address_sanitizer,
-                                 to.stack ? to.stack : caller.bottom, to.stack ? kStackBytes : caller.size);
+  __sanitizer_start_switch_fiber(dying ? nullptr : &from.address_sanitizer, to.stack ? to.stack : caller.bottom,
+                                 to.stack ? kStackBytes : caller.size);
 #endif
 #if defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(to.thread_sanitizer, __tsan_switch_to_fiber_no_sync);

@@ -74,8 +74,8 @@ inline State& state() {
   for (const auto& block : state().resident)
     for (const Thread& thread : block->threads)
       if (!thread.done && thread.waits_for && shown++ < 4)
-        std::fprintf(stderr, "  block (%u, %u) thread %u waits at __syncthreads\n", block->index.x,
-                     block->index.y, thread.index.x);
+        std::fprintf(stderr, "  block (%u, %u) thread %u waits at __syncthreads\n", block->index.x, block->index.y,
+                     thread.index.x);
   std::fflush(stderr);
   std::abort();
 }
@@ -158,8 +158,7 @@ FUSEDRES_UNINSTRUMENTED inline void run_resident_blocks() {
       s.current = thread;
       switch_fiber(s.caller, *thread, s.caller_stack, false);
     }
-    running.erase(std::remove_if(running.begin(), running.end(), [](Thread* t) { return t->done; }),
-                  running.end());
+    running.erase(std::remove_if(running.begin(), running.end(), [](Thread* t) { return t->done; }), running.end());
     if (!progress && !running.empty()) fail("deadlock: a barrier that not all threads of the block reach");
   }
 }
