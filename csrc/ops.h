@@ -1,10 +1,10 @@
-// The ops of the library, one struct each: what a launcher reads and writes, on the CPU and on CUDA. Maths:
-// fusedres/raw_ops.py. The front fills the structs, cpu/launch.h and cuda/launchers.h declare the launchers.
+// One struct for each op of the library: what its launchers read and write, on the CPU and on CUDA. The front fills the
+// structs; cpu/launch.h and cuda/launchers.h declare the launchers. Maths: fusedres/raw_ops.py.
 //
 // Activations are NHWC: rows x channels, rows = N*H*W, dense, any alignment. Channel vectors are float32 [C]. All
-// pointers are of one device. Outputs overlap nothing, but where an in-place variant of an op names its input.
+// pointers are of one device. Outputs overlap nothing, except where a comment names an input for the in-place op.
 //
-// The file includes no C++ library and defines no function for others to call: cpu/kernels.h includes it.
+// cpu/kernels.h includes this file, so it includes no C++ library, and the kernels call none of its functions.
 #pragma once
 
 #include <cstdint>
@@ -58,7 +58,7 @@ struct BnStats {
   const void* c;  // [P, C]
   float* mean;    // [C]
   float* var;     // [C] biased
-  // CUDA alone: computed by the last block of the same launch if .scale is set; .channels, .mean, .var are not read
+  // CUDA alone: the launch's last block computes these vectors if .scale is set. .channels, .mean, .var are not read.
   BnScaleShift scale_shift = {};
 };
 
@@ -90,7 +90,7 @@ struct BnAddReluBackwardReduce {
   float* sum_dz;               // [C]
   float* sum_dz_centered;      // [C] sum dz*(c - mean)
   float* shortcut_sum;         // [C] sum dz*(shortcut_c - shortcut_mean), or null: no projection
-  // CUDA alone: computed by the last block of the same launch if .dweight is set; .channels and the sums are not read
+  // CUDA alone: the launch's last block computes these vectors if .dweight is set. .channels and the sums are not read.
   BnBackwardCoefficients coefficients = {};
   BnBackwardCoefficients shortcut_coefficients = {};
 };
@@ -105,7 +105,7 @@ struct BnAddReluBackwardInput {
   Shape shape;
   const void* dy;       // [P, C]
   const void* c;        // [P, C]
-  const uint8_t* mask;  // as in BnAddReluBackwardReduce, like the next three
+  const uint8_t* mask;  // this and the next three: as in BnAddReluBackwardReduce
   bool relu;
   const float* scale;  // [C]
   const float* shift;  // [C]
@@ -132,7 +132,7 @@ struct Pooling {
   int64_t batch, height, width, channels;        // of c; P = batch*height*width
   int kernel_size = 1, stride = 1, padding = 0;  // square, kernel_size <= 15, padding <= kernel_size / 2
 
-  // divided once, on the host: a kernel would divide 64-bit numbers for every row
+  // The host divides once; a kernel would divide 64-bit numbers for every row.
   int64_t pooled_height = pooled(height);
   int64_t pooled_width = pooled(width);
 
@@ -187,15 +187,15 @@ struct ConvBackwardWeight {
   float* dw;       // [out_channels, height.kernel, width.kernel, in_channels]
 };
 
-// Of a 1x1 convolution without padding.
+// The input gradient of a 1x1 convolution without padding.
 struct ConvBackwardInput {
   Dtype dtype;
   int64_t batch, in_channels, out_channels;
   ConvAxis height, width;
   const void* dy;           // [N, height.out, width.out, out_channels]
   const void* weight;       // [out_channels, in_channels]
-  const void* shortcut_dy;  // like dx, added to the gradient, or null; may be dx
-  const uint8_t* mask;      // one bit an element of shortcut_dy, or null: all of it
+  const void* shortcut_dy;  // like dx, added to the gradient, or null; in place, dx
+  const uint8_t* mask;      // one bit an element: where shortcut_dy is added; null: everywhere
   void* dx;                 // [N, height.in, width.in, in_channels]
 };
 

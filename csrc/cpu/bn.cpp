@@ -18,7 +18,7 @@ float element(Dtype dtype, const void* tensor, int64_t i) {
   return value;
 }
 
-// m without the 16 bits that a bfloat16 lacks.
+// m, its lower 16 bits cleared, which bfloat16 lacks.
 float upper_half(float m) {
   uint32_t bits;
   std::memcpy(&bits, &m, sizeof bits);
@@ -27,11 +27,11 @@ float upper_half(float m) {
   return m;
 }
 
-// A mean of some rows, [channels]: close to the true one, so that sums of c - shift lose nothing. The rows lie at
-// multiples of the golden ratio: evenly spread, and in step with no image width. One value far from all others does not
-// count. 0 where it is not finite: inf - inf would make NaN of an infinite mean. Of bfloat16 values it has their
-// precision: the differences are exact then, where the lower bits of one shift would be rounded the same way in all of
-// them, and the errors would add up.
+// The mean of some rows, [channels]. It is close to the mean of all rows, so that sums of c - shift lose nothing.
+// The rows lie at multiples of the golden ratio: evenly spread, and in step with no image width. One value far from all
+// others does not count. A mean that is not finite becomes 0: inf - inf would make NaN of an infinite mean. The mean of
+// bfloat16 values is cut to bfloat16: then the differences are exact. The lower bits of a finer shift would be rounded
+// the same way in every difference, and the errors would add up.
 std::vector<float> sampled_mean(const Shape& shape, const void* c) {
   std::vector<float> mean(shape.channels);
   int64_t rows[kSamples];
@@ -48,14 +48,14 @@ std::vector<float> sampled_mean(const Shape& shape, const void* c) {
   return mean;
 }
 
-// Of the arguments of an op that forms dz.
+// Where an op with these arguments takes dz from.
 template <class Args>
 Gradient gradient_of(const Args& args) {
   if (args.mask != nullptr) return Gradient::kMask;
   return args.relu ? Gradient::kSign : Gradient::kPlain;
 }
 
-// Coefficients at the period's length, and the vectors that hold them.
+// Coefficients repeated to the period, and the vectors that hold them.
 struct RepeatedCoefficients {
   RepeatedCoefficients(const Period& period, const Coefficients& v)
       : A(period.repeat(v.A)), B(period.repeat(v.B)), K(period.repeat(v.K)) {}

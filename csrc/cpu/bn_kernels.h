@@ -12,8 +12,8 @@ using namespace fusedres::cpu;
 constexpr int64_t kFlush = 256;  // rows that are summed in float before the sum goes to double
 constexpr int64_t kGroup = 4;    // rows that share one load and store of the partial sums
 
-// `group(row, size)` for groups of kGroup rows and single ones after them; after every kFlush rows the `sums`
-// partial sums [sums, period] go to double.
+// Calls `group(row, size)` for groups of kGroup rows, and for each row that is left after the last group. After every
+// kFlush rows the sums in `partial` [length] are added to `totals`.
 template <class F>
 inline void for_groups(float* partial, double* totals, int64_t length, int64_t begin, int64_t end, F group) {
   for (int64_t block = begin; block < end; block += kFlush) {
@@ -26,11 +26,11 @@ inline void for_groups(float* partial, double* totals, int64_t length, int64_t b
   }
 }
 
-constexpr int64_t kFetched = 8192;  // bytes of a group; the rows of longer ones lie in pages of their own
+constexpr int64_t kFetched = 8192;  // bytes of a group; the rows of a longer group lie in pages of their own
 
-// Asks for a share of the next group in the order of memory, at column i of the group that begins at `first`. The
-// hardware does not see that memory is read in sequence where rows of one page are read side by side. Always inlined:
-// GCC takes a function that only prefetches for one without effect, and drops its calls.
+// Prefetches a share of the next group, in the order of memory, while column i of the group that begins at `first` is
+// read. The hardware does not see that memory is read in sequence where rows of one page are read side by side. The
+// function is always inlined: GCC takes a function that only prefetches for one without effect, and drops its calls.
 template <class T>
 __attribute__((always_inline)) inline void fetch_next_group(const T* first, int64_t period, int64_t i) {
   constexpr int64_t bytes = sizeof(T);
@@ -70,7 +70,7 @@ void stats_rows(const StatsArgs& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < period; i += kWidth) {
       const Float shift = load(args.shift + i);
       if constexpr (rows.value == kGroup) fetch_next_group(first, period, i);
-      // a group is summed by itself: its terms keep digits that the long sums would round off
+      // a group is summed by itself first: its terms keep digits that the long sums would round off
       Float s = zero(), q = zero();
       for (int64_t r = 0; r < rows.value; ++r) {
         const Float d = load(first + r * period + i) - shift;
@@ -119,7 +119,7 @@ void bn_add_relu_forward(const ForwardArgs& args, int64_t begin, int64_t end) {
   });
 }
 
-// dz of kWidth elements from dy, and from the mask or the rounded scale*c + shift.
+// dz of kWidth elements. It is formed from dy, and from the mask or the rounded scale*c + shift.
 template <class T, Gradient gradient, class Args>
 inline Float gradient_at(const Args& args, const T* dy, Float c, int64_t row, int64_t i) {
   const Float d = load(dy + i);

@@ -9,7 +9,7 @@ namespace {
 
 using Pack = void (*)(const PackArgs&, int64_t begin, int64_t end);
 
-// A weight as whole panels of `columns`, of as many words as it has other channels.
+// Packs a weight as whole panels of its `columns`. A panel is as many words deep as the weight has other channels.
 Lines<float> pack(Pack kernel, Dtype dtype, PackArgs args, int64_t columns) {
   const int64_t lanes = kVectorsOfPanel * kernels()->width, panels = (columns + lanes - 1) / lanes;
   const int64_t others = args.in_channels * args.out_channels / std::max<int64_t>(columns, 1);

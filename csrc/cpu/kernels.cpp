@@ -1,4 +1,4 @@
-// Which instruction set this processor runs.
+// Chooses the kernels that this processor runs.
 #include "kernels.h"
 
 #include <cpuid.h>

@@ -1,8 +1,8 @@
-// The CPU kernels' interface: plain structs and functions, no torch, no C++ library, so that a file compiled for
-// AVX-512 leaves no inline function behind that the linker could pick for an older processor.
+// The CPU kernels' interface: plain structs and functions, without torch and without the C++ library. A file compiled
+// for AVX-512 then leaves no inline function behind that the linker could pick for an older processor.
 //
-// Tensors are NHWC, dense: a flat array of P*C elements. `period` is a multiple of C and of the vector width; the
-// flat array is walked in rows of `period` elements, and every channel vector is repeated to that length.
+// Tensors are NHWC, dense: a flat array of P*C elements. `period` is a multiple of C and of the vector width. The flat
+// array is walked in rows of `period` elements, and every channel vector is repeated to `period` elements.
 #pragma once
 
 #include <cstdint>
@@ -11,30 +11,28 @@
 
 namespace fusedres::cpu {
 
-using fusedres::Coefficients;  // here with vectors of [period]
+using fusedres::Coefficients;  // the kernels' vectors are [period]
 using fusedres::ConvAxis;
 using fusedres::Dtype;  // float32 and bfloat16
 
 enum class Residual { kNone, kIdentity, kProjection };
-enum class Gradient {
-  kPlain,
-  kMask,
-  kSign
-};  // where dz comes from: dy; dy and mask; dy and the sign of scale*c + shift
+
+// Where dz comes from: dy; dy and the mask; dy and the sign of scale*c + shift.
+enum class Gradient { kPlain, kMask, kSign };
 
 struct SampleArgs {
   Dtype dtype;
   const void* c;  // [rows, channels]
   int64_t channels;
-  const int64_t* rows;  // those that are taken
+  const int64_t* rows;  // [samples], which rows are taken
   int64_t samples;
-  float* mean;  // [channels]: of the samples but the smallest and the largest, from three on
+  float* mean;  // [channels]; from three samples on, without the smallest and the largest
 };
 
 struct StatsArgs {
   Dtype dtype;
   const void* c;       // [rows, period]
-  const float* shift;  // [period], about the mean: what is summed is c - shift
+  const float* shift;  // [period], close to the mean; c - shift is summed
   float* partial;      // [2, period], scratch
   double* sums;        // [2, period]: += sum d, sum d*d with d = c - shift
   int64_t period;
@@ -121,27 +119,28 @@ struct PoolBackwardArgs {
   double* sums;       // [2, channels], padded: += sum dz, sum dz*(c - mean)
 };
 
-constexpr int64_t kVectorsOfPanel = 2;  // of one position, or row of a weight, in a packed copy
+constexpr int64_t kVectorsOfPanel = 2;  // vectors of a position, or of a row of a weight, in a packed panel
 
-// The rows of a tile of results: with kVectorsOfPanel vectors each they fill the registers.
+// How many rows a tile of results has. With kVectorsOfPanel vectors a row, a tile fills the registers.
 constexpr int64_t rows_of_tile(int64_t width) { return width == 8 ? 6 : 14; }
 
 constexpr int64_t kPackedIn = 128;  // input channels packed at once: whole tiles, few of the second cache's ways
 
-// Positions of one row of dy, beside each other where their x is.
+// Positions of one row of dy whose x lies side by side in the packed copy.
 struct Stretch {
-  const float* x;    // packed, of the first position
-  int64_t position;  // of the first, in the piece
+  const float* x;    // packed, at the first position
+  int64_t position;  // number of the first position in the piece
   int64_t positions;
 };
 
-// A piece of the weight gradient's sum: rows of dy, of N*height.out, whose copies stay in the cache. dw is added to.
+// A piece of the weight gradient's sum: rows of dy, of N*height.out, whose copies stay in the cache. The kernel adds
+// the piece to dw.
 struct ConvWeightArgs : ConvBackwardWeight {
-  int64_t first_out, last_out, first_in, last_in, first_tap, last_tap;  // what of dw the call is for
+  int64_t first_out, last_out, first_in, last_in, first_tap, last_tap;  // the part of dw that the call is for
   int64_t begin, end;                                                   // rows of dy
-  int64_t x_begin, x_end;  // rows of x, of N*height.in, that they read, if the kernel has more than one
-  float* packed_dy;        // scratch: panels of a vector for each position of the piece
-  float* packed_x;         // scratch: panels of kVectorsOfPanel vectors for each position of the piece's x
+  int64_t x_begin, x_end;  // rows of x, of N*height.in, that rows of dy read, if the kernel has more than one row
+  float* packed_dy;        // scratch: panels, each with a vector for each position of the piece
+  float* packed_x;         // scratch: panels, each with kVectorsOfPanel vectors for each position of the piece's x
   Stretch* stretches;      // [end - begin], scratch
 };
 
@@ -157,7 +156,7 @@ struct Conv1x1Args : Conv1x1Forward {
   const float* packed_weight;
 };
 
-// By positions of dy.
+// The kernel walks positions of dy.
 struct Conv1x1InputArgs : ConvBackwardInput {
   const float* packed_weight;
 };
@@ -171,8 +170,8 @@ struct Convolutions {
   void (*conv_backward_weight)(const ConvWeightArgs&);
 };
 
-// One set of kernels, compiled for one instruction set. Each walks rows [begin, end): of `period` elements, or,
-// for pooling, of y in the forward and of c in the backward.
+// One set of kernels, compiled for one instruction set. A kernel walks rows [begin, end) of `period` elements. Pooling
+// walks rows of y in the forward and rows of c in the backward.
 struct Kernels {
   const char* name;
   int64_t width;  // floats a vector
@@ -190,7 +189,7 @@ struct Kernels {
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 
-// The best set for this processor, at most what ATEN_CPU_CAPABILITY (torch's own switch) allows; null below AVX2.
+// The best set for this processor that ATEN_CPU_CAPABILITY (torch's own switch) allows; null below AVX2.
 const Kernels* kernels();
 
 extern const Convolutions avx512_bf16_convolutions;

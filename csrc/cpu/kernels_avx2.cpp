@@ -1,4 +1,4 @@
-// Compiled with this instruction set's flags; see kernels.h on what may not be included here.
+// Compiled with the flags of AVX2. kernels.h says which headers this file may not include.
 #include "vec_avx2.h"
 
 #include "bn_kernels.h"

@@ -1,4 +1,4 @@
-// Compiled for AVX-512 with its products of bfloat16; see kernels.h on what may not be included here.
+// Compiled for AVX-512 with its products of bfloat16. kernels.h says which headers this file may not include.
 #include "vec_avx512.h"
 
 #include "conv1x1_kernels.h"

@@ -24,7 +24,8 @@ Lines<float> padded(const Window& window, const float* vector) {
   return values;
 }
 
-// Of every position of an axis: divided here, once, and not for every position of every row.
+// The windows that cover each position of an axis. The divisions are made here once, not at every position of every
+// row.
 std::vector<Covering> coverings(const Window& window, int64_t size, int64_t out_size) {
   std::vector<Covering> found(size);
   for (int64_t at = 0; at < size; ++at) {
@@ -42,7 +43,7 @@ struct Coverings {
   std::vector<Covering> rows, columns;
 };
 
-// What both backward passes read.
+// The arguments that both backward passes read.
 template <class Args>
 PoolBackwardArgs backward_args(const Args& args, const Window& window, const Coverings& covering) {
   PoolBackwardArgs all{};

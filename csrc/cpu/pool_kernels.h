@@ -24,8 +24,8 @@ struct Inside {
   int64_t h0, h1, w0, w1;
 };
 
-// The maximum of some positions' channels, and its place. Starting from 0 and place 255 makes the ReLU and "no
-// gradient" come for free: only what is greater than 0, or NaN, replaces them.
+// The maximum over positions, channel by channel, and its place. It starts at 0 with place kNoGradient, which is the
+// ReLU: only a value above 0, or NaN, replaces the 0.
 struct Best {
   void take(Float z, int64_t at) {
     const Keep better = either(greater(z, value), is_nan(z));
@@ -37,8 +37,8 @@ struct Best {
   Int place = set_int(kNoGradient);
 };
 
-// One output position, all channels. kernel: the window's size if it lies inside the image as a whole, else 0.
-// Without places the maximum is rounded, not what it is of: the same.
+// One output position, all channels. kernel: the window's size if the whole window lies inside the image, else 0.
+// Without places only the maximum is rounded, not each candidate: rounding keeps order, so the result is equal.
 template <class T, int kernel, bool places>
 inline void pool_position(const PoolForwardArgs& args, const T* image, int64_t top, int64_t left, int64_t out) {
   const Window& w = args.window;
@@ -103,7 +103,7 @@ void bn_relu_maxpool_forward(const PoolForwardArgs& args, int64_t begin, int64_t
   });
 }
 
-constexpr int64_t kMostWindows = 15 * 15;  // that contain one position
+constexpr int64_t kMostWindows = 15 * 15;  // as many windows can contain one position
 
 // A window that contains a position: the first element of its dy, and the position's place in it.
 struct Containing {
@@ -111,7 +111,7 @@ struct Containing {
   int place;
 };
 
-// The windows that contain row h, column x of image n, in their order.
+// Finds the windows that contain row h, column x of image n, in their order, and returns how many they are.
 inline int64_t find_windows(const PoolBackwardArgs& args, int64_t n, int64_t h, int64_t x, Containing* found) {
   const Window& w = args.window;
   const Covering rows = args.rows[h], columns = args.columns[x];
@@ -125,7 +125,7 @@ inline int64_t find_windows(const PoolBackwardArgs& args, int64_t n, int64_t h, 
   return count;
 }
 
-// dz of kWidth channels from `channel` on: dy of the windows whose maximum lies there.
+// dz of kWidth channels from `channel` on: the sum of dy over the windows whose maximum lies at this position.
 template <class T>
 inline Float gather(const T* dy, const uint8_t* indices, const Containing* windows, int64_t count, int64_t channel,
                     int64_t lanes) {

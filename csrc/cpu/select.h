@@ -1,4 +1,4 @@
-// From run-time options to template arguments: `with(flag, [&](auto f) { kernel<f.value>(); })`.
+// Turns run-time options into template arguments: `with(flag, [&](auto f) { kernel<f.value>(); })`.
 #pragma once
 
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// Sixteen floats: the same functions as vec_avx2.h.
+// Sixteen floats, with the functions of vec_avx2.h.
 #pragma once
 
 #include <immintrin.h>
@@ -23,9 +23,9 @@ inline Float select(Keep keep, Float yes, Float no) { return _mm512_mask_blend_p
 inline Int select(Keep keep, Int yes, Int no) { return _mm512_mask_blend_epi32(keep, no, yes); }
 inline Keep either(Keep a, Keep b) { return Keep(a | b); }
 
-// maxps gives its second operand if one is NaN: relu(NaN) stays NaN
+// maxps gives its second operand if either operand is NaN: relu(NaN) stays NaN
 inline Float relu(Float v) { return _mm512_max_ps(zero(), v); }
-inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b if one is NaN
+inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b if a or b is NaN
 inline Float smaller(Float a, Float b) { return _mm512_min_ps(a, b); }
 inline Keep positive_or_nan(Float v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ); }
 inline Keep greater(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
@@ -39,7 +39,7 @@ inline void pack_bits(uint8_t* mask, Keep keep) {
   mask[1] = uint8_t(keep >> 8);
 }
 
-// The value as T stores it; BFloat16: nearest even, NaN to the NaN that torch writes.
+// The value as T stores it. BFloat16 rounds to nearest even, and every NaN becomes the NaN that torch writes.
 template <class T>
 inline Float rounded(Float v);
 template <>
@@ -67,18 +67,18 @@ inline Float load(const BFloat16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// The bits of two values to a lane, those at `low` in the lower halves.
+// Each lane holds the bits of two values: of `low` in the lower half, of `high` in the upper half.
 inline Float load_pairs(const BFloat16* low, const BFloat16* high) {
   const Int halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
   return _mm512_castsi512_ps(_mm512_or_si512(halves, _mm512_castps_si512(load(high))));
 }
 
-// The lower halves, the upper ones cleared.
+// v, with the upper half of each lane cleared.
 inline Float lower_halves(Float v) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), set_int(0xffff)));
 }
 
-// `v` as `rounded` gave it.
+// Stores a `v` that `rounded` returned.
 inline void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
 inline void store(BFloat16* p, Float v) {
   const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16));

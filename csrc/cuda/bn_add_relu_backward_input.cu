@@ -1,5 +1,5 @@
-// dc = A*dz + B*c + K and the gradient of the shortcut. Walks the tensor backwards: the reduction has just
-// left its end in L2.
+// dc = A*dz + B*c + K and the gradient of the shortcut. The kernel walks the tensors backwards: the reduction has just
+// left their ends in L2.
 #include "bn_math.h"
 #include "launch.h"
 #include "walk.h"
@@ -12,7 +12,7 @@ constexpr int kUnroll16 = 2;
 
 enum class Shortcut { kNone, kIdentity, kProjection };
 
-// what the registers of each kernel allow without spilling
+// as many as the registers of each kernel allow without spilling
 constexpr int blocks_per_multiprocessor(Shortcut shortcut) { return shortcut == Shortcut::kNone ? 3 : 2; }
 template <bool kFixed, Shortcut kShortcut>
 constexpr int kBlocksPerMultiprocessor =
@@ -55,8 +55,7 @@ __global__ void __launch_bounds__(kPacketThreads, (kBlocksPerMultiprocessor<kFix
   };
   const int64_t first = plan.first(blockIdx.x, int(threadIdx.x));
   if (kFixed && first < plan.packets) load_vectors(plan.backwards(first));
-  // the vectors of a packet that wraps around the channels are gathered, which takes the registers of the
-  // second
+  // the vectors of a packet that wraps around the channels are gathered, which takes the registers of a second packet
   walk<kFixed ? kUnroll<T, kUnroll16> : 1>(
       first, plan.stride(), plan.packets,
       [&](int64_t step) {

@@ -9,7 +9,7 @@ namespace {
 constexpr int kUnroll16 = 2;
 template <int V, bool kProjection>
 constexpr int kValues = (kProjection ? 3 : 2) * V;
-// what the registers of each kernel allow without spilling
+// as many as the registers of each kernel allow without spilling
 constexpr int blocks_per_multiprocessor(bool projection) { return projection ? 1 : 2; }
 template <bool kProjection>
 constexpr int kBlocksPerMultiprocessor = blocks_per_multiprocessor(kProjection);

@@ -1,5 +1,5 @@
-// y = relu(scale*c + shift + r) and its mask. Walks the tensor backwards: the statistics pass, or the
-// convolution, has just left its end in L2, and the next one starts where this pass ends.
+// y = relu(scale*c + shift + r) and its mask. The kernel walks the tensor backwards: the statistics pass, or the
+// convolution, has just left the end of c in L2, and the next pass starts where this pass ends.
 #include "bn_math.h"
 #include "launch.h"
 #include "walk.h"
@@ -12,7 +12,7 @@ constexpr int kUnroll16 = 2;
 
 enum class Residual { kNone, kPlain, kAffine };
 
-// what the registers of each kernel allow without spilling
+// as many as the registers of each kernel allow without spilling
 constexpr int blocks_per_multiprocessor(Residual residual) { return residual == Residual::kAffine ? 3 : 4; }
 template <Residual kResidual>
 constexpr int kBlocksPerMultiprocessor = blocks_per_multiprocessor(kResidual);
@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kPacketThreads, kBlocksPerMultiprocessor<kResi
   };
   const int64_t first = plan.first(blockIdx.x, int(threadIdx.x));
   if (kFixed && first < plan.packets) load_vectors(plan.backwards(first));
-  // the vectors of a packet that wraps around the channels are gathered, which takes the registers of the
-  // second
+  // the vectors of a packet that wraps around the channels are gathered, which takes the registers of a second packet
   constexpr int kAhead = kFixed || kResidual != Residual::kAffine ? kUnroll<T, kUnroll16> : 1;
   walk<kAhead>(
       first, plan.stride(), plan.packets,

@@ -7,7 +7,7 @@
 namespace fusedres::cuda {
 
 namespace {
-constexpr int kBlocksPerMultiprocessor = 2;  // what registers allow without spilling
+constexpr int kBlocksPerMultiprocessor = 2;  // as many as the registers allow without spilling
 }  // namespace
 
 template <class T, int V, int kKernel, int kStride>

@@ -1,4 +1,4 @@
-// y = maxpool(relu(scale*c + shift)) and the place of each maximum: the stem in one pass over c.
+// y = maxpool(relu(scale*c + shift)) and the place of each maximum, in one pass over c.
 #include "bn_math.h"
 #include "launch.h"
 #include "pooling.h"
@@ -7,13 +7,13 @@
 namespace fusedres::cuda {
 
 namespace {
-constexpr int kBlocksPerMultiprocessor = 2;  // what registers allow without spilling
+constexpr int kBlocksPerMultiprocessor = 2;  // as many as the registers allow without spilling
 }  // namespace
 
 template <class T, int V, int kKernel, int kStride>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     bn_relu_maxpool_forward_kernel(BnReluMaxpoolForward args, TilePlan plan) {
-  constexpr int kColumns = kKernel ? kKernel : 1;  // of a window, loaded at once
+  constexpr int kColumns = kKernel ? kKernel : 1;  // columns of a window that are loaded at once
   const Pooling& pooling = args.pooling;
   const Window<kKernel, kStride> window(pooling);
   const TileThread me(plan);

@@ -1,6 +1,6 @@
 // Batch statistics: shifted sums per thread, then merges of (mean, M2, count) by Chan, Golub & LeVeque 1983.
-// The merged means are relative to that of a few rows of c, so that they keep their digits where mean/std is large,
-// and where it is small: what they are relative to is off by a fraction of std.
+// The merged means are relative to a pivot, the mean of a few rows of c. The pivot is off by a fraction of std only, so
+// the means keep their digits where mean/std is large and where it is small.
 #include "bn_math.h"
 #include "launch.h"
 #include "tile_reduce.h"
@@ -32,7 +32,7 @@ struct MomentMerge {
   }
 };
 
-// The mean of a few rows of c, [P, C] from some channel on; the same wherever it is computed.
+// The mean of a few rows of c, [P, C] from some channel on. Every thread of a channel computes an equal pivot.
 template <class T, int V>
 __device__ __forceinline__ void pivot(const T* c, const TilePlan& plan, float (&value)[V]) {
 #pragma unroll
@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
   const int64_t rows = me.active ? plan.rows_of_thread(me.row) : 0;
   float acc[kValues<V>] = {};
   if (rows > 0) {
-    // A shift near the data makes sum and sum of squares safe; the thread's own first row needs no pass
-    // before.
+    // A shift near the data makes sum and sum of squares safe. The thread's own first row needs no earlier pass.
     float shift[V], sum[V] = {}, square[V] = {};
     const Packet<T, V> first = load_channels<T, V>(c + me.row * plan.channels, l2_policy(false));
 #pragma unroll
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
   }
   reduce_tile<V>(acc, shared, workspace, plan, MomentMerge<V>(), [&](int64_t channel, auto moment) {
     const float var = moment(1) / float(plan.rows);
-    float mean = var;  // an infinity makes the mean NaN too, as torch's Welford does; so do no rows at all
+    float mean = var;  // an infinity makes the mean NaN too, as in torch's Welford, and so does an empty tensor
     if (!isnan(var)) {
       float reference[1];
       pivot<T, 1>(static_cast<const T*>(args.c) + channel, plan, reference);

@@ -14,9 +14,9 @@
 
 namespace fusedres::cuda {
 
-// Scratch of a reducing op, 16-byte aligned, for one launch at a time. Its first bytes are counters, which
-// every launch leaves at zero: who keeps a workspace for later launches of the same op and shape on the same
-// stream says so and saves the memset.
+// Scratch of a reducing op, 16-byte aligned, for one launch at a time. Its first bytes are counters, which every launch
+// leaves at zero. A caller that keeps a workspace for later launches of one op and shape on one stream sets
+// counters_are_zero, which saves the memset.
 struct Workspace {
   void* data;
   size_t bytes;

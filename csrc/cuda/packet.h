@@ -10,7 +10,7 @@ __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float to_float(float v) { return v; }
 
-// to nearest even, as torch rounds
+// Rounds to nearest even, as torch does.
 template <class T>
 __device__ __forceinline__ T round_to(float v);
 template <>
@@ -34,7 +34,8 @@ struct Packet {
 template <class T>
 constexpr int kWordsPerPacket = int(sizeof(T)) * kPacket / 16;  // 16-byte words
 
-// 16-bit dtypes: several packets a thread, so that loads overlap; a float32 packet is two loads already.
+// A thread handles several packets of a 16-bit dtype at once, so that loads overlap. A float32 packet is two loads
+// already.
 template <class T, int Of16Bit>
 constexpr int kUnroll = sizeof(T) == 2 ? Of16Bit : Of16Bit / 2;
 

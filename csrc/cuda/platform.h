@@ -1,5 +1,5 @@
-// The few CUDA facilities that the host build provides in its own way. Under nvcc these are plain CUDA; any
-// other compiler gets the emulator, and the kernels are the same source for both.
+// The few CUDA facilities that the host build provides in its own way. nvcc gets plain CUDA, any other compiler gets
+// the emulator, and the kernels are one source for both.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_
   return cudaGetLastError();
 }
 
-// L2 eviction policies, as an operand: one instruction serves both, chosen per access.
+// The L2 eviction policy is an operand of the load or store: one instruction serves both policies, chosen per access.
 __device__ __forceinline__ uint64_t l2_policy(bool keep) {
   uint64_t first, normal;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));

@@ -1,4 +1,4 @@
-// Windows of a max pooling: where a row lies in the image, and the gradient that its windows send it.
+// Windows of a max pooling: where a row lies in the image, and the gradient that the row gets from its windows.
 #pragma once
 
 #include "launchers.h"
@@ -12,7 +12,7 @@ struct Position {
   int64_t image, y, x;
 };
 
-// Row (image*height + y)*width + x, taken apart. Rows past 2^32 are rare, and 64-bit division is slow.
+// Takes row (image*height + y)*width + x apart. Rows past 2^32 are rare, and 64-bit division is slow.
 __device__ __forceinline__ Position position_of(int64_t row, int64_t height, int64_t width) {
   if ((row >> 32) == 0 && (width >> 32) == 0 && (height >> 32) == 0) {
     const uint32_t line = uint32_t(row) / uint32_t(width), image = line / uint32_t(height);
@@ -33,15 +33,15 @@ struct Window {
         padding(pooling.padding) {}
 };
 
-// dz of V channels at one position of c: each of its windows' dy, where the window's index points here.
-// dy, indices [N, H', W', C], from the first of the V channels
+// dz of V channels at one position of c: the sum of dy over the windows whose index points at the position.
+// dy, indices [N, H', W', C], from the first of the V channels on
 template <class T, int V, int kKernel, int kStride>
 __device__ __forceinline__ void gather_dz(float (&dz)[V], const Pooling& pooling, const Position& at, const T* dy,
                                           const uint8_t* indices) {
   [[maybe_unused]] constexpr int kUnrolled = kKernel ? (kKernel + kStride - 1) / (kStride + !kStride) : 1;
   const Window<kKernel, kStride> window(pooling);
   const int64_t pooled_height = pooling.pooled_height, pooled_width = pooling.pooled_width;
-  const int reach = (window.kernel + window.stride - 1) / window.stride;  // windows over one position, each way
+  const int reach = (window.kernel + window.stride - 1) / window.stride;  // windows over one position along each axis
   const int64_t bottom = (at.y + window.padding) / window.stride, right = (at.x + window.padding) / window.stride;
 #pragma unroll
   for (int i = 0; i < V; ++i) dz[i] = 0.f;

@@ -1,4 +1,4 @@
-// dz = where(mask, dy, 0): a shortcut's gradient by itself.
+// dz = where(mask, dy, 0), which is the gradient of an identity shortcut.
 #include "bn_math.h"
 #include "launch.h"
 #include "walk.h"

@@ -1,19 +1,19 @@
-// Reductions over rows: the merge inside a block, and the merge of all blocks by the last one. Every merge
-// has a fixed order, so two runs are bitwise equal; there is no float atomic.
+// Reductions over rows: the merge inside a block, and the merge of all blocks by the last block. Every merge has a
+// fixed order and there is no float atomic, so two runs are bitwise equal.
 #pragma once
 
 #include "walk.h"
 
 namespace fusedres::cuda {
 
-// Partial results that a thread of the last block loads before it merges them: each load waits for L2.
+// How many partial results a thread of the last block loads before it merges them: each load waits for L2.
 constexpr int kMergedAtOnce = 2;
 
-// floats of shared memory for N values: the upper half of a block's threads, and never fewer than its lanes
+// floats of shared memory: `Values` for each thread of a block's upper half, which is never smaller than its lanes
 template <int Values>
 constexpr int kMergeFloats = Values * kTileThreads / 2;
 
-// Merges acc over the rows of a block's tile, in a fixed tree; the result is in the threads of row 0.
+// Merges acc over the rows of a block's tile, in a fixed tree. The threads of row 0 get the result.
 // merge(acc, b) takes b(0) ... b(N-1) into acc; zeros are its identity.
 // shared: [values][upper half of the threads]
 template <int N, class Merge>

@@ -31,8 +31,8 @@ __device__ __forceinline__ void walk(int64_t first, int64_t stride, int64_t end,
   for (; i < end; i += stride) use(i, load(i));
 }
 
-// Packet `packet` of a flat tensor [numel]: 16-byte words if kFixed, else element by element where the tensor
-// is not aligned or ends inside the packet. Elements past the end read as 0.
+// Packet `packet` of a flat tensor [numel], loaded in 16-byte words if kFixed. Else it is loaded element by element
+// where the tensor is not aligned or ends inside the packet. Elements past the end read as 0.
 template <bool kFixed, class T>
 __device__ __forceinline__ Packet<T, kPacket> load_flat(const T* tensor, int64_t packet, const PacketPlan& plan,
                                                         uint64_t policy) {
@@ -78,7 +78,7 @@ __device__ __forceinline__ void load_vector_flat(float (&out)[kPacket], const fl
   }
 }
 
-// Bits of a packet that lie inside the tensor.
+// One bit for each element of a packet that lies inside the tensor.
 __device__ __forceinline__ unsigned valid_bits(int64_t packet, const PacketPlan& plan) {
   const int64_t left = plan.numel - packet * kPacket;
   return left >= kPacket ? 0xffu : (1u << left) - 1u;

@@ -1,4 +1,4 @@
-// From tensors to what a launcher takes: pointers, shapes, coefficients. `Device` is Cpu or Cuda.
+// Turns tensors into the fields of a launcher's struct: pointers, shapes, coefficients. `Device` is Cpu or Cuda.
 #pragma once
 
 #include "../ops.h"
@@ -16,7 +16,7 @@ inline float* written(const OptionalTensor& v) { return v ? written(*v) : nullpt
 inline uint8_t* written_bytes(const OptionalTensor& v) { return v ? v->mutable_data_ptr<uint8_t>() : nullptr; }
 inline void* untyped_written(const OptionalTensor& v) { return v ? v->mutable_data_ptr() : nullptr; }
 
-// The shape of an activation c [N, C, H, W], and that the device's kernels take it.
+// The shape of an activation c [N, C, H, W]. Fails where the device's kernels do not take c.
 template <class Device>
 Shape check_activation(const char* op, const char* name, const Tensor& c) {
   Device::check_processor(op);
@@ -28,7 +28,7 @@ Shape check_activation(const char* op, const char* name, const Tensor& c) {
   return {dtype, c.numel() / channels, channels};
 }
 
-// The coefficients of an input gradient, each [channels].
+// The coefficients of an input gradient, checked, each [channels].
 inline Coefficients check_coefficients(const char* op, const OptionalTensor& a, const OptionalTensor& b,
                                        const OptionalTensor& k, int64_t channels) {
   check_vector(op, "A", a, channels);
@@ -38,7 +38,7 @@ inline Coefficients check_coefficients(const char* op, const OptionalTensor& a, 
   return {data(a), data(b), data(k)};
 }
 
-// An argument by its name; null: absent.
+// An argument and its name. The tensor is null where the argument is absent.
 struct Named {
   Named(const char* name, const Tensor& t) : name(name), tensor(&t) {}
   Named(const char* name, const OptionalTensor& t) : name(name), tensor(t ? &*t : nullptr) {}

@@ -1,4 +1,5 @@
-// Batch normalisation, addition and ReLU: checks the arguments, allocates the results, calls the device's launchers.
+// Batch normalisation, addition and ReLU: each op checks its arguments, allocates its results and calls the device's
+// launcher.
 #include "allocate.h"
 #include "devices.h"
 
@@ -32,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_scale_shift(Tensor mean, Tensor var, Optio
   return {invstd, scale, shift};
 }
 
-// y and the mask are written where they are given. In place, y is c.
+// Checks all arguments but c, and writes y, and the mask if there is one. In place, y is c.
 template <class Device>
 void add_relu_forward(const char* op, const Shape& shape, const Tensor& c, const Tensor& scale, const Tensor& shift,
                       const OptionalTensor& residual, const OptionalTensor& residual_scale,
@@ -65,7 +66,7 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_forward(Tensor c, Tensor scale, T
   return {y, mask};
 }
 
-// y in the storage of c
+// Writes y into the storage of c.
 template <class Device>
 void bn_add_relu_forward_(Tensor c, Tensor scale, Tensor shift, OptionalTensor residual, OptionalTensor residual_scale,
                           OptionalTensor residual_shift, bool relu) {
@@ -74,7 +75,7 @@ void bn_add_relu_forward_(Tensor c, Tensor scale, Tensor shift, OptionalTensor r
   add_relu_forward<Device>(op, shape, c, scale, shift, residual, residual_scale, residual_shift, relu, c, {});
 }
 
-// What dz is made of, but for c.
+// Checks the tensors, apart from c, that dz is formed from.
 void check_gradient(const char* op, const Tensor& dy, const Tensor& c, const Tensor& scale, const Tensor& shift,
                     const OptionalTensor& mask, int64_t channels) {
   check_like(op, "dy", dy, c);
@@ -113,7 +114,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> bn_backward_coefficients(Tens
                                                                             int64_t rows, bool training) {
   const char* op = "bn_backward_coefficients";
   const int64_t channels = sum_dz.numel();
-  // positions that sums were taken over; 0 of an empty batch
+  // rows is the number of positions that were summed over: 0 for an empty batch
   if (rows < 0) fail(op, "rows", std::to_string(rows), "N*H*W", "pass the number of positions of c");
   check_device(op, "sum_dz", sum_dz, Device::kCuda);
   check_vector(op, "sum_dz", sum_dz, channels);
@@ -135,7 +136,8 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> bn_backward_coefficients(Tens
   return {dweight, b, k};
 }
 
-// dc is written, and dresidual where it is given. In place, dc is dy or c, and dresidual is shortcut_c.
+// Checks all arguments but c, and writes dc, and dresidual if there is one. In place, dc is dy or c, and dresidual is
+// shortcut_c.
 template <class Device>
 void backward_input(const char* op, const Shape& shape, const Tensor& dy, const Tensor& c, const Tensor& scale,
                     const Tensor& shift, const Tensor& a, const OptionalTensor& b, const OptionalTensor& k,
@@ -172,7 +174,7 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_backward_input(Tensor dy, Tensor 
   return {dc, dresidual};
 }
 
-// dc in the storage of dy, without a second result
+// Writes dc into the storage of dy. There is no second result.
 template <class Device>
 void bn_add_relu_backward_input_(Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor a, OptionalTensor b,
                                  OptionalTensor k, OptionalTensor mask, bool relu) {
@@ -181,7 +183,7 @@ void bn_add_relu_backward_input_(Tensor dy, Tensor c, Tensor scale, Tensor shift
   backward_input<Device>(op, shape, dy, c, scale, shift, a, b, k, mask, relu, {}, {}, {}, {}, dy, {});
 }
 
-// dc in the storage of c, the gradient of a projection in that of shortcut_c
+// Writes dc into the storage of c, and the gradient of a projection into the storage of shortcut_c.
 template <class Device>
 OptionalTensor bn_add_relu_backward_input_of_c_(Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor a,
                                                 OptionalTensor b, OptionalTensor k, OptionalTensor mask, bool relu,

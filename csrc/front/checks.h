@@ -1,5 +1,5 @@
-// What ops ask of their arguments, on every device. A failed check throws; the text says op, argument, found, needed,
-// fix.
+// Checks of arguments that ops of all families share. A failed check throws; the text names the op, the argument, what
+// was found, what is needed, and the fix.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -30,7 +30,7 @@ inline std::string sizes_of(const Tensor& t) {
   return text.str();
 }
 
-// Sizes, and strides where elements do not lie beside each other.
+// The sizes, and the strides too where elements do not lie side by side.
 inline std::string layout_of(const Tensor& t) {
   if (t.is_contiguous()) return sizes_of(t);
   std::ostringstream text;
@@ -92,7 +92,7 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
   return a.size(0) == b.size(0) && a.size(1) == b.size(1) && a.size(2) == b.size(2) && a.size(3) == b.size(3);
 }
 
-// A tensor like another: size, dtype, memory format, device.
+// t has the sizes, the memory format and the device of `like`.
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like, ScalarType dtype) {
   check_channels_last(op, name, t);
   check_device(op, name, t, like.is_cuda());
@@ -108,7 +108,7 @@ inline void check_like(const char* op, const char* name, const OptionalTensor& t
   if (t) check_like(op, name, *t, like);
 }
 
-// A float32 vector of `channels`.
+// v is a float32 vector [channels].
 inline void check_vector(const char* op, const char* name, const Tensor& v, int64_t channels) {
   if (v.scalar_type() != ScalarType::Float) {
     fail(op, name, dtype_name(v.scalar_type()), "float32", "channel vectors have the accumulation dtype");

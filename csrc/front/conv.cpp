@@ -1,4 +1,5 @@
-// Convolutions: checks the arguments, allocates the results, calls the device's launchers. CUDA has none.
+// Convolutions: each op checks its arguments, allocates its results and calls the device's launcher. CUDA has no
+// launcher for them.
 #include "allocate.h"
 #include "devices.h"
 
@@ -6,10 +7,10 @@ namespace fusedres::front {
 
 namespace {
 
-// One axis, 2 or 3, of a convolution from x to dy's shape.
+// One axis, 2 or 3, of a convolution from x to dy's shape, checked.
 ConvAxis axis_of(const char* op, const Tensor& dy, const Tensor& x, int64_t kernel, int64_t stride, int64_t padding,
                  int64_t dilation, int64_t axis) {
-  constexpr int64_t kLargest = 1 << 20;  // products of two, and sizes of images beside them, stay far from 2^63
+  constexpr int64_t kLargest = 1 << 20;  // the product of two, with an image's size added, stays far from 2^63
   const auto within = [](int64_t least, int64_t value) { return value >= least && value <= kLargest; };
   if (!within(1, kernel) || !within(1, stride) || !within(0, padding) || !within(1, dilation)) {
     std::ostringstream found;
@@ -54,7 +55,8 @@ Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t 
   return dw;
 }
 
-// The weight [Cout, Cin, 1, 1] of a convolution that sums over x's channels, which are dimension `summed` of it.
+// Checks x, and the weight [Cout, Cin, 1, 1] of a convolution that sums over x's channels: they are the weight's
+// dimension `summed`.
 template <class Device>
 Shape check_1x1(const char* op, const char* name, const Tensor& x, const Tensor& weight, int64_t summed) {
   const Shape shape = check_activation<Device>(op, name, x);
@@ -95,7 +97,7 @@ Tensor conv_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy,
   return dx;
 }
 
-// dx [N, Cin, H, W], added to; dy [N, Cout, H', W']
+// Adds to dx [N, Cin, H, W]; dy [N, Cout, H', W'], weight [Cout, Cin, 1, 1].
 template <class Device>
 void conv_backward_input_(Tensor dx, Tensor dy, Tensor weight, int64_t stride_height, int64_t stride_width) {
   const char* op = "conv_backward_input_";

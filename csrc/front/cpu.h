@@ -12,7 +12,7 @@ struct Cpu {
   static constexpr bool kCuda = false;
   static constexpr bool kFormsIndicesAlways = false;
 
-  // Nothing to do: an op with a tensor elsewhere is not dispatched to the CPU.
+  // Checks nothing: torch does not dispatch an op to the CPU if one of its tensors lies elsewhere.
   Cpu(const char*, const Tensor&, std::initializer_list<Named> = {}) {}
 
   static void check_processor(const char* op) {
@@ -34,7 +34,7 @@ struct Cpu {
     return {untyped(v), Dtype::kFloat32};
   }
 
-  // Whether this processor has convolutions of t's dtype.
+  // Fails where this processor has no convolutions of t's dtype.
   static void check_convolutions(const char* op, const char* name, const Tensor& t) {
     if (cpu::convolutions(dtype_of(op, name, t)) != nullptr) return;
     fail(op, name, dtype_name(t.scalar_type()), "float32 on this processor", "convert it, or use backend='reference'");

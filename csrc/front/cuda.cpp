@@ -1,5 +1,5 @@
-// cudart is linked statically and nothing of libtorch_cuda is: the library loads with a CPU-only torch too. The
-// current stream comes from libtorch_cuda, looked up at the first launch.
+// cudart is linked statically, and libtorch_cuda is not linked: the library loads with a CPU-only torch too. The
+// function that gives the current stream is looked up in libtorch_cuda at the first launch.
 #include "cuda.h"
 
 #include <cuda_runtime_api.h>
@@ -14,7 +14,7 @@ namespace {
 
 using CurrentStream = AOTITorchError (*)(int32_t, void**);
 
-// Null: torch is no CUDA build, or older than 2.10.
+// Null where torch is no CUDA build, or older than 2.10.
 CurrentStream find_current_stream() {
   void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   void* symbol = torch_cuda == nullptr ? nullptr : dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
@@ -28,12 +28,12 @@ cudaError_t compute_capability(int device, int* major, int* minor) {
 
 void check_launch(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next launch would be blamed for it
+  cudaGetLastError();  // clears the error, which the next launch would report otherwise
   throw std::runtime_error(std::string("fusedres ") + op + ": the CUDA launch failed: " + cudaGetErrorString(error) +
                            ". Check earlier kernels with CUDA_LAUNCH_BLOCKING=1, or use backend='triton'.");
 }
 
-// Before a device's first launch: our error instead of "no kernel image is available".
+// Fails before a device's first launch, where that launch would say "no kernel image is available".
 void check_runs_on(const char* op, int device) {
   static thread_local int checked = -1;
   if (device == checked) return;
@@ -57,7 +57,8 @@ Cuda::Cuda(const char* op, const Tensor& first, std::initializer_list<Named> oth
   check_runs_on(op, device);
   int current = -1;
   check_launch(op, cudaGetDevice(&current));
-  if (device != current) guard_.emplace(device);  // torch's: it makes no context where it goes back to
+  // torch's guard makes no context on the device that it goes back to
+  if (device != current) guard_.emplace(device);
   static const CurrentStream current_stream = find_current_stream();
   void* handle = nullptr;
   TORCH_ERROR_CODE_CHECK(current_stream(device, &handle));
@@ -83,7 +84,7 @@ Parameter Cuda::parameter_of(const char* op, const char* name, const OptionalTen
   return {v->const_data_ptr(), v->scalar_type() == ScalarType::Double ? Dtype::kFloat64 : dtype_of(op, name, *v)};
 }
 
-// The scratch is torch's: given back at once, and reused by later work of this stream alone.
+// torch allocates the scratch. It is given back at once, and only later work of this stream reuses it.
 template <class Args>
 void Cuda::launch_in_scratch(const Args& args, size_t bytes,
                              cudaError_t (*launcher)(const Args&, const cuda::Workspace&, cudaStream_t)) const {
@@ -128,7 +129,7 @@ std::string cuda_device_problem(int device) {
   int major = 0, minor = 0;
   const cudaError_t error = front::compute_capability(device, &major, &minor);
   if (error != cudaSuccess) {
-    cudaGetLastError();  // an error that is kept would be taken for the next launch's
+    cudaGetLastError();  // clears the error, which the next launch would report otherwise
     return "its CUDA " + std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10) +
            " says: " + cudaGetErrorString(error);
   }

@@ -24,7 +24,7 @@ class Cuda {
 
   static void check_processor(const char*) {}
   static Dtype dtype_of(const char* op, const char* name, const Tensor& t);
-  // Of any floating dtype, float64 too.
+  // A parameter may have any floating dtype, float64 too.
   static Parameter parameter_of(const char* op, const char* name, const OptionalTensor& v, int64_t channels);
 
   void launch(const BnScaleShift& args) const;

@@ -1,5 +1,5 @@
-// The devices that this build's front serves. A family of ops is a set of function templates over `Device`, which are
-// registered for each device.
+// The devices that this build serves. An op of the front is a function template over `Device`, registered for each
+// device that has a launcher for it.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// BN, ReLU and max-pooling: checks the arguments, allocates the results, calls the device's launchers.
+// BN, ReLU and max-pooling: each op checks its arguments, allocates its results and calls the device's launcher.
 #include <algorithm>
 
 #include "allocate.h"
@@ -8,12 +8,12 @@ namespace fusedres::front {
 
 namespace {
 
-// The pooling of c [N, C, H, W], whose window has to be one that kernels take, and c large enough for one.
+// The pooling of c [N, C, H, W]. Fails where the kernels do not take the window, or c holds no window.
 Pooling pooling_of(const char* op, const Tensor& c, const Shape& shape, int64_t kernel_size, int64_t stride,
                    int64_t padding) {
   const bool taken = kernel_size >= 1 && kernel_size <= 15 && stride >= 1 && padding >= 0 && padding <= kernel_size / 2;
   const int64_t height = c.size(2), width = c.size(3);
-  // A stride as long as the padded image leaves one window on each axis, as every longer one does.
+  // A stride as long as the padded image leaves one window on each axis, and so does every longer stride.
   const int64_t step = taken ? std::min(stride, std::max(height, width) + 2 * padding) : stride;
   if (!taken || step > INT32_MAX) {
     std::ostringstream found;

@@ -1,5 +1,5 @@
-// CUDA's names for a host compiler. The kernels of csrc/cuda include this instead of CUDA's own through
-// csrc/cuda/platform.h; nothing of it is in a wheel.
+// CUDA's names for a host compiler. The kernels of csrc/cuda include this file through csrc/cuda/platform.h, in place
+// of CUDA's own headers. No wheel contains its code.
 #pragma once
 
 #include <math.h>
@@ -45,7 +45,7 @@ inline unsigned atomicExch(unsigned* address, unsigned value) {
   return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
 }
 
-// one rounding each: the host build runs with -ffp-contract=off
+// Each rounds once: the host build runs with -ffp-contract=off.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 

@@ -1,4 +1,4 @@
-// One fiber per CUDA thread: stacks, the switch between them, and what the sanitizers must be told about it.
+// One fiber per CUDA thread: stacks, the switch between them, and what the sanitizers are told about the switch.
 //
 //   -fsanitize=address   is told of each change of stack
 //   -fsanitize=thread    sees each fiber as a thread of its own; a switch orders nothing, so that the only
@@ -38,7 +38,7 @@ struct Fiber {
   void* thread_sanitizer = nullptr;
 };
 
-// Within, memory traffic is the emulator's own and not the kernel's.
+// In its scope ThreadSanitizer ignores reads and writes: they are the emulator's, not the kernel's.
 struct Quiet {
 #if defined(__SANITIZE_THREAD__)
   Quiet() {
@@ -76,9 +76,8 @@ __attribute__((naked, noinline)) inline void swap_stacks(void** /*save*/, void* 
       "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
 }
 
-// Finished fibers are kept for later threads, of which a launch has thousands. What ThreadSanitizer remembers
-// of a fiber's earlier life is ordered before the later one anyway: by the end of that launch, or of that
-// block.
+// Finished fibers are kept for later threads: a launch has thousands of threads. The end of a launch, or of a block,
+// orders the earlier life of a fiber, which ThreadSanitizer remembers, before the later one.
 class Fibers {
  public:
   Fiber take() {
@@ -120,7 +119,7 @@ inline void prepare(Fiber& fiber, void (*entry)()) {
   fiber.stack_pointer = top;
 }
 
-// First thing on a new fiber.
+// A new fiber calls this first.
 FUSEDRES_UNINSTRUMENTED inline void entered([[maybe_unused]] CallerStack& caller) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &caller.bottom, &caller.size);

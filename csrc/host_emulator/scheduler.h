@@ -27,7 +27,7 @@ struct Thread : Fiber {
   uint3 index{};
   bool done = false;
   int barriers = 0;
-  const uint64_t* waits_for = nullptr;  // a generation, and the value it had
+  const uint64_t* waits_for = nullptr;  // the generation of a barrier, which was `seen` on arrival
   uint64_t seen = 0;
 };
 
@@ -103,8 +103,7 @@ FUSEDRES_UNINSTRUMENTED inline void barrier() {
   acquire(order);
 }
 
-// A shared array of the running block: one for each declaration, of exactly its size, NaN until it is
-// written.
+// A shared array of the running block. Each declaration has one, of exactly its size, full of NaN at first.
 inline void* shared_array(const void* declaration, size_t bytes) {
   Quiet quiet;
   auto& memory = state().current->block->shared[declaration];
