@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Relative paths only, so that a checkout whose path has spaces works. The pinned torch comes first: an
 # unpinned one pulls a different build with gigabytes of CUDA libraries. What the package needs is built apart from
 # this environment, where it has to be built; the library itself is built against the torch in it.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/* csrc/front/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
@@ -21,11 +21,13 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 demo: $(STAMP)
 	$(BIN)/fusedres demo --output demo-output
 
+CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*.cpp tests/*/*.h)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 # A file at a time to each of two processes: most tests keep one core busy. Each has two threads, which must not spin
 # while they wait for one another.

@@ -1,4 +1,4 @@
-// Which GPUs this binary runs on. FUSEDRES_CUDA_ARCHS, what it holds code for, is set by a build with CUDA.
+// Which GPUs this binary runs on. A build with CUDA sets FUSEDRES_CUDA_ARCHS to the architectures it holds code for.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace fusedres {
 
 #ifdef FUSEDRES_CUDA_ARCHS
 inline std::string cuda_archs() { return FUSEDRES_CUDA_ARCHS; }
-// Both in cuda_binding.cpp. Of the toolkit, such as 13000.
+// The toolkit's version, such as 13000. front/cuda.cpp defines this function and the next.
 int64_t cuda_version();
 // Why the kernels cannot run on this device, "" if they can.
 std::string cuda_device_problem(int device);
@@ -20,8 +20,8 @@ inline std::string cuda_device_problem(int) { return "it holds no GPU code"; }
 #endif
 
 // Whether code for one of `archs` ("80;90;120+PTX") runs on a device of this compute capability: the same major
-// version and no newer minor one, or PTX that is no newer. Features of an architecture ("100a") run on no other, those
-// of a family ("100f") on no other major version, as PTX too.
+// version and no newer minor version, or PTX that is no newer. Code with features of an architecture ("100a") runs on
+// no other architecture, and code with features of a family ("100f") on no other major version, not even as PTX.
 inline bool archs_cover(const std::string& archs, int major, int minor) {
   for (size_t at = 0; at < archs.size();) {
     const size_t end = archs.find(';', at) == std::string::npos ? archs.size() : archs.find(';', at);

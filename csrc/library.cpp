@@ -1,10 +1,10 @@
-// The schemas of fusedres_native: the raw ops of fusedres/raw_ops.py with named tuples taken apart. The device
-// folders register their kernels for them. Built against the stable C ABI of torch 2.10: one file serves every
-// Python and every torch from there on.
+// The schemas of fusedres_native: the raw ops of fusedres/raw_ops.py with named tuples taken apart. front/ registers
+// the ops for each device. The library is built against the stable C ABI of torch 2.10: one file serves every Python,
+// and every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 
-#include "cuda_archs.h"
 #include "cpu/kernels.h"
+#include "cuda_archs.h"
 
 namespace {
 
@@ -12,15 +12,15 @@ std::string cuda_archs() { return fusedres::cuda_archs(); }
 
 int64_t cuda_version() { return fusedres::cuda_version(); }
 
-std::string cuda_device_problem(int64_t device) { return fusedres::cuda_device_problem(static_cast<int>(device)); }
+std::string cuda_device_problem(int64_t device) { return fusedres::cuda_device_problem(int(device)); }
 
 bool cuda_archs_cover(std::string archs, int64_t major, int64_t minor) {
-  return fusedres::archs_cover(archs, static_cast<int>(major), static_cast<int>(minor));
+  return fusedres::archs_cover(archs, int(major), int(minor));
 }
 
 bool cpu_multiplies_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 
-bool cpu_products_of_bfloat16() { return fusedres::cpu::products(fusedres::cpu::Dtype::bfloat16) != nullptr; }
+bool cpu_products_of_bfloat16() { return fusedres::cpu::convolutions(fusedres::Dtype::kBFloat16) != nullptr; }
 
 std::string cpu_capability() {
   const fusedres::cpu::Kernels* kernels = fusedres::cpu::kernels();
@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "bn_add_relu_forward(Tensor c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
       " Tensor? residual_shift, bool relu, bool save_mask) -> (Tensor y, Tensor? mask)");
-  // in place: y in the storage of c; dc in that of dy; dc, and the gradient of a projection, in those of c and shortcut_c
+  // The ops in place write y into c; dc into dy; dc into c, and the gradient of a projection into shortcut_c.
   m.def(
       "bn_add_relu_forward_(Tensor(a!) c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
       " Tensor? residual_shift, bool relu) -> ()");
@@ -72,26 +72,25 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "conv_backward_weight(Tensor dy, Tensor x, int kernel_height, int kernel_width, int stride_height,"
       " int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width) -> Tensor");
-  // in inference, without stride
+  // for inference; the convolution has no stride
   m.def(
       "conv1x1_forward(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
       " Tensor? residual_shift, bool relu) -> Tensor");
   m.def("conv_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask) -> Tensor");
-  // of a convolution with stride: added to dx
-  m.def(
-      "conv_backward_input_(Tensor(a!) dx, Tensor dy, Tensor weight, int stride_height, int stride_width) -> ()");
+  // for a convolution with stride; adds to dx
+  m.def("conv_backward_input_(Tensor(a!) dx, Tensor dy, Tensor weight, int stride_height, int stride_width) -> ()");
   // the instruction set in use; "none" below AVX2
   m.def("cpu_capability() -> str");
   // whether the processor has instructions for products of bfloat16
   m.def("cpu_multiplies_bfloat16() -> bool");
-  // whether 1x1 convolutions of bfloat16 have kernels on it
+  // whether the processor has kernels for convolutions of bfloat16
   m.def("cpu_products_of_bfloat16() -> bool");
-  // what the binary holds GPU code for, such as "80;90;120+PTX"; "" without CUDA
+  // the architectures that the binary holds GPU code for, such as "80;90;120+PTX"; "" without CUDA
   m.def("cuda_archs() -> str");
   m.def("cuda_archs_cover(str archs, int major, int minor) -> bool");
-  // of the toolkit that built the binary, such as 13000; 0 without CUDA
+  // the version of the toolkit that built the binary, such as 13000; 0 without CUDA
   m.def("cuda_version() -> int");
-  // why its kernels cannot run on a device: no code for it, no driver for its CUDA; "" if they can
+  // why the kernels cannot run on a device, such as no code for it or no driver for the CUDA version; "" if they can
   m.def("cuda_device_problem(int device) -> str");
 }
 

@@ -21,16 +21,18 @@ SOURCES = Path(__file__).resolve().parent
 CPU_SOURCES = (
     "library.cpp",
     "older_systems.cpp",
-    "cpu/binding.cpp",
-    "cpu/channel_ops.cpp",
+    "cpu/bn.cpp",
+    "cpu/bn_vectors.cpp",
+    "cpu/conv1x1.cpp",
+    "cpu/conv_weight.cpp",
     "cpu/kernels.cpp",
     "cpu/kernels_avx2.cpp",
     "cpu/kernels_avx512.cpp",
     "cpu/kernels_avx512_bf16.cpp",
-    "cpu/launch_bn.cpp",
-    "cpu/launch_conv.cpp",
-    "cpu/launch_pool.cpp",
-    "cpu/launch_product.cpp",
+    "cpu/pool.cpp",
+    "front/bn.cpp",
+    "front/conv.cpp",
+    "front/pool.cpp",
 )
 DEFAULT_ARCHS = "80;86;89;90;100;120"
 TORCH_FLOOR = "0x020a000000000000"  # 2.10
@@ -182,7 +184,7 @@ def build(plan: Plan, folder: Path, target: Path) -> None:
     folder, target = folder.resolve(), target.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    sources = (*CPU_SOURCES, "cuda_binding.cpp", *cuda_sources()) if plan.cuda else CPU_SOURCES
+    sources = (*CPU_SOURCES, "front/cuda.cpp", *cuda_sources()) if plan.cuda else CPU_SOURCES
     objects = {folder / (source.replace("/", "_") + ".o"): source for source in sources}
     compiles = {o: compile_command(plan, source, o) for o, source in objects.items()}
     link = link_command(plan, list(objects), target, folder)

@@ -1,11 +1,11 @@
-// What GCC would take from glibc 2.32 and from the libstdc++ of GCC 9, defined here instead, so that the library
-// loads wherever torch does: from glibc 2.28 on.
+// GCC would take these symbols from glibc 2.32 and from the libstdc++ of GCC 9. They are defined here, so that the
+// library loads wherever torch does: from glibc 2.28 on.
 #include <sstream>
 
 template std::ostringstream::basic_ostringstream();
 template std::stringstream::basic_stringstream();
 
-// what libstdc++ asks before it counts a reference; 0: there may be threads
+// libstdc++ reads this before it counts a reference; 0: there may be threads
 extern "C" {
 extern char __libc_single_threaded __attribute__((visibility("hidden")));
 char __libc_single_threaded = 0;

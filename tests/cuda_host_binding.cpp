@@ -6,8 +6,10 @@
 #include "../csrc/cuda/launchers.h"
 #include "../csrc/cuda/plan.h"
 #include "../csrc/host_emulator/scheduler.h"
+#include "../csrc/ops.h"
 
 namespace py = pybind11;
+using namespace fusedres;
 using namespace fusedres::cuda;
 
 namespace {
@@ -29,8 +31,7 @@ void bind_vectors(py::module_& m) {
       .value("bfloat16", Dtype::kBFloat16)
       .value("float32", Dtype::kFloat32)
       .value("float64", Dtype::kFloat64);
-  py::class_<Shape>(m, "Shape")
-      .def(py::init<>()) VALUE(Shape, dtype) VALUE(Shape, rows) VALUE(Shape, channels);
+  py::class_<Shape>(m, "Shape").def(py::init<>()) VALUE(Shape, dtype) VALUE(Shape, rows) VALUE(Shape, channels);
   py::class_<Workspace> workspace(m, "Workspace");
   workspace.def(py::init<>()) VALUE(Workspace, bytes) VALUE(Workspace, counters_are_zero);
   ADDRESS(workspace, Workspace, data);
@@ -63,14 +64,12 @@ void bind_bn(py::module_& m) {
   using F = BnAddReluForward;
   py::class_<F> forward(m, "BnAddReluForward");
   forward.def(py::init<>()) VALUE(F, shape) VALUE(F, relu);
-  ADDRESS(forward, F, c), ADDRESS(forward, F, scale), ADDRESS(forward, F, shift),
-      ADDRESS(forward, F, residual);
+  ADDRESS(forward, F, c), ADDRESS(forward, F, scale), ADDRESS(forward, F, shift), ADDRESS(forward, F, residual);
   ADDRESS(forward, F, residual_scale), ADDRESS(forward, F, residual_shift), ADDRESS(forward, F, y);
   ADDRESS(forward, F, mask);
   using R = BnAddReluBackwardReduce;
   py::class_<R> reduce(m, "BnAddReluBackwardReduce");
-  reduce.def(py::init<>()) VALUE(R, shape) VALUE(R, relu) VALUE(R, coefficients)
-      VALUE(R, shortcut_coefficients);
+  reduce.def(py::init<>()) VALUE(R, shape) VALUE(R, relu) VALUE(R, coefficients) VALUE(R, shortcut_coefficients);
   ADDRESS(reduce, R, dy), ADDRESS(reduce, R, c), ADDRESS(reduce, R, mask), ADDRESS(reduce, R, mean);
   ADDRESS(reduce, R, scale), ADDRESS(reduce, R, shift), ADDRESS(reduce, R, shortcut_c);
   ADDRESS(reduce, R, shortcut_mean), ADDRESS(reduce, R, sum_dz), ADDRESS(reduce, R, sum_dz_centered);
@@ -79,8 +78,7 @@ void bind_bn(py::module_& m) {
   py::class_<I> input(m, "BnAddReluBackwardInput");
   input.def(py::init<>()) VALUE(I, shape) VALUE(I, relu) VALUE(I, grads) VALUE(I, shortcut_grads);
   ADDRESS(input, I, dy), ADDRESS(input, I, c), ADDRESS(input, I, mask), ADDRESS(input, I, scale);
-  ADDRESS(input, I, shift), ADDRESS(input, I, shortcut_c), ADDRESS(input, I, dc),
-      ADDRESS(input, I, dresidual);
+  ADDRESS(input, I, shift), ADDRESS(input, I, shortcut_c), ADDRESS(input, I, dc), ADDRESS(input, I, dresidual);
   using B = ReluBackward;
   py::class_<B> relu(m, "ReluBackward");
   relu.def(py::init<>()) VALUE(B, dtype) VALUE(B, numel);
@@ -91,11 +89,10 @@ void bind_stem(py::module_& m) {
   using P = Pooling;
   py::class_<P>(m, "Pooling")
       .def(py::init([](Dtype dtype, int64_t batch, int64_t height, int64_t width, int64_t channels, int kernel_size,
-                       int stride, int padding) {
-             return P{dtype, batch, height, width, channels, kernel_size, stride, padding};
-           }),
-           py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("height"), py::arg("width"),
-           py::arg("channels"), py::arg("kernel_size"), py::arg("stride"), py::arg("padding"));
+                       int stride,
+                       int padding) { return P{dtype, batch, height, width, channels, kernel_size, stride, padding}; }),
+           py::kw_only(), py::arg("dtype"), py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("channels"),
+           py::arg("kernel_size"), py::arg("stride"), py::arg("padding"));
   using F = BnReluMaxpoolForward;
   py::class_<F> forward(m, "BnReluMaxpoolForward");
   forward.def(py::init<>()) VALUE(F, pooling);
@@ -118,11 +115,8 @@ void launcher(py::module_& m, const char* name, cudaError_t (*launch)(const Args
 }
 
 template <class Args>
-void launcher(py::module_& m, const char* name,
-              cudaError_t (*launch)(const Args&, const Workspace&, cudaStream_t)) {
-  m.def(name, [launch](const Args& args, const Workspace& workspace) {
-    return int(launch(args, workspace, nullptr));
-  });
+void launcher(py::module_& m, const char* name, cudaError_t (*launch)(const Args&, const Workspace&, cudaStream_t)) {
+  m.def(name, [launch](const Args& args, const Workspace& workspace) { return int(launch(args, workspace, nullptr)); });
 }
 
 void bind_plans(py::module_& m) {
@@ -152,10 +146,9 @@ void bind_plans(py::module_& m) {
       .def("first_channel", &TilePlan::first_channel)
       .def("rows_of_thread", &TilePlan::rows_of_thread)
       .def("workspace_bytes", &TilePlan::workspace_bytes);
-  m.def("plan_tiles",
-        [](int64_t rows, int64_t channels, int vector, int unroll, int blocks, int multiprocessors) {
-          return plan_tiles({rows, channels, vector, unroll, blocks, 2}, {multiprocessors, 50 << 20});
-        });
+  m.def("plan_tiles", [](int64_t rows, int64_t channels, int vector, int unroll, int blocks, int multiprocessors) {
+    return plan_tiles({rows, channels, vector, unroll, blocks, 2}, {multiprocessors, 50 << 20});
+  });
 }
 
 }  // namespace
@@ -179,10 +172,8 @@ PYBIND11_MODULE(fusedres_cuda_host, m) {
   m.def("bn_add_relu_backward_reduce_workspace", bn_add_relu_backward_reduce_workspace);
   m.def("bn_relu_maxpool_backward_reduce_workspace", bn_relu_maxpool_backward_reduce_workspace);
   m.def("seed", [](unsigned seed) { fusedres::emulator::state().random.seed(seed); });
-  m.def("set_device", [](int multiprocessors, int l2_bytes) {
-    fusedres::emulator::state().device = {multiprocessors, l2_bytes};
-  });
-  m.def("run_only_blocks",
-        [](std::vector<unsigned> blocks) { fusedres::emulator::state().only_blocks = blocks; });
+  m.def("set_device",
+        [](int multiprocessors, int l2_bytes) { fusedres::emulator::state().device = {multiprocessors, l2_bytes}; });
+  m.def("run_only_blocks", [](std::vector<unsigned> blocks) { fusedres::emulator::state().only_blocks = blocks; });
   m.def("kernels_launched", [] { return fusedres::emulator::state().launched.size(); });
 }

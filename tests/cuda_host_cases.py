@@ -21,7 +21,7 @@ UNALIGNED = Case("offset_C24", (1, 24, 3, 5), "offset")
 
 
 def host_cases(op: str) -> list[Case]:
-    """Every form of the op, on every shape and value that the binding hands on as it is; the widest come first."""
+    """Every form of the op, on every shape and value that the front hands on as it is; the widest come first."""
     cases = list(cases_of(op))
     forms = dict.fromkeys(case.form for case in cases)
     more = [replace(case, form=form) for case in (*GROUPS, UNALIGNED) for form in forms]

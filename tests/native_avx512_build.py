@@ -1,6 +1,6 @@
 """Builds the native library with its AVX-512 kernels in use on any processor that has AVX2: SIMDe emulates them.
 
-The same sources, launchers and binding as in the wheel; only the vectors of cpu/vec_avx512.h are emulated, and
+The same sources, launchers and front as in the wheel; only the vectors of cpu/vec_avx512.h are emulated, and
 cpu/kernels.cpp finds every instruction set. `package` puts the library into a copy of the package.
 """
 

@@ -28,7 +28,7 @@ def run(module: Path, variant: str, *ops: str) -> tuple[int, str]:
 def run_with_bug(name: str, bug: PlantedBug) -> tuple[int, str]:
     folder = cuda_host_build.BUILDS / "bugs" / name
     source = cuda_host_build.ROOT / "csrc"
-    for file in (*(source / "cuda").iterdir(), *(source / "host_emulator").iterdir()):
+    for file in (source / "ops.h", *(source / "cuda").iterdir(), *(source / "host_emulator").iterdir()):
         text, copy = file.read_text(), folder / file.relative_to(source.parent)
         if file.name == bug.file:
             assert text.count(bug.found) == 1, f"{bug.file}: the place for {name} is not there exactly once"

@@ -9,6 +9,7 @@ from raw_op_checks import CHECKS, backward_parts, forward_parts
 
 from fusedres.backends import native, native_reasons
 from fusedres.backends.reference import ReferenceOps
+from fusedres.raw_ops import BatchNormGrads
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
 
@@ -171,3 +172,17 @@ def test_nothing_is_given_away_where_it_is_still_needed():
     )
     assert dc is not dy and dz is not dy
     inputs.assert_unchanged("bn_add_relu_forward, bn_add_relu_backward_input")
+
+
+@pytest.mark.parametrize("stride", [9, 2**31, 2**32 + 2])
+def test_a_stride_beyond_the_image_pools_one_window(stride):
+    """The kernels count strides in 32 bits: in these, 2^32 + 2 would be the stride 2."""
+    ops, reference = native.NativeOps(), ReferenceOps()
+    c = torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)
+    scale, shift = torch.ones(8), torch.zeros(8)
+    y, indices = ops.bn_relu_maxpool_forward(c, scale, shift, 3, stride, 1)
+    expected, places = reference.bn_relu_maxpool_forward(c, scale, shift, 3, 9, 1)
+    assert y.shape == (2, 8, 1, 1) and torch.equal(y, expected) and torch.equal(indices, places)
+    dy, grads = torch.randn_like(y), BatchNormGrads(scale, shift, scale, None, None)
+    dc = ops.bn_relu_maxpool_backward_input(dy, indices, c, grads, 3, stride, 1)
+    assert torch.equal(dc, reference.bn_relu_maxpool_backward_input(dy, indices, c, grads, 3, 9, 1))

@@ -12,8 +12,8 @@ using namespace fusedres::cpu;
 constexpr int64_t kFlush = 256;  // rows that are summed in float before the sum goes to double
 constexpr int64_t kGroup = 4;    // rows that share one load and store of the partial sums
 
-// `group(row, size)` for groups of kGroup rows and single ones after them; after every kFlush rows the `sums`
-// partial sums [sums, period] go to double.
+// Calls `group(row, size)` for groups of kGroup rows, and for each row that is left after the last group. After every
+// kFlush rows the sums in `partial` [length] are added to `totals`.
 template <class F>
 inline void for_groups(float* partial, double* totals, int64_t length, int64_t begin, int64_t end, F group) {
   for (int64_t block = begin; block < end; block += kFlush) {
@@ -26,11 +26,11 @@ inline void for_groups(float* partial, double* totals, int64_t length, int64_t b
   }
 }
 
-constexpr int64_t kFetched = 8192;  // bytes of a group; the rows of longer ones lie in pages of their own
+constexpr int64_t kFetched = 8192;  // bytes of a group; the rows of a longer group lie in pages of their own
 
-// Asks for a share of the next group in the order of memory, at column i of the group that begins at `first`. The
-// hardware does not see that memory is read in sequence where rows of one page are read side by side. Always inlined:
-// GCC takes a function that only prefetches for one without effect, and drops its calls.
+// Prefetches a share of the next group, in the order of memory, while column i of the group that begins at `first` is
+// read. The hardware does not see that memory is read in sequence where rows of one page are read side by side. The
+// function is always inlined: GCC takes a function that only prefetches for one without effect, and drops its calls.
 template <class T>
 __attribute__((always_inline)) inline void fetch_next_group(const T* first, int64_t period, int64_t i) {
   constexpr int64_t bytes = sizeof(T);
@@ -70,7 +70,7 @@ void stats_rows(const StatsArgs& args, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < period; i += kWidth) {
       const Float shift = load(args.shift + i);
       if constexpr (rows.value == kGroup) fetch_next_group(first, period, i);
-      // a group is summed by itself: its terms keep digits that the long sums would round off
+      // a group is summed by itself first: its terms keep digits that the long sums would round off
       Float s = zero(), q = zero();
       for (int64_t r = 0; r < rows.value; ++r) {
         const Float d = load(first + r * period + i) - shift;
@@ -96,8 +96,8 @@ void forward_rows(const ForwardArgs& args, int64_t begin, int64_t end) {
     T* y = static_cast<T*>(args.y) + row * period;
     for (int64_t i = 0; i < period; i += kWidth) {
       Float z = fma(load(args.scale + i), load(c + i), load(args.shift + i));
-      if constexpr (form == Residual::identity) z = z + load(residual + i);
-      if constexpr (form == Residual::projection) {
+      if constexpr (form == Residual::kIdentity) z = z + load(residual + i);
+      if constexpr (form == Residual::kProjection) {
         z = z + fma(load(args.residual_scale + i), load(residual + i), load(args.residual_shift + i));
       }
       z = rounded<T>(z);
@@ -119,14 +119,14 @@ void bn_add_relu_forward(const ForwardArgs& args, int64_t begin, int64_t end) {
   });
 }
 
-// dz of kWidth elements from dy, and from the mask or the rounded scale*c + shift.
+// dz of kWidth elements. It is formed from dy, and from the mask or the rounded scale*c + shift.
 template <class T, Gradient gradient, class Args>
 inline Float gradient_at(const Args& args, const T* dy, Float c, int64_t row, int64_t i) {
   const Float d = load(dy + i);
-  if constexpr (gradient == Gradient::mask) {
+  if constexpr (gradient == Gradient::kMask) {
     return select(unpack_bits(args.mask + (row * args.period + i) / 8), d);
   }
-  if constexpr (gradient == Gradient::sign) {
+  if constexpr (gradient == Gradient::kSign) {
     return select(positive_or_nan(rounded<T>(fma(load(args.scale + i), c, load(args.shift + i)))), d);
   }
   return d;
@@ -180,11 +180,11 @@ void bn_add_relu_backward_reduce(const BackwardReduceArgs& args, int64_t begin, 
 
 template <bool frozen>
 inline Float coefficients_at(const Coefficients& v, Float dz, Float c, int64_t i) {
-  const Float a = load(v.a + i);
-  return frozen ? a * dz : fma(a, dz, fma(load(v.b + i), c, load(v.k + i)));
+  const Float a = load(v.A + i);
+  return frozen ? a * dz : fma(a, dz, fma(load(v.B + i), c, load(v.K + i)));
 }
 
-enum class Second { none, dz, shortcut };  // what goes to dresidual
+enum class Second { kNone, kDz, kShortcut };  // what goes to dresidual
 
 template <class T, Gradient gradient, Second second, bool frozen, bool frozen_shortcut>
 void backward_input_rows(const BackwardInputArgs& args, int64_t begin, int64_t end) {
@@ -200,8 +200,8 @@ void backward_input_rows(const BackwardInputArgs& args, int64_t begin, int64_t e
       const Float c_i = load(c + i);
       const Float dz = gradient_at<T, gradient>(args, dy, c_i, row, i);
       store(dc + i, rounded<T>(coefficients_at<frozen>(args.main, dz, c_i, i)));
-      if constexpr (second == Second::dz) store(dresidual + i, dz);
-      if constexpr (second == Second::shortcut) {
+      if constexpr (second == Second::kDz) store(dresidual + i, dz);
+      if constexpr (second == Second::kShortcut) {
         const Float dc2 = coefficients_at<frozen_shortcut>(args.shortcut, dz, load(shortcut_c + i), i);
         store(dresidual + i, rounded<T>(dc2));
       }
@@ -212,20 +212,20 @@ void backward_input_rows(const BackwardInputArgs& args, int64_t begin, int64_t e
 template <class T, Gradient gradient, bool frozen>
 void backward_input_second(const BackwardInputArgs& args, int64_t begin, int64_t end) {
   if (args.dresidual == nullptr) {
-    return backward_input_rows<T, gradient, Second::none, frozen, false>(args, begin, end);
+    return backward_input_rows<T, gradient, Second::kNone, frozen, false>(args, begin, end);
   }
   if (args.shortcut_c == nullptr) {
-    return backward_input_rows<T, gradient, Second::dz, frozen, false>(args, begin, end);
+    return backward_input_rows<T, gradient, Second::kDz, frozen, false>(args, begin, end);
   }
-  with(args.shortcut.b == nullptr, [&](auto frozen_shortcut) {
-    backward_input_rows<T, gradient, Second::shortcut, frozen, frozen_shortcut.value>(args, begin, end);
+  with(args.shortcut.B == nullptr, [&](auto frozen_shortcut) {
+    backward_input_rows<T, gradient, Second::kShortcut, frozen, frozen_shortcut.value>(args, begin, end);
   });
 }
 
 void bn_add_relu_backward_input(const BackwardInputArgs& args, int64_t begin, int64_t end) {
   with(args.dtype, [&](auto t) {
     with(args.gradient, [&](auto gradient) {
-      with(args.main.b == nullptr, [&](auto frozen) {
+      with(args.main.B == nullptr, [&](auto frozen) {
         backward_input_second<typename decltype(t)::type, gradient.value, frozen.value>(args, begin, end);
       });
     });

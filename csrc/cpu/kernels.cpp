@@ -1,4 +1,4 @@
-// Which instruction set this processor runs.
+// Chooses the kernels that this processor runs.
 #include "kernels.h"
 
 #include <cpuid.h>
@@ -35,12 +35,11 @@ const Kernels* kernels() {
   return chosen;
 }
 
-const Products* products(Dtype dtype) {
+const Convolutions* convolutions(Dtype dtype) {
   if (kernels() == nullptr) return nullptr;
-  if (dtype == Dtype::float32) return &kernels()->float32;
-  static const bool bfloat16 =
-      kernels() == &avx512_kernels && __builtin_cpu_supports("avx512bf16") && !has_amx();
-  return bfloat16 ? &avx512_bf16_products : nullptr;
+  if (dtype == Dtype::kFloat32) return &kernels()->float32;
+  static const bool bfloat16 = kernels() == &avx512_kernels && __builtin_cpu_supports("avx512bf16") && !has_amx();
+  return bfloat16 ? &avx512_bf16_convolutions : nullptr;
 }
 
 }  // namespace fusedres::cpu

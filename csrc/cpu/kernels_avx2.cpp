@@ -1,10 +1,10 @@
-// Compiled with this instruction set's flags; see kernels.h on what may not be included here.
+// Compiled with the flags of AVX2. kernels.h says which headers this file may not include.
 #include "vec_avx2.h"
 
 #include "bn_kernels.h"
-#include "conv_kernels.h"
+#include "conv1x1_kernels.h"
+#include "conv_weight_kernels.h"
 #include "pool_kernels.h"
-#include "product_kernels.h"
 
 namespace fusedres::cpu {
 
@@ -19,7 +19,7 @@ const Kernels avx2_kernels = {
     ::relu_backward,
     ::bn_relu_maxpool_forward,
     ::bn_relu_maxpool_backward,
-    {::pack_weight<float>, ::pack_weight_transposed<float>, ::conv_backward_input<float>, ::conv1x1_forward<float>,
+    {::pack_weight<float>, ::pack_weight_transposed<float>, ::conv1x1_backward_input<float>, ::conv1x1_forward<float>,
      ::conv_backward_weight<float>},
 };
 

@@ -1,12 +1,12 @@
-// Vectors of which only some lanes are in memory: the channels that are left at the end of a position. Included after
-// vec_avx2.h or vec_avx512.h.
+// Vectors of which only the first `lanes` are in memory: the channels that are left at the end of a position. Included
+// after vec_avx2.h or vec_avx512.h.
 #pragma once
 
 #include <cstdint>
 
 namespace {
 
-// The first `lanes`.
+// The other lanes are 0.
 template <class T>
 inline Float load_lanes(const T* p, int64_t lanes) {
   if (lanes >= kWidth) return load(p);

@@ -1,4 +1,4 @@
-// Arrays that begin where a line of the cache does: a vector that lies across two costs as much as two, and more where
+// Arrays that begin at a cache line. A vector that lies across two lines costs as much as two vectors, and more where
 // it is loaded soon after it was stored.
 #pragma once
 
@@ -14,7 +14,7 @@ template <class T>
 class Lines {
  public:
   Lines() = default;
-  // Uninitialised.
+  // The elements are uninitialised.
   explicit Lines(int64_t size) : size_(size), memory_(new char[size * sizeof(T) + kLineBytes]) {
     const auto address = reinterpret_cast<uintptr_t>(memory_.get());
     data_ = reinterpret_cast<T*>((address + kLineBytes - 1) / kLineBytes * kLineBytes);

@@ -17,26 +17,28 @@ inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 // The part [h0, h1) x [w0, w1) of a window that lies inside the image.
 struct Inside {
   Inside(const Window& w, int64_t top, int64_t left)
-      : h0(at_least(top, 0)), h1(at_most(top + w.kernel_size, w.height)),
-        w0(at_least(left, 0)), w1(at_most(left + w.kernel_size, w.width)) {}
+      : h0(at_least(top, 0)),
+        h1(at_most(top + w.kernel_size, w.height)),
+        w0(at_least(left, 0)),
+        w1(at_most(left + w.kernel_size, w.width)) {}
   int64_t h0, h1, w0, w1;
 };
 
-// The maximum of some positions' channels, and its place. Starting from 0 and place 255 makes the ReLU and "no
-// gradient" come for free: only what is greater than 0, or NaN, replaces them.
+// The maximum over positions, channel by channel, and its place. It starts at 0 with place kNoGradient, which is the
+// ReLU: only a value above 0, or NaN, replaces the 0.
 struct Best {
   void take(Float z, int64_t at) {
     const Keep better = either(greater(z, value), is_nan(z));
     value = select(better, z, value);
-    place = select(better, set_int(static_cast<int>(at)), place);
+    place = select(better, set_int(int(at)), place);
   }
   void take(Float z) { value = select(is_nan(z), z, larger(z, value)); }
   Float value = zero();
   Int place = set_int(kNoGradient);
 };
 
-// One output position, all channels. kernel: the window's size if it lies inside the image as a whole, else 0.
-// Without places the maximum is rounded, not what it is of: the same.
+// One output position, all channels. kernel: the window's size if the whole window lies inside the image, else 0.
+// Without places only the maximum is rounded, not each candidate: rounding keeps order, so the result is equal.
 template <class T, int kernel, bool places>
 inline void pool_position(const PoolForwardArgs& args, const T* image, int64_t top, int64_t left, int64_t out) {
   const Window& w = args.window;
@@ -101,7 +103,7 @@ void bn_relu_maxpool_forward(const PoolForwardArgs& args, int64_t begin, int64_t
   });
 }
 
-constexpr int64_t kMostWindows = 15 * 15;  // that contain one position
+constexpr int64_t kMostWindows = 15 * 15;  // as many windows can contain one position
 
 // A window that contains a position: the first element of its dy, and the position's place in it.
 struct Containing {
@@ -109,7 +111,7 @@ struct Containing {
   int place;
 };
 
-// The windows that contain row h, column x of image n, in their order.
+// Finds the windows that contain row h, column x of image n, in their order, and returns how many they are.
 inline int64_t find_windows(const PoolBackwardArgs& args, int64_t n, int64_t h, int64_t x, Containing* found) {
   const Window& w = args.window;
   const Covering rows = args.rows[h], columns = args.columns[x];
@@ -117,13 +119,13 @@ inline int64_t find_windows(const PoolBackwardArgs& args, int64_t n, int64_t h, 
   for (int64_t oh = rows.first; oh <= rows.last; ++oh) {
     for (int64_t ow = columns.first; ow <= columns.last; ++ow) {
       const int64_t place = (h - oh * w.stride + w.padding) * w.kernel_size + x - ow * w.stride + w.padding;
-      found[count++] = {((n * w.out_height + oh) * w.out_width + ow) * w.channels, static_cast<int>(place)};
+      found[count++] = {((n * w.out_height + oh) * w.out_width + ow) * w.channels, int(place)};
     }
   }
   return count;
 }
 
-// dz of kWidth channels from `channel` on: dy of the windows whose maximum lies there.
+// dz of kWidth channels from `channel` on: the sum of dy over the windows whose maximum lies at this position.
 template <class T>
 inline Float gather(const T* dy, const uint8_t* indices, const Containing* windows, int64_t count, int64_t channel,
                     int64_t lanes) {
@@ -147,7 +149,7 @@ void pool_backward_rows(const PoolBackwardArgs& args, int64_t begin, int64_t end
       for (int64_t i = 0; i < 2 * padded; i += kWidth) store(args.partial + i, zero());
     }
     for (int64_t x = 0; x < w.width; ++x) {
-      const T *c_at = static_cast<const T*>(args.c) + (row * w.width + x) * w.channels;
+      const T* c_at = static_cast<const T*>(args.c) + (row * w.width + x) * w.channels;
       const T* dy = static_cast<const T*>(args.dy);
       const int64_t count = find_windows(args, row / w.height, row % w.height, x, windows);
       const auto channels = [&](int64_t i, int64_t lanes) {
@@ -157,8 +159,8 @@ void pool_backward_rows(const PoolBackwardArgs& args, int64_t begin, int64_t end
           store(sum + i, load(sum + i) + dz);
           store(centered + i, fma(dz, c - load(args.mean + i), load(centered + i)));
         } else {
-          const Float a = load(args.main.a + i);
-          const Float dc = frozen ? a * dz : fma(a, dz, fma(load(args.main.b + i), c, load(args.main.k + i)));
+          const Float a = load(args.main.A + i);
+          const Float dc = frozen ? a * dz : fma(a, dz, fma(load(args.main.B + i), c, load(args.main.K + i)));
           store_lanes(static_cast<T*>(args.dc) + (row * w.width + x) * w.channels + i, rounded<T>(dc), lanes);
         }
       };
@@ -177,8 +179,7 @@ void bn_relu_maxpool_backward(const PoolBackwardArgs& args, int64_t begin, int64
   with(args.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (args.dc == nullptr) return pool_backward_rows<T, true, false>(args, begin, end);
-    with(args.main.b == nullptr,
-         [&](auto frozen) { pool_backward_rows<T, false, frozen.value>(args, begin, end); });
+    with(args.main.B == nullptr, [&](auto frozen) { pool_backward_rows<T, false, frozen.value>(args, begin, end); });
   });
 }
 

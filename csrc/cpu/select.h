@@ -1,4 +1,4 @@
-// From run-time options to template arguments: `with(flag, [&](auto f) { kernel<f.value>(); })`.
+// Turns run-time options into template arguments: `with(flag, [&](auto f) { kernel<f.value>(); })`.
 #pragma once
 
 #include "kernels.h"
@@ -24,12 +24,9 @@ template <class F>
 inline void with(fusedres::cpu::Residual form, F f) {
   using fusedres::cpu::Residual;
   switch (form) {
-    case Residual::none:
-      return f(Constant<Residual::none>{});
-    case Residual::identity:
-      return f(Constant<Residual::identity>{});
-    case Residual::projection:
-      return f(Constant<Residual::projection>{});
+    case Residual::kNone: return f(Constant<Residual::kNone>{});
+    case Residual::kIdentity: return f(Constant<Residual::kIdentity>{});
+    case Residual::kProjection: return f(Constant<Residual::kProjection>{});
   }
 }
 
@@ -37,18 +34,15 @@ template <class F>
 inline void with(fusedres::cpu::Gradient gradient, F f) {
   using fusedres::cpu::Gradient;
   switch (gradient) {
-    case Gradient::plain:
-      return f(Constant<Gradient::plain>{});
-    case Gradient::mask:
-      return f(Constant<Gradient::mask>{});
-    case Gradient::sign:
-      return f(Constant<Gradient::sign>{});
+    case Gradient::kPlain: return f(Constant<Gradient::kPlain>{});
+    case Gradient::kMask: return f(Constant<Gradient::kMask>{});
+    case Gradient::kSign: return f(Constant<Gradient::kSign>{});
   }
 }
 
 template <class F>
 inline void with(fusedres::cpu::Dtype dtype, F f) {
-  dtype == fusedres::cpu::Dtype::float32 ? f(Type<float>{}) : f(Type<BFloat16>{});
+  dtype == fusedres::cpu::Dtype::kFloat32 ? f(Type<float>{}) : f(Type<BFloat16>{});
 }
 
 }  // namespace

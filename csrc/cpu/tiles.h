@@ -13,6 +13,6 @@ using namespace fusedres::cpu;
 constexpr int kPanel = rows_of_tile(kWidth);
 constexpr int64_t kPanelIn = kVectorsOfPanel * kWidth;
 template <class T>
-constexpr int64_t kLine = 64 / sizeof(T);  // values of a line of the cache
+constexpr int64_t kLine = 64 / sizeof(T);  // values in a cache line
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Eight floats. Everything is in an unnamed namespace: see kernels.h on why nothing here may have linkage.
+// Eight floats. Everything is in an unnamed namespace: kernels.h says why no function here may have linkage.
 #pragma once
 
 #include <immintrin.h>
@@ -20,14 +20,12 @@ inline Float zero() { return _mm256_setzero_ps(); }
 inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 inline Float select(Keep keep, Float v) { return _mm256_and_ps(keep, v); }
 inline Float select(Keep keep, Float yes, Float no) { return _mm256_blendv_ps(no, yes, keep); }
-inline Int select(Keep keep, Int yes, Int no) {
-  return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(keep));
-}
+inline Int select(Keep keep, Int yes, Int no) { return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(keep)); }
 inline Keep either(Keep a, Keep b) { return _mm256_or_ps(a, b); }
 
-// maxps gives its second operand if one is NaN: relu(NaN) stays NaN
+// maxps gives its second operand if either operand is NaN: relu(NaN) stays NaN
 inline Float relu(Float v) { return _mm256_max_ps(zero(), v); }
-inline Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }  // b if one is NaN
+inline Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }  // b if a or b is NaN
 inline Float smaller(Float a, Float b) { return _mm256_min_ps(a, b); }
 inline Keep positive_or_nan(Float v) { return _mm256_cmp_ps(v, zero(), _CMP_NLE_UQ); }
 inline Keep greater(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
@@ -39,9 +37,9 @@ inline Keep unpack_bits(const uint8_t* mask) {
   const Int bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return equal(_mm256_and_si256(_mm256_set1_epi32(*mask), bit), bit);
 }
-inline void pack_bits(uint8_t* mask, Keep keep) { *mask = static_cast<uint8_t>(_mm256_movemask_ps(keep)); }
+inline void pack_bits(uint8_t* mask, Keep keep) { *mask = uint8_t(_mm256_movemask_ps(keep)); }
 
-// The value as T stores it; BFloat16: nearest even, NaN to the NaN that torch writes.
+// The value as T stores it. BFloat16 rounds to nearest even, and every NaN becomes the NaN that torch writes.
 template <class T>
 inline Float rounded(Float v);
 template <>
@@ -53,7 +51,7 @@ inline Float rounded<BFloat16>(Float v) {
   const Int bits = _mm256_castps_si256(v);
   const Int odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), set_int(1));
   const Int up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, set_int(0x7fff)));
-  const Int high = _mm256_and_si256(up, set_int(static_cast<int>(0xffff0000)));
+  const Int high = _mm256_and_si256(up, set_int(int(0xffff0000)));
   return select(is_nan(v), _mm256_castsi256_ps(set_int(0x7fc00000)), _mm256_castsi256_ps(high));
 }
 
@@ -69,18 +67,18 @@ inline Float load(const BFloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-// The bits of two values to a lane, those at `low` in the lower halves.
+// Each lane holds the bits of two values: of `low` in the lower half, of `high` in the upper half.
 inline Float load_pairs(const BFloat16* low, const BFloat16* high) {
   const Int halves = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low)));
   return _mm256_castsi256_ps(_mm256_or_si256(halves, _mm256_castps_si256(load(high))));
 }
 
-// The lower halves, the upper ones cleared.
+// v, with the upper half of each lane cleared.
 inline Float lower_halves(Float v) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), set_int(0xffff)));
 }
 
-// `v` as `rounded` gave it.
+// Stores a `v` that `rounded` returned.
 inline void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
 inline void store(BFloat16* p, Float v) {
   const Int high = _mm256_srli_epi32(_mm256_castps_si256(v), 16);

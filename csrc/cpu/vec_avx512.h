@@ -1,4 +1,4 @@
-// Sixteen floats: the same functions as vec_avx2.h.
+// Sixteen floats, with the functions of vec_avx2.h.
 #pragma once
 
 #include <immintrin.h>
@@ -21,11 +21,11 @@ inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 inline Float select(Keep keep, Float v) { return _mm512_maskz_mov_ps(keep, v); }
 inline Float select(Keep keep, Float yes, Float no) { return _mm512_mask_blend_ps(keep, no, yes); }
 inline Int select(Keep keep, Int yes, Int no) { return _mm512_mask_blend_epi32(keep, no, yes); }
-inline Keep either(Keep a, Keep b) { return static_cast<Keep>(a | b); }
+inline Keep either(Keep a, Keep b) { return Keep(a | b); }
 
-// maxps gives its second operand if one is NaN: relu(NaN) stays NaN
+// maxps gives its second operand if either operand is NaN: relu(NaN) stays NaN
 inline Float relu(Float v) { return _mm512_max_ps(zero(), v); }
-inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b if one is NaN
+inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b if a or b is NaN
 inline Float smaller(Float a, Float b) { return _mm512_min_ps(a, b); }
 inline Keep positive_or_nan(Float v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ); }
 inline Keep greater(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
@@ -33,13 +33,13 @@ inline Keep is_nan(Float v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
 inline Keep equal(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a, b); }
 inline Int set_int(int v) { return _mm512_set1_epi32(v); }
 
-inline Keep unpack_bits(const uint8_t* mask) { return static_cast<Keep>(mask[0] | mask[1] << 8); }
+inline Keep unpack_bits(const uint8_t* mask) { return Keep(mask[0] | mask[1] << 8); }
 inline void pack_bits(uint8_t* mask, Keep keep) {
-  mask[0] = static_cast<uint8_t>(keep);
-  mask[1] = static_cast<uint8_t>(keep >> 8);
+  mask[0] = uint8_t(keep);
+  mask[1] = uint8_t(keep >> 8);
 }
 
-// The value as T stores it; BFloat16: nearest even, NaN to the NaN that torch writes.
+// The value as T stores it. BFloat16 rounds to nearest even, and every NaN becomes the NaN that torch writes.
 template <class T>
 inline Float rounded(Float v);
 template <>
@@ -51,7 +51,7 @@ inline Float rounded<BFloat16>(Float v) {
   const Int bits = _mm512_castps_si512(v);
   const Int odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set_int(1));
   const Int up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, set_int(0x7fff)));
-  const Int high = _mm512_and_si512(up, set_int(static_cast<int>(0xffff0000)));
+  const Int high = _mm512_and_si512(up, set_int(int(0xffff0000)));
   return select(is_nan(v), _mm512_castsi512_ps(set_int(0x7fc00000)), _mm512_castsi512_ps(high));
 }
 
@@ -67,18 +67,18 @@ inline Float load(const BFloat16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-// The bits of two values to a lane, those at `low` in the lower halves.
+// Each lane holds the bits of two values: of `low` in the lower half, of `high` in the upper half.
 inline Float load_pairs(const BFloat16* low, const BFloat16* high) {
   const Int halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
   return _mm512_castsi512_ps(_mm512_or_si512(halves, _mm512_castps_si512(load(high))));
 }
 
-// The lower halves, the upper ones cleared.
+// v, with the upper half of each lane cleared.
 inline Float lower_halves(Float v) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), set_int(0xffff)));
 }
 
-// `v` as `rounded` gave it.
+// Stores a `v` that `rounded` returned.
 inline void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
 inline void store(BFloat16* p, Float v) {
   const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(v), 16));
@@ -88,9 +88,7 @@ inline void store(BFloat16* p, Float v) {
 inline Int load_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline void store_bytes(uint8_t* p, Int v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
-}
+inline void store_bytes(uint8_t* p, Int v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 
 // sums[i] += v[i]
 inline void add_to_double(double* sums, Float v) {

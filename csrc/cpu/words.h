@@ -1,5 +1,5 @@
-// Operands of products by words of 32 bits: one float, or two values of bfloat16 that are multiplied and added
-// together. Included after vec_avx2.h or vec_avx512.h.
+// Operands of products as words of 32 bits. A word is one float, or two values of bfloat16 whose products are added.
+// Included after vec_avx2.h or vec_avx512.h.
 #pragma once
 
 #include "lanes.h"
@@ -23,7 +23,7 @@ inline Float multiply_add<BFloat16>(Float a, Float b, Float sum) {
 }
 #endif
 
-// The words of `lanes` values, up to kWidth: of bfloat16 those at p, and `pitch` further those they are paired with.
+// The words of `lanes` values at p, up to kWidth. A value of bfloat16 is paired with the value `pitch` further.
 inline Float words(const float* p, int64_t, int64_t lanes) { return load_lanes(p, lanes); }
 inline Float words(const BFloat16* p, int64_t pitch, int64_t lanes) {
   if (lanes >= kWidth) return load_pairs(p, p + pitch);
@@ -35,7 +35,7 @@ inline Float words(const BFloat16* p, int64_t pitch, int64_t lanes) {
   return load_pairs(low, high);
 }
 
-// One row of a packed panel, of `lanes` values; zeros beyond them.
+// Stores one row of a packed panel, from `lanes` values, with zeros after the last.
 template <class T>
 inline void store_words(float* packed, const T* p, int64_t pitch, int64_t lanes) {
   store(packed, words(p, pitch, lanes));

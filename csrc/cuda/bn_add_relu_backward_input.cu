@@ -1,5 +1,5 @@
-// dc = A*dz + B*c + K and the gradient of the shortcut. Walks the tensor backwards: the reduction has just
-// left its end in L2.
+// dc = A*dz + B*c + K and the gradient of the shortcut. The kernel walks the tensors backwards: the reduction has just
+// left their ends in L2.
 #include "bn_math.h"
 #include "launch.h"
 #include "walk.h"
@@ -12,14 +12,15 @@ constexpr int kUnroll16 = 2;
 
 enum class Shortcut { kNone, kIdentity, kProjection };
 
-// what the registers of each kernel allow without spilling
+// as many as the registers of each kernel allow without spilling
 constexpr int blocks_per_multiprocessor(Shortcut shortcut) { return shortcut == Shortcut::kNone ? 3 : 2; }
 template <bool kFixed, Shortcut kShortcut>
 constexpr int kBlocksPerMultiprocessor =
     kFixed || kShortcut != Shortcut::kProjection ? blocks_per_multiprocessor(kShortcut) : 1;
 
 // A, B, K of the 8 elements of a packet
-template <bool kFixed> struct CoefficientVectors {
+template <bool kFixed>
+struct CoefficientVectors {
   float A[kPacket], B[kPacket], K[kPacket];
 
   __device__ __forceinline__ void load(const Coefficients& from, int64_t packet, const PacketPlan& plan) {
@@ -54,8 +55,7 @@ __global__ void __launch_bounds__(kPacketThreads, (kBlocksPerMultiprocessor<kFix
   };
   const int64_t first = plan.first(blockIdx.x, int(threadIdx.x));
   if (kFixed && first < plan.packets) load_vectors(plan.backwards(first));
-  // the vectors of a packet that wraps around the channels are gathered, which takes the registers of the
-  // second
+  // the vectors of a packet that wraps around the channels are gathered, which takes the registers of a second packet
   walk<kFixed ? kUnroll<T, kUnroll16> : 1>(
       first, plan.stride(), plan.packets,
       [&](int64_t step) {
@@ -73,16 +73,13 @@ __global__ void __launch_bounds__(kPacketThreads, (kBlocksPerMultiprocessor<kFix
         if (!kFixed) load_vectors(packet);
         Packet<T, kPacket> out, residual;
 #pragma unroll
-        for (int i = 0; i < kPacket; i++) {
+        for (int i = 0; i < kPacket; ++i) {
           const float value = to_float(in.c.value[i]);
-          const bool pass = kGate == Gate::kBits
-                                ? (in.bits >> i & 1u) != 0
-                                : passes(to_float(round_to<T>(affine(value, scale[i], shift[i]))));
+          const bool pass = kGate == Gate::kBits ? (in.bits >> i & 1u) != 0
+                                                 : passes(to_float(round_to<T>(affine(value, scale[i], shift[i]))));
           const float dz = pass ? to_float(in.dy.value[i]) : 0.f;
-          out.value[i] =
-              round_to<T>(apply_coefficients(dz, value, grads.A[i], grads.B[i], grads.K[i], training));
-          if constexpr (kShortcut == Shortcut::kIdentity)
-            residual.value[i] = pass ? in.dy.value[i] : round_to<T>(0.f);
+          out.value[i] = round_to<T>(apply_coefficients(dz, value, grads.A[i], grads.B[i], grads.K[i], training));
+          if constexpr (kShortcut == Shortcut::kIdentity) residual.value[i] = pass ? in.dy.value[i] : round_to<T>(0.f);
           if constexpr (kShortcut == Shortcut::kProjection)
             residual.value[i] =
                 round_to<T>(apply_coefficients(dz, to_float(in.shortcut_c.value[i]), shortcut_grads.A[i],
@@ -90,8 +87,7 @@ __global__ void __launch_bounds__(kPacketThreads, (kBlocksPerMultiprocessor<kFix
         }
         const uint64_t policy = l2_policy(packet < plan.kept);
         store_flat<kFixed>(dc, packet, out, plan, policy);
-        if constexpr (kShortcut != Shortcut::kNone)
-          store_flat<kFixed>(dresidual, packet, residual, plan, policy);
+        if constexpr (kShortcut != Shortcut::kNone) store_flat<kFixed>(dresidual, packet, residual, plan, policy);
       });
 }
 
@@ -105,8 +101,7 @@ cudaError_t launch_input(const BnAddReluBackwardInput& args, const PacketPlan& p
   };
   switch (shortcut) {
     case Shortcut::kNone: return start(bn_add_relu_backward_input_kernel<T, kFixed, kGate, Shortcut::kNone>);
-    case Shortcut::kIdentity:
-      return start(bn_add_relu_backward_input_kernel<T, kFixed, kGate, Shortcut::kIdentity>);
+    case Shortcut::kIdentity: return start(bn_add_relu_backward_input_kernel<T, kFixed, kGate, Shortcut::kIdentity>);
     default: return start(bn_add_relu_backward_input_kernel<T, kFixed, kGate, Shortcut::kProjection>);
   }
 }
@@ -121,20 +116,18 @@ cudaError_t bn_add_relu_backward_input(const BnAddReluBackwardInput& args, cudaS
   const cudaError_t error = current_device_limits(&limits);
   if (error != cudaSuccess) return error;
   const Coefficients &main = args.grads, &side = args.shortcut_grads;
-  const bool aligned = aligned_to_16(args.dy, args.c, args.shortcut_c, args.dc, args.dresidual, args.scale,
-                                     args.shift, main.A, main.B, main.K, side.A, side.B, side.K);
+  const bool aligned = aligned_to_16(args.dy, args.c, args.shortcut_c, args.dc, args.dresidual, args.scale, args.shift,
+                                     main.A, main.B, main.K, side.A, side.B, side.K);
   const Shortcut shortcut = args.shortcut_c != nullptr  ? Shortcut::kProjection
                             : args.dresidual != nullptr ? Shortcut::kIdentity
                                                         : Shortcut::kNone;
   const int outputs = shortcut == Shortcut::kNone ? 1 : 2;
   const PacketPlan plan = plan_packets(
-      {numel, shape.channels, blocks_per_multiprocessor(shortcut), bytes_of(shape.dtype) * outputs, aligned},
-      limits);
+      {numel, shape.channels, blocks_per_multiprocessor(shortcut), bytes_of(shape.dtype) * outputs, aligned}, limits);
   return for_dtype(shape.dtype, [&](auto type) {
     return for_flag(plan.fixed_channels, [&](auto fixed) {
       using T = typename decltype(type)::type;
-      if (args.mask == nullptr && args.relu)
-        return launch_input<T, fixed, Gate::kSign>(args, plan, shortcut, stream);
+      if (args.mask == nullptr && args.relu) return launch_input<T, fixed, Gate::kSign>(args, plan, shortcut, stream);
       return launch_input<T, fixed, Gate::kBits>(args, plan, shortcut, stream);
     });
   });

@@ -7,10 +7,12 @@ namespace fusedres::cuda {
 
 namespace {
 constexpr int kUnroll16 = 2;
-template <int V, bool kProjection> constexpr int kValues = (kProjection ? 3 : 2) * V;
-// what the registers of each kernel allow without spilling
+template <int V, bool kProjection>
+constexpr int kValues = (kProjection ? 3 : 2) * V;
+// as many as the registers of each kernel allow without spilling
 constexpr int blocks_per_multiprocessor(bool projection) { return projection ? 1 : 2; }
-template <bool kProjection> constexpr int kBlocksPerMultiprocessor = blocks_per_multiprocessor(kProjection);
+template <bool kProjection>
+constexpr int kBlocksPerMultiprocessor = blocks_per_multiprocessor(kProjection);
 }  // namespace
 
 template <class T, int V, Gate kGate, bool kProjection>
@@ -49,11 +51,10 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<kProjec
         },
         [&](int64_t, const Loaded& in) {
 #pragma unroll
-          for (int i = 0; i < V; i++) {
+          for (int i = 0; i < V; ++i) {
             const float value = to_float(in.c.value[i]);
-            const bool pass = kGate == Gate::kBits
-                                  ? (in.bits >> i & 1u) != 0
-                                  : passes(to_float(round_to<T>(affine(value, scale[i], shift[i]))));
+            const bool pass = kGate == Gate::kBits ? (in.bits >> i & 1u) != 0
+                                                   : passes(to_float(round_to<T>(affine(value, scale[i], shift[i]))));
             const float dz = pass ? to_float(in.dy.value[i]) : 0.f;
             acc[i] += dz;
             acc[V + i] = fmaf(dz, value - mean[i], acc[V + i]);
@@ -65,8 +66,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<kProjec
   reduce_tile<V>(acc, shared, workspace, plan, AddMerge(), [&](int64_t channel, auto sum) {
     args.sum_dz[channel] = sum(0);
     args.sum_dz_centered[channel] = sum(1);
-    if (args.coefficients.dweight != nullptr)
-      coefficients_of_channel(args.coefficients, channel, sum(0), sum(1));
+    if (args.coefficients.dweight != nullptr) coefficients_of_channel(args.coefficients, channel, sum(0), sum(1));
     if constexpr (kProjection) {
       args.shortcut_sum[channel] = sum(2);
       if (args.shortcut_coefficients.dweight != nullptr)
@@ -78,21 +78,20 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor<kProjec
 namespace {
 
 TilePlan plan_of(const Shape& shape, int vector, bool projection, const DeviceLimits& limits) {
-  return plan_tiles(
-      {shape.rows, shape.channels, vector, shape.dtype == Dtype::kFloat32 ? kUnroll16 / 2 : kUnroll16,
-       blocks_per_multiprocessor(projection), bytes_of(shape.dtype) * (projection ? 3 : 2)},
-      limits);
+  return plan_tiles({shape.rows, shape.channels, vector, shape.dtype == Dtype::kFloat32 ? kUnroll16 / 2 : kUnroll16,
+                     blocks_per_multiprocessor(projection), bytes_of(shape.dtype) * (projection ? 3 : 2)},
+                    limits);
 }
 
 template <class T, int V, bool kProjection>
-cudaError_t launch_reduce(const BnAddReluBackwardReduce& args, const Workspace& workspace,
-                          const DeviceLimits& limits, cudaStream_t stream) {
+cudaError_t launch_reduce(const BnAddReluBackwardReduce& args, const Workspace& workspace, const DeviceLimits& limits,
+                          cudaStream_t stream) {
   const TilePlan plan = plan_of(args.shape, V, kProjection, limits);
   const cudaError_t error = prepare_workspace(workspace, plan, kValues<V, kProjection>, stream);
   if (error != cudaSuccess) return error;
   const auto start = [&](auto kernel) {
-    return launch(kernel, dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())),
-                  stream, args, plan, workspace.data);
+    return launch(kernel, dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())), stream,
+                  args, plan, workspace.data);
   };
   if (args.mask == nullptr && args.relu)
     return start(bn_add_relu_backward_reduce_kernel<T, V, Gate::kSign, kProjection>);
@@ -116,9 +115,8 @@ cudaError_t bn_add_relu_backward_reduce(const BnAddReluBackwardReduce& args, con
   DeviceLimits limits;
   const cudaError_t error = current_device_limits(&limits);
   if (error != cudaSuccess) return error;
-  const bool packets =
-      args.shape.channels % kPacket == 0 &&
-      aligned_to_16(args.dy, args.c, args.shortcut_c, args.mean, args.scale, args.shift, args.shortcut_mean);
+  const bool packets = args.shape.channels % kPacket == 0 && aligned_to_16(args.dy, args.c, args.shortcut_c, args.mean,
+                                                                           args.scale, args.shift, args.shortcut_mean);
   return for_dtype(args.shape.dtype, [&](auto type) {
     return for_flag(packets, [&](auto by_packet) {
       return for_flag(args.shortcut_sum != nullptr, [&](auto projection) {

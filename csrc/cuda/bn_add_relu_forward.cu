@@ -1,5 +1,5 @@
-// y = relu(scale*c + shift + r) and its mask. Walks the tensor backwards: the statistics pass, or the
-// convolution, has just left its end in L2, and the next one starts where this pass ends.
+// y = relu(scale*c + shift + r) and its mask. The kernel walks the tensor backwards: the statistics pass, or the
+// convolution, has just left the end of c in L2, and the next pass starts where this pass ends.
 #include "bn_math.h"
 #include "launch.h"
 #include "walk.h"
@@ -12,9 +12,10 @@ constexpr int kUnroll16 = 2;
 
 enum class Residual { kNone, kPlain, kAffine };
 
-// what the registers of each kernel allow without spilling
+// as many as the registers of each kernel allow without spilling
 constexpr int blocks_per_multiprocessor(Residual residual) { return residual == Residual::kAffine ? 3 : 4; }
-template <Residual kResidual> constexpr int kBlocksPerMultiprocessor = blocks_per_multiprocessor(kResidual);
+template <Residual kResidual>
+constexpr int kBlocksPerMultiprocessor = blocks_per_multiprocessor(kResidual);
 
 template <class T, bool kFixed, Residual kResidual>
 __global__ void __launch_bounds__(kPacketThreads, kBlocksPerMultiprocessor<kResidual>)
@@ -36,8 +37,7 @@ __global__ void __launch_bounds__(kPacketThreads, kBlocksPerMultiprocessor<kResi
   };
   const int64_t first = plan.first(blockIdx.x, int(threadIdx.x));
   if (kFixed && first < plan.packets) load_vectors(plan.backwards(first));
-  // the vectors of a packet that wraps around the channels are gathered, which takes the registers of the
-  // second
+  // the vectors of a packet that wraps around the channels are gathered, which takes the registers of a second packet
   constexpr int kAhead = kFixed || kResidual != Residual::kAffine ? kUnroll<T, kUnroll16> : 1;
   walk<kAhead>(
       first, plan.stride(), plan.packets,
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kPacketThreads, kBlocksPerMultiprocessor<kResi
         Packet<T, kPacket> out;
         unsigned bits = 0;
 #pragma unroll
-        for (int i = 0; i < kPacket; i++) {
+        for (int i = 0; i < kPacket; ++i) {
           float z = affine(to_float(in.c.value[i]), scale[i], shift[i]);
           if constexpr (kResidual == Residual::kPlain) z += to_float(in.residual.value[i]);
           if constexpr (kResidual == Residual::kAffine)
@@ -93,8 +93,8 @@ cudaError_t bn_add_relu_forward(const BnAddReluForward& args, cudaStream_t strea
   DeviceLimits limits;
   const cudaError_t error = current_device_limits(&limits);
   if (error != cudaSuccess) return error;
-  const bool aligned = aligned_to_16(args.c, args.residual, args.y, args.scale, args.shift,
-                                     args.residual_scale, args.residual_shift);
+  const bool aligned =
+      aligned_to_16(args.c, args.residual, args.y, args.scale, args.shift, args.residual_scale, args.residual_shift);
   const Residual residual = args.residual == nullptr         ? Residual::kNone
                             : args.residual_scale == nullptr ? Residual::kPlain
                                                              : Residual::kAffine;

@@ -12,8 +12,8 @@ __global__ void bn_backward_coefficients_kernel(BnBackwardCoefficients args) {
 cudaError_t bn_backward_coefficients(const BnBackwardCoefficients& args, cudaStream_t stream) {
   if (args.channels == 0) return cudaSuccess;
   constexpr int threads = 128;
-  return launch(bn_backward_coefficients_kernel, dim3(unsigned(ceil_div(args.channels, threads))),
-                dim3(threads), stream, args);
+  return launch(bn_backward_coefficients_kernel, dim3(unsigned(ceil_div(args.channels, threads))), dim3(threads),
+                stream, args);
 }
 
 }  // namespace fusedres::cuda

@@ -6,19 +6,18 @@
 
 namespace fusedres::cuda {
 
-// Explicit: forward and backward must round alike, or a mask that is made again would differ.
+// The fmaf is explicit: forward and backward must round alike, or a mask that is made again would differ.
 __device__ __forceinline__ float affine(float c, float scale, float shift) { return fmaf(c, scale, shift); }
 
-// The mask bit of a rounded value. Not `> 0`: NaN passes, as in torch.
+// The mask bit of a rounded value. It is not `> 0`, because NaN passes, as in torch.
 __device__ __forceinline__ bool passes(float rounded) { return !(rounded <= 0.f); }
 
-// Where dz comes from: bits that were packed in forward (none: dz = dy), or the sign of the rounded
-// scale*c + shift, which every backward kernel reads anyway.
+// Where dz comes from: from bits that the forward packed (without bits, dz = dy), or from the sign of the rounded
+// scale*c + shift. Every backward kernel reads c anyway.
 enum class Gate { kBits, kSign };
 
 // dc = A*dz + B*c + K. The product is rounded by itself: with one row it is exactly -K, and dc is 0.
-__device__ __forceinline__ float apply_coefficients(float dz, float c, float A, float B, float K,
-                                                    bool training) {
+__device__ __forceinline__ float apply_coefficients(float dz, float c, float A, float B, float K, bool training) {
   return training ? __fadd_rn(__fmul_rn(A, dz), affine(c, B, K)) : A * dz;
 }
 
@@ -32,9 +31,9 @@ __device__ inline double parameter(const Parameter& p, int64_t channel, double a
   }
 }
 
-// In float64, rounded once; shift from the rounded scale, so that their errors cancel.
-__device__ inline void scale_shift_of_channel(const BnScaleShift& args, int64_t channel, float mean,
-                                              float var) {
+// The vectors are computed in float64 and rounded once. shift comes from the rounded scale, so that the errors of scale
+// and shift cancel.
+__device__ inline void scale_shift_of_channel(const BnScaleShift& args, int64_t channel, float mean, float var) {
   const double invstd = 1.0 / sqrt(double(var) + args.eps);
   const float scale = float(parameter(args.weight, channel, 1.0) * invstd);
   args.invstd[channel] = float(invstd);
@@ -43,8 +42,8 @@ __device__ inline void scale_shift_of_channel(const BnScaleShift& args, int64_t 
 }
 
 // dweight, and in training B = -scale*invstd*dweight/P, K = -A*dbias/P - B*mean
-__device__ inline void coefficients_of_channel(const BnBackwardCoefficients& args, int64_t channel,
-                                               float sum_dz, float sum_dz_centered) {
+__device__ inline void coefficients_of_channel(const BnBackwardCoefficients& args, int64_t channel, float sum_dz,
+                                               float sum_dz_centered) {
   const double A = args.scale[channel], invstd = args.invstd[channel];
   args.dweight[channel] = args.invstd[channel] * sum_dz_centered;
   if (args.B == nullptr) return;

@@ -7,7 +7,7 @@
 namespace fusedres::cuda {
 
 namespace {
-constexpr int kBlocksPerMultiprocessor = 2;  // what registers allow without spilling
+constexpr int kBlocksPerMultiprocessor = 2;  // as many as the registers allow without spilling
 }  // namespace
 
 template <class T, int V, int kKernel, int kStride>
@@ -31,9 +31,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
                                       args.indices + me.channel);
     Packet<T, V> out;
 #pragma unroll
-    for (int i = 0; i < V; i++)
-      out.value[i] =
-          round_to<T>(apply_coefficients(dz[i], to_float(in.value[i]), A[i], B[i], K[i], training));
+    for (int i = 0; i < V; ++i)
+      out.value[i] = round_to<T>(apply_coefficients(dz[i], to_float(in.value[i]), A[i], B[i], K[i], training));
     store_channels<T, V>(dc + row * plan.channels, out, l2_policy(row < plan.kept));
   }
 }
@@ -53,11 +52,11 @@ cudaError_t bn_relu_maxpool_backward_input(const BnReluMaxpoolBackwardInput& arg
       return for_window(pooling, [&](auto kernel, auto stride) {
         using T = typename decltype(type)::type;
         constexpr int V = by_packet ? kPacket : 1;
-        const TilePlan plan = plan_tiles(
-            {rows, pooling.channels, V, 1, kBlocksPerMultiprocessor, bytes_of(pooling.dtype)}, limits);
+        const TilePlan plan =
+            plan_tiles({rows, pooling.channels, V, 1, kBlocksPerMultiprocessor, bytes_of(pooling.dtype)}, limits);
         return launch(bn_relu_maxpool_backward_input_kernel<T, V, kernel, stride>,
-                      dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())),
-                      stream, args, plan);
+                      dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())), stream, args,
+                      plan);
       });
     });
   });

@@ -8,7 +8,8 @@ namespace fusedres::cuda {
 
 namespace {
 constexpr int kBlocksPerMultiprocessor = 2;
-template <int V> constexpr int kValues = 2 * V;
+template <int V>
+constexpr int kValues = 2 * V;
 }  // namespace
 
 template <class T, int V, int kKernel, int kStride>
@@ -24,12 +25,11 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     float mean[V], dz[V];
     load_vector(mean, args.mean, me.channel);
     for (int64_t row = me.row; row < plan.rows; row += plan.row_stride()) {
-      const Packet<T, V> in =
-          load_channels<T, V>(c + row * plan.channels, l2_policy(row >= plan.rows - plan.kept));
+      const Packet<T, V> in = load_channels<T, V>(c + row * plan.channels, l2_policy(row >= plan.rows - plan.kept));
       gather_dz<T, V, kKernel, kStride>(dz, pooling, position_of(row, pooling.height, pooling.width), dy,
                                         args.indices + me.channel);
 #pragma unroll
-      for (int i = 0; i < V; i++) {
+      for (int i = 0; i < V; ++i) {
         acc[i] += dz[i];
         acc[V + i] = fmaf(dz[i], to_float(in.value[i]) - mean[i], acc[V + i]);
       }
@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
   reduce_tile<V>(acc, shared, workspace, plan, AddMerge(), [&](int64_t channel, auto sum) {
     args.sum_dz[channel] = sum(0);
     args.sum_dz_centered[channel] = sum(1);
-    if (args.coefficients.dweight != nullptr)
-      coefficients_of_channel(args.coefficients, channel, sum(0), sum(1));
+    if (args.coefficients.dweight != nullptr) coefficients_of_channel(args.coefficients, channel, sum(0), sum(1));
   });
 }
 
@@ -58,16 +57,16 @@ size_t bn_relu_maxpool_backward_reduce_workspace(const Pooling& pooling) {
                   plan_of(pooling, 1, limits).workspace_bytes(kValues<1>));
 }
 
-cudaError_t bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& args,
-                                            const Workspace& workspace, cudaStream_t stream) {
+cudaError_t bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& args, const Workspace& workspace,
+                                            cudaStream_t stream) {
   const Pooling& pooling = args.pooling;
   if (!valid(pooling)) return cudaErrorInvalidValue;
   if (pooling.channels == 0) return cudaSuccess;
   DeviceLimits limits;
   const cudaError_t error = current_device_limits(&limits);
   if (error != cudaSuccess) return error;
-  const bool packets = pooling.channels % kPacket == 0 && aligned_to_8(args.indices) &&
-                       aligned_to_16(args.c, args.dy, args.mean);
+  const bool packets =
+      pooling.channels % kPacket == 0 && aligned_to_8(args.indices) && aligned_to_16(args.c, args.dy, args.mean);
   return for_dtype(pooling.dtype, [&](auto type) {
     return for_flag(packets, [&](auto by_packet) {
       return for_window(pooling, [&](auto kernel, auto stride) {
@@ -77,8 +76,8 @@ cudaError_t bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& a
         const cudaError_t error = prepare_workspace(workspace, plan, kValues<V>, stream);
         if (error != cudaSuccess) return error;
         return launch(bn_relu_maxpool_backward_reduce_kernel<T, V, kernel, stride>,
-                      dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())),
-                      stream, args, plan, workspace.data);
+                      dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())), stream, args,
+                      plan, workspace.data);
       });
     });
   });

@@ -1,4 +1,4 @@
-// y = maxpool(relu(scale*c + shift)) and the place of each maximum: the stem in one pass over c.
+// y = maxpool(relu(scale*c + shift)) and the place of each maximum, in one pass over c.
 #include "bn_math.h"
 #include "launch.h"
 #include "pooling.h"
@@ -7,13 +7,13 @@
 namespace fusedres::cuda {
 
 namespace {
-constexpr int kBlocksPerMultiprocessor = 2;  // what registers allow without spilling
+constexpr int kBlocksPerMultiprocessor = 2;  // as many as the registers allow without spilling
 }  // namespace
 
 template <class T, int V, int kKernel, int kStride>
 __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     bn_relu_maxpool_forward_kernel(BnReluMaxpoolForward args, TilePlan plan) {
-  constexpr int kColumns = kKernel ? kKernel : 1;  // of a window, loaded at once
+  constexpr int kColumns = kKernel ? kKernel : 1;  // columns of a window that are loaded at once
   const Pooling& pooling = args.pooling;
   const Window<kKernel, kStride> window(pooling);
   const TileThread me(plan);
@@ -28,12 +28,12 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     float best[V];
     Packet<uint8_t, V> index;
 #pragma unroll
-    for (int i = 0; i < V; i++) {
+    for (int i = 0; i < V; ++i) {
       best[i] = -INFINITY;
       index.value[i] = kNoGradient;
     }
 #pragma unroll 1
-    for (int place_y = 0; place_y < window.kernel; place_y++) {
+    for (int place_y = 0; place_y < window.kernel; ++place_y) {
       const int64_t y = out.y * window.stride - window.padding + place_y;
       if (y < 0 || y >= pooling.height) continue;
       for (int place_x = 0; place_x < window.kernel; place_x += kColumns) {
@@ -41,14 +41,14 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
         const T* line = c + ((out.image * pooling.height + y) * pooling.width) * pooling.channels;
         Packet<T, V> staged[kColumns];
 #pragma unroll
-        for (int k = 0; k < kColumns; k++)
+        for (int k = 0; k < kColumns; ++k)
           if (left + k >= 0 && left + k < pooling.width)
             staged[k] = load_channels<T, V>(line + (left + k) * pooling.channels, l2_policy(true));
 #pragma unroll
-        for (int k = 0; k < kColumns; k++) {
+        for (int k = 0; k < kColumns; ++k) {
           if (left + k < 0 || left + k >= pooling.width) continue;
 #pragma unroll
-          for (int i = 0; i < V; i++) {
+          for (int i = 0; i < V; ++i) {
             float a = to_float(round_to<T>(affine(to_float(staged[k].value[i]), scale[i], shift[i])));
             a = passes(a) ? a : 0.f;
             if (a > best[i] || isnan(a)) {  // torch's order: the first maximum, and the last NaN
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksPerMultiprocessor)
     }
     Packet<T, V> result;
 #pragma unroll
-    for (int i = 0; i < V; i++) {
+    for (int i = 0; i < V; ++i) {
       result.value[i] = round_to<T>(best[i]);
       if (!passes(best[i])) index.value[i] = kNoGradient;
     }
@@ -86,11 +86,11 @@ cudaError_t bn_relu_maxpool_forward(const BnReluMaxpoolForward& args, cudaStream
       return for_window(pooling, [&](auto kernel, auto stride) {
         using T = typename decltype(type)::type;
         constexpr int V = by_packet ? kPacket : 1;
-        const TilePlan plan = plan_tiles(
-            {rows, pooling.channels, V, 1, kBlocksPerMultiprocessor, bytes_of(pooling.dtype)}, limits);
+        const TilePlan plan =
+            plan_tiles({rows, pooling.channels, V, 1, kBlocksPerMultiprocessor, bytes_of(pooling.dtype)}, limits);
         return launch(bn_relu_maxpool_forward_kernel<T, V, kernel, stride>,
-                      dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())),
-                      stream, args, plan);
+                      dim3(unsigned(plan.chunks), unsigned(plan.groups)), dim3(unsigned(plan.threads())), stream, args,
+                      plan);
       });
     });
   });

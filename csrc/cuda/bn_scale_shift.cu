@@ -11,8 +11,7 @@ __global__ void bn_scale_shift_kernel(BnScaleShift args) {
 cudaError_t bn_scale_shift(const BnScaleShift& args, cudaStream_t stream) {
   if (args.channels == 0) return cudaSuccess;
   constexpr int threads = 128;
-  return launch(bn_scale_shift_kernel, dim3(unsigned(ceil_div(args.channels, threads))), dim3(threads),
-                stream, args);
+  return launch(bn_scale_shift_kernel, dim3(unsigned(ceil_div(args.channels, threads))), dim3(threads), stream, args);
 }
 
 }  // namespace fusedres::cuda

@@ -19,8 +19,7 @@ cudaError_t current_device_limits(DeviceLimits* limits) {
   int l2_bytes = cached ? cached_l2_bytes[device].load(std::memory_order_relaxed) : 0;
   if (multiprocessors == 0) {
     error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
-    if (error == cudaSuccess)
-      error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (error != cudaSuccess) return error;
     if (cached) {
       cached_l2_bytes[device].store(l2_bytes, std::memory_order_relaxed);
@@ -31,11 +30,9 @@ cudaError_t current_device_limits(DeviceLimits* limits) {
   return cudaSuccess;
 }
 
-cudaError_t prepare_workspace(const Workspace& workspace, const TilePlan& plan, int values,
-                              cudaStream_t stream) {
+cudaError_t prepare_workspace(const Workspace& workspace, const TilePlan& plan, int values, cudaStream_t stream) {
   if (plan.groups == 1) return cudaSuccess;
-  if (workspace.bytes < plan.workspace_bytes(values) || !aligned_to_16(workspace.data))
-    return cudaErrorInvalidValue;
+  if (workspace.bytes < plan.workspace_bytes(values) || !aligned_to_16(workspace.data)) return cudaErrorInvalidValue;
   if (workspace.counters_are_zero) return cudaSuccess;
   return cudaMemsetAsync(workspace.data, 0, size_t(plan.counter_bytes()), stream);
 }

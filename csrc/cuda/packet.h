@@ -1,8 +1,8 @@
 // Packets of V neighbouring channels: loads, stores, and rounding to the activation dtype.
 #pragma once
 
-#include "platform.h"
 #include "plan.h"
+#include "platform.h"
 
 namespace fusedres::cuda {
 
@@ -10,27 +10,40 @@ __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float to_float(float v) { return v; }
 
-// to nearest even, as torch rounds
-template <class T> __device__ __forceinline__ T round_to(float v);
-template <> __device__ __forceinline__ __half round_to<__half>(float v) { return __float2half_rn(v); }
-template <> __device__ __forceinline__ __nv_bfloat16 round_to<__nv_bfloat16>(float v) {
+// Rounds to nearest even, as torch does.
+template <class T>
+__device__ __forceinline__ T round_to(float v);
+template <>
+__device__ __forceinline__ __half round_to<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 round_to<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
-template <> __device__ __forceinline__ float round_to<float>(float v) { return v; }
+template <>
+__device__ __forceinline__ float round_to<float>(float v) {
+  return v;
+}
 
-template <class T, int V> struct Packet {
+template <class T, int V>
+struct Packet {
   T value[V];
 };
 
-template <class T> constexpr int kWordsPerPacket = int(sizeof(T)) * kPacket / 16;  // 16-byte words
+template <class T>
+constexpr int kWordsPerPacket = int(sizeof(T)) * kPacket / 16;  // 16-byte words
 
-// 16-bit dtypes: several packets a thread, so that loads overlap; a float32 packet is two loads already.
-template <class T, int Of16Bit> constexpr int kUnroll = sizeof(T) == 2 ? Of16Bit : Of16Bit / 2;
+// A thread handles several packets of a 16-bit dtype at once, so that loads overlap. A float32 packet is two loads
+// already.
+template <class T, int Of16Bit>
+constexpr int kUnroll = sizeof(T) == 2 ? Of16Bit : Of16Bit / 2;
 
-template <class T> __device__ __forceinline__ Packet<T, kPacket> load_packet(const T* from, uint64_t policy) {
+template <class T>
+__device__ __forceinline__ Packet<T, kPacket> load_packet(const T* from, uint64_t policy) {
   uint4 word[kWordsPerPacket<T>];
 #pragma unroll
-  for (int i = 0; i < kWordsPerPacket<T>; i++)
+  for (int i = 0; i < kWordsPerPacket<T>; ++i)
     word[i] = load_16_bytes(reinterpret_cast<const char*>(from) + 16 * i, policy);
   Packet<T, kPacket> packet;
   memcpy(&packet, word, sizeof packet);
@@ -42,8 +55,7 @@ __device__ __forceinline__ void store_packet(T* to, const Packet<T, kPacket>& pa
   uint4 word[kWordsPerPacket<T>];
   memcpy(word, &packet, sizeof packet);
 #pragma unroll
-  for (int i = 0; i < kWordsPerPacket<T>; i++)
-    store_16_bytes(reinterpret_cast<char*>(to) + 16 * i, word[i], policy);
+  for (int i = 0; i < kWordsPerPacket<T>; ++i) store_16_bytes(reinterpret_cast<char*>(to) + 16 * i, word[i], policy);
 }
 
 // V = 8: aligned to 16 bytes; V = 1: any address.
@@ -66,7 +78,8 @@ __device__ __forceinline__ void store_channels(T* to, const Packet<T, V>& packet
 }
 
 // V pooling indices. V = 8: aligned to 8 bytes.
-template <int V> __device__ __forceinline__ Packet<uint8_t, V> load_indices(const uint8_t* from) {
+template <int V>
+__device__ __forceinline__ Packet<uint8_t, V> load_indices(const uint8_t* from) {
   Packet<uint8_t, V> out;
   if constexpr (V == kPacket) {
     const uint2 word = load_8_bytes(from);
@@ -93,11 +106,11 @@ template <int V>
 __device__ __forceinline__ void load_vector(float (&out)[V], const float* vector, int64_t first) {
   if (vector == nullptr) {
 #pragma unroll
-    for (int i = 0; i < V; i++) out[i] = 0.f;
+    for (int i = 0; i < V; ++i) out[i] = 0.f;
   } else if constexpr (V == kPacket) {
     const Packet<float, kPacket> packet = load_packet(vector + first, l2_policy(true));
 #pragma unroll
-    for (int i = 0; i < V; i++) out[i] = packet.value[i];
+    for (int i = 0; i < V; ++i) out[i] = packet.value[i];
   } else {
     out[0] = vector[first];
   }

@@ -21,9 +21,8 @@ namespace fusedres::cuda {
 
 constexpr int kPacket = 8;  // elements: one byte of mask, 16 bytes of a 16-bit dtype
 constexpr int kPacketThreads = 256;
-constexpr int kTileThreads =
-    320;                        // large blocks leave few partials to merge; two of them leave 102 registers
-constexpr int kTileLanes = 32;  // channel groups of 8 a block: 512 bytes of a row, and a short merge
+constexpr int kTileThreads = 320;  // large blocks leave few partials to merge; two of them leave 102 registers
+constexpr int kTileLanes = 32;     // channel groups of 8 a block: 512 bytes of a row, and a short merge
 constexpr int kTileLanesScalar = 128;
 constexpr int64_t kMaxGridX = 2147483647;
 constexpr int64_t kMaxGridY = 65535;
@@ -37,8 +36,8 @@ struct DeviceLimits {
 
 FUSEDRES_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How many of the last visited units the next pass, walking the other way, can find in L2. Half of L2 is left
-// to what the pass writes.
+// How many of the units that this pass visits last the next pass, which walks the other way, finds in L2. Half of L2 is
+// for the data that this pass writes.
 constexpr int64_t units_kept_in_l2(const DeviceLimits& limits, int64_t bytes_per_unit) {
   return limits.l2_bytes / 2 / (bytes_per_unit > 0 ? bytes_per_unit : 1);
 }
@@ -51,16 +50,12 @@ struct PacketPlan {
   int blocks;
   int threads;
   bool aligned;         // every tensor starts at a multiple of 16 bytes
-  bool fixed_channels;  // and 8 divides C, and a thread meets the same 8 channels all along
+  bool fixed_channels;  // and 8 divides C, and a thread keeps its 8 channels
 
   FUSEDRES_HOST_DEVICE constexpr int64_t stride() const { return int64_t(blocks) * threads; }
-  FUSEDRES_HOST_DEVICE constexpr int64_t first(int64_t block, int thread) const {
-    return block * threads + thread;
-  }
+  FUSEDRES_HOST_DEVICE constexpr int64_t first(int64_t block, int thread) const { return block * threads + thread; }
   FUSEDRES_HOST_DEVICE constexpr int64_t backwards(int64_t step) const { return packets - 1 - step; }
-  FUSEDRES_HOST_DEVICE constexpr int64_t first_channel(int64_t packet) const {
-    return packet * kPacket % channels;
-  }
+  FUSEDRES_HOST_DEVICE constexpr int64_t first_channel(int64_t packet) const { return packet * kPacket % channels; }
 };
 
 struct PacketRequest {

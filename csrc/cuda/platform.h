@@ -1,5 +1,5 @@
-// The few CUDA facilities that the host build provides in its own way. Under nvcc these are plain CUDA; any
-// other compiler gets the emulator, and the kernels are the same source for both.
+// The few CUDA facilities that the host build provides in its own way. nvcc gets plain CUDA, any other compiler gets
+// the emulator, and the kernels are one source for both.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +16,12 @@
 namespace fusedres::cuda {
 
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream,
-                   const Args&... args) {
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, const Args&... args) {
   kernel<<<grid, block, 0, stream>>>(args...);
   return cudaGetLastError();
 }
 
-// L2 eviction policies, as an operand: one instruction serves both, chosen per access.
+// The L2 eviction policy is an operand of the load or store: one instruction serves both policies, chosen per access.
 __device__ __forceinline__ uint64_t l2_policy(bool keep) {
   uint64_t first, normal;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
@@ -40,13 +39,11 @@ __device__ __forceinline__ uint4 load_16_bytes(const void* from, uint64_t policy
 }
 
 __device__ __forceinline__ void store_16_bytes(void* to, uint4 v, uint64_t policy) {
-  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w), "l"(policy));
+  asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w), "l"(policy));
 }
 
-__device__ __forceinline__ uint2 load_8_bytes(const void* from) {
-  return __ldg(static_cast<const uint2*>(from));
-}
+__device__ __forceinline__ uint2 load_8_bytes(const void* from) { return __ldg(static_cast<const uint2*>(from)); }
 
 __device__ __forceinline__ void store_8_bytes(void* to, uint2 v) { *static_cast<uint2*>(to) = v; }
 

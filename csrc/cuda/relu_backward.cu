@@ -1,4 +1,4 @@
-// dz = where(mask, dy, 0): a shortcut's gradient by itself.
+// dz = where(mask, dy, 0), which is the gradient of an identity shortcut.
 #include "bn_math.h"
 #include "launch.h"
 #include "walk.h"
@@ -28,8 +28,7 @@ __global__ void __launch_bounds__(kPacketThreads, kBlocksPerMultiprocessor)
         const int64_t packet = plan.backwards(step);
         Packet<T, kPacket> out;
 #pragma unroll
-        for (int i = 0; i < kPacket; i++)
-          out.value[i] = in.bits >> i & 1u ? in.dy.value[i] : round_to<T>(0.f);
+        for (int i = 0; i < kPacket; ++i) out.value[i] = in.bits >> i & 1u ? in.dy.value[i] : round_to<T>(0.f);
         store_flat<false>(static_cast<T*>(args.dz), packet, out, plan, l2_policy(packet < plan.kept));
       });
 }
@@ -40,8 +39,7 @@ cudaError_t relu_backward(const ReluBackward& args, cudaStream_t stream) {
   const cudaError_t error = current_device_limits(&limits);
   if (error != cudaSuccess) return error;
   const PacketPlan plan = plan_packets(
-      {args.numel, 1, kBlocksPerMultiprocessor, bytes_of(args.dtype), aligned_to_16(args.dy, args.dz)},
-      limits);
+      {args.numel, 1, kBlocksPerMultiprocessor, bytes_of(args.dtype), aligned_to_16(args.dy, args.dz)}, limits);
   return for_dtype(args.dtype, [&](auto type) {
     return launch(relu_backward_kernel<typename decltype(type)::type>, dim3(unsigned(plan.blocks)),
                   dim3(unsigned(plan.threads)), stream, args, plan);

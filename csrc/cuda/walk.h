@@ -24,18 +24,18 @@ __device__ __forceinline__ void walk(int64_t first, int64_t stride, int64_t end,
   for (; i + (U - 1) * stride < end; i += U * stride) {
     decltype(load(i)) staged[U];
 #pragma unroll
-    for (int u = 0; u < U; u++) staged[u] = load(i + u * stride);
+    for (int u = 0; u < U; ++u) staged[u] = load(i + u * stride);
 #pragma unroll
-    for (int u = 0; u < U; u++) use(i + u * stride, staged[u]);
+    for (int u = 0; u < U; ++u) use(i + u * stride, staged[u]);
   }
   for (; i < end; i += stride) use(i, load(i));
 }
 
-// Packet `packet` of a flat tensor [numel]: 16-byte words if kFixed, else element by element where the tensor
-// is not aligned or ends inside the packet. Elements past the end read as 0.
+// Packet `packet` of a flat tensor [numel], loaded in 16-byte words if kFixed. Else it is loaded element by element
+// where the tensor is not aligned or ends inside the packet. Elements past the end read as 0.
 template <bool kFixed, class T>
-__device__ __forceinline__ Packet<T, kPacket> load_flat(const T* tensor, int64_t packet,
-                                                        const PacketPlan& plan, uint64_t policy) {
+__device__ __forceinline__ Packet<T, kPacket> load_flat(const T* tensor, int64_t packet, const PacketPlan& plan,
+                                                        uint64_t policy) {
   const int64_t first = packet * kPacket;
   if constexpr (kFixed) {
     return load_packet(tensor + first, policy);
@@ -43,8 +43,7 @@ __device__ __forceinline__ Packet<T, kPacket> load_flat(const T* tensor, int64_t
     if (plan.aligned && first + kPacket <= plan.numel) return load_packet(tensor + first, policy);
     Packet<T, kPacket> out;
 #pragma unroll
-    for (int i = 0; i < kPacket; i++)
-      out.value[i] = first + i < plan.numel ? tensor[first + i] : round_to<T>(0.f);
+    for (int i = 0; i < kPacket; ++i) out.value[i] = first + i < plan.numel ? tensor[first + i] : round_to<T>(0.f);
     return out;
   }
 }
@@ -58,7 +57,7 @@ __device__ __forceinline__ void store_flat(T* tensor, int64_t packet, const Pack
   } else {
     if (plan.aligned && first + kPacket <= plan.numel) return store_packet(tensor + first, values, policy);
 #pragma unroll
-    for (int i = 0; i < kPacket; i++)
+    for (int i = 0; i < kPacket; ++i)
       if (first + i < plan.numel) tensor[first + i] = values.value[i];
   }
 }
@@ -72,14 +71,14 @@ __device__ __forceinline__ void load_vector_flat(float (&out)[kPacket], const fl
     load_vector(out, vector, channel);
   } else {
 #pragma unroll
-    for (int i = 0; i < kPacket; i++) {
+    for (int i = 0; i < kPacket; ++i) {
       out[i] = vector == nullptr ? 0.f : vector[channel];
       if (++channel == plan.channels) channel = 0;
     }
   }
 }
 
-// Bits of a packet that lie inside the tensor.
+// One bit for each element of a packet that lies inside the tensor.
 __device__ __forceinline__ unsigned valid_bits(int64_t packet, const PacketPlan& plan) {
   const int64_t left = plan.numel - packet * kPacket;
   return left >= kPacket ? 0xffu : (1u << left) - 1u;

@@ -1,5 +1,5 @@
-// CUDA's names for a host compiler. The kernels of csrc/cuda include this instead of CUDA's own through
-// csrc/cuda/platform.h; nothing of it is in a wheel.
+// CUDA's names for a host compiler. The kernels of csrc/cuda include this file through csrc/cuda/platform.h, in place
+// of CUDA's own headers. No wheel contains its code.
 #pragma once
 
 #include <math.h>
@@ -28,8 +28,7 @@
 
 #define FUSEDRES_SHARED(type, name, count)     \
   static const char declaration_of_##name = 0; \
-  type* name =                                 \
-      static_cast<type*>(::fusedres::emulator::shared_array(&declaration_of_##name, sizeof(type) * (count)))
+  type* name = static_cast<type*>(::fusedres::emulator::shared_array(&declaration_of_##name, sizeof(type) * (count)))
 
 inline void __syncthreads() { fusedres::emulator::barrier(); }
 
@@ -46,11 +45,14 @@ inline unsigned atomicExch(unsigned* address, unsigned value) {
   return __atomic_exchange_n(address, value, __ATOMIC_RELAXED);
 }
 
-// one rounding each: the host build runs with -ffp-contract=off
+// Each rounds once: the host build runs with -ffp-contract=off.
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 
-template <class T> inline T __ldcg(const T* from) { return *from; }
+template <class T>
+inline T __ldcg(const T* from) {
+  return *from;
+}
 
 namespace fusedres::cuda {
 
@@ -66,14 +68,16 @@ inline void require_alignment(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) emulator::fail("misaligned vector access");
 }
 
-template <class Word> inline Word load_word(const void* from) {
+template <class Word>
+inline Word load_word(const void* from) {
   require_alignment(from, sizeof(Word));
   Word word;
   std::memcpy(&word, from, sizeof word);
   return word;
 }
 
-template <class Word> inline void store_word(void* to, Word word) {
+template <class Word>
+inline void store_word(void* to, Word word) {
   require_alignment(to, sizeof word);
   std::memcpy(to, &word, sizeof word);
 }

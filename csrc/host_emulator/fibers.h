@@ -1,4 +1,4 @@
-// One fiber per CUDA thread: stacks, the switch between them, and what the sanitizers must be told about it.
+// One fiber per CUDA thread: stacks, the switch between them, and what the sanitizers are told about the switch.
 //
 //   -fsanitize=address   is told of each change of stack
 //   -fsanitize=thread    sees each fiber as a thread of its own; a switch orders nothing, so that the only
@@ -38,7 +38,7 @@ struct Fiber {
   void* thread_sanitizer = nullptr;
 };
 
-// Within, memory traffic is the emulator's own and not the kernel's.
+// In its scope ThreadSanitizer ignores reads and writes: they are the emulator's, not the kernel's.
 struct Quiet {
 #if defined(__SANITIZE_THREAD__)
   Quiet() {
@@ -76,15 +76,14 @@ __attribute__((naked, noinline)) inline void swap_stacks(void** /*save*/, void* 
       "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
 }
 
-// Finished fibers are kept for later threads, of which a launch has thousands. What ThreadSanitizer remembers
-// of a fiber's earlier life is ordered before the later one anyway: by the end of that launch, or of that
-// block.
+// Finished fibers are kept for later threads: a launch has thousands of threads. The end of a launch, or of a block,
+// orders the earlier life of a fiber, which ThreadSanitizer remembers, before the later one.
 class Fibers {
  public:
   Fiber take() {
     if (free_.empty()) {
-      void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* memory =
+          mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (memory == MAP_FAILED) {
         std::perror("fusedres emulator: no memory for a fiber's stack");
         std::abort();
@@ -116,11 +115,11 @@ inline void prepare(Fiber& fiber, void (*entry)()) {
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes - 64);
   *--top = nullptr;  // where a return from entry would go
   *--top = reinterpret_cast<void*>(entry);
-  for (int i = 0; i < 6; i++) *--top = nullptr;  // the registers that swap_stacks pops
+  for (int i = 0; i < 6; ++i) *--top = nullptr;  // the registers that swap_stacks pops
   fiber.stack_pointer = top;
 }
 
-// First thing on a new fiber.
+// A new fiber calls this first.
 FUSEDRES_UNINSTRUMENTED inline void entered([[maybe_unused]] CallerStack& caller) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &caller.bottom, &caller.size);
@@ -128,12 +127,11 @@ FUSEDRES_UNINSTRUMENTED inline void entered([[maybe_unused]] CallerStack& caller
 }
 
 // `to` without a stack of its own is the caller. A dying fiber is never switched back to.
-FUSEDRES_UNINSTRUMENTED inline void switch_fiber(Fiber& from, Fiber& to,
-                                                 [[maybe_unused]] const CallerStack& caller,
+FUSEDRES_UNINSTRUMENTED inline void switch_fiber(Fiber& from, Fiber& to, [[maybe_unused]] const CallerStack& caller,
                                                  [[maybe_unused]] bool dying) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(dying ? nullptr : &from.address_sanitizer,
-                                 to.stack ? to.stack : caller.bottom, to.stack ? kStackBytes : caller.size);
+  __sanitizer_start_switch_fiber(dying ? nullptr : &from.address_sanitizer, to.stack ? to.stack : caller.bottom,
+                                 to.stack ? kStackBytes : caller.size);
 #endif
 #if defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(to.thread_sanitizer, __tsan_switch_to_fiber_no_sync);

@@ -6,7 +6,7 @@
 extern "C" {
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 64;  // past what launchers cache: tests change the limits
+  *device = 64;  // past the devices whose limits launchers cache: tests change the limits
   return cudaSuccess;
 }
 

@@ -27,7 +27,7 @@ struct Thread : Fiber {
   uint3 index{};
   bool done = false;
   int barriers = 0;
-  const uint64_t* waits_for = nullptr;  // a generation, and the value it had
+  const uint64_t* waits_for = nullptr;  // the generation of a barrier, which was `seen` on arrival
   uint64_t seen = 0;
 };
 
@@ -74,8 +74,8 @@ inline State& state() {
   for (const auto& block : state().resident)
     for (const Thread& thread : block->threads)
       if (!thread.done && thread.waits_for && shown++ < 4)
-        std::fprintf(stderr, "  block (%u, %u) thread %u waits at __syncthreads\n", block->index.x,
-                     block->index.y, thread.index.x);
+        std::fprintf(stderr, "  block (%u, %u) thread %u waits at __syncthreads\n", block->index.x, block->index.y,
+                     thread.index.x);
   std::fflush(stderr);
   std::abort();
 }
@@ -83,7 +83,7 @@ inline State& state() {
 FUSEDRES_UNINSTRUMENTED inline void release_barrier_if_complete(Block& block) {
   if (block.alive > 0 && block.arrived == block.alive) {
     block.arrived = 0;
-    block.generation++;
+    ++block.generation;
   }
 }
 
@@ -91,20 +91,19 @@ FUSEDRES_UNINSTRUMENTED inline void barrier() {
   State& s = state();
   Thread& me = *s.current;
   Block& block = *me.block;
-  me.barriers++;
+  ++me.barriers;
   char* order = &block.order[block.generation & 1];
   release(order);
   me.seen = block.generation;
   me.waits_for = &block.generation;
-  block.arrived++;
+  ++block.arrived;
   release_barrier_if_complete(block);
   while (block.generation == me.seen) switch_fiber(me, s.caller, s.caller_stack, false);
   me.waits_for = nullptr;
   acquire(order);
 }
 
-// A shared array of the running block: one for each declaration, of exactly its size, NaN until it is
-// written.
+// A shared array of the running block. Each declaration has one, of exactly its size, full of NaN at first.
 inline void* shared_array(const void* declaration, size_t bytes) {
   Quiet quiet;
   auto& memory = state().current->block->shared[declaration];
@@ -134,7 +133,7 @@ inline void add_block(unsigned number) {
   block->index = uint3{number % s.grid.x, number / s.grid.x % s.grid.y, number / (s.grid.x * s.grid.y)};
   block->threads.resize(s.block.x);
   block->alive = int(s.block.x);
-  for (unsigned i = 0; i < s.block.x; i++) {
+  for (unsigned i = 0; i < s.block.x; ++i) {
     Thread& thread = block->threads[i];
     thread.block = block.get();
     thread.index = uint3{i, 0, 0};
@@ -158,8 +157,7 @@ FUSEDRES_UNINSTRUMENTED inline void run_resident_blocks() {
       s.current = thread;
       switch_fiber(s.caller, *thread, s.caller_stack, false);
     }
-    running.erase(std::remove_if(running.begin(), running.end(), [](Thread* t) { return t->done; }),
-                  running.end());
+    running.erase(std::remove_if(running.begin(), running.end(), [](Thread* t) { return t->done; }), running.end());
     if (!progress && !running.empty()) fail("deadlock: a barrier that not all threads of the block reach");
   }
 }
@@ -188,11 +186,11 @@ inline cudaError_t run_grid(dim3 grid, dim3 block, std::function<void()> kernel)
 #endif
   std::vector<unsigned> order = s.only_blocks;
   if (order.empty())
-    for (unsigned i = 0; i < grid.x * grid.y * grid.z; i++) order.push_back(i);
+    for (unsigned i = 0; i < grid.x * grid.y * grid.z; ++i) order.push_back(i);
   std::shuffle(order.begin(), order.end(), s.random);
   constexpr size_t kResident = 4;  // in flight together, so that races between blocks show too
   for (size_t i = 0; i < order.size(); i += kResident) {
-    for (size_t k = i; k < std::min(order.size(), i + kResident); k++) add_block(order[k]);
+    for (size_t k = i; k < std::min(order.size(), i + kResident); ++k) add_block(order[k]);
     release(&s.begin);
     run_resident_blocks();
     acquire(&s.end);

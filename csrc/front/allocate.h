@@ -1,12 +1,12 @@
-// Uninitialised results, by torch's C functions: the dispatcher, which torch::stable::empty goes through, takes as long
-// as a small kernel.
+// Uninitialised results, made by torch's C functions. torch::stable::empty goes through the dispatcher, which takes as
+// long as a small kernel.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 
-namespace fusedres {
+namespace fusedres::front {
 
 using torch::stable::Tensor;
 
@@ -16,7 +16,7 @@ inline int32_t dtype_code(const Tensor& t) {
   return dtype;
 }
 
-// On like's device.
+// A tensor on like's device.
 inline Tensor new_strided(const Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides,
                           int32_t dtype) {
   int32_t device, index;
@@ -37,7 +37,7 @@ inline Tensor new_vector(const Tensor& like, int64_t channels) {
 }
 inline Tensor new_bytes(const Tensor& like, int64_t bytes) { return new_1d(like, bytes, aoti_torch_dtype_uint8()); }
 
-// Of the sizes, strides and dtype of c [N, C, H, W], which is dense.
+// A tensor with the sizes, strides and dtype of c [N, C, H, W], which is dense.
 inline Tensor new_like(const Tensor& c) {
   const int64_t sizes[] = {c.size(0), c.size(1), c.size(2), c.size(3)};
   const int64_t strides[] = {c.stride(0), c.stride(1), c.stride(2), c.stride(3)};
@@ -52,4 +52,4 @@ inline Tensor new_channels_last(const Tensor& like, int64_t batch, int64_t chann
   return new_strided(like, 4, sizes, strides, dtype);
 }
 
-}  // namespace fusedres
+}  // namespace fusedres::front

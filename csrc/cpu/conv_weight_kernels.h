@@ -1,27 +1,27 @@
-// A convolution's weight gradient: dW[o, tap, i] = sum over positions of dy[p, o] * x[p at tap, i], an outer product
-// for each position, or for two at once of bfloat16, in float. Included after vec_avx2.h or vec_avx512.h.
+// A convolution's weight gradient: dW[o, tap, i] = sum over positions of dy[p, o] * x[p at tap, i], in float. Each
+// position adds an outer product; bfloat16 adds two positions at once. Included after vec_avx2.h or vec_avx512.h.
 #pragma once
 
-#include "conv_packing.h"
+#include "conv_weight_packing.h"
 
 namespace {
 
 using namespace fusedres::cpu;
 
-// Lines of memory, one a position, that the next piece is packed from.
+// Lines of memory to prefetch, one a position: the next piece is packed from them.
 struct Soon {
   const char* line;
   int64_t pitch;
 };
 
-// Those that call number `index` for this piece asks for, while it multiplies.
+// The lines that call number `index` for this piece prefetches while it multiplies.
 template <class T>
 Soon soon(const ConvWeightArgs& args, int64_t index) {
   const auto count = [](int64_t channels) { return (channels + kLine<T> - 1) / kLine<T> * kPerWord<T>; };
   const auto find = [&](const void* tensor, int64_t channels, int64_t first, int64_t i) {
     const int64_t position = args.end * args.width.out + i % kPerWord<T>;
     const T* line = static_cast<const T*>(tensor) + position * channels + first + i / kPerWord<T> * kLine<T>;
-    return Soon{reinterpret_cast<const char*>(line), channels * static_cast<int64_t>(sizeof(T))};
+    return Soon{reinterpret_cast<const char*>(line), channels * int64_t(sizeof(T))};
   };
   const int64_t lines_of_dy = count(args.last_out - args.first_out);
   if (args.end < args.batch * args.height.out) {
@@ -34,7 +34,8 @@ Soon soon(const ConvWeightArgs& args, int64_t index) {
   return {reinterpret_cast<const char*>(args.dw), 0};
 }
 
-// The stretches of the piece that a tap reads, in packed x; those that follow each other in memory are one.
+// Finds the stretches of the piece that a tap reads in packed x, and returns their number. Stretches that follow each
+// other in memory become one.
 int64_t find_stretches(const ConvWeightArgs& args, const float* packed_x, int64_t tap) {
   const Reach down(args.height, tap / args.width.kernel), across(args.width, tap % args.width.kernel);
   const int64_t length = across.last - across.first;
@@ -71,8 +72,8 @@ inline void add_products(Float (&sums)[size][2], Float low, Float high, F factor
 
 // dw[r, 0..lanes) += sum over positions of dy[p, r] * x[p, :]; dw has rows `stride` apart.
 template <class T, int size>
-void outer_products(const Stretch* stretches, int64_t count, const float* dy, float* dw, int64_t stride,
-                    int64_t lanes, Soon soon) {
+void outer_products(const Stretch* stretches, int64_t count, const float* dy, float* dw, int64_t stride, int64_t lanes,
+                    Soon soon) {
   Float sums[size][2];
 #pragma GCC unroll 14
   for (int r = 0; r < size; ++r) {
@@ -110,7 +111,7 @@ void outer_products(const Stretch* stretches, int64_t count, const float* dy, fl
   }
 }
 
-// `outer_products` of a panel's size, 1 to `most`.
+// Calls `outer_products` for a panel of `size` rows, 1 to `most`.
 template <class T, int most>
 inline void outer_products_of(int64_t size, const Stretch* stretches, int64_t count, const float* dy, float* dw,
                               int64_t stride, int64_t lanes, Soon soon) {
@@ -120,7 +121,7 @@ inline void outer_products_of(int64_t size, const Stretch* stretches, int64_t co
   outer_products<T, most>(stretches, count, dy, dw, stride, lanes, soon);
 }
 
-// What the piece adds to dw of input channels [channel, channel + lanes), one panel at `packed_x`.
+// Adds the piece to dw of input channels [channel, channel + lanes), which are one panel at `packed_x`.
 template <class T>
 void add_panel(const ConvWeightArgs& args, const float* packed_x, int64_t channel, int64_t lanes, int64_t& calls) {
   const int64_t channels = args.last_out - args.first_out, panels = count_panels(channels);
@@ -132,8 +133,8 @@ void add_panel(const ConvWeightArgs& args, const float* packed_x, int64_t channe
     for (int64_t p = 0; p < panels; ++p) {
       const Panel panel(channels, panels, p);
       float* dw = args.dw + (args.first_out + panel.first) * stride + tap * args.in_channels + channel;
-      outer_products_of<T, kPanel>(panel.size, args.stretches, count, args.packed_dy + p * positions * kWidth, dw, stride,
-                                lanes, soon<T>(args, calls++));
+      outer_products_of<T, kPanel>(panel.size, args.stretches, count, args.packed_dy + p * positions * kWidth, dw,
+                                   stride, lanes, soon<T>(args, calls++));
     }
   }
 }

@@ -9,18 +9,18 @@ namespace fusedres::cpu {
 
 namespace {
 
-constexpr int64_t kPositions = 256;  // of dy, about as many are packed at a time
+constexpr int64_t kPositions = 256;  // of dy, of which about as many are packed at a time
 constexpr int64_t kFewestOut = 24;   // output channels of a thread: packing x must pay
 constexpr int64_t kFewestIn = 32;    // input channels of a thread: packing dy must pay
 
-// The most pieces, up to `limit`, that divide the threads: their shares come out equal.
+// The largest number up to `limit` that divides the threads: then every thread gets an equal share.
 int64_t divisor(int64_t threads, int64_t limit) {
   int64_t pieces = std::clamp<int64_t>(limit, 1, threads);
   while (threads % pieces != 0) --pieces;
   return pieces;
 }
 
-// Rows [x_begin, x_end) of x, of N*in, in which all lie that rows [begin, end) of dy, of N*out, read.
+// Sets [x_begin, x_end) to the rows of x, of N*in, that rows [begin, end) of dy, of N*out, read.
 void find_rows(ConvWeightArgs& args) {
   const ConvAxis& axis = args.height;
   const int64_t reach = (axis.kernel - 1) * axis.dilation + 1 - axis.padding, last = args.end - 1;
@@ -41,7 +41,7 @@ int64_t most_rows(ConvWeightArgs args, int64_t piece) {
   return most;
 }
 
-// What of dw `args` is for, piece by piece.
+// Adds to the part of dw that `args` is for, piece by piece.
 void add_pieces(ConvWeightArgs args) {
   const int64_t rows = args.batch * args.height.out;
   const int64_t piece = std::max<int64_t>(1, kPositions / std::max<int64_t>(args.width.out, 1));
@@ -56,15 +56,15 @@ void add_pieces(ConvWeightArgs args) {
   for (; args.begin < rows; args.begin = args.end) {
     args.end = std::min(rows, args.begin + piece);
     find_rows(args);
-    products(args.dtype)->conv_backward_weight(args);
+    convolutions(args.dtype)->conv_backward_weight(args);
   }
 }
 
 }  // namespace
 
-// Threads share the channels there are more of, then the others and then the taps, as far as shares would not be too
-// small: what each adds up, and in which order, does not depend on how many there are.
-void launch_conv_backward_weight(ConvWeightArgs args) {
+// Threads share the larger number of channels first, then the smaller one, then the taps, as long as the shares are not
+// too small. Each element of dw is summed by one thread, in an order that does not depend on the number of threads.
+void conv_backward_weight(const ConvBackwardWeight& args) {
   const int64_t threads = torch::stable::get_num_threads(), taps = args.height.kernel * args.width.kernel;
   int64_t blocks = args.out_channels / kFewestOut, parts = args.in_channels / kFewestIn;
   if (args.out_channels >= args.in_channels) {
@@ -80,7 +80,8 @@ void launch_conv_backward_weight(ConvWeightArgs args) {
   torch::stable::parallel_for(0, blocks * parts * groups, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t block = task % blocks, part = task / blocks % parts, group = task / blocks / parts;
-      ConvWeightArgs mine = args;
+      ConvWeightArgs mine{};
+      static_cast<ConvBackwardWeight&>(mine) = args;
       mine.first_out = args.out_channels * block / blocks;
       mine.last_out = args.out_channels * (block + 1) / blocks;
       mine.first_in = panels * part / parts * lanes;

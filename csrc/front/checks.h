@@ -1,4 +1,5 @@
-// What every op asks of its arguments. A failed check throws; the text says op, argument, found, needed, fix.
+// Checks of arguments that ops of all families share. A failed check throws; the text names the op, the argument, what
+// was found, what is needed, and the fix.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace fusedres {
+namespace fusedres::front {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -17,8 +18,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 [[noreturn]] inline void fail(const char* op, const char* name, const std::string& found, const std::string& needed,
                               const char* fix) {
-  throw std::runtime_error(std::string("fusedres ") + op + ": " + name + " is " + found + ", needed " + needed +
-                           "; " + fix + ".");
+  throw std::runtime_error(std::string("fusedres ") + op + ": " + name + " is " + found + ", needed " + needed + "; " +
+                           fix + ".");
 }
 
 inline std::string sizes_of(const Tensor& t) {
@@ -29,7 +30,7 @@ inline std::string sizes_of(const Tensor& t) {
   return text.str();
 }
 
-// Sizes, and strides where elements do not lie beside each other.
+// The sizes, and the strides too where elements do not lie side by side.
 inline std::string layout_of(const Tensor& t) {
   if (t.is_contiguous()) return sizes_of(t);
   std::ostringstream text;
@@ -53,7 +54,7 @@ inline std::string dtype_name(ScalarType dtype) {
     case ScalarType::Bool: return "bool";
     case ScalarType::ComplexFloat: return "complex64";
     case ScalarType::ComplexDouble: return "complex128";
-    default: return "dtype number " + std::to_string(static_cast<int>(dtype));
+    default: return "dtype number " + std::to_string(int(dtype));
   }
 }
 
@@ -91,7 +92,7 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
   return a.size(0) == b.size(0) && a.size(1) == b.size(1) && a.size(2) == b.size(2) && a.size(3) == b.size(3);
 }
 
-// A tensor like another: size, dtype, memory format, device.
+// t has the sizes, the memory format and the device of `like`.
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like, ScalarType dtype) {
   check_channels_last(op, name, t);
   check_device(op, name, t, like.is_cuda());
@@ -107,7 +108,7 @@ inline void check_like(const char* op, const char* name, const OptionalTensor& t
   if (t) check_like(op, name, *t, like);
 }
 
-// A float32 vector of `channels`.
+// v is a float32 vector [channels].
 inline void check_vector(const char* op, const char* name, const Tensor& v, int64_t channels) {
   if (v.scalar_type() != ScalarType::Float) {
     fail(op, name, dtype_name(v.scalar_type()), "float32", "channel vectors have the accumulation dtype");
@@ -135,55 +136,4 @@ inline void check_together(const char* op, const char* name, bool first, bool se
   if (first != second) fail(op, name, "given in part", "both or neither", "pass the pair");
 }
 
-// Positions that sums were taken over; 0 of an empty batch.
-inline void check_rows(const char* op, int64_t rows) {
-  if (rows < 0) fail(op, "rows", std::to_string(rows), "N*H*W", "pass the number of positions of c");
-}
-
-// A pooling window, and that c [N, C, H, W] holds at least one.
-inline void check_window(const char* op, const Tensor& c, int64_t kernel_size, int64_t stride, int64_t padding) {
-  if (kernel_size < 1 || kernel_size > 15 || stride < 1 || padding < 0 || padding > kernel_size / 2) {
-    std::ostringstream found;
-    found << "kernel_size " << kernel_size << ", stride " << stride << ", padding " << padding;
-    fail(op, "the window", found.str(), "kernel_size 1 to 15, stride >= 1, padding <= kernel_size/2",
-         "use backend='reference'");
-  }
-  if (c.size(2) + 2 * padding < kernel_size || c.size(3) + 2 * padding < kernel_size) {
-    fail(op, "c", sizes_of(c), "at least one window", "pass a larger image");
-  }
-}
-
-// dy and indices [N, C, height, width], the pooled size, for c [N, C, H, W].
-inline void check_pooled(const char* op, const Tensor& dy, const Tensor& indices, const Tensor& c, int64_t height,
-                         int64_t width) {
-  check_channels_last(op, "dy", dy);
-  check_device(op, "dy", dy, c.is_cuda());
-  check_like(op, "indices", indices, dy, ScalarType::Byte);
-  if (dy.scalar_type() != c.scalar_type()) {
-    fail(op, "dy", dtype_name(dy.scalar_type()), dtype_name(c.scalar_type()), "pass tensors of one dtype");
-  }
-  if (dy.size(0) != c.size(0) || dy.size(1) != c.size(1) || dy.size(2) != height || dy.size(3) != width) {
-    fail(op, "dy", sizes_of(dy), "the shape of the pooled output", "pass the gradient of y");
-  }
-}
-
-// One axis, 2 or 3, of a convolution from x to dy's shape.
-inline void check_convolution(const char* op, const Tensor& dy, const Tensor& x, int64_t kernel, int64_t stride,
-                              int64_t padding, int64_t dilation, int64_t axis) {
-  constexpr int64_t kLargest = 1 << 20;  // products of two, and sizes of images beside them, stay far from 2^63
-  const auto within = [](int64_t least, int64_t value) { return value >= least && value <= kLargest; };
-  if (!within(1, kernel) || !within(1, stride) || !within(0, padding) || !within(1, dilation)) {
-    std::ostringstream found;
-    found << "kernel " << kernel << ", stride " << stride << ", padding " << padding << ", dilation " << dilation;
-    fail(op, "the convolution", found.str(), "kernel, stride, dilation >= 1 and padding >= 0, none above 2^20",
-         "pass its geometry");
-  }
-  const int64_t room = x.size(axis) + 2 * padding - dilation * (kernel - 1) - 1;
-  const int64_t expected = room < 0 ? 0 : room / stride + 1;
-  if (dy.size(0) != x.size(0) || dy.size(axis) != expected) {
-    fail(op, "dy", sizes_of(dy), "the output's shape, " + std::to_string(expected) + " along dimension " +
-         std::to_string(axis) + " for x " + sizes_of(x), "pass the gradient of the convolution's output");
-  }
-}
-
-}  // namespace fusedres
+}  // namespace fusedres::front

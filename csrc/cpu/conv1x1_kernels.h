@@ -1,5 +1,5 @@
-// 1x1 convolutions as matrix products: forward in inference, with BN, addition and ReLU; the input gradient, added to
-// the gradient that reaches x by another way. Sums are float. Included after vec_avx2.h or vec_avx512.h.
+// 1x1 convolutions as matrix products: the forward in inference, with BN, addition and ReLU; the input gradient, added
+// to the gradient that reaches x by the shortcut. Sums are float. Included after vec_avx2.h or vec_avx512.h.
 #pragma once
 
 #include "kernels.h"
@@ -10,9 +10,10 @@ namespace {
 
 using namespace fusedres::cpu;
 
-constexpr int64_t kRowsAhead = 16;  // rows of W, each in a page of its own
+constexpr int64_t kRowsAhead = 16;  // rows of W to prefetch: each lies in a page of its own
 
-// Words summed at once: a tile's rows stay in the first cache. Sums of bfloat16 are not rounded on the way.
+// How many words are summed at once, so that a tile's rows stay in the first cache. Products of bfloat16 are summed
+// whole: a sum in parts would be rounded to bfloat16 between them.
 template <class T>
 constexpr int64_t kDepth = sizeof(T) == sizeof(float) ? 512 : INT64_MAX;
 
@@ -23,19 +24,19 @@ struct Product {
   int64_t depth, columns;
 };
 
-// Some rows of a and a panel of b, over some of the depth.
+// Some rows of a times a panel of b, over some of the depth.
 struct ProductTile {
-  const float* a;       // of the first row
+  const float* a;       // [rows, depth], at the first row
   const float* b;       // [depth, kPanelIn]
-  const int64_t* rows;  // of the result, one for each of a
+  const int64_t* rows;  // the row of the result for each row of a
   int64_t depth, column, lanes;
-  bool first, last;     // of the depth
+  bool first, last;  // whether this is the first and the last part of the depth
 };
 
-// The input gradient's results: dx, and what is added to it.
+// Finishes the input gradient: adds the sums to the shortcut's gradient and writes dx.
 template <class T>
 struct AddToShortcut {
-  explicit AddToShortcut(const ConvInputArgs& args)
+  explicit AddToShortcut(const Conv1x1InputArgs& args)
       : shortcut_dy(static_cast<const T*>(args.shortcut_dy)), mask(args.mask), dx(static_cast<T*>(args.dx)) {}
 
   const T* soon() const { return shortcut_dy == nullptr ? dx : shortcut_dy; }
@@ -56,19 +57,19 @@ struct AddToShortcut {
   T* dx;
 };
 
-// The forward's results: y, of the sum once it is whole.
+// Finishes the forward: y, once the sum is whole.
 template <class T, Residual form, bool with_relu>
 struct ScaleShiftAddRelu {
   explicit ScaleShiftAddRelu(const Conv1x1Args& args)
       : args(args), residual(static_cast<const T*>(args.residual)), y(static_cast<T*>(args.y)) {}
 
-  const T* soon() const { return form == Residual::none ? y : residual; }
+  const T* soon() const { return form == Residual::kNone ? y : residual; }
   void operator()(const ProductTile& tile, int64_t element, int64_t channel, Float sum, int64_t lanes) const {
     if (!tile.first) sum = sum + load_lanes(y + element, lanes);
     if (!tile.last) return store_lanes(y + element, rounded<T>(sum), lanes);
     Float z = fma(load_lanes(args.scale + channel, lanes), sum, load_lanes(args.shift + channel, lanes));
-    if constexpr (form == Residual::identity) z = z + load_lanes(residual + element, lanes);
-    if constexpr (form == Residual::projection) {
+    if constexpr (form == Residual::kIdentity) z = z + load_lanes(residual + element, lanes);
+    if constexpr (form == Residual::kProjection) {
       const Float scale = load_lanes(args.residual_scale + channel, lanes);
       z = z + fma(scale, load_lanes(residual + element, lanes), load_lanes(args.residual_shift + channel, lanes));
     }
@@ -82,7 +83,7 @@ struct ScaleShiftAddRelu {
   T* y;
 };
 
-// The results of a tile of fewer columns, from [size][kPanelIn] sums.
+// Finishes a tile with fewer columns than a panel, from [size][kPanelIn] sums.
 template <class Finish>
 __attribute__((noinline)) void finish_some(const Product& product, const ProductTile& tile, const float* sums,
                                            int64_t size, const Finish& finish) {
@@ -94,7 +95,7 @@ __attribute__((noinline)) void finish_some(const Product& product, const Product
   }
 }
 
-// fetch: asks for the rows of a that follow the tile's, which the hardware does not foresee where they are short.
+// fetch: prefetches the rows of a that follow the tile's rows. The hardware does not foresee short rows.
 template <class T, int size, bool fetch, class Finish>
 void multiply(const Product& product, const ProductTile& tile, const Finish& finish) {
   Float sums[size][2];
@@ -134,10 +135,10 @@ void multiply(const Product& product, const ProductTile& tile, const Finish& fin
   }
 }
 
-// Sizes of tiles: kPanel, and what is left after whole ones.
+// The next smaller size of a tile. The largest is kPanel; smaller ones take the rows that are left.
 constexpr int smaller(int size) { return size > 8 ? 8 : size > 4 ? 4 : size / 2; }
 
-// Multiplies the most rows, up to `most` and `left`, that a size of tiles has, and returns how many.
+// Multiplies by the largest tile of at most `most` and at most `left` rows, and returns its number of rows.
 template <class T, int most, class Finish>
 inline int64_t multiply_some(int64_t left, const Product& product, const ProductTile& tile, const Finish& finish) {
   if constexpr (most > 1) {
@@ -151,9 +152,9 @@ inline int64_t multiply_some(int64_t left, const Product& product, const Product
   return most;
 }
 
-// Positions [begin, end) of a; row(position) is the result's. One tile's rows of the result are finished before the
-// next: what is written to and added from memory is read in sequence then, which counts for more than that W is read
-// again for every tile.
+// Multiplies positions [begin, end) of a; row(position) is the row of the result. All columns of a tile's rows are
+// finished before the next tile: the result and the operands added to it then pass in sequence, which saves more than
+// it costs to read W again for every tile.
 template <class T, class Row, class Finish>
 inline void multiply_rows(const Product& product, int64_t begin, int64_t end, Row row, const Finish& finish) {
   const int64_t panels = (product.columns + kPanelIn - 1) / kPanelIn;
@@ -169,16 +170,16 @@ inline void multiply_rows(const Product& product, int64_t begin, int64_t end, Ro
         const int64_t column = panel * kPanelIn, left = product.columns - column;
         const float* a = product.a + position * product.depth + done;
         const float* b = product.packed_b + column * product.depth + done * kPanelIn;
-        const ProductTile tile{a, b, rows, depth, column, left < kPanelIn ? left : kPanelIn, done == 0,
-                               done + depth == product.depth};
+        const ProductTile tile{
+            a, b, rows, depth, column, left < kPanelIn ? left : kPanelIn, done == 0, done + depth == product.depth};
         size = multiply_some<T, kPanel>(end - position, product, tile, finish);
       }
     }
   }
 }
 
-// W [out_channels, in_channels] as [panel][out_channels][kPanelIn], panels [begin, end); of bfloat16, two output
-// channels a word; zeros beyond the last channel
+// Packs W [out_channels, in_channels] as [panel][out_channels][kPanelIn], panels [begin, end). A word of bfloat16 holds
+// two output channels. Columns beyond the last channel are 0.
 template <class T>
 void pack_weight(const PackArgs& args, int64_t begin, int64_t end) {
   const int64_t step = kPerWord<T> * args.in_channels, depth = args.out_channels / kPerWord<T>;
@@ -193,7 +194,7 @@ void pack_weight(const PackArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Four rows of words, `pitch` apart, over four columns, as four rows of kPanelIn.
+// Transposes four rows of four words, `pitch` apart, to four rows of a panel, kPanelIn apart.
 inline void transpose(const float* weight, int64_t pitch, float* packed) {
   __m128 a = _mm_loadu_ps(weight), b = _mm_loadu_ps(weight + pitch);
   __m128 c = _mm_loadu_ps(weight + 2 * pitch), d = _mm_loadu_ps(weight + 3 * pitch);
@@ -204,7 +205,7 @@ inline void transpose(const float* weight, int64_t pitch, float* packed) {
   _mm_storeu_ps(packed + 3 * kPanelIn, d);
 }
 
-// The same W as [panel][in_channels][kPanelIn], panels of output channels
+// Packs W [out_channels, in_channels] as [panel][in_channels][kPanelIn], with panels of output channels.
 template <class T>
 void pack_weight_transposed(const PackArgs& args, int64_t begin, int64_t end) {
   const int64_t depth = args.in_channels / kPerWord<T>;
@@ -226,8 +227,8 @@ void pack_weight_transposed(const PackArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// The row of dx that a position of dy, of N*height.out*width.out, belongs to.
-inline int64_t row_of(const ConvInputArgs& args, int64_t position) {
+// The row of dx for a position of dy, one of N*height.out*width.out.
+inline int64_t row_of(const Conv1x1InputArgs& args, int64_t position) {
   const ConvAxis &height = args.height, &width = args.width;
   if (height.stride == 1 && width.stride == 1) return position;
   const int64_t line = position / width.out, image = line / height.out;
@@ -235,15 +236,15 @@ inline int64_t row_of(const ConvInputArgs& args, int64_t position) {
   return x_line * width.in + position % width.out * width.stride;
 }
 
-// dx of positions [begin, end) of dy
+// Writes dx of positions [begin, end) of dy.
 template <class T>
-void conv_backward_input(const ConvInputArgs& args, int64_t begin, int64_t end) {
+void conv1x1_backward_input(const Conv1x1InputArgs& args, int64_t begin, int64_t end) {
   const int64_t depth = args.out_channels / kPerWord<T>;
   const Product product{static_cast<const float*>(args.dy), args.packed_weight, depth, args.in_channels};
   multiply_rows<T>(product, begin, end, [&](int64_t at) { return row_of(args, at); }, AddToShortcut<T>(args));
 }
 
-// y of positions [begin, end)
+// Writes y of positions [begin, end).
 template <class T>
 void conv1x1_forward(const Conv1x1Args& args, int64_t begin, int64_t end) {
   const int64_t depth = args.in_channels / kPerWord<T>;

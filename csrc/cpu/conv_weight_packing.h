@@ -1,5 +1,5 @@
-// Packed copies of what a convolution's weight gradient multiplies: a piece of dy, and of x what its taps read.
-// Included after vec_avx2.h or vec_avx512.h.
+// Packed copies of the operands of a convolution's weight gradient: a piece of dy, and the part of x that its taps
+// read. Included after vec_avx2.h or vec_avx512.h.
 #pragma once
 
 #include "kernels.h"
@@ -9,11 +9,11 @@ namespace {
 
 using namespace fusedres::cpu;
 
-constexpr int64_t kAhead = 8;  // positions of x, which the hardware does not foresee beyond a page
+constexpr int64_t kAhead = 8;  // positions of x to prefetch: the hardware does not foresee them beyond a page
 
 // The output positions [first, last) of one axis that a tap reads inside the image.
 struct Reach {
-  int64_t first, last, offset;  // offset: of the tap, input position = output position * stride + offset
+  int64_t first, last, offset;  // the tap reads input position = output position * stride + offset
   Reach(const ConvAxis& axis, int64_t tap) : offset(tap * axis.dilation - axis.padding) {
     first = offset >= 0 ? 0 : (axis.stride - 1 - offset) / axis.stride;
     const int64_t room = axis.in - 1 - offset;
@@ -23,7 +23,7 @@ struct Reach {
   }
 };
 
-// f(row of dy, row of x) for the piece's rows that the tap reads.
+// Calls f(row of dy, row of x) for the piece's rows that the tap reads.
 template <class F>
 inline void for_rows(const ConvWeightArgs& args, const Reach& reach, F f) {
   const ConvAxis& axis = args.height;
@@ -34,7 +34,8 @@ inline void for_rows(const ConvWeightArgs& args, const Reach& reach, F f) {
   }
 }
 
-// Output channels [first, first + size) of a panel, `panels` of them over `channels`, as equal as they can be.
+// Output channels [first, first + size) of panel number `index`. `panels` panels share `channels` as equally as they
+// can.
 struct Panel {
   Panel(int64_t channels, int64_t panels, int64_t index)
       : first(channels * index / panels), size(channels * (index + 1) / panels - first) {}
@@ -43,20 +44,21 @@ struct Panel {
 
 inline int64_t count_panels(int64_t channels) { return (channels + kPanel - 1) / kPanel; }
 
-// Whether positions of x are those of dy.
+// Whether dy has the positions of x.
 inline bool pointwise(const ConvWeightArgs& args) {
   const auto one = [](const ConvAxis& axis) { return axis.kernel == 1 && axis.stride == 1 && axis.padding == 0; };
   return one(args.height) && one(args.width);
 }
 
-// Bits that are 0 in the positions of the piece where a pair may begin: at any, but where the piece is one stretch.
+// The bits that are 0 in the number of a position where a pair may begin. A pair may begin at every position, and
+// only at every second position where the piece is one stretch.
 template <class T>
 inline int64_t bits_within_pair(const ConvWeightArgs& args) {
   return pointwise(args) ? kPerWord<T> - 1 : 0;
 }
 
-// dy of the call's channels as [panel][position][kWidth], row by row: each is read while it is cached.
-// A word of bfloat16 pairs a position with the next, so that a pair may begin anywhere.
+// Packs dy of the call's channels as [panel][position][kWidth], row by row: a row stays cached for all of its panels.
+// A word of bfloat16 pairs a position with the next position, so that a pair may begin anywhere.
 template <class T>
 void pack_dy(const ConvWeightArgs& args) {
   const int64_t channels = args.last_out - args.first_out, panels = count_panels(channels), pitch = args.out_channels;
@@ -65,11 +67,11 @@ void pack_dy(const ConvWeightArgs& args) {
   for (int64_t row = args.begin; row < args.end; ++row) {
     const int64_t at = (row - args.begin) * columns;
     const T* dy_row = static_cast<const T*>(args.dy) + row * columns * pitch;
-    const int64_t paired = row + 1 < args.end ? columns : columns - 1;  // the piece's last has no next
+    const int64_t paired = row + 1 < args.end ? columns : columns - 1;  // the piece's last position has no next one
     for (int64_t p = 0; p < panels; ++p) {
       const Panel panel(channels, panels, p);
       const int64_t first = args.first_out + panel.first;
-      const int64_t lanes = first + kWidth <= pitch ? kWidth : panel.size;  // beyond the panel nothing is read
+      const int64_t lanes = first + kWidth <= pitch ? kWidth : panel.size;  // beyond the last channel nothing is read
       const T *dy = dy_row + first, *soon = dy_row + columns * pitch + args.first_out + p * kLine<T>;
       float* packed = args.packed_dy + (p * positions + at) * kWidth;
       const bool fetch = p * kLine<T> < channels;
@@ -81,7 +83,7 @@ void pack_dy(const ConvWeightArgs& args) {
   }
 }
 
-// Columns of x are packed by their remainder to the stride, so that those of a tap follow each other.
+// Columns of x are packed by their remainder to the stride, so that the columns of a tap follow each other.
 struct Columns {
   explicit Columns(const ConvAxis& axis) : axis(axis), each((axis.in + axis.stride - 1) / axis.stride) {}
   int64_t count() const { return each * axis.stride; }
@@ -96,16 +98,18 @@ struct Columns {
   int64_t each;
 };
 
-// Rows of x, with one tap along the height, stand where those of dy do, else where they do in the image.
+// Whether packed rows of x are numbered by the rows of dy that read them, as with one tap along the height. Else they
+// are numbered as in the image.
 inline bool by_dy(const ConvWeightArgs& args) { return args.height.kernel == 1; }
 
-// Floats of a panel of the packed x.
+// How many floats a panel of the packed x has.
 inline int64_t panel_pitch(const ConvWeightArgs& args) {
   const int64_t rows = by_dy(args) ? args.end - args.begin : args.x_end - args.x_begin;
   return rows * Columns(args.width).count() * kPanelIn;
 }
 
-// `channels` of a position of x, paired with another's, to its panels, `panel` floats apart
+// Packs `channels` of a position of x, paired with the position `pitch` further, to panels that lie `panel` floats
+// apart.
 template <class T>
 inline void pack_position(const T* x, int64_t pitch, int64_t channels, int64_t panel, float* packed) {
   for (int64_t left = channels; left > 0; left -= kPanelIn, x += kPanelIn, packed += panel) {
@@ -113,8 +117,8 @@ inline void pack_position(const T* x, int64_t pitch, int64_t channels, int64_t p
   }
 }
 
-// x of `channels` from `channel` on as [panel][row][column][channel of the panel]; a word of bfloat16 pairs a position
-// with the one that is packed next.
+// Packs `channels` of x from `channel` on as [panel][row][column][channel of the panel]. A word of bfloat16 pairs a
+// position with the position that is packed next.
 template <class T>
 void pack_x(const ConvWeightArgs& args, int64_t channel, int64_t channels) {
   const Columns columns(args.width);

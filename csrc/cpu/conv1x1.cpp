@@ -1,0 +1,48 @@
+#include <algorithm>
+
+#include "launch.h"
+#include "split.h"
+
+namespace fusedres::cpu {
+
+namespace {
+
+using Pack = void (*)(const PackArgs&, int64_t begin, int64_t end);
+
+// Packs a weight as whole panels of its `columns`. A panel is as many words deep as the weight has other channels.
+Lines<float> pack(Pack kernel, Dtype dtype, PackArgs args, int64_t columns) {
+  const int64_t lanes = kVectorsOfPanel * kernels()->width, panels = (columns + lanes - 1) / lanes;
+  const int64_t others = args.in_channels * args.out_channels / std::max<int64_t>(columns, 1);
+  const int64_t depth = others * size_of(dtype) / size_of(Dtype::kFloat32);
+  Lines<float> packed(panels * lanes * depth);
+  args.packed = packed.data();
+  parallel_chunks(count_chunks(panels, lanes * depth), panels,
+                  [&](int64_t, int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return packed;
+}
+
+}  // namespace
+
+void conv_backward_input(const ConvBackwardInput& args) {
+  const Convolutions& kernel = *convolutions(args.dtype);
+  const PackArgs given{args.in_channels, args.out_channels, args.weight, nullptr};
+  const Lines<float> packed = pack(kernel.pack_weight, args.dtype, given, args.in_channels);
+  const Conv1x1InputArgs all{args, packed.data()};
+  const int64_t positions = args.batch * args.height.out * args.width.out;
+  parallel_chunks(count_chunks(positions, args.in_channels), positions,
+                  [&](int64_t, int64_t begin, int64_t end) { kernel.conv1x1_backward_input(all, begin, end); });
+}
+
+void conv1x1_forward(const Conv1x1Forward& args) {
+  const Convolutions& kernel = *convolutions(args.dtype);
+  const PackArgs given{args.in_channels, args.out_channels, args.weight, nullptr};
+  const Lines<float> packed = pack(kernel.pack_weight_transposed, args.dtype, given, args.out_channels);
+  const Residual form = args.residual == nullptr         ? Residual::kNone
+                        : args.residual_scale == nullptr ? Residual::kIdentity
+                                                         : Residual::kProjection;
+  const Conv1x1Args all{args, form, packed.data()};
+  parallel_chunks(count_chunks(args.rows, args.out_channels), args.rows,
+                  [&](int64_t, int64_t begin, int64_t end) { kernel.conv1x1_forward(all, begin, end); });
+}
+
+}  // namespace fusedres::cpu

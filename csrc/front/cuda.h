@@ -1,0 +1,52 @@
+// CUDA as a device of the front: what it asks of tensors, and its launchers.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "../cuda/launchers.h"
+#include "arguments.h"
+
+namespace fusedres::front {
+
+// Within its scope the device of `first` is current, and launches go to torch's current stream there.
+class Cuda {
+ public:
+  static constexpr bool kCuda = true;
+  static constexpr bool kFormsIndicesAlways = true;
+
+  // Throws where one of `others` lies on another device, and where the library holds no code for the device.
+  Cuda(const char* op, const Tensor& first, std::initializer_list<Named> others = {});
+  Cuda(const Cuda&) = delete;
+  Cuda& operator=(const Cuda&) = delete;
+
+  static void check_processor(const char*) {}
+  static Dtype dtype_of(const char* op, const char* name, const Tensor& t);
+  // A parameter may have any floating dtype, float64 too.
+  static Parameter parameter_of(const char* op, const char* name, const OptionalTensor& v, int64_t channels);
+
+  void launch(const BnScaleShift& args) const;
+  void launch(const BnBackwardCoefficients& args) const;
+  void launch(const BnStats& args) const;
+  void launch(const BnAddReluForward& args) const;
+  void launch(const BnAddReluBackwardReduce& args) const;
+  void launch(const BnAddReluBackwardInput& args) const;
+  void launch(const ReluBackward& args) const;
+  void launch(const BnReluMaxpoolForward& args) const;
+  void launch(const BnReluMaxpoolBackwardReduce& args) const;
+  void launch(const BnReluMaxpoolBackwardInput& args) const;
+
+ private:
+  template <class Args>
+  void launch_in_scratch(const Args& args, size_t bytes,
+                         cudaError_t (*launcher)(const Args&, const cuda::Workspace&, cudaStream_t)) const;
+
+  const char* op_;
+  const Tensor& first_;
+  cudaStream_t stream_ = nullptr;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+}  // namespace fusedres::front

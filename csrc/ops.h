@@ -1,0 +1,217 @@
+// One struct for each op of the library: what its launchers read and write, on the CPU and on CUDA. The front fills the
+// structs; cpu/launch.h and cuda/launchers.h declare the launchers. Maths: fusedres/raw_ops.py.
+//
+// Activations are NHWC: rows x channels, rows = N*H*W, dense, any alignment. Channel vectors are float32 [C]. All
+// pointers are of one device. Outputs overlap nothing, except where a comment names an input for the in-place op.
+//
+// cpu/kernels.h includes this file, so it includes no C++ library, and the kernels call none of its functions.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedres {
+
+enum class Dtype : int { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };  // float64: parameters only
+
+struct Shape {
+  Dtype dtype;
+  int64_t rows;      // P = N*H*W
+  int64_t channels;  // C
+};
+
+struct Parameter {
+  const void* data;  // [C], or null: 1 for a weight, 0 for a bias
+  Dtype dtype;       // float32 on the CPU
+};
+
+// ------------------------------------------------------------------------------------------ channel vectors
+
+struct BnScaleShift {
+  int64_t channels;
+  const float* mean;  // [C]
+  const float* var;   // [C] biased
+  Parameter weight;
+  Parameter bias;
+  double eps;
+  float* invstd;  // [C] (var + eps)^-1/2
+  float* scale;   // [C] weight * invstd
+  float* shift;   // [C] bias - mean*scale
+};
+
+struct BnBackwardCoefficients {
+  int64_t channels;
+  int64_t rows;
+  const float* sum_dz;           // [C]
+  const float* sum_dz_centered;  // [C]
+  const float* mean;             // [C] this and the next two: the forward's vectors
+  const float* invstd;           // [C]
+  const float* scale;            // [C]
+  float* dweight;                // [C]
+  float* B;                      // [C], null with K: frozen statistics
+  float* K;                      // [C]
+};
+
+// ------------------------------------------------------------------------------------------ batch normalisation
+
+struct BnStats {
+  Shape shape;
+  const void* c;  // [P, C]
+  float* mean;    // [C]
+  float* var;     // [C] biased
+  // CUDA alone: the launch's last block computes these vectors if .scale is set. .channels, .mean, .var are not read.
+  BnScaleShift scale_shift = {};
+};
+
+struct BnAddReluForward {
+  Shape shape;
+  const void* c;                // [P, C]
+  const float* scale;           // [C]
+  const float* shift;           // [C]
+  const void* residual;         // [P, C] or null
+  const float* residual_scale;  // [C], null with residual_shift: the residual as it is
+  const float* residual_shift;  // [C]
+  bool relu;
+  void* y;        // [P, C]; in place, on the CPU: c
+  uint8_t* mask;  // [ceil(P*C / 8)] or null
+};
+
+// dz = dy where `mask` has a bit; without a mask, if `relu`, where round(scale*c + shift) > 0; else dy itself.
+struct BnAddReluBackwardReduce {
+  Shape shape;
+  const void* dy;       // [P, C]
+  const void* c;        // [P, C]
+  const uint8_t* mask;  // [ceil(P*C / 8)] or null
+  bool relu;
+  const float* mean;           // [C]
+  const float* scale;          // [C], read if the sign of scale*c + shift is the mask
+  const float* shift;          // [C]
+  const void* shortcut_c;      // [P, C], with shortcut_sum
+  const float* shortcut_mean;  // [C], with shortcut_sum
+  float* sum_dz;               // [C]
+  float* sum_dz_centered;      // [C] sum dz*(c - mean)
+  float* shortcut_sum;         // [C] sum dz*(shortcut_c - shortcut_mean), or null: no projection
+  // CUDA alone: the launch's last block computes these vectors if .dweight is set. .channels and the sums are not read.
+  BnBackwardCoefficients coefficients = {};
+  BnBackwardCoefficients shortcut_coefficients = {};
+};
+
+struct Coefficients {
+  const float* A;  // [C] dc = A*dz + B*c + K
+  const float* B;  // [C], null with K: dc = A*dz
+  const float* K;  // [C]
+};
+
+struct BnAddReluBackwardInput {
+  Shape shape;
+  const void* dy;       // [P, C]
+  const void* c;        // [P, C]
+  const uint8_t* mask;  // this and the next three: as in BnAddReluBackwardReduce
+  bool relu;
+  const float* scale;  // [C]
+  const float* shift;  // [C]
+  Coefficients grads;
+  const void* shortcut_c;       // [P, C] or null
+  Coefficients shortcut_grads;  // with shortcut_c
+  void* dc;                     // [P, C]; in place, on the CPU: dy or c
+  void* dresidual;              // [P, C]: the projection's gradient with shortcut_c, dz without; null: none;
+                                // in place, on the CPU: shortcut_c
+};
+
+struct ReluBackward {
+  Dtype dtype;
+  int64_t numel;
+  const void* dy;       // [numel]
+  const uint8_t* mask;  // [ceil(numel / 8)]
+  void* dz;             // [numel] dy where the mask has a bit, else 0
+};
+
+// ------------------------------------------------------------------------------------------ stem
+
+struct Pooling {
+  Dtype dtype;
+  int64_t batch, height, width, channels;        // of c; P = batch*height*width
+  int kernel_size = 1, stride = 1, padding = 0;  // square, kernel_size <= 15, padding <= kernel_size / 2
+
+  // The host divides once; a kernel would divide 64-bit numbers for every row.
+  int64_t pooled_height = pooled(height);
+  int64_t pooled_width = pooled(width);
+
+  constexpr int64_t pooled(int64_t size) const {
+    return stride > 0 ? (size + 2 * padding - kernel_size) / stride + 1 : 0;
+  }
+};
+
+struct BnReluMaxpoolForward {
+  Pooling pooling;
+  const void* c;       // [N, H, W, C]
+  const float* scale;  // [C]
+  const float* shift;  // [C]
+  void* y;             // [N, H', W', C]
+  uint8_t* indices;    // [N, H', W', C]: kh*kernel_size + kw of the first maximum, 255 where y <= 0; null, on the CPU:
+                       // none
+};
+
+struct BnReluMaxpoolBackwardReduce {
+  Pooling pooling;
+  const void* dy;                            // [N, H', W', C]
+  const uint8_t* indices;                    // [N, H', W', C]
+  const void* c;                             // [N, H, W, C]
+  const float* mean;                         // [C]
+  float* sum_dz;                             // [C]
+  float* sum_dz_centered;                    // [C]
+  BnBackwardCoefficients coefficients = {};  // as in BnAddReluBackwardReduce
+};
+
+struct BnReluMaxpoolBackwardInput {
+  Pooling pooling;
+  const void* dy;          // [N, H', W', C]
+  const uint8_t* indices;  // [N, H', W', C]
+  const void* c;           // [N, H, W, C]
+  Coefficients grads;
+  void* dc;  // [N, H, W, C]
+};
+
+// ------------------------------------------------------------------------------------------ convolutions
+
+// One axis of a convolution: sizes of x and dy, and the taps along it.
+struct ConvAxis {
+  int64_t in, out, kernel, stride, padding, dilation;
+};
+
+struct ConvBackwardWeight {
+  Dtype dtype;
+  int64_t batch, in_channels, out_channels;
+  ConvAxis height, width;
+  const void* dy;  // [N, height.out, width.out, out_channels]
+  const void* x;   // [N, height.in, width.in, in_channels]
+  float* dw;       // [out_channels, height.kernel, width.kernel, in_channels]
+};
+
+// The input gradient of a 1x1 convolution without padding.
+struct ConvBackwardInput {
+  Dtype dtype;
+  int64_t batch, in_channels, out_channels;
+  ConvAxis height, width;
+  const void* dy;           // [N, height.out, width.out, out_channels]
+  const void* weight;       // [out_channels, in_channels]
+  const void* shortcut_dy;  // like dx, added to the gradient, or null; in place, dx
+  const uint8_t* mask;      // one bit an element: where shortcut_dy is added; null: everywhere
+  void* dx;                 // [N, height.in, width.in, in_channels]
+};
+
+// A 1x1 convolution without stride and padding, BN with known vectors, addition and ReLU.
+struct Conv1x1Forward {
+  Dtype dtype;
+  int64_t rows, in_channels, out_channels;
+  const void* x;                // [P, in_channels]
+  const void* weight;           // [out_channels, in_channels]
+  const float* scale;           // [out_channels]
+  const float* shift;           // [out_channels]
+  const void* residual;         // like y, or null
+  const float* residual_scale;  // [out_channels], null with residual_shift: the residual as it is
+  const float* residual_shift;  // [out_channels]
+  bool relu;
+  void* y;  // [P, out_channels]
+};
+
+}  // namespace fusedres
