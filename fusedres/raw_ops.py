@@ -402,26 +402,6 @@ class RawOps(Protocol):
         shortcut_dy like x. reuse_shortcut: dx may be in the storage of shortcut_dy.
         """
 
-    # ---------------------------------------------------------------- inference
-
-    def conv_bias_add_relu_forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        relu: bool,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        groups: int,
-    ) -> Tensor:
-        """`relu(conv2d(x, weight, bias) + residual)` [N, Cout, H', W'] for any kernel size.
-
-        No recipe calls it: its ReLU is a pass of its own, since oneDNN's makes 0 of NaN, and BN, addition and ReLU
-        in one pass after a plain convolution take no longer (`bench/cpu_convolutions.py`).
-        """
-
 
 RAW_OPS = tuple(
     name for name in vars(RawOps) if not name.startswith("_") and name not in ("name", "supports")

@@ -18,7 +18,7 @@ from fusedres.blocks import choice
 # every remainder of a vector of 16, an unaligned start, NaN and Inf, sums over several threads, nothing at all
 CASES = ("C3", "C17", "C24", "offset", "nan_inf_C17", "rows8000", "N0")
 PRODUCTS = ("C3to17", "C17to24", "C40to136", "C130to33", "P1100", "nan_inf_C17")
-SCALAR = ("bn_scale_shift", "bn_backward_coefficients", "conv_bias_add_relu_forward")
+SCALAR = ("bn_scale_shift", "bn_backward_coefficients")
 
 
 def main(capability: str) -> None:

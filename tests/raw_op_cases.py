@@ -122,15 +122,6 @@ FORMS = {
         "3x3s2",
         "groups_identity",
     ),
-    "conv_bias_add_relu_forward": (
-        "bias_identity",
-        "identity",
-        "bias",
-        "no_relu",
-        "3x3s2",
-        "groups",
-        "dilation",
-    ),
 }
 
 

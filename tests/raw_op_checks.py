@@ -29,7 +29,6 @@ from raw_op_pool_checks import (
     check_bn_relu_maxpool_forward,
     check_conv_backward_input,
     check_conv_backward_weight,
-    check_conv_bias_add_relu_forward,
 )
 from torch import Tensor
 
@@ -222,5 +221,4 @@ CHECKS: dict[str, Callable[[Any, Case], None]] = {
     "bn_relu_maxpool_backward_input": check_bn_relu_maxpool_backward_input,
     "conv_backward_weight": check_conv_backward_weight,
     "conv_backward_input": check_conv_backward_input,
-    "conv_bias_add_relu_forward": check_conv_bias_add_relu_forward,
 }

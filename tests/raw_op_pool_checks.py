@@ -1,4 +1,4 @@
-"""Checks of the stem's raw ops and of inference convolutions, for any backend; see `raw_op_checks`."""
+"""Checks of the stem's raw ops and of the library's convolutions' gradients, for any backend; see `raw_op_checks`."""
 
 from __future__ import annotations
 
@@ -85,29 +85,6 @@ def check_bn_relu_maxpool_backward_input(ops: Any, case: Case) -> None:
     grads = inputs.grads(v, c.numel() // c.shape[1], frozen="frozen" in case.form)
     dc = run(ops, "bn_relu_maxpool_backward_input", inputs, dy, indices, c, grads, *pool_of(case))
     assert_input_gradient(dc, dz, dz64, c, grads, "dc")
-
-
-def check_conv_bias_add_relu_forward(ops: Any, case: Case) -> None:
-    inputs, form = Inputs(case), case.form
-    x = inputs.c()
-    channels = case.shape[1]
-    groups = next(g for g in (4, 3, 1) if channels % g == 0) if form == "groups" else 1
-    kernel = 3 if form in ("3x3s2", "groups", "dilation") else 1
-    stride, dilation = (2, 2) if form == "3x3s2" else (1, 1), (2, 2) if form == "dilation" else (1, 1)
-    padding = (dilation[0] * (kernel // 2),) * 2
-    shape = (2 * channels if groups == 1 else channels, channels // groups, kernel, kernel)
-    weight = (inputs.random(shape) / (shape[1] * kernel**2) ** 0.5).to(case.device, case.dtype)
-    bias = inputs.vector(inputs.random(shape[:1]), case.dtype) if "bias" in form or kernel == 3 else None
-    where = stride, padding, dilation, groups
-    plain = F.conv2d(x, weight, bias, *where)
-    residual = inputs.activation(plain.shape) if "identity" in form or kernel == 3 else None
-    relu = form != "no_relu"
-    y = run(ops, "conv_bias_add_relu_forward", inputs, x, weight, bias, residual, relu, *where)
-    exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), *where)
-    eager, exact = (plain, exact) if residual is None else (plain + residual, exact + residual.double())
-    if relu:
-        eager, exact = eager.relu(), exact.relu()
-    assert_accurate(y, eager, with_nan_of_the_library(exact, eager), "y")
 
 
 def with_nan_of_the_library(exact: torch.Tensor, eager: torch.Tensor) -> torch.Tensor:

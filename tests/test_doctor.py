@@ -35,7 +35,7 @@ class Broken(ReferenceOps):
         mean, var = super().bn_stats(c)
         return mean, var * (1 + 1e-4)
 
-    def conv_bias_add_relu_forward(self, *args):
+    def conv_backward_weight(self, *args):
         raise RuntimeError("no kernel image is available")
 
     def bn_relu_maxpool_forward(self, *args):
@@ -92,7 +92,7 @@ def test_the_self_test_finds_wrong_results(with_broken_backend):
     wrong = {
         o.case.partition("/")[0]: o.problem for o in selftest.run() if o.backend == "broken" and o.problem
     }
-    raising = "conv_bias_add_relu_forward"
+    raising = "conv_backward_weight"
     assert set(wrong) == {"bn_stats", raising, "bn_relu_maxpool_forward", "bn_scale_shift", "gram"}
     assert "result 1 has error 1.0e-04" in wrong["bn_stats"] and "nan" in wrong["gram"]
     assert wrong[raising] == "RuntimeError: no kernel image is available"

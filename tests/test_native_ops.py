@@ -36,10 +36,6 @@ def expected_backend(op, case):
     """Native wherever every activation that the op gets is dense channels_last."""
     if op in ("bn_backward_coefficients", "bn_scale_shift"):
         return "reference" if case.form == "half_weight" else "native"
-    if op == "conv_bias_add_relu_forward" and (
-        case.id == "N0" or case.dtype not in native_reasons.fused_convolution_dtypes()
-    ):
-        return "reference"
     if op == "conv_backward_weight":
         dense = case.dtype in native_reasons.product_dtypes() and case.layout in ("channels_last", "offset")
         many = case.shape[1] >= native_reasons.FEWEST_CHANNELS
@@ -55,11 +51,7 @@ def expected_backend(op, case):
         added = "identity" in case.form or (case.form == "1x1_mask" and case.shape[1] % 8 == 0)
         wanted = case.form.startswith("1x1") and (added or (exact and case.form == "1x1"))
         return "native" if dense and wanted and summed else "reference"
-    kernel3 = case.form in ("3x3s2", "groups", "dilation")  # these have a residual too
-    one_position = case.shape[2:] == (1, 1)  # dense in both formats
-    if op == "conv_bias_add_relu_forward" and one_position and (kernel3 or "identity" in case.form):
-        return "reference"
-    several = kernel3 or "backward_" in op or "identity" in case.form or "projection" in case.form
+    several = "backward_" in op or "identity" in case.form or "projection" in case.form
     dense = ("channels_last", "offset") if several else ("channels_last", "offset", "expanded", "mixed")
     return "native" if case.layout in dense else "reference"
 

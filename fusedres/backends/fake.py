@@ -7,7 +7,6 @@ backend; the operators' tests hold it against them all.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output, GramGrads, accumulation_dtype
@@ -167,6 +166,3 @@ class FakeOps:
         reuse_shortcut=False,
     ):
         return activation(x, x.shape)
-
-    def conv_bias_add_relu_forward(self, x, weight, bias, residual, relu, stride, padding, dilation, groups):
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)

@@ -248,14 +248,3 @@ class NativeOps:
         self._ops.conv_backward_input_(dx, dy, weight, *stride)
         increment_version(dx)
         return dx
-
-    def conv_bias_add_relu_forward(self, x, weight, bias, residual, relu, stride, padding, dilation, groups):
-        # oneDNN adds in the convolution's epilogue; its ReLU would turn NaN into 0
-        window = padding, stride, dilation, groups
-        if residual is None:
-            y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        else:
-            y = torch.ops.mkldnn._convolution_pointwise.binary(
-                x, residual, weight, bias, *window, "add", 1.0, None, [], ""
-            )
-        return y.relu_() if relu else y

@@ -93,27 +93,6 @@ def input_reason(dy, c, vectors, grads, mask=None, relu=True, shortcut_c=None, *
 
 
 @cache
-def fused_convolution_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes of oneDNN's convolution with an addition on this processor."""
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        return ()
-    half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return (torch.float32, torch.bfloat16) if half else (torch.float32,)
-
-
-def conv_reason(x, weight, bias, residual, *rest):
-    if x.device.type != "cpu" or x.dtype not in fused_convolution_dtypes() or not x.numel():
-        return "no_fused_convolution"
-    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-        return "arguments_differ"
-    if residual is not None and residual.is_contiguous():
-        return (
-            "layout_ambiguous"  # one position or one channel, in both formats at once: torch 2.10 fails there
-        )
-    return activations_reason(x, residual)
-
-
-@cache
 def product_dtypes() -> tuple[torch.dtype, ...]:
     """The dtypes that the kernels of convolutions multiply on this processor."""
     half = torch.ops.fusedres_native.cpu_products_of_bfloat16()
@@ -218,5 +197,4 @@ REASONS: dict[str, Callable[..., str | None]] = {
     "conv_backward_weight": weight_gradient_reason,
     "conv1x1_forward": product_reason,
     "conv_backward_input": input_gradient_reason,
-    "conv_bias_add_relu_forward": conv_reason,
 }

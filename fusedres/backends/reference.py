@@ -332,8 +332,3 @@ class ReferenceOps:
         if shortcut_mask is not None:
             return dx.add_(self.relu_backward(shortcut_dy, shortcut_mask))
         return shortcut_dy.add_(dx) if reuse_shortcut else dx.add_(shortcut_dy)
-
-    def conv_bias_add_relu_forward(self, x, weight, bias, residual, relu, stride, padding, dilation, groups):
-        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        y = y if residual is None else y + residual
-        return torch.relu(y) if relu else y
