@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd import FIELDS, as_units, memory_format, without_autocast
-from fusedres.backends.fake import FakeOps
+from fusedres.backends import fake
 from fusedres.blocks import RECIPES
 from fusedres.blocks.config import (
     BlockConfig,
@@ -32,7 +32,7 @@ from fusedres.blocks.config import (
 from fusedres.dispatch import Dispatcher, dispatcher
 from fusedres.raw_ops import BatchNormVectors
 
-FAKE = Dispatcher((FakeOps(),))
+FAKE = Dispatcher((fake.FAKE,))
 PARAMETERS = len(ConvBNNeeds._fields)
 ABSENT = (0, 0, 0)  # the shape that stands for no tensor: none that is kept has three dimensions
 UNIT_INTS = 9  # stride, padding, dilation: two each; groups; training; relu

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from raw_op_cases import Case, Inputs
 from torch import Tensor
 
-from fusedres.backends.reference import ReferenceOps
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.backends.reference import REFERENCE
+from fusedres.raw_ops import BatchNormVectors, BnScaleShift, BnStats
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ def vectors_before(inputs: Inputs, c: Tensor, case: Conv1x1Case) -> BatchNormVec
     """BN vectors of c (its finite values) with bias `bias_before` and more, one weight 0 and one negative."""
     channels = c.shape[1]
     finite = c.detach().double().cpu().nan_to_num(0.0, 0.0, 0.0)
-    mean, var = (t.nan_to_num(1.0).to(inputs.acc) for t in ReferenceOps().bn_stats(finite))
+    mean, var = (t.nan_to_num(1.0).to(inputs.acc) for t in REFERENCE(BnStats(finite)))
     weight, bias = 1 + 0.3 * inputs.random((channels,)), case.bias_before + 0.5 * inputs.random((channels,))
     weight[-1] *= -1
     weight[channels // 2] = 0
-    made = ReferenceOps().bn_scale_shift(mean, var, weight, bias, 1e-5)
+    made = REFERENCE(BnScaleShift(mean, var, weight, bias, 1e-5))
     return BatchNormVectors(*(inputs.vector(v) for v in made))
 
 

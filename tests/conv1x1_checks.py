@@ -34,6 +34,15 @@ from raw_op_harness import (
 )
 from torch import Tensor
 
+from fusedres.raw_ops import (
+    BnAddReluForward,
+    Conv1x1BackwardInput,
+    Conv1x1BackwardWeight,
+    Conv1x1Forward,
+    Conv1x1GramBackwardInput,
+    Gram,
+)
+
 EPS = 1e-5
 
 
@@ -46,7 +55,7 @@ def check_conv1x1_forward(ops: Any, case: Conv1x1Case) -> None:
     a, prologue = x, (None, None)
     if "prologue" in form:
         v = vectors_before(inputs, x, case)
-        a, prologue = ops.bn_add_relu_forward(x, v.scale, v.shift)[0], v[3:]
+        a, prologue = ops(BnAddReluForward(x, v.scale, v.shift))[0], v[3:]
     eager = F.conv2d(a, weight, bias, stride)
     exact = F.conv2d(a.double(), weight.double(), None if bias is None else bias.double(), stride)
     epilogue: tuple[Any, ...] = (None,) * 5
@@ -70,7 +79,7 @@ def check_conv1x1_forward(ops: Any, case: Conv1x1Case) -> None:
         if relu:
             exact, eager = exact.relu(), eager.relu()
     flags = relu, "mask" in form, "stats" in form
-    out = run(ops, "conv1x1_forward", inputs, x, weight, bias, stride, *prologue, *epilogue, *flags)
+    out = run(ops, inputs, Conv1x1Forward(x, weight, bias, stride, *prologue, *epilogue, *flags))
     assert out.y.dtype == case.dtype
     assert_accurate(out.y, eager, exact, "y")
     assert (out.mask is not None, out.mean is not None, out.var is not None) == (flags[1], flags[2], flags[2])
@@ -95,8 +104,8 @@ def check_gram(ops: Any, case: Conv1x1Case) -> None:
     inputs = Inputs(case)
     c = inputs.c()
     v = vectors_before(inputs, c, case)
-    m, S = run(ops, "gram", inputs, c, v.scale, v.shift)
-    a = ops.bn_add_relu_forward(c, v.scale, v.shift)[0]
+    m, S = run(ops, inputs, Gram(c, v.scale, v.shift))
+    a = ops(BnAddReluForward(c, v.scale, v.shift))[0]
     rows = as_rows(a).shape[0]
     assert m.dtype == S.dtype == inputs.acc
 
@@ -136,10 +145,10 @@ def check_conv1x1_backward_weight(ops: Any, case: Conv1x1Case) -> None:
     c = inputs.c()
     dy, mask, dz = masked_dy(inputs, case, c)
     v = vectors_before(inputs, c, case)
-    a = ops.bn_add_relu_forward(c, v.scale, v.shift)[0]
+    a = ops(BnAddReluForward(c, v.scale, v.shift))[0]
     finite_a = as_rows(a).double().nan_to_num(0.0, 0.0, 0.0)
     center = inputs.vector(finite_a.mean(0).nan_to_num(0.0)) if "center" in case.form else None
-    rc, dbias = run(ops, "conv1x1_backward_weight", inputs, dy, mask, c, v.scale, v.shift, center)
+    rc, dbias = run(ops, inputs, Conv1x1BackwardWeight(dy, mask, c, v.scale, v.shift, center))
     assert rc.dtype == dbias.dtype == inputs.acc, "R or dbias was rounded to the activation dtype"
 
     centered_a = as_rows(a).double() if center is None else as_rows(a).double() - center.double()
@@ -212,12 +221,12 @@ def check_conv1x1_gram_backward_input(ops: Any, case: Conv1x1Case) -> None:
     c = inputs.c()
     dy, mask, dz = masked_dy(inputs, case, c)
     v = vectors_before(inputs, c, case)
-    a = ops.bn_add_relu_forward(c, v.scale, v.shift)[0]
+    a = ops(BnAddReluForward(c, v.scale, v.shift))[0]
     if "training" in case.form and as_rows(a).shape[0] == 1:
         return  # F.batch_norm refuses one row in training
     g = gram_backward(inputs, case, a, dz)
     args = dy, mask, c, v, *g[:4]
-    dz_below, *sums = run(ops, "conv1x1_gram_backward_input", inputs, *args)
+    dz_below, *sums = run(ops, inputs, Conv1x1GramBackwardInput(*args))
     assert dz_below.dtype == case.dtype
     keep = ~(a <= 0)
     da = as_rows(dz).double() @ g.weight_dz.double()
@@ -256,9 +265,9 @@ def check_conv1x1_backward_input(ops: Any, case: Conv1x1Case) -> None:
     if "mask" in form:
         keep = (inputs.random(case.shape) > 0).to(case.device)
         mask, joined = pack(keep, inputs), torch.where(keep, shortcut, 0)
-    dx, dc = run(ops, "conv1x1_backward_input", inputs, dy, c, v, grads, weight, relu, shortcut, mask)
+    dx, dc = run(ops, inputs, Conv1x1BackwardInput(dy, c, v, grads, weight, relu, shortcut, mask))
     positive = (
-        ~(ops.bn_add_relu_forward(c, v.scale, v.shift)[0] <= 0) if relu else c.new_ones((), dtype=torch.bool)
+        ~(ops(BnAddReluForward(c, v.scale, v.shift))[0] <= 0) if relu else c.new_ones((), dtype=torch.bool)
     )
     dz = torch.where(positive, dy, 0)
     assert_input_gradient(dc, dz, dz.double(), c, grads, "dc")

@@ -13,8 +13,8 @@ from raw_op_cases import Inputs
 from raw_op_harness import assert_accurate, run
 from torch import Tensor
 
-from fusedres.backends.reference import ReferenceOps
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.backends.reference import REFERENCE
+from fusedres.raw_ops import BatchNormVectors, BnAddReluForward, GramBackwardCoefficients, GramOutputStats
 
 EPS = 1e-5
 
@@ -27,7 +27,7 @@ def activation(inputs: Inputs, case: Conv1x1Case) -> Tensor:
     """[N, Cin, H, W], finite."""
     c = inputs.c()
     v = vectors_before(inputs, c, case)
-    return finite(ReferenceOps().bn_add_relu_forward(c, v.scale, v.shift)[0])
+    return finite(REFERENCE(BnAddReluForward(c, v.scale, v.shift))[0])
 
 
 def moments(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def check_gram_output_stats(ops: Any, case: Conv1x1Case) -> None:
     weight = given_weight(inputs, weight_of(inputs, case), case.special)
     bias = inputs.vector(inputs.random((case.cout,)), case.dtype) if case.form == "bias" else None
     m, S = (placed(inputs, t) for t in moments(a))
-    mean, var, center = run(ops, "gram_output_stats", inputs, weight, bias, m, S)
+    mean, var, center = run(ops, inputs, GramOutputStats(weight, bias, m, S))
     assert mean.dtype == var.dtype == center.dtype == inputs.acc
     assert torch.equal(center, m.to(case.dtype).to(inputs.acc)), (
         "center is not m rounded to the activation dtype"
@@ -136,7 +136,7 @@ def check_gram_backward_coefficients(ops: Any, case: Conv1x1Case) -> None:
     vectors = bn.mean, bn.invstd**-2 - EPS, bn.invstd, bn.gamma * bn.invstd, -bn.mean
     v = BatchNormVectors(*(placed(inputs, t) for t in vectors))
     args = r, sum_dz, weight, bias, v, rows, m, S, center
-    dweight, dW, weight_dz, weight_a, offset = run(ops, "gram_backward_coefficients", inputs, *args)
+    dweight, dW, weight_dz, weight_a, offset = run(ops, inputs, GramBackwardCoefficients(*args))
     assert (weight_a is None, offset is None) == (not training,) * 2
 
     def formula(dtype: torch.dtype) -> tuple[Tensor, ...]:

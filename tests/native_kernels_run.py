@@ -12,7 +12,8 @@ import torch
 from raw_op_cases import FORMS, Case, cases_of
 from raw_op_checks import CHECKS
 
-from fusedres.backends import native
+from fusedres.backends import native, native_ops
+from fusedres.backends.backend import Backend
 from fusedres.blocks import choice
 
 # every remainder of a vector of 16, an unaligned start, NaN and Inf, sums over several threads, nothing at all
@@ -22,7 +23,7 @@ SCALAR = ("bn_scale_shift", "bn_backward_coefficients")
 
 
 def main(capability: str) -> None:
-    ops = native.NativeOps()
+    ops = native_ops.backend()
     assert native.instruction_set() == capability
     assert choice.table_of(capability, native.multiplies_bfloat16()) == choice.TABLE
     checked = 0
@@ -50,7 +51,7 @@ def has_kernel(op: str, case: Case) -> bool:
     return True
 
 
-def check(ops: native.NativeOps, op: str, case: Case) -> None:
+def check(ops: Backend, op: str, case: Case) -> None:
     try:
         CHECKS[op](ops, case)
     except AssertionError as error:

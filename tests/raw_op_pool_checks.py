@@ -11,6 +11,15 @@ from raw_op_cases import Case, Inputs, bits
 from raw_op_harness import assert_accurate, assert_input_gradient, assert_sums, eager_affine, pack, row, run
 from torch import Tensor
 
+from fusedres.raw_ops import (
+    BnAddReluForward,
+    BnReluMaxpoolBackwardInput,
+    BnReluMaxpoolBackwardReduce,
+    BnReluMaxpoolForward,
+    ConvBackwardInput,
+    ConvBackwardWeight,
+)
+
 NO_GRADIENT = 255
 
 
@@ -33,7 +42,7 @@ def check_bn_relu_maxpool_forward(ops: Any, case: Case) -> None:
     inputs, pool = Inputs(case), pool_of(case)
     c = inputs.c()
     v = inputs.vectors(c)
-    y, indices = run(ops, "bn_relu_maxpool_forward", inputs, c, v.scale, v.shift, *pool)
+    y, indices = run(ops, inputs, BnReluMaxpoolForward(c, v.scale, v.shift, *pool))
     eager = eager_affine(c, v.scale, v.shift).relu()
     exact = (c.double() * row(v.scale) + row(v.shift)).relu()
     assert y.dtype == case.dtype and indices.dtype == torch.uint8
@@ -42,11 +51,11 @@ def check_bn_relu_maxpool_forward(ops: Any, case: Case) -> None:
         return
     assert_accurate(y, F.max_pool2d(eager, *pool), F.max_pool2d(exact, *pool), "y")
     # the window's order and ties: exactly torch's pooling of the backend's own activation
-    own_y, own_indices = pooled(ops.bn_add_relu_forward(c, v.scale, v.shift)[0], *pool)
+    own_y, own_indices = pooled(ops(BnAddReluForward(c, v.scale, v.shift))[0], *pool)
     same = (y == own_y) | (y.isnan() & own_y.isnan())  # the bits of a NaN are free
     assert same.all(), "y is not the maximum of the activation"
     assert torch.equal(indices, own_indices), "indices are not torch's, or not 255 exactly where y <= 0"
-    alone, none = run(ops, "bn_relu_maxpool_forward", inputs, c, v.scale, v.shift, *pool, False)
+    alone, none = run(ops, inputs, BnReluMaxpoolForward(c, v.scale, v.shift, *pool, False))
     assert none is None and torch.equal(bits(alone.contiguous()), bits(y.contiguous()))
 
 
@@ -75,7 +84,7 @@ def pool_backward_parts(inputs: Inputs) -> tuple[Any, ...]:
 def check_bn_relu_maxpool_backward_reduce(ops: Any, case: Case) -> None:
     inputs = Inputs(case)
     dy, indices, c, v, dz, dz64 = pool_backward_parts(inputs)
-    found = run(ops, "bn_relu_maxpool_backward_reduce", inputs, dy, indices, c, v, *pool_of(case))
+    found = run(ops, inputs, BnReluMaxpoolBackwardReduce(dy, indices, c, v, *pool_of(case)))
     assert_sums(found, dz, dz64, c, v.mean)
 
 
@@ -83,7 +92,7 @@ def check_bn_relu_maxpool_backward_input(ops: Any, case: Case) -> None:
     inputs = Inputs(case)
     dy, indices, c, v, dz, dz64 = pool_backward_parts(inputs)
     grads = inputs.grads(v, c.numel() // c.shape[1], frozen="frozen" in case.form)
-    dc = run(ops, "bn_relu_maxpool_backward_input", inputs, dy, indices, c, grads, *pool_of(case))
+    dc = run(ops, inputs, BnReluMaxpoolBackwardInput(dy, indices, c, grads, *pool_of(case)))
     assert_input_gradient(dc, dz, dz64, c, grads, "dc")
 
 
@@ -122,7 +131,7 @@ def check_conv_backward_weight(ops: Any, case: Case) -> None:
         case, special=False
     )  # whether 0*NaN beside the image counts, torch's kernels disagree
     dy = inputs.dy(tuple(shape))
-    dw = run(ops, "conv_backward_weight", inputs, dy, x, *window, groups)
+    dw = run(ops, inputs, ConvBackwardWeight(dy, x, *window, groups))
 
     def plain(dtype: torch.dtype) -> torch.Tensor:
         args = dy.to(dtype), x.to(dtype), weight.to(case.device, dtype), None, *window[1:]
@@ -149,7 +158,7 @@ def check_conv_backward_input(ops: Any, case: Case) -> None:
     shortcut = inputs.dy() if parts else None
     keep = (inputs.random(case.shape) > 0).to(case.device) if "mask" in parts else None
     mask = None if keep is None else pack(keep, inputs)
-    dx = run(ops, "conv_backward_input", inputs, dy, x, weight, *window, groups, shortcut, mask)
+    dx = run(ops, inputs, ConvBackwardInput(dy, x, weight, *window, groups, shortcut, mask))
 
     def plain(dtype: torch.dtype) -> torch.Tensor:
         args = dy.to(dtype), x.to(dtype), weight.to(dtype), None, *window, False, (0, 0), groups

@@ -213,7 +213,7 @@ def test_products_are_measured_beside_the_bare_one():
     """By the library, of the sizes of the fused one."""
     shape, found = SMALL[0], {}
     for case in cases(shape, torch.float32, torch.device("cpu")):
-        product = library_product(case.op, case.arguments)
+        product = library_product(case.op)
         if product is not None:
             found[case.name] = tuple(product().shape)
     narrow, wide = (

@@ -19,6 +19,7 @@ from workloads import BASELINE, CorrectnessGate, Step, Workload, build
 from fusedres import timing
 from fusedres.dispatch import LOADERS
 from fusedres.op_cases import SMALL, cases
+from fusedres.raw_ops import BnStats, Conv1x1Forward, ConvBackwardInput, ConvBackwardWeight
 from fusedres.timing import bootstrap_interval, comparison, interleave
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,17 +107,19 @@ class TestOpsAgainstACopy:
     def test_bytes_and_ratio(self):
         case = a_case("bn_stats")
         found = cpu_ops.measure(case, 3)
-        (c,) = case.arguments
+        (c,) = case.op
         assert found["bytes"] == 4 * (c.numel() + 2 * c.shape[1])  # reads c, writes mean and var
         assert found["of_copy_low"] <= found["of_copy"] <= found["of_copy_high"]
 
     def test_a_wrong_kernel_is_not_measured(self, monkeypatch):
-        class Wrong(type(LOADERS["native"]())):
-            def bn_stats(self, c):
-                mean, var = super().bn_stats(c)
-                return mean, var * 1.01
+        right = LOADERS["native"]()
 
-        monkeypatch.setitem(LOADERS, "native", Wrong)
+        def bn_stats(op):
+            mean, var = right(op)
+            return mean, var * 1.01
+
+        wrong = replace(right, functions={**right.functions, BnStats: bn_stats})
+        monkeypatch.setitem(LOADERS, "native", lambda: wrong)
         with pytest.raises(AssertionError, match="bn_stats"):
             cpu_ops.measure(a_case("bn_stats"), 3)
 
@@ -131,14 +134,14 @@ class TestConvolutionsAgainstTheLibrary:
         [
             (
                 POINTWISE,
-                ["conv_backward_weight", "conv_backward_input", "conv_backward_input", "conv1x1_forward"],
+                [ConvBackwardWeight, ConvBackwardInput, ConvBackwardInput, Conv1x1Forward],
             ),
-            (WINDOW, ["conv_backward_weight", None]),
+            (WINDOW, [ConvBackwardWeight, type(None)]),
         ],
     )
     def test_each_is_checked_and_timed(self, conv, ops):
         found = list(cpu_convolutions.contests(conv, 2, torch.float32))
-        assert [contest.op for contest in found] == ops
+        assert [type(contest.op) for contest in found] == ops
         for contest in found:
             times = cpu_convolutions.measure(contest, 3)
             assert times["ratio_low"] <= times["ratio"] <= times["ratio_high"]

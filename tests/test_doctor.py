@@ -10,12 +10,22 @@ import torch
 from typer.testing import CliRunner
 
 from fusedres import doctor, selftest
-from fusedres.backends import native, native_reasons
-from fusedres.backends.reference import ReferenceOps
+from fusedres.backends import native, native_ops
+from fusedres.backends.backend import Backend
+from fusedres.backends.reference import REFERENCE
 from fusedres.cli import app
 from fusedres.dispatch import LOADERS
 from fusedres.op_cases import SMALL, cases
-from fusedres.raw_ops import RAW_OPS
+from fusedres.raw_ops import (
+    RAW_OPS,
+    BnReluMaxpoolForward,
+    BnScaleShift,
+    BnStats,
+    Conv1x1Forward,
+    ConvBackwardWeight,
+    Gram,
+    op_name,
+)
 
 CPU = torch.device("cpu")
 run = CliRunner().invoke
@@ -26,48 +36,45 @@ EMPTY = {
 }
 
 
-class Broken(ReferenceOps):
-    """Wrong in one op, each in its own way, and raising in another."""
+def changed(op, change):
+    """The reference's function of an op, with its result changed."""
+    right = REFERENCE.functions[op]
+    return {op: lambda record: change(right(record))}
 
-    name = "broken"
 
-    def bn_stats(self, c):
-        mean, var = super().bn_stats(c)
-        return mean, var * (1 + 1e-4)
+def raising(record):
+    raise RuntimeError("no kernel image is available")
 
-    def conv_backward_weight(self, *args):
-        raise RuntimeError("no kernel image is available")
 
-    def bn_relu_maxpool_forward(self, *args):
-        y, indices = super().bn_relu_maxpool_forward(*args)
-        return y, torch.where(indices == 255, 0, indices)
-
-    def bn_scale_shift(self, *args):
-        vectors = super().bn_scale_shift(*args)
-        return vectors._replace(shift=vectors.shift[:-1])
-
-    def gram(self, *args):
-        m, S = super().gram(*args)
-        return m, torch.full_like(S, float("nan"))
-
-    def supports(self, op, *args, **kwargs):
-        return "not_here" if op == "conv1x1_forward" else None
+# wrong in some ops, each in its own way, and raising in another
+BROKEN = Backend(
+    "broken",
+    {
+        **REFERENCE.functions,
+        **changed(BnStats, lambda found: (found[0], found[1] * (1 + 1e-4))),
+        **changed(BnReluMaxpoolForward, lambda found: (found[0], torch.where(found[1] == 255, 0, found[1]))),
+        **changed(BnScaleShift, lambda vectors: vectors._replace(shift=vectors.shift[:-1])),
+        **changed(Gram, lambda found: (found[0], torch.full_like(found[1], float("nan")))),
+        ConvBackwardWeight: raising,
+    },
+    {Conv1x1Forward: lambda record: "not_here"},
+)
 
 
 @pytest.fixture
 def with_broken_backend(monkeypatch):
-    monkeypatch.setitem(LOADERS, "broken", Broken)
+    monkeypatch.setitem(LOADERS, "broken", lambda: BROKEN)
     monkeypatch.setattr(selftest, "SMALL", SMALL[:1])
 
 
 def test_cases_cover_every_raw_op():
-    assert {case.op for case in cases(SMALL[0], torch.float32, CPU)} == set(RAW_OPS)
+    assert {type(case.op) for case in cases(SMALL[0], torch.float32, CPU)} == set(RAW_OPS.values())
 
 
 @pytest.mark.parametrize("dtype", selftest.DTYPES, ids=doctor.dtype_name)
 def test_plain_pytorch_passes_the_self_test_in_every_dtype(dtype):
     for case in cases(SMALL[1], dtype, CPU):
-        assert selftest.outcome(ReferenceOps(), CPU, dtype, case).problem is None, case.name
+        assert selftest.outcome(REFERENCE, CPU, dtype, case).problem is None, case.name
 
 
 def test_every_backend_passes_here():
@@ -79,11 +86,12 @@ def test_every_backend_passes_here():
 @pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
 def test_every_native_op_is_tested_and_shown_where_it_serves():
     """In float32 on the CPU; convolutions in each form that has a kernel of its own."""
-    backend, forms = native.NativeOps(), {"conv1x1_forward/inference", "conv_backward_input/strided"}
+    backend, forms = native_ops.backend(), {"conv1x1_forward/inference", "conv_backward_input/strided"}
     for shape in SMALL[-2:]:
         called = list(cases(shape, torch.float32, CPU))
-        tested = {case.name for case in called if backend.supports(case.op, *case.arguments) is None}
-        assert {name.partition("/")[0] for name in tested} == set(native_reasons.REASONS) and forms <= tested
+        tested = {case.name for case in called if backend.reason(case.op) is None}
+        assert {name.partition("/")[0] for name in tested} == {op_name(op) for op in backend.functions}
+        assert forms <= tested
     (row,) = [row for row in doctor.serving() if (row["device"], row["dtype"]) == ("cpu", "float32")]
     assert {name for name, served_by in row.items() if served_by == "native"} == tested
 
@@ -92,10 +100,10 @@ def test_the_self_test_finds_wrong_results(with_broken_backend):
     wrong = {
         o.case.partition("/")[0]: o.problem for o in selftest.run() if o.backend == "broken" and o.problem
     }
-    raising = "conv_backward_weight"
-    assert set(wrong) == {"bn_stats", raising, "bn_relu_maxpool_forward", "bn_scale_shift", "gram"}
+    failed = "conv_backward_weight"
+    assert set(wrong) == {"bn_stats", failed, "bn_relu_maxpool_forward", "bn_scale_shift", "gram"}
     assert "result 1 has error 1.0e-04" in wrong["bn_stats"] and "nan" in wrong["gram"]
-    assert wrong[raising] == "RuntimeError: no kernel image is available"
+    assert wrong[failed] == "RuntimeError: no kernel image is available"
     assert "result 1 differs in" in wrong["bn_relu_maxpool_forward"]
     assert "result 4 is torch.float32 [7], needed torch.float32 [8]" in wrong["bn_scale_shift"]
 

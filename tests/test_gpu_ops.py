@@ -13,8 +13,9 @@ from raw_op_checks import CHECKS
 from test_native_ops import Recorder, expected_backend
 from triton_interpreted_ops import check, selected
 
-from fusedres.backends.triton import PRODUCTS
+from fusedres.backends.triton_reasons import PRODUCTS
 from fusedres.dispatch import LOADERS
+from fusedres.raw_ops import RAW_OPS
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -26,7 +27,7 @@ NATIVE = [(op, case) for op in CHECKS if not op.startswith("conv") for case in c
 
 
 def left_to_the_reference(op, case):
-    return op in PRODUCTS and case.dtype == torch.float32
+    return RAW_OPS.get(op) in PRODUCTS and case.dtype == torch.float32
 
 
 @pytest.mark.skipif("native" not in LOADERS, reason="no compiled library in this installation")

@@ -12,7 +12,17 @@ import pytest
 import torch
 
 import fusedres
-from fusedres.backends import native, native_reasons
+from fusedres.backends import native, native_ops, native_reasons
+from fusedres.backends.backend import REASONS
+from fusedres.raw_ops import (
+    BnAddReluForward,
+    BnScaleShift,
+    BnStats,
+    Conv1x1Forward,
+    ConvBackwardInput,
+    ConvBackwardWeight,
+    Gram,
+)
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
 
@@ -166,15 +176,32 @@ def test_refuses(ops, what):
 
 
 def test_supports_says_why():
-    backend, c = native.NativeOps(), image()
-    assert backend.supports("bn_stats", c) is None
-    assert backend.supports("bn_stats", c.half()) == "dtype_float16"
-    assert backend.supports("bn_stats", c.double()) == "dtype_float64"
-    assert backend.supports("bn_stats", c.contiguous()) == "layout_not_channels_last"
-    assert backend.supports("bn_stats", c.to("meta")) == "device_meta"
-    assert backend.supports("bn_add_relu_forward", c, v, v, c.bfloat16()) == "arguments_differ"
-    assert backend.supports("bn_scale_shift", v, v, v.half(), v, 1e-5) == "vector_not_float32"
-    assert backend.supports("gram", c, v, v) == "no_kernel"
+    backend, c = native_ops.backend(), image()
+    weight, window = torch.ones(4, 8, 1, 1), ((1, 1), (0, 0), (1, 1))
+    expected = (
+        (BnStats(c), None),
+        (BnStats(c.half()), "dtype_float16"),
+        (BnStats(c.double()), "dtype_float64"),
+        (BnStats(c.contiguous()), "not_channels_last"),
+        (BnStats(c.to("meta")), "device_meta"),
+        (BnStats(image(0)), "no_channels"),
+        (BnAddReluForward(c, v, v, c.bfloat16()), "mixed_dtypes"),
+        (BnAddReluForward(c, v, v, c.to("meta")), "mixed_devices"),
+        (BnAddReluForward(c, v, v, c[0]), "not_four_dimensional"),
+        (BnScaleShift(v, v, v.half(), v, 1e-5), "vector_not_float32"),
+        (BnScaleShift(v, v, torch.ones(16)[::2], v, 1e-5), "vector_not_dense"),
+        (BnScaleShift(v, v, v.to("meta"), v, 1e-5), "mixed_devices"),
+        (Gram(c, v, v), "no_kernel"),
+        (Conv1x1Forward(c, weight, save_stats=True), "in_training"),
+        (Conv1x1Forward(c, weight, v[:4], scale=v[:4], shift=v[:4]), "stride_or_bias"),
+        (ConvBackwardInput(c, c, torch.ones(8, 8, 3, 3), *window, 1), "not_pointwise"),
+        (ConvBackwardInput(c, c, torch.ones(8, 8, 1, 1).double(), *window, 1), "mixed_dtypes"),
+        (ConvBackwardInput(c, c, torch.ones(8, 8, 1, 1), (2, 2), *window[1:], 1), "library_as_fast"),
+        (ConvBackwardWeight(c, c, (3, 3), (1, 1), (1, 1), (1, 1), 2), "groups"),
+    )
+    for op, reason in expected:
+        assert backend.reason(op) == reason, (type(op).__name__, reason)
+        assert reason is None or any(reason == code or reason.startswith(f"{code}_") for code in REASONS)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -304,7 +331,7 @@ def test_a_library_of_other_sources_is_one_warning_and_the_fallback(monkeypatch)
     native.load.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="other sources, it lacks op_of_tomorrow") as caught:
-            assert native.loaders() == {}
+            assert not native.is_usable()
         assert len(caught) == 1
     finally:
         native.load.cache_clear()

@@ -7,8 +7,9 @@ import torch
 from raw_op_cases import Case, Inputs, bits, cases_of
 from raw_op_checks import CHECKS, backward_parts, forward_parts
 
-from fusedres.backends import native, native_reasons
-from fusedres.backends.reference import ReferenceOps
+from fusedres.backends import native, native_ops, native_reasons
+from fusedres.backends.reference import REFERENCE
+from fusedres.raw_ops import BnAddReluBackwardInput, BnAddReluForward, ConvBackwardInput, op_name
 
 pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
 
@@ -20,16 +21,13 @@ class Recorder:
     """The native ops, then the reference; remembers which of them served each call."""
 
     def __init__(self):
-        self.backends = native.NativeOps(), ReferenceOps()
+        self.backends = native_ops.backend(), REFERENCE
         self.served = []
 
-    def __getattr__(self, op):
-        def call(*args):
-            backend = next(b for b in self.backends if b.supports(op, *args) is None)
-            self.served.append((op, backend.name))
-            return getattr(backend, op)(*args)
-
-        return call
+    def __call__(self, op):
+        backend = next(b for b in self.backends if b.reason(op) is None)
+        self.served.append((op_name(type(op)), backend.name))
+        return backend(op)
 
 
 def expected_backend(op, case):
@@ -75,8 +73,8 @@ def test_forward_into_the_storage_of_c(case, dtype):
     c, v, residual, rv = forward_parts(inputs)
     args = v.scale, v.shift, residual, *((None, None) if rv is None else (rv.scale, rv.shift))
     relu = "no_relu" not in case.form
-    expected, _ = native.NativeOps().bn_add_relu_forward(c, *args, relu)
-    y, mask = native.NativeOps().bn_add_relu_forward(c, *args, relu, reuse_c=True)
+    expected, _ = native_ops.backend()(BnAddReluForward(c, *args, relu))
+    y, mask = native_ops.backend()(BnAddReluForward(c, *args, relu, reuse_c=True))
     assert y is c and mask is None
     assert torch.equal(bits(y.contiguous()), bits(expected.contiguous()))
 
@@ -91,12 +89,12 @@ GIVEN_AWAY = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", GIVEN_AWAY, ids=str)
 def test_backward_into_the_storage_of_dy(case, dtype):
-    inputs, ops = Inputs(replace(case, dtype=DTYPES[dtype])), native.NativeOps()
+    inputs, ops = Inputs(replace(case, dtype=DTYPES[dtype])), native_ops.backend()
     dy, c, v, mask, _, _ = backward_parts(ops, inputs)
     grads = inputs.grads(v, c.numel() // c.shape[1], "frozen" in case.form)
     args = c, v, grads, mask, "no_relu" not in case.form
-    expected, _ = ops.bn_add_relu_backward_input(dy, *args)
-    dc, dresidual = ops.bn_add_relu_backward_input(dy, *args, reuse_dy=True)
+    expected, _ = ops(BnAddReluBackwardInput(dy, *args))
+    dc, dresidual = ops(BnAddReluBackwardInput(dy, *args, reuse_dy=True))
     assert dc is dy and dresidual is None
     assert torch.equal(bits(dc.contiguous()), bits(expected.contiguous()))
 
@@ -107,7 +105,7 @@ OF_C = [c for c in cases_of("bn_add_relu_backward_input") if c.layout == "channe
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", OF_C, ids=str)
 def test_backward_into_the_storage_of_c(case, dtype):
-    inputs, ops = Inputs(replace(case, dtype=DTYPES[dtype])), native.NativeOps()
+    inputs, ops = Inputs(replace(case, dtype=DTYPES[dtype])), native_ops.backend()
     dy, c, v, mask, _, shortcut_c = backward_parts(ops, inputs)
     rows, frozen = c.numel() // c.shape[1], "frozen" in case.form
     grads = inputs.grads(v, rows, frozen)
@@ -116,8 +114,8 @@ def test_backward_into_the_storage_of_c(case, dtype):
         shortcut_grads = inputs.grads(inputs.vectors(shortcut_c), rows, frozen)
     relu, save_dz = "no_relu" not in case.form, "identity" in case.form
     args = v, grads, mask, relu, shortcut_c, shortcut_grads, save_dz
-    expected = ops.bn_add_relu_backward_input(dy, c, *args)
-    found = ops.bn_add_relu_backward_input(dy, c, *args, reuse_c=True)
+    expected = ops(BnAddReluBackwardInput(dy, c, *args))
+    found = ops(BnAddReluBackwardInput(dy, c, *args, reuse_c=True))
     assert found[0] is c and (shortcut_c is None or found[1] is shortcut_c)
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
@@ -126,18 +124,18 @@ def test_backward_into_the_storage_of_c(case, dtype):
 
 def test_autograd_sees_what_is_written_in_place():
     """A tensor that autograd has kept and a kernel has written into is an error, not a wrong gradient."""
-    ops, inputs = native.NativeOps(), Inputs(Case("kept", (2, 16, 5, 7)))
+    ops, inputs = native_ops.backend(), Inputs(Case("kept", (2, 16, 5, 7)))
     _, _, v, _, _, _ = backward_parts(ops, inputs)
     grads, weight = inputs.grads(v, 70), torch.ones(16, 16, 1, 1)
     writes = {
-        "forward": lambda a, b, c: ops.bn_add_relu_forward(a, v.scale, v.shift, reuse_c=True),
-        "backward into dy": lambda a, b, c: ops.bn_add_relu_backward_input(a, b, v, grads, reuse_dy=True),
-        "backward into c": lambda a, b, c: ops.bn_add_relu_backward_input(b, a, v, grads, reuse_c=True),
-        "backward into shortcut_c": lambda a, b, c: ops.bn_add_relu_backward_input(
-            b, c, v, grads, shortcut_c=a, shortcut_grads=grads, reuse_c=True
+        "forward": lambda a, b, c: ops(BnAddReluForward(a, v.scale, v.shift, reuse_c=True)),
+        "backward into dy": lambda a, b, c: ops(BnAddReluBackwardInput(a, b, v, grads, reuse_dy=True)),
+        "backward into c": lambda a, b, c: ops(BnAddReluBackwardInput(b, a, v, grads, reuse_c=True)),
+        "backward into shortcut_c": lambda a, b, c: ops(
+            BnAddReluBackwardInput(b, c, v, grads, shortcut_c=a, shortcut_grads=grads, reuse_c=True)
         ),
-        "gradient onto the shortcut's": lambda a, b, c: ops.conv_backward_input(
-            b, c, weight, (1, 1), (0, 0), (1, 1), 1, a, reuse_shortcut=True
+        "gradient onto the shortcut's": lambda a, b, c: ops(
+            ConvBackwardInput(b, c, weight, (1, 1), (0, 0), (1, 1), 1, a, reuse_shortcut=True)
         ),
     }
     for name, write in writes.items():
@@ -154,12 +152,12 @@ def test_autograd_sees_what_is_written_in_place():
 
 def test_nothing_is_given_away_where_it_is_still_needed():
     """With a mask to take or a second result to give, both stay."""
-    ops, inputs = native.NativeOps(), Inputs(Case("kept"))
+    ops, inputs = native_ops.backend(), Inputs(Case("kept"))
     dy, c, v, _, _, _ = backward_parts(ops, inputs)
-    y, mask = ops.bn_add_relu_forward(c, v.scale, v.shift, save_mask=True, reuse_c=True)
+    y, mask = ops(BnAddReluForward(c, v.scale, v.shift, save_mask=True, reuse_c=True))
     assert y is not c and mask is not None
-    dc, dz = ops.bn_add_relu_backward_input(
-        dy, c, v, inputs.grads(v, 70), mask, False, save_dz=True, reuse_dy=True
+    dc, dz = ops(
+        BnAddReluBackwardInput(dy, c, v, inputs.grads(v, 70), mask, False, save_dz=True, reuse_dy=True)
     )
     assert dc is not dy and dz is not dy
     inputs.assert_unchanged("bn_add_relu_forward, bn_add_relu_backward_input")

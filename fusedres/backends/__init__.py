@@ -1,1 +1,1 @@
-"""The backends: one module each, all with the signatures of `fusedres.raw_ops.RawOps`."""
+"""The backends, one module or folder each: what of `fusedres.raw_ops` each computes, and what it leaves."""

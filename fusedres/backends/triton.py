@@ -7,42 +7,43 @@ and launchers, which know nothing of the rest of fusedres, in `fusedres.triton_k
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, Conv1x1Output, GramGrads
+from fusedres.backends import triton_reasons
+from fusedres.backends.backend import Backend, Function
+from fusedres.backends.triton_reasons import DECIDING, DeviceReason
+from fusedres.raw_ops import (
+    BatchNormGrads,
+    BatchNormVectors,
+    BnAddReluBackwardInput,
+    BnAddReluBackwardReduce,
+    BnAddReluForward,
+    BnBackwardCoefficients,
+    BnReluMaxpoolBackwardInput,
+    BnReluMaxpoolBackwardReduce,
+    BnReluMaxpoolForward,
+    BnScaleShift,
+    BnStats,
+    Conv1x1BackwardInput,
+    Conv1x1BackwardWeight,
+    Conv1x1Forward,
+    Conv1x1GramBackwardInput,
+    ConvOutput,
+    Gram,
+    GramBackwardCoefficients,
+    GramGrads,
+    GramOutputStats,
+    RawOp,
+    ReluBackward,
+)
 
-# each op, and the place of the argument that decides: its memory format is the output's
-SERVED = {
-    "bn_stats": 0,
-    "bn_scale_shift": 0,
-    "bn_add_relu_forward": 0,
-    "bn_add_relu_backward_reduce": 1,
-    "bn_backward_coefficients": 0,
-    "bn_add_relu_backward_input": 1,
-    "relu_backward": 0,
-    "bn_relu_maxpool_forward": 0,
-    "bn_relu_maxpool_backward_reduce": 2,
-    "bn_relu_maxpool_backward_input": 2,
-    "conv1x1_forward": 0,
-    "gram": 0,
-    "gram_output_stats": 0,
-    "gram_backward_coefficients": 2,
-    "conv1x1_backward_weight": 2,
-    "conv1x1_gram_backward_input": 2,
-    "conv1x1_backward_input": 1,
-}
-# of activations; those of the other Gram ops are of weights alone, in float64 throughout
-PRODUCTS = {op for op in SERVED if op.startswith("conv1x1")} | {"gram"}
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_ROWS = 2**31 - 2**16  # row numbers are 32-bit, offsets 64-bit; the difference is room for the last tile
-OLDEST_CAPABILITY = (8, 0)  # bfloat16 products and asynchronous copies
+NAME = "triton"
 
 
 @cache
@@ -52,37 +53,16 @@ def launchers() -> ModuleType:
     return launchers
 
 
-def tensors(args: Iterable[Any]) -> Iterator[Tensor]:
-    """The arguments that are tensors, and those in named tuples of vectors."""
-    for arg in args:
-        if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, tuple):
-            yield from (t for t in arg if isinstance(t, Tensor))
-
-
-def widest(op: str, wide: list[Tensor]) -> int:
-    """The most channels that a product reads or writes, of its activations and weights."""
-    cout = wide[1].shape[0] if op == "conv1x1_forward" else 0
-    return max(cout, *(t.shape[1] for t in wide))
-
-
-@lru_cache(maxsize=4096)
-def offsets_fit(op: str, cin: int, widest: int) -> bool:
-    """Whether offsets inside one program's share of the rows, and inside the weight, stay below 2^31."""
-    from fusedres.triton_kernels import tiles
-
-    rows = tiles.STATISTICS_ROWS
-    if op == "gram":
-        rows = tiles.gram_rows(cin, tiles.output_tile(tiles.GRAM, cin, cin).bn)
-    elif op == "conv1x1_backward_weight":
-        rows = tiles.weight_rows(cin)
-    return max(rows, 2 * widest) * widest < 2**31
-
-
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def launched(op: RawOp) -> Any:
+    """The op's result, its kernels launched on the device of its tensors."""
+    kind = type(op)
+    with on_device_of(getattr(op, DECIDING[kind])):
+        return LAUNCHES[kind](op)
 
 
 def activation_vectors(
@@ -96,198 +76,134 @@ def coefficients(grads: BatchNormGrads) -> tuple[Tensor, Tensor | None, Tensor |
     return grads.A, grads.B, grads.K
 
 
-class TritonOps:
-    """`RawOps` by Triton kernels."""
+def bn_stats(op: BnStats) -> tuple[Tensor, Tensor]:
+    return launchers().bn_stats(op.c)
 
-    name = "triton"
 
-    def __init__(self) -> None:
-        self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+def bn_scale_shift(op: BnScaleShift) -> BatchNormVectors:
+    return BatchNormVectors(op.mean, op.var, *launchers().bn_scale_shift(*op))
 
-    def supports(self, op: str, *args: Any, **kwargs: Any) -> str | None:
-        place = SERVED.get(op)
-        if place is None:
-            return "no_triton_kernel"
-        tensor = args[place]
-        reason = self._device_reason(tensor)
-        if reason is not None:
-            return reason
-        given = list(tensors((*args, *kwargs.values())))
-        # the kernels step through vectors and masks by 1: one of a strided or expanded parameter reads elsewhere
-        if not all(t.is_contiguous() for t in given if t.dim() < 4):
-            return "vector_not_dense"
-        return self._activations_reason(op, tensor, given) if tensor.dim() == 4 else None
 
-    def _activations_reason(self, op: str, tensor: Tensor, given: list[Tensor]) -> str | None:
-        """tensor: the one that decides, among those given."""
-        wide = [t for t in given if t.dim() == 4]  # activations and convolution weights
-        if len({t.dtype for t in wide} - {torch.uint8}) > 1:
-            return "mixed_dtypes"
-        if tensor.numel() == 0:
-            return "empty"
-        if not tensor.is_contiguous(memory_format=torch.channels_last):
-            return "not_channels_last"
-        if tensor.numel() // tensor.shape[1] > MAX_ROWS:
-            return "too_many_rows"
-        if op in PRODUCTS and not offsets_fit(op, tensor.shape[1], widest(op, wide)):
-            return "too_many_channels"
-        # TF32 would round a and W differently in the statistics than in the product
-        return (
-            "float32_product" if op in PRODUCTS and tensor.is_cuda and tensor.dtype == torch.float32 else None
-        )
+def bn_add_relu_forward(op: BnAddReluForward) -> tuple[Tensor, Tensor | None]:
+    c, scale, shift, residual, residual_scale, residual_shift, relu, save_mask, _ = op
+    return launchers().bn_add_relu_forward(
+        c, scale, shift, residual, residual_scale, residual_shift, relu, save_mask
+    )
 
-    def _device_reason(self, tensor: Tensor) -> str | None:
-        if tensor.dtype not in DTYPES:
-            return f"dtype_{str(tensor.dtype).removeprefix('torch.')}"
-        if tensor.is_cuda:
-            if torch.version.hip is not None:
-                return "rocm"  # tiles, and the instruction that waits for a product, are NVIDIA's
-            old = torch.cuda.get_device_capability(tensor.device) < OLDEST_CAPABILITY
-            return "compute_capability_below_8" if old else None
-        if not self.interpreted or tensor.device.type != "cpu":
-            return f"device_{tensor.device.type}"
-        # the interpreter multiplies bfloat16 as if its bits were integers
-        return "bfloat16_interpreted" if tensor.dtype == torch.bfloat16 else None
 
-    def bn_stats(self, c):
-        with on_device_of(c):
-            return launchers().bn_stats(c)
+def bn_add_relu_backward_reduce(op: BnAddReluBackwardReduce) -> tuple[Tensor, Tensor, Tensor | None]:
+    dy, c, vectors, mask, relu, shortcut_c, shortcut_mean = op
+    activation = activation_vectors(vectors, mask, relu)
+    return launchers().bn_add_relu_backward_reduce(
+        dy, c, vectors.mean, activation, mask, shortcut_c, shortcut_mean
+    )
 
-    def bn_scale_shift(self, mean, var, weight, bias, eps):
-        with on_device_of(mean):
-            return BatchNormVectors(mean, var, *launchers().bn_scale_shift(mean, var, weight, bias, eps))
 
-    def bn_add_relu_forward(
-        self,
-        c,
-        scale,
-        shift,
-        residual=None,
-        residual_scale=None,
-        residual_shift=None,
-        relu=True,
-        save_mask=False,
-        reuse_c=False,
-    ):
-        with on_device_of(c):
-            return launchers().bn_add_relu_forward(
-                c, scale, shift, residual, residual_scale, residual_shift, relu, save_mask
-            )
+def bn_backward_coefficients(op: BnBackwardCoefficients) -> BatchNormGrads:
+    sum_dz, sum_dz_centered, vectors, rows, training = op
+    dweight, B, K = launchers().bn_backward_coefficients(
+        sum_dz, sum_dz_centered, vectors.mean, vectors.invstd, vectors.scale, rows, training
+    )
+    return BatchNormGrads(dweight, sum_dz, vectors.scale, B, K)
 
-    def bn_add_relu_backward_reduce(
-        self, dy, c, vectors, mask=None, relu=True, shortcut_c=None, shortcut_mean=None
-    ):
-        activation = activation_vectors(vectors, mask, relu)
-        with on_device_of(c):
-            return launchers().bn_add_relu_backward_reduce(
-                dy, c, vectors.mean, activation, mask, shortcut_c, shortcut_mean
-            )
 
-    def bn_backward_coefficients(self, sum_dz, sum_dz_centered, vectors, rows, training):
-        with on_device_of(sum_dz):
-            dweight, B, K = launchers().bn_backward_coefficients(
-                sum_dz, sum_dz_centered, vectors.mean, vectors.invstd, vectors.scale, rows, training
-            )
-        return BatchNormGrads(dweight, sum_dz, vectors.scale, B, K)
+def bn_add_relu_backward_input(op: BnAddReluBackwardInput) -> tuple[Tensor, Tensor | None]:
+    dy, c, vectors, grads, mask, relu, shortcut_c, shortcut_grads, save_dz, _, _ = op
+    shortcut = None if shortcut_grads is None else coefficients(shortcut_grads)
+    activation = activation_vectors(vectors, mask, relu)
+    return launchers().bn_add_relu_backward_input(
+        dy, c, activation, coefficients(grads), mask, shortcut_c, shortcut, save_dz
+    )
 
-    def bn_add_relu_backward_input(
-        self,
-        dy,
-        c,
-        vectors,
-        grads,
-        mask=None,
-        relu=True,
-        shortcut_c=None,
-        shortcut_grads=None,
-        save_dz=False,
-        reuse_dy=False,
-        reuse_c=False,
-    ):
-        shortcut = None if shortcut_c is None else coefficients(shortcut_grads)
-        activation = activation_vectors(vectors, mask, relu)
-        with on_device_of(c):
-            return launchers().bn_add_relu_backward_input(
-                dy, c, activation, coefficients(grads), mask, shortcut_c, shortcut, save_dz
-            )
 
-    def relu_backward(self, dy, mask):
-        with on_device_of(dy):
-            return launchers().relu_backward(dy, mask)
+def relu_backward(op: ReluBackward) -> Tensor:
+    return launchers().relu_backward(op.dy, op.mask)
 
-    def bn_relu_maxpool_forward(self, c, scale, shift, kernel_size, stride, padding, save_indices=True):
-        with on_device_of(c):
-            y, indices = launchers().bn_relu_maxpool_forward(c, scale, shift, kernel_size, stride, padding)
-        return y, indices if save_indices else None
 
-    def bn_relu_maxpool_backward_reduce(self, dy, indices, c, vectors, kernel_size, stride, padding):
-        with on_device_of(c):
-            return launchers().bn_relu_maxpool_backward_reduce(
-                dy, indices, c, vectors.mean, kernel_size, stride, padding
-            )
+def bn_relu_maxpool_forward(op: BnReluMaxpoolForward) -> tuple[Tensor, Tensor | None]:
+    *arguments, save_indices = op
+    y, indices = launchers().bn_relu_maxpool_forward(*arguments)
+    return y, indices if save_indices else None
 
-    def bn_relu_maxpool_backward_input(self, dy, indices, c, grads, kernel_size, stride, padding):
-        with on_device_of(c):
-            return launchers().bn_relu_maxpool_backward_input(
-                dy, indices, c, coefficients(grads), kernel_size, stride, padding
-            )
 
-    def conv1x1_forward(
-        self,
-        x,
-        weight,
-        bias=None,
-        stride=1,
-        in_scale=None,
-        in_shift=None,
-        scale=None,
-        shift=None,
-        residual=None,
-        residual_scale=None,
-        residual_shift=None,
-        relu=False,
-        save_mask=False,
-        save_stats=False,
-    ):
-        epilogue = scale, shift, residual, residual_scale, residual_shift, relu, save_mask, save_stats
-        with on_device_of(x):
-            return Conv1x1Output(
-                *launchers().conv1x1_forward(x, weight, bias, stride, in_scale, in_shift, *epilogue)
-            )
+def bn_relu_maxpool_backward_reduce(op: BnReluMaxpoolBackwardReduce) -> tuple[Tensor, Tensor]:
+    dy, indices, c, vectors, *window = op
+    return launchers().bn_relu_maxpool_backward_reduce(dy, indices, c, vectors.mean, *window)
 
-    def gram(self, c, scale, shift):
-        with on_device_of(c):
-            return launchers().gram(c, scale, shift)
 
-    def gram_output_stats(self, weight, bias, m, S):
-        with on_device_of(weight):
-            return launchers().gram_output_stats(weight, bias, m, S)
+def bn_relu_maxpool_backward_input(op: BnReluMaxpoolBackwardInput) -> Tensor:
+    dy, indices, c, grads, *window = op
+    return launchers().bn_relu_maxpool_backward_input(dy, indices, c, coefficients(grads), *window)
 
-    def gram_backward_coefficients(self, r, sum_dz, weight, bias, vectors, rows, m=None, S=None, center=None):
-        above = vectors.mean, vectors.invstd, vectors.scale
-        with on_device_of(weight):
-            return GramGrads(
-                *launchers().gram_backward_coefficients(r, sum_dz, weight, bias, *above, rows, m, S, center)
-            )
 
-    def conv1x1_backward_weight(self, dy, mask, c, scale, shift, center=None):
-        with on_device_of(c):
-            return launchers().conv1x1_backward_weight(dy, mask, c, scale, shift, center)
+def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
+    return ConvOutput(*launchers().conv1x1_forward(*op))
 
-    def conv1x1_gram_backward_input(
-        self, dy, mask, c, vectors, weight_dz, weight_a=None, center=None, offset=None
-    ):
-        below = vectors.mean, vectors.scale, vectors.shift
-        with on_device_of(c):
-            return launchers().conv1x1_gram_backward_input(
-                dy, mask, c, *below, weight_dz, weight_a, center, offset
-            )
 
-    def conv1x1_backward_input(
-        self, dy, c, vectors, grads, weight, relu=True, shortcut_dy=None, shortcut_mask=None
-    ):
-        activation = activation_vectors(vectors, None, relu)
-        with on_device_of(c):
-            return launchers().conv1x1_backward_input(
-                dy, c, activation, coefficients(grads), weight, shortcut_dy, shortcut_mask
-            )
+def gram(op: Gram) -> tuple[Tensor, Tensor]:
+    return launchers().gram(*op)
+
+
+def gram_output_stats(op: GramOutputStats) -> tuple[Tensor, Tensor, Tensor]:
+    return launchers().gram_output_stats(*op)
+
+
+def gram_backward_coefficients(op: GramBackwardCoefficients) -> GramGrads:
+    r, sum_dz, weight, bias, vectors, rows, m, S, center = op
+    above = vectors.mean, vectors.invstd, vectors.scale
+    return GramGrads(
+        *launchers().gram_backward_coefficients(r, sum_dz, weight, bias, *above, rows, m, S, center)
+    )
+
+
+def conv1x1_backward_weight(op: Conv1x1BackwardWeight) -> tuple[Tensor, Tensor]:
+    return launchers().conv1x1_backward_weight(*op)
+
+
+def conv1x1_gram_backward_input(op: Conv1x1GramBackwardInput) -> tuple[Tensor, Tensor, Tensor]:
+    dy, mask, c, vectors, *coefficients_above = op
+    below = vectors.mean, vectors.scale, vectors.shift
+    return launchers().conv1x1_gram_backward_input(dy, mask, c, *below, *coefficients_above)
+
+
+def conv1x1_backward_input(op: Conv1x1BackwardInput) -> tuple[Tensor, Tensor]:
+    dy, c, vectors, grads, weight, relu, shortcut_dy, shortcut_mask = op
+    activation = activation_vectors(vectors, None, relu)
+    return launchers().conv1x1_backward_input(
+        dy, c, activation, coefficients(grads), weight, shortcut_dy, shortcut_mask
+    )
+
+
+LAUNCHES: dict[type, Function] = {
+    BnStats: bn_stats,
+    BnScaleShift: bn_scale_shift,
+    BnAddReluForward: bn_add_relu_forward,
+    BnAddReluBackwardReduce: bn_add_relu_backward_reduce,
+    BnBackwardCoefficients: bn_backward_coefficients,
+    BnAddReluBackwardInput: bn_add_relu_backward_input,
+    ReluBackward: relu_backward,
+    BnReluMaxpoolForward: bn_relu_maxpool_forward,
+    BnReluMaxpoolBackwardReduce: bn_relu_maxpool_backward_reduce,
+    BnReluMaxpoolBackwardInput: bn_relu_maxpool_backward_input,
+    Conv1x1Forward: conv1x1_forward,
+    Gram: gram,
+    GramOutputStats: gram_output_stats,
+    GramBackwardCoefficients: gram_backward_coefficients,
+    Conv1x1BackwardWeight: conv1x1_backward_weight,
+    Conv1x1GramBackwardInput: conv1x1_gram_backward_input,
+    Conv1x1BackwardInput: conv1x1_backward_input,
+}
+
+
+def backend(device_reason: DeviceReason | None = None) -> Backend:
+    """The Triton backend.
+
+    Args:
+        device_reason: why it does not serve a tensor's dtype and device, as a code; None: what Triton itself takes
+            in this process, CPU tensors only under TRITON_INTERPRET=1.
+    """
+    if device_reason is None:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        device_reason = partial(triton_reasons.device_reason, interpreted=interpreted)
+    reason = partial(triton_reasons.reason, device_reason=device_reason)
+    return Backend(NAME, dict.fromkeys(LAUNCHES, launched), dict.fromkeys(LAUNCHES, reason))

@@ -147,5 +147,5 @@ def table_for(ops: Ops) -> Table:
 
 def measured(x: Tensor, dtype: torch.dtype, ops: Ops, gradients: bool, channels: int) -> str | None:
     """What the table names for calls on tensors like x and a first convolution to `channels`, or None."""
-    entries = table_for(ops).get((x.device.type, ops.serving("bn_stats", x), dtype, gradients), ())
+    entries = table_for(ops).get((x.device.type, ops.backend_on(x), dtype, gradients), ())
     return next((entry.recipe for entry in entries if entry.holds(x.numel(), channels)), None)
