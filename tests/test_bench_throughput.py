@@ -98,6 +98,13 @@ def test_unknown_implementations_are_refused():
         build(BLOCK, "fusedres_auto_graph")
 
 
+def plant(monkeypatch, op, change):
+    """A native backend whose results of one op are changed."""
+    right = LOADERS["native"]()
+    wrong = replace(right, functions={**right.functions, op: lambda record: change(right(record))})
+    monkeypatch.setitem(LOADERS, "native", lambda: wrong)
+
+
 def a_case(name):
     return next(case for case in cases(SMALL[0], torch.float32, CPU) if case.name == name)
 
@@ -112,14 +119,7 @@ class TestOpsAgainstACopy:
         assert found["of_copy_low"] <= found["of_copy"] <= found["of_copy_high"]
 
     def test_a_wrong_kernel_is_not_measured(self, monkeypatch):
-        right = LOADERS["native"]()
-
-        def bn_stats(op):
-            mean, var = right(op)
-            return mean, var * 1.01
-
-        wrong = replace(right, functions={**right.functions, BnStats: bn_stats})
-        monkeypatch.setitem(LOADERS, "native", lambda: wrong)
+        plant(monkeypatch, BnStats, lambda found: (found[0], found[1] * 1.01))
         with pytest.raises(AssertionError, match="bn_stats"):
             cpu_ops.measure(a_case("bn_stats"), 3)
 
@@ -153,11 +153,7 @@ class TestConvolutionsAgainstTheLibrary:
         torch.testing.assert_close(folded.ours(), folded.library())
 
     def test_a_wrong_kernel_is_not_measured(self, monkeypatch):
-        class Wrong(type(LOADERS["native"]())):
-            def conv_backward_weight(self, *args):
-                return super().conv_backward_weight(*args) * 1.01
-
-        monkeypatch.setitem(LOADERS, "native", Wrong)
+        plant(monkeypatch, ConvBackwardWeight, lambda dw: dw * 1.01)
         first = next(cpu_convolutions.contests(self.WINDOW, 2, torch.float32))
         with pytest.raises(AssertionError, match="weight gradient"):
             cpu_convolutions.measure(first, 3)
