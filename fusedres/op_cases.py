@@ -30,6 +30,8 @@ from fusedres.raw_ops import (
     Conv1x1BackwardWeight,
     Conv1x1Forward,
     Conv1x1GramBackwardInput,
+    Conv3x3BackwardInput,
+    Conv3x3Forward,
     ConvBackwardInput,
     ConvBackwardWeight,
     Gram,
@@ -97,8 +99,8 @@ class Tensors:
         side = side or self.shape.side
         return self.normal(self.shape.batch, channels, side, side)
 
-    def weight(self, cout: int, cin: int) -> Tensor:
-        return self.normal(cout, cin, 1, 1) * cin**-0.5
+    def weight(self, cout: int, cin: int, kernel: int = 1) -> Tensor:
+        return self.normal(cout, cin, kernel, kernel) * (cin**-0.5 / kernel)
 
     def vector(self, channels: int) -> Tensor:
         return self.normal(channels, dtype=accumulation_dtype(self.dtype)).abs() + 0.5
@@ -150,6 +152,7 @@ def cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Op
     yield from join_cases(t, outer)
     yield from product_cases(t, inner, outer)
     yield from convolution_cases(t, inner, outer)
+    yield from conv3x3_cases(t, inner)
     yield from stem_cases(t, inner)
 
 
@@ -231,6 +234,21 @@ def convolution_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase
     yield OpCase(ConvBackwardInput(half, wide, reduce, (2, 2), *pointwise[1:], dy_wide), "strided")
     affine = Conv1x1Forward(c, expand, scale=v_wide.scale, shift=v_wide.shift, relu=True)
     yield OpCase(affine._replace(residual=t.map(wide.shape[1])), "inference")
+
+
+def conv3x3_cases(t: Tensors, layer: Layer) -> Iterator[OpCase]:
+    """The fused 3x3 convolutions, of both strides."""
+    c, dy, v, g = layer
+    channels, half = c.shape[1], (t.shape.side + 1) // 2
+    weight = t.weight(channels, channels, 3)
+    yield OpCase(Conv3x3Forward(c, weight, in_scale=v.scale, in_shift=v.shift, save_stats=True), "stats")
+    affine = Conv3x3Forward(c, weight, 2, scale=v.scale, shift=v.shift)
+    residual = clear_of_zero(t.map(channels, half), added=REFERENCE(affine).y)
+    yield OpCase(affine._replace(residual=residual, relu=True, save_mask=True), "strided")
+    _, mask = REFERENCE(BnAddReluForward(c, v.scale, v.shift, save_mask=True))
+    joined = t.map(channels), mask
+    yield OpCase(Conv3x3BackwardInput(dy, c, weight, 1, c, v, g, True, *joined), "joined")
+    yield OpCase(Conv3x3BackwardInput(t.map(channels, half), c, weight, 2), "strided")
 
 
 def stem_cases(t: Tensors, pooled: Layer) -> Iterator[OpCase]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from conv1x1_cases import Conv1x1Case, as_image, as_rows, vectors_before, weight_of
+from conv1x1_cases import ConvCase, as_image, as_rows, vectors_before, weight_of
 from raw_op_cases import Inputs
 from raw_op_harness import assert_accurate, run
 from torch import Tensor
@@ -23,7 +23,7 @@ def finite(x: Tensor) -> Tensor:
     return x.nan_to_num(0.0, 0.0, 0.0)
 
 
-def activation(inputs: Inputs, case: Conv1x1Case) -> Tensor:
+def activation(inputs: Inputs, case: ConvCase) -> Tensor:
     """[N, Cin, H, W], finite."""
     c = inputs.c()
     v = vectors_before(inputs, c, case)
@@ -57,7 +57,7 @@ def given_weight(inputs: Inputs, weight: Tensor, special: bool) -> Tensor:
     return inputs.place(values.view(weight.shape), (cin, 1, 1, 1), weight.dtype)
 
 
-def check_gram_output_stats(ops: Any, case: Conv1x1Case) -> None:
+def check_gram_output_stats(ops: Any, case: ConvCase) -> None:
     inputs = Inputs(case)
     a = activation(inputs, case)
     weight = given_weight(inputs, weight_of(inputs, case), case.special)
@@ -108,7 +108,7 @@ class Above(NamedTuple):
         return self.gamma * self.invstd * dz
 
 
-def above(inputs: Inputs, case: Conv1x1Case, a: Tensor, dz: Tensor, w: Tensor, bias: Tensor | None) -> Above:
+def above(inputs: Inputs, case: ConvCase, a: Tensor, dz: Tensor, w: Tensor, bias: Tensor | None) -> Above:
     a64, dz64 = as_rows(a).double(), as_rows(dz).double()
     centered_a = a64 - a64.mean(0)
     mean = a64.mean(0) @ w.t() if bias is None else a64.mean(0) @ w.t() + bias.double()
@@ -120,7 +120,7 @@ def above(inputs: Inputs, case: Conv1x1Case, a: Tensor, dz: Tensor, w: Tensor, b
     return Above(a64, centered_a, dz64, w, mean, (var + EPS).rsqrt(), gamma)
 
 
-def check_gram_backward_coefficients(ops: Any, case: Conv1x1Case) -> None:
+def check_gram_backward_coefficients(ops: Any, case: ConvCase) -> None:
     inputs, training = Inputs(case), case.form == "training"
     a = activation(inputs, case)
     dz = finite(inputs.dy((case.shape[0], case.cout, *case.shape[2:])))
@@ -178,7 +178,7 @@ def check_gram_backward_coefficients(ops: Any, case: Conv1x1Case) -> None:
 
 
 def eager_gradients(
-    inputs: Inputs, case: Conv1x1Case, bn: Above, a: Tensor, dz: Tensor, weight: Tensor
+    inputs: Inputs, case: ConvCase, bn: Above, a: Tensor, dz: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """da and dW of convolution and BN apart, every result rounded."""
     statistics = bn.mean.to(inputs.acc), bn.invstd.to(inputs.acc), True, EPS, [True, False, False]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conv1x1_cases import Conv1x1Case
+from conv1x1_cases import ConvCase
 from raw_op_cases import cases_of
 from raw_op_checks import CHECKS
 from test_native_ops import Recorder, expected_backend
@@ -40,7 +40,7 @@ def test_native(op, case, dtype):
         assert {name for called, name in ops.served if called == op} == {expected_backend(op, case)}
 
 
-MANY_ROWS = Conv1x1Case("P200704", (64, 64, 56, 56), form="mask_center", cout=64, dy_mean=1.0)
+MANY_ROWS = ConvCase("P200704", (64, 64, 56, 56), form="mask_center", cout=64, dy_mean=1.0)
 
 
 @pytest.mark.parametrize("bias", [3.0, 30.0])

@@ -95,7 +95,7 @@ def test_product_with_its_epilogue(case, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", product_dtypes())
 @pytest.mark.parametrize("form", EPILOGUES)
 def test_product_of_more_than_it_sums_at_once(form, dtype):
-    case = conv1x1_cases.Conv1x1Case("large", (2, 1030, 7, 9), cout=150, form=form, dtype=dtype)
+    case = conv1x1_cases.ConvCase("large", (2, 1030, 7, 9), cout=150, form=form, dtype=dtype)
     conv1x1_checks.CHECKS["conv1x1_forward"](native_ops.backend(), case)
 
 

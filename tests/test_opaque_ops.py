@@ -2,13 +2,11 @@
 
 from dataclasses import replace
 
-import conv1x1_cases
-import conv1x1_checks
 import pytest
-import raw_op_cases
-import raw_op_checks
 import torch
-from block_forms import FORMS, tensors_for
+from block_forms import FORMS as BLOCK_FORMS
+from block_forms import tensors_for
+from every_raw_op import CHECKS, FORMS, SHAPES
 from raw_op_harness import assert_like_fake, poisoned_memory
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -22,19 +20,15 @@ from fusedres.nn.residual_block import read_block, read_conv_bn
 from fusedres.opaque_blocks import block_constants, unit_ints
 from fusedres.raw_ops import RAW_OPS, BnAddReluForward, op_name
 
-CHECKS = {
-    **{op: (check, raw_op_cases) for op, check in raw_op_checks.CHECKS.items() if op != "bn_layer"},
-    **{op: (check, conv1x1_cases) for op, check in conv1x1_checks.CHECKS.items()},
-}
 EVERY_FORM = [
-    pytest.param(op, replace(cases.SHAPES[0], id="base", shape=(2, 24, 5, 7), form=form), id=f"{op}-{form}")
-    for op, (_, cases) in CHECKS.items()
-    for form in cases.FORMS[op]
+    pytest.param(op, replace(SHAPES[op][0], id="base", shape=(2, 24, 5, 7), form=form), id=f"{op}-{form}")
+    for op in RAW_OPS
+    for form in FORMS[op]
 ]
 
 
 def test_every_raw_op_is_checked():
-    assert set(RAW_OPS) == set(CHECKS)
+    assert set(RAW_OPS) == set(CHECKS) - {"bn_layer"}
 
 
 def with_tensors(value, change):
@@ -74,7 +68,7 @@ class Traced:
 @pytest.mark.parametrize(("op", "case"), EVERY_FORM)
 def test_fake_of_symbolic_shapes(op, case):
     ops = Traced(op)
-    CHECKS[op][0](ops, case)
+    CHECKS[op](ops, case)
     assert ops.checked
 
 
@@ -112,7 +106,7 @@ def block_arguments(form, recipe, dtype):
 )
 def test_block_operators(recipe, name):
     """Forward by opcheck, gradients included; backward by itself too, for every gradient and for some."""
-    (form,) = [form for form in FORMS if form.name == name]
+    (form,) = [form for form in BLOCK_FORMS if form.name == name]
     args = block_arguments(form, recipe, torch.float64)
     forward = torch.ops.fusedres.residual_block_forward.default
     torch.library.opcheck(forward, (*args, True))
@@ -139,7 +133,7 @@ def test_block_operators(recipe, name):
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("name", ["bottleneck-no-affine", "bottleneck-projection-conv-bias"])
 def test_a_block_operator_writes_all_that_it_returns(name, save, recipe):
-    (form,) = [form for form in FORMS if form.name == name]
+    (form,) = [form for form in BLOCK_FORMS if form.name == name]
     args = block_arguments(form, recipe, torch.float64)
     with torch.no_grad(), poisoned_memory():
         outputs = torch.ops.fusedres.residual_block_forward(*args, save)

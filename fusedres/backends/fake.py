@@ -26,6 +26,8 @@ from fusedres.raw_ops import (
     Conv1x1BackwardWeight,
     Conv1x1Forward,
     Conv1x1GramBackwardInput,
+    Conv3x3BackwardInput,
+    Conv3x3Forward,
     ConvBackwardInput,
     ConvBackwardWeight,
     ConvOutput,
@@ -113,6 +115,15 @@ def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
     return convolved(op.x, op.weight.shape[0], h, w, op.save_mask, op.save_stats)
 
 
+def conv3x3_forward(op: Conv3x3Forward) -> ConvOutput:
+    h, w = ((n - 1) // op.stride + 1 for n in op.x.shape[2:])
+    return convolved(op.x, op.weight.shape[0], h, w, op.save_mask, op.save_stats)
+
+
+def conv3x3_backward_input(op: Conv3x3BackwardInput) -> tuple[Tensor, Tensor | None]:
+    return torch.empty_like(op.x), None if op.c is None else torch.empty_like(op.c)
+
+
 def gram(op: Gram) -> tuple[Tensor, Tensor]:
     cin = op.c.shape[1]
     return vector(op.c, cin), op.scale.new_empty((cin, cin), dtype=accumulation_dtype(op.c.dtype))
@@ -170,6 +181,8 @@ FUNCTIONS: dict[type, Function] = {
     Conv1x1BackwardWeight: conv1x1_backward_weight,
     Conv1x1GramBackwardInput: conv1x1_gram_backward_input,
     Conv1x1BackwardInput: conv1x1_backward_input,
+    Conv3x3Forward: conv3x3_forward,
+    Conv3x3BackwardInput: conv3x3_backward_input,
     ConvBackwardWeight: conv_backward_weight,
     ConvBackwardInput: conv_backward_input,
 }

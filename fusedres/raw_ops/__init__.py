@@ -52,6 +52,8 @@ from fusedres.raw_ops.bn import (
 from fusedres.raw_ops.conv import (
     Conv1x1BackwardInput,
     Conv1x1Forward,
+    Conv3x3BackwardInput,
+    Conv3x3Forward,
     ConvBackwardInput,
     ConvBackwardWeight,
     ConvOutput,
@@ -100,6 +102,8 @@ RAW_OPS: dict[str, type] = {
         Conv1x1BackwardWeight,
         Conv1x1GramBackwardInput,
         Conv1x1BackwardInput,
+        Conv3x3Forward,
+        Conv3x3BackwardInput,
         ConvBackwardWeight,
         ConvBackwardInput,
     )
@@ -123,6 +127,8 @@ __all__ = [
     "Conv1x1BackwardWeight",
     "Conv1x1Forward",
     "Conv1x1GramBackwardInput",
+    "Conv3x3BackwardInput",
+    "Conv3x3Forward",
     "ConvBackwardInput",
     "ConvBackwardWeight",
     "ConvOutput",

@@ -67,6 +67,53 @@ class Conv1x1BackwardInput(NamedTuple):
     shortcut_mask: Tensor | None = None  # packed
 
 
+class Conv3x3Forward(NamedTuple):
+    """`conv` is the 3x3 convolution of a with padding 1, then the epilogue of `BnAddReluForward`.
+
+    Prologue and epilogue as in `Conv1x1Forward`. The padding is 0 whatever the prologue makes of x: it is of a, and
+    relu(in_shift) is not 0.
+
+    Returns ConvOutput, as `Conv1x1Forward` does.
+    """
+
+    x: Tensor  # [N, Cin, H, W]
+    weight: Tensor  # [Cout, Cin, 3, 3]
+    stride: int = 1  # or 2
+    in_scale: Tensor | None = None  # [Cin]
+    in_shift: Tensor | None = None  # [Cin]
+    scale: Tensor | None = None  # [Cout]
+    shift: Tensor | None = None  # [Cout]
+    residual: Tensor | None = None  # [N, Cout, H', W']
+    residual_scale: Tensor | None = None  # [Cout]
+    residual_shift: Tensor | None = None  # [Cout]
+    relu: bool = False
+    save_mask: bool = False
+    save_stats: bool = False
+
+
+class Conv3x3BackwardInput(NamedTuple):
+    """BN backward, then the input gradient of a 3x3 convolution with padding 1, then the shortcut's gradient.
+
+    With c, vectors and grads, which are given together: `dc = A*dz + B*c + K`, rounded, dz from dy and the sign of
+    `scale*c + shift` if `relu`. Without them dc = dy.
+    dx is the convolution's input gradient of dc, plus shortcut_dy, taken through shortcut_mask if that is given.
+
+    Returns (dx [N, Cin, H, W], dc [N, Cout, H', W']): dc, the side output that the weight gradient reads, is None where
+    it would be dy.
+    """
+
+    dy: Tensor  # [N, Cout, H', W']
+    x: Tensor  # [N, Cin, H, W], of which only the form is read
+    weight: Tensor  # [Cout, Cin, 3, 3]
+    stride: int = 1  # or 2
+    c: Tensor | None = None  # [N, Cout, H', W']
+    vectors: BatchNormVectors | None = None
+    grads: BatchNormGrads | None = None
+    relu: bool = True
+    shortcut_dy: Tensor | None = None  # [N, Cin, H, W]
+    shortcut_mask: Tensor | None = None  # packed
+
+
 class ConvBackwardWeight(NamedTuple):
     """The weight gradient of any `conv2d(x, W)`, summed over the positions inside x: padding is never read.
 

@@ -41,6 +41,12 @@ def activation(c: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return torch.relu(affine(c, scale, shift).to(c.dtype))
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The memory format of a dense tensor like x."""
+    channels_last = torch.empty_like(x).is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def rows_by_channels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])  # [N, C, H, W] -> [P, C]
 
