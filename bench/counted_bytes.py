@@ -29,14 +29,14 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import jit
 
 from fusedres import models
-from fusedres.backends import triton
-from fusedres.backends.reference import REFERENCE
 from fusedres.blocks import RECIPES, stem
 from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNNeeds, ConvBNTensors, Shortcut
 from fusedres.blocks.gram_form import unsuitable
 from fusedres.blocks.stem import StemConfig
-from fusedres.dispatch import Dispatcher
 from fusedres.nn.residual_block import ConvBN, read_conv_bn
+from fusedres.ops import triton
+from fusedres.ops.dispatch import Dispatcher
+from fusedres.ops.reference import REFERENCE
 
 NO_TRAFFIC = (
     "empty",

@@ -21,11 +21,17 @@ import torch
 from layers import Conv, read_network
 from torch import Tensor
 
-from fusedres import selftest
-from fusedres.backends.reference import REFERENCE
-from fusedres.dispatch import LOADERS
 from fusedres.models import resnet18, resnet50
-from fusedres.raw_ops import BnAddReluForward, Conv1x1Forward, ConvBackwardInput, ConvBackwardWeight, RawOp
+from fusedres.ops import selftest
+from fusedres.ops.contract import (
+    BnAddReluForward,
+    Conv1x1Forward,
+    ConvBackwardInput,
+    ConvBackwardWeight,
+    RawOp,
+)
+from fusedres.ops.dispatch import LOADERS
+from fusedres.ops.reference import REFERENCE
 from fusedres.timing import comparison, interleave
 
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ from functools import partial
 import torch
 from op_cases import checked_bytes, resnet_shape
 
-from fusedres.dispatch import LOADERS
-from fusedres.op_cases import OpCase, cases
-from fusedres.raw_ops import op_name
+from fusedres.ops.cases import OpCase, cases
+from fusedres.ops.contract import op_name
+from fusedres.ops.dispatch import LOADERS
 from fusedres.timing import comparison, interleave
 
 CPU = torch.device("cpu")

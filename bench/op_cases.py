@@ -2,7 +2,7 @@
 
     python bench/op_cases.py [--device cuda] [--backend NAME] [--only REGEX] [--stage 1..4 --batch N]
 
-Arguments are those of `fusedres.op_cases`; without --stage at a few small shapes.
+Arguments are those of `fusedres.ops.cases`; without --stage at a few small shapes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from layers import STAGE_SIDES, STAGE_WIDTHS
 
-from fusedres import selftest
-from fusedres.dispatch import AUTO, LOADERS
-from fusedres.op_cases import SMALL, Shape, cases
-from fusedres.raw_ops import RawOp, op_name
+from fusedres.ops import selftest
+from fusedres.ops.cases import SMALL, Shape, cases
+from fusedres.ops.contract import RawOp, op_name
+from fusedres.ops.dispatch import AUTO, LOADERS
 
 
 def resnet_shape(stage: int, batch: int) -> Shape:

@@ -1,4 +1,4 @@
-// The schemas of fusedres_native: the raw ops of fusedres/raw_ops.py with named tuples taken apart. The device
+// The schemas of fusedres_native: the raw ops of fusedres/ops/contract/ with named tuples taken apart. The device
 // folders register their kernels for them. Built against the stable C ABI of torch 2.10: one file serves every
 // Python and every torch from there on.
 #include <torch/csrc/stable/library.h>

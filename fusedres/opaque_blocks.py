@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd import FIELDS, as_units, memory_format, without_autocast
-from fusedres.backends import fake
 from fusedres.blocks import RECIPES
 from fusedres.blocks.config import (
     BlockConfig,
@@ -29,8 +28,9 @@ from fusedres.blocks.config import (
     Shortcut,
     own_statistics,
 )
-from fusedres.dispatch import Dispatcher, dispatcher
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.ops import fake
+from fusedres.ops.contract import BatchNormVectors
+from fusedres.ops.dispatch import Dispatcher, dispatcher
 
 FAKE = Dispatcher((fake.FAKE,))
 PARAMETERS = len(ConvBNNeeds._fields)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from fusedres.blocks import RECIPES, user_table
 from fusedres.blocks.choice import AUTO, UNFUSED
 from fusedres.blocks.user_table import Entry, Key
-from fusedres.dispatch import AUTO as AUTO_BACKEND
 from fusedres.errors import UnsupportedModelError
+from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
 from fusedres.patching.api import check_model, find, patch, report, unpatch
 from fusedres.patching.plan import StemPlan
 from fusedres.patching.verify import error

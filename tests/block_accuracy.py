@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fusedres.blocks import RECIPES
 from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNNeeds, ConvBNTensors
-from fusedres.dispatch import Dispatcher
 from fusedres.nn.residual_block import ConvBN, read_block
+from fusedres.ops.dispatch import Dispatcher
 
 PARAMETERS = len(ConvBNNeeds._fields)  # the first fields of ConvBNTensors; statistics follow
 

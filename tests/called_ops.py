@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import RawOp
+from fusedres.ops.contract import RawOp
+from fusedres.ops.dispatch import Dispatcher
 
 
 def see_ops(monkeypatch: pytest.MonkeyPatch) -> list[RawOp]:

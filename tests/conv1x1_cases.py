@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from raw_op_cases import Case, Inputs
 from torch import Tensor
 
-from fusedres.backends.reference import REFERENCE
-from fusedres.raw_ops import BatchNormVectors, BnScaleShift, BnStats
+from fusedres.ops.contract import BatchNormVectors, BnScaleShift, BnStats
+from fusedres.ops.reference import REFERENCE
 
 
 @dataclass(frozen=True)

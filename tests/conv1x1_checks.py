@@ -34,7 +34,7 @@ from raw_op_harness import (
 )
 from torch import Tensor
 
-from fusedres.raw_ops import (
+from fusedres.ops.contract import (
     BnAddReluForward,
     Conv1x1BackwardInput,
     Conv1x1BackwardWeight,

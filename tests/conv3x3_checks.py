@@ -13,7 +13,7 @@ from raw_op_cases import Inputs
 from raw_op_harness import assert_accurate, assert_input_gradient, pack, row, run
 from torch.nn.grad import conv2d_input
 
-from fusedres.raw_ops import BnAddReluForward, Conv3x3BackwardInput, Conv3x3Forward
+from fusedres.ops.contract import BnAddReluForward, Conv3x3BackwardInput, Conv3x3Forward
 
 # maps smaller than a window, of odd and even sides, which a stride of 2 leaves differently
 SHAPES = (

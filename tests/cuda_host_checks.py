@@ -9,14 +9,14 @@ from raw_op_cases import Case, Inputs, bits
 from raw_op_harness import pack, tensors
 from torch import Tensor
 
-from fusedres.backends.reference import REFERENCE
-from fusedres.raw_ops import (
+from fusedres.ops.contract import (
     BatchNormVectors,
     BnAddReluBackwardReduce,
     BnBackwardCoefficients,
     BnScaleShift,
     BnStats,
 )
+from fusedres.ops.reference import REFERENCE
 
 
 def vectors_of(inputs: Inputs, c: Tensor) -> tuple[Tensor, Tensor, BatchNormVectors]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.raw_ops import (
+from fusedres.ops.contract import (
     BatchNormGrads,
     BatchNormVectors,
     BnAddReluBackwardInput,

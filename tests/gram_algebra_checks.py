@@ -13,8 +13,13 @@ from raw_op_cases import Inputs
 from raw_op_harness import assert_accurate, run
 from torch import Tensor
 
-from fusedres.backends.reference import REFERENCE
-from fusedres.raw_ops import BatchNormVectors, BnAddReluForward, GramBackwardCoefficients, GramOutputStats
+from fusedres.ops.contract import (
+    BatchNormVectors,
+    BnAddReluForward,
+    GramBackwardCoefficients,
+    GramOutputStats,
+)
+from fusedres.ops.reference import REFERENCE
 
 EPS = 1e-5
 

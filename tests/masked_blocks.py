@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.backends.reference import unpack_mask
 from fusedres.blocks.config import BlockConfig, BlockOutput, ConvBNTensors, Shortcut
 from fusedres.blocks.eager import conv_bn
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import BnAddReluForward
+from fusedres.ops.contract import BnAddReluForward
+from fusedres.ops.dispatch import Dispatcher
+from fusedres.ops.reference import unpack_mask
 
 Masks = tuple[
     Tensor | None, ...

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fusedres.backends.reference import REFERENCE
-from fusedres.raw_ops import (
+from fusedres.ops.contract import (
     BatchNormGrads,
     BatchNormVectors,
     BnBackwardCoefficients,
@@ -21,6 +20,7 @@ from fusedres.raw_ops import (
     BnStats,
     accumulation_dtype,
 )
+from fusedres.ops.reference import REFERENCE
 
 MARGIN = 64  # elements before and after each input
 POOL = (3, 2, 1)  # kernel_size, stride, padding of the ResNet stem

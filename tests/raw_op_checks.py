@@ -1,7 +1,8 @@
 """One check per raw op, for any backend: `CHECKS[op](ops, case)` raises AssertionError where it is wrong.
 
-`ops` is called with the records of `fusedres.raw_ops`; cases come from `raw_op_cases.cases_of(op)`. Exact values are
-float64, from plain torch; the yardstick is what eager PyTorch makes of the same inputs in the tested dtype and layout.
+`ops` is called with the records of `fusedres.ops.contract`; cases come from `raw_op_cases.cases_of(op)`. Exact values
+are float64, from plain torch; the yardstick is what eager PyTorch makes of the same inputs in the tested dtype and
+layout.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from raw_op_pool_checks import (
 )
 from torch import Tensor
 
-from fusedres.raw_ops import (
+from fusedres.ops.contract import (
     BatchNormVectors,
     BnAddReluBackwardInput,
     BnAddReluBackwardReduce,

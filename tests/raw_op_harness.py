@@ -13,8 +13,8 @@ from accuracy import assert_as_accurate_as_eager, assert_same_float64
 from raw_op_cases import Inputs, bits
 from torch import Tensor
 
-from fusedres.backends.fake import FAKE
-from fusedres.raw_ops import RawOp, op_name
+from fusedres.ops.contract import RawOp, op_name
+from fusedres.ops.fake import FAKE
 
 
 @contextmanager

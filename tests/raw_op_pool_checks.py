@@ -11,7 +11,7 @@ from raw_op_cases import Case, Inputs, bits
 from raw_op_harness import assert_accurate, assert_input_gradient, assert_sums, eager_affine, pack, row, run
 from torch import Tensor
 
-from fusedres.raw_ops import (
+from fusedres.ops.contract import (
     BnAddReluForward,
     BnReluMaxpoolBackwardInput,
     BnReluMaxpoolBackwardReduce,

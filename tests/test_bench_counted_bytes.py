@@ -16,7 +16,7 @@ from torch import nn
 from triton_entries import entries
 
 from fusedres import models
-from fusedres.raw_ops import BatchNormVectors, GramBackwardCoefficients, GramOutputStats
+from fusedres.ops.contract import BatchNormVectors, GramBackwardCoefficients, GramOutputStats
 
 BATCH = 256
 # a kernel of the model: what is launched for it

@@ -15,7 +15,7 @@ import report
 import torch
 from stages.ops import library_product
 
-from fusedres.op_cases import SMALL, cases
+from fusedres.ops.cases import SMALL, cases
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_BE_MISSING = {"cuda", "sm_90", "nvcc", "nvidia-smi", "ncu", "compute-sanitizer", "module:triton"}

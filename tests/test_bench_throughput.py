@@ -17,9 +17,9 @@ from torch import nn
 from workloads import BASELINE, CorrectnessGate, Step, Workload, build
 
 from fusedres import timing
-from fusedres.dispatch import LOADERS
-from fusedres.op_cases import SMALL, cases
-from fusedres.raw_ops import BnStats, Conv1x1Forward, ConvBackwardInput, ConvBackwardWeight
+from fusedres.ops.cases import SMALL, cases
+from fusedres.ops.contract import BnStats, Conv1x1Forward, ConvBackwardInput, ConvBackwardWeight
+from fusedres.ops.dispatch import LOADERS
 from fusedres.timing import bootstrap_interval, comparison, interleave
 
 ROOT = Path(__file__).resolve().parent.parent

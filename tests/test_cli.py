@@ -13,11 +13,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fusedres import __main__ as entry
-from fusedres import selftest
 from fusedres.cli import app
 from fusedres.models import MODELS, BasicBlock
-from fusedres.op_cases import SMALL
-from fusedres.raw_ops import BnScaleShift
+from fusedres.ops import selftest
+from fusedres.ops.cases import SMALL
+from fusedres.ops.contract import BnScaleShift
 
 run = CliRunner().invoke
 

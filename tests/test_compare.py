@@ -12,9 +12,9 @@ from torch import nn
 from torchvision_blocks import CIN, TorchvisionBasic
 
 import fusedres
+from fusedres.ops.contract import BnAddReluForward
 from fusedres.patching import comparison
 from fusedres.patching.comparison import Comparison, summarise
-from fusedres.raw_ops import BnAddReluForward
 
 
 def model() -> nn.Module:

@@ -11,8 +11,8 @@ from cuda_host_ops import HostCudaOps
 from raw_op_cases import Case, Inputs
 from raw_op_checks import CHECKS
 
-from fusedres.backends.reference import pack_mask
-from fusedres.raw_ops import BnAddReluForward
+from fusedres.ops.contract import BnAddReluForward
+from fusedres.ops.reference import pack_mask
 
 pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="no CUDA headers here")
 

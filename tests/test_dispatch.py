@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fusedres import BackendUnavailableError, use_backend
-from fusedres.backends.backend import Backend
-from fusedres.backends.fake import FAKE
-from fusedres.backends.reference import REFERENCE
-from fusedres.dispatch import Dispatcher, backend_names, dispatcher
-from fusedres.raw_ops import RAW_OPS, BnStats, Gram, op_name
+from fusedres.ops.backend import Backend
+from fusedres.ops.contract import RAW_OPS, BnStats, Gram, op_name
+from fusedres.ops.dispatch import Dispatcher, backend_names, dispatcher
+from fusedres.ops.fake import FAKE
+from fusedres.ops.reference import REFERENCE
 
 
 def only_float32(op):

@@ -9,14 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fusedres import doctor, selftest
-from fusedres.backends import native, native_ops
-from fusedres.backends.backend import Backend
-from fusedres.backends.reference import REFERENCE
+from fusedres import doctor
 from fusedres.cli import app
-from fusedres.dispatch import LOADERS
-from fusedres.op_cases import SMALL, cases
-from fusedres.raw_ops import (
+from fusedres.ops import selftest
+from fusedres.ops.backend import Backend
+from fusedres.ops.cases import SMALL, cases
+from fusedres.ops.contract import (
     RAW_OPS,
     BnReluMaxpoolForward,
     BnScaleShift,
@@ -26,6 +24,9 @@ from fusedres.raw_ops import (
     Gram,
     op_name,
 )
+from fusedres.ops.dispatch import LOADERS
+from fusedres.ops.native import functions, library
+from fusedres.ops.reference import REFERENCE
 
 CPU = torch.device("cpu")
 run = CliRunner().invoke
@@ -80,13 +81,13 @@ def test_plain_pytorch_passes_the_self_test_in_every_dtype(dtype):
 def test_every_backend_passes_here():
     outcomes = selftest.run()
     assert [o for o in outcomes if o.problem] == []
-    assert native.is_built() == any(o.backend == "native" and not o.unserved for o in outcomes)
+    assert library.is_built() == any(o.backend == "native" and not o.unserved for o in outcomes)
 
 
-@pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+@pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 def test_every_native_op_is_tested_and_shown_where_it_serves():
     """In float32 on the CPU; convolutions in each form that has a kernel of its own."""
-    backend, forms = native_ops.backend(), {"conv1x1_forward/inference", "conv_backward_input/strided"}
+    backend, forms = functions.backend(), {"conv1x1_forward/inference", "conv_backward_input/strided"}
     for shape in SMALL[-2:]:
         called = list(cases(shape, torch.float32, CPU))
         tested = {case.name for case in called if backend.reason(case.op) is None}
@@ -156,19 +157,19 @@ def test_an_op_served_by_plain_pytorch_once_is_not_said_to_have_no_kernel():
 
 
 def test_an_installation_without_the_library(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "absent.so")
     monkeypatch.delitem(LOADERS, "native", raising=False)
-    native.load.cache_clear()
+    library.load.cache_clear()
     try:
-        library = doctor.native_library()
-        assert "is not there" in library["problem"] and library["cpu_kernels"] is None
-        assert "pip install --no-build-isolation ." in library["problem"], "else the build does not see torch"
+        found = doctor.native_library()
+        assert "is not there" in found["problem"] and found["cpu_kernels"] is None
+        assert "pip install --no-build-isolation ." in found["problem"], "else the build does not see torch"
         assert "the native backend is absent" in doctor.advice()[0]
     finally:
-        native.load.cache_clear()
+        library.load.cache_clear()
 
 
-@pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+@pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 def test_gpus_with_and_without_code(monkeypatch):
     """Two devices, as torch and the library would describe them."""
     described = [SimpleNamespace(name="A", major=9, minor=0, total_memory=2**36)]

@@ -13,9 +13,9 @@ from raw_op_checks import CHECKS
 from test_native_ops import Recorder, expected_backend
 from triton_interpreted_ops import check, selected
 
-from fusedres.backends.triton_reasons import PRODUCTS
-from fusedres.dispatch import LOADERS
-from fusedres.raw_ops import RAW_OPS
+from fusedres.ops.contract import RAW_OPS
+from fusedres.ops.dispatch import LOADERS
+from fusedres.ops.triton_reasons import PRODUCTS
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)

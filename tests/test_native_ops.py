@@ -7,11 +7,11 @@ import torch
 from raw_op_cases import Case, Inputs, bits, cases_of
 from raw_op_checks import CHECKS, backward_parts, forward_parts
 
-from fusedres.backends import native, native_ops, native_reasons
-from fusedres.backends.reference import REFERENCE
-from fusedres.raw_ops import BnAddReluBackwardInput, BnAddReluForward, ConvBackwardInput, op_name
+from fusedres.ops.contract import BnAddReluBackwardInput, BnAddReluForward, ConvBackwardInput, op_name
+from fusedres.ops.native import functions, library, reasons
+from fusedres.ops.reference import REFERENCE
 
-pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+pytestmark = pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CASES = [pytest.param(op, case, id=f"{op}-{case}") for op in CHECKS for case in cases_of(op)]
@@ -21,7 +21,7 @@ class Recorder:
     """The native ops, then the reference; remembers which of them served each call."""
 
     def __init__(self):
-        self.backends = native_ops.backend(), REFERENCE
+        self.backends = functions.backend(), REFERENCE
         self.served = []
 
     def __call__(self, op):
@@ -35,17 +35,14 @@ def expected_backend(op, case):
     if op in ("bn_backward_coefficients", "bn_scale_shift"):
         return "reference" if case.form == "half_weight" else "native"
     if op == "conv_backward_weight":
-        dense = case.dtype in native_reasons.product_dtypes() and case.layout in ("channels_last", "offset")
-        many = case.shape[1] >= native_reasons.FEWEST_CHANNELS
-        wide = (
-            case.form != "1x1"
-            or case.shape[1] * (case.shape[1] + 2) >= native_reasons.FEWEST_WEIGHTS[case.dtype]
-        )
+        dense = case.dtype in reasons.product_dtypes() and case.layout in ("channels_last", "offset")
+        many = case.shape[1] >= reasons.FEWEST_CHANNELS
+        wide = case.form != "1x1" or case.shape[1] * (case.shape[1] + 2) >= reasons.FEWEST_WEIGHTS[case.dtype]
         grouped = case.form == "groups" and (case.shape[1] % 4 == 0 or case.shape[1] % 3 == 0)
         return "native" if dense and many and wide and not grouped else "reference"
     if op == "conv_backward_input":
         exact, dense = case.dtype == torch.float32, case.layout in ("channels_last", "offset")
-        summed = exact or (case.dtype in native_reasons.product_dtypes() and (case.shape[1] + 2) % 2 == 0)
+        summed = exact or (case.dtype in reasons.product_dtypes() and (case.shape[1] + 2) % 2 == 0)
         added = "identity" in case.form or (case.form == "1x1_mask" and case.shape[1] % 8 == 0)
         wanted = case.form.startswith("1x1") and (added or (exact and case.form == "1x1"))
         return "native" if dense and wanted and summed else "reference"
@@ -73,8 +70,8 @@ def test_forward_into_the_storage_of_c(case, dtype):
     c, v, residual, rv = forward_parts(inputs)
     args = v.scale, v.shift, residual, *((None, None) if rv is None else (rv.scale, rv.shift))
     relu = "no_relu" not in case.form
-    expected, _ = native_ops.backend()(BnAddReluForward(c, *args, relu))
-    y, mask = native_ops.backend()(BnAddReluForward(c, *args, relu, reuse_c=True))
+    expected, _ = functions.backend()(BnAddReluForward(c, *args, relu))
+    y, mask = functions.backend()(BnAddReluForward(c, *args, relu, reuse_c=True))
     assert y is c and mask is None
     assert torch.equal(bits(y.contiguous()), bits(expected.contiguous()))
 
@@ -89,7 +86,7 @@ GIVEN_AWAY = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", GIVEN_AWAY, ids=str)
 def test_backward_into_the_storage_of_dy(case, dtype):
-    inputs, ops = Inputs(replace(case, dtype=DTYPES[dtype])), native_ops.backend()
+    inputs, ops = Inputs(replace(case, dtype=DTYPES[dtype])), functions.backend()
     dy, c, v, mask, _, _ = backward_parts(ops, inputs)
     grads = inputs.grads(v, c.numel() // c.shape[1], "frozen" in case.form)
     args = c, v, grads, mask, "no_relu" not in case.form
@@ -105,7 +102,7 @@ OF_C = [c for c in cases_of("bn_add_relu_backward_input") if c.layout == "channe
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", OF_C, ids=str)
 def test_backward_into_the_storage_of_c(case, dtype):
-    inputs, ops = Inputs(replace(case, dtype=DTYPES[dtype])), native_ops.backend()
+    inputs, ops = Inputs(replace(case, dtype=DTYPES[dtype])), functions.backend()
     dy, c, v, mask, _, shortcut_c = backward_parts(ops, inputs)
     rows, frozen = c.numel() // c.shape[1], "frozen" in case.form
     grads = inputs.grads(v, rows, frozen)
@@ -124,7 +121,7 @@ def test_backward_into_the_storage_of_c(case, dtype):
 
 def test_autograd_sees_what_is_written_in_place():
     """A tensor that autograd has kept and a kernel has written into is an error, not a wrong gradient."""
-    ops, inputs = native_ops.backend(), Inputs(Case("kept", (2, 16, 5, 7)))
+    ops, inputs = functions.backend(), Inputs(Case("kept", (2, 16, 5, 7)))
     _, _, v, _, _, _ = backward_parts(ops, inputs)
     grads, weight = inputs.grads(v, 70), torch.ones(16, 16, 1, 1)
     writes = {
@@ -152,7 +149,7 @@ def test_autograd_sees_what_is_written_in_place():
 
 def test_nothing_is_given_away_where_it_is_still_needed():
     """With a mask to take or a second result to give, both stay."""
-    ops, inputs = native_ops.backend(), Inputs(Case("kept"))
+    ops, inputs = functions.backend(), Inputs(Case("kept"))
     dy, c, v, _, _, _ = backward_parts(ops, inputs)
     y, mask = ops(BnAddReluForward(c, v.scale, v.shift, save_mask=True, reuse_c=True))
     assert y is not c and mask is not None

@@ -11,14 +11,14 @@ from raw_op_harness import assert_like_fake, poisoned_memory
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fusedres.backends import fake
-from fusedres.backends.reference import REFERENCE
-from fusedres.dispatch import AUTO
 from fusedres.models import resnet18
 from fusedres.nn import ConvBN
 from fusedres.nn.residual_block import read_block, read_conv_bn
 from fusedres.opaque_blocks import block_constants, unit_ints
-from fusedres.raw_ops import RAW_OPS, BnAddReluForward, op_name
+from fusedres.ops import fake
+from fusedres.ops.contract import RAW_OPS, BnAddReluForward, op_name
+from fusedres.ops.dispatch import AUTO
+from fusedres.ops.reference import REFERENCE
 
 EVERY_FORM = [
     pytest.param(op, replace(SHAPES[op][0], id="base", shape=(2, 24, 5, 7), form=form), id=f"{op}-{form}")

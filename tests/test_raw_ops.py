@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from every_raw_op import CHECKS, cases_of
 
-from fusedres.backends.reference import REFERENCE
-from fusedres.backends.reference.values import activation
-from fusedres.raw_ops import BnStats, Conv3x3Forward, ConvOutput
+from fusedres.ops.contract import BnStats, Conv3x3Forward, ConvOutput
+from fusedres.ops.reference import REFERENCE
+from fusedres.ops.reference.values import activation
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = [pytest.param(op, case, id=f"{op}-{case}") for op in CHECKS for case in cases_of(op)]

@@ -10,10 +10,10 @@ from block_forms import FORMS, one_step, patched, tensors_for
 from called_ops import see_ops
 from torch.utils.checkpoint import checkpoint
 
-from fusedres.backends import native, native_reasons
-from fusedres.raw_ops import BnAddReluBackwardInput
+from fusedres.ops.contract import BnAddReluBackwardInput
+from fusedres.ops.native import library, reasons
 
-if not native.is_built():
+if not library.is_built():
     # the other backends write into nothing that they are given
     pytest.skip("no compiled library in this installation", allow_module_level=True)
 
@@ -110,4 +110,4 @@ def test_the_shortcut_takes_its_gradient_through_the_mask_where_it_is_added(dtyp
     block = form.build().to(dtype, memory_format=torch.channels_last)
     x, dy = tensors_for(form, block, dtype)
     patched(block, "separate", "native")(x.requires_grad_()).backward(dy)
-    assert [op.save_dz for op in reused.joins()] == [dtype not in native_reasons.product_dtypes()]
+    assert [op.save_dz for op in reused.joins()] == [dtype not in reasons.product_dtypes()]

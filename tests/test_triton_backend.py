@@ -12,12 +12,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from fusedres.backends import triton as triton_backend
-from fusedres.backends import triton_reasons
-from fusedres.backends.backend import REASONS, Backend
-from fusedres.backends.reference import REFERENCE
-from fusedres.dispatch import Dispatcher, dispatcher
-from fusedres.raw_ops import RAW_OPS, BatchNormVectors, BnStats, Conv1x1Forward, op_name
+from fusedres.ops import triton as triton_backend
+from fusedres.ops import triton_reasons
+from fusedres.ops.backend import REASONS, Backend
+from fusedres.ops.contract import RAW_OPS, BatchNormVectors, BnStats, Conv1x1Forward, op_name
+from fusedres.ops.dispatch import Dispatcher, dispatcher
+from fusedres.ops.reference import REFERENCE
 
 NHWC = torch.channels_last
 
@@ -170,7 +170,7 @@ def test_a_call_that_triton_leaves_goes_to_the_reference():
 
 def test_triton_is_imported_at_the_first_served_op():
     code = (
-        "import sys, torch; from fusedres.dispatch import dispatcher; from fusedres.raw_ops import BnStats;"
+        "import sys, torch; from fusedres.ops.dispatch import dispatcher; from fusedres.ops.contract import BnStats;"
         "dispatcher()(BnStats(torch.randn(2, 3, 4, 4))); assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)

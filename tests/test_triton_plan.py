@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 from counted_bytes import META_TRITON
 from triton.runtime import jit
 
-from fusedres.backends.triton_reasons import MAX_ROWS
-from fusedres.raw_ops import RAW_OPS, BatchNormGrads, BatchNormVectors
+from fusedres.ops.contract import RAW_OPS, BatchNormGrads, BatchNormVectors
+from fusedres.ops.triton_reasons import MAX_ROWS
 
 INT32 = 2**31
 # elements, which may be counted in 64 bits; everything else is a 32-bit number in the kernels

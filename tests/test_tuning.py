@@ -14,7 +14,7 @@ from fusedres import tune_command, tuning
 from fusedres.blocks import user_table
 from fusedres.cli import app
 from fusedres.models import Bottleneck
-from fusedres.raw_ops import BnAddReluBackwardInput, BnAddReluForward
+from fusedres.ops.contract import BnAddReluBackwardInput, BnAddReluForward
 from fusedres.tuning import Timing, Tuned, tune
 
 

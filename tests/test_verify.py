@@ -9,7 +9,7 @@ from torch import nn
 
 import fusedres
 from fusedres.models import cifar_resnet
-from fusedres.raw_ops import BnAddReluBackwardInput, BnAddReluForward, BnStats, op_name
+from fusedres.ops.contract import BnAddReluBackwardInput, BnAddReluForward, BnStats, op_name
 
 
 class DictOutput(nn.Module):

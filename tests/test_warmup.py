@@ -12,7 +12,7 @@ from called_ops import see_ops
 from torch import nn
 
 import fusedres
-from fusedres.raw_ops import op_name
+from fusedres.ops.contract import op_name
 
 
 class Noisy(nn.Module):

@@ -13,11 +13,11 @@ import torch
 from raw_op_cases import Case
 from torch import Tensor
 
-from fusedres.backends import triton
-from fusedres.backends.backend import Backend
-from fusedres.backends.reference import REFERENCE
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import RawOp, op_name
+from fusedres.ops import triton
+from fusedres.ops.backend import Backend
+from fusedres.ops.contract import RawOp, op_name
+from fusedres.ops.dispatch import Dispatcher
+from fusedres.ops.reference import REFERENCE
 
 MARGIN = 256  # elements before and after every tensor that a launcher makes
 PATTERN = 0xA5  # every byte of a margin

@@ -12,10 +12,10 @@ from block_forms import FORMS, BlockForm, bottleneck, each_bn, frozen, one_step,
 from torch import nn
 from triton_harness import checked_margins, traced
 
-from fusedres.backends import triton
-from fusedres.backends.reference import REFERENCE
 from fusedres.blocks import RECIPES
-from fusedres.dispatch import Dispatcher, dispatcher
+from fusedres.ops import triton
+from fusedres.ops.dispatch import Dispatcher, dispatcher
+from fusedres.ops.reference import REFERENCE
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 BY_NAME = {form.name: form for form in FORMS}

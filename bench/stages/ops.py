@@ -18,10 +18,9 @@ from op_cases import checked_bytes, resnet_shape
 from report import Cell, Settings
 from timing import flushed_seconds
 
-from fusedres.dispatch import LOADERS
-from fusedres.op_cases import SMALL, Shape
-from fusedres.op_cases import cases as op_cases
-from fusedres.raw_ops import (
+from fusedres.ops.cases import SMALL, Shape
+from fusedres.ops.cases import cases as op_cases
+from fusedres.ops.contract import (
     Conv1x1BackwardInput,
     Conv1x1BackwardWeight,
     Conv1x1Forward,
@@ -29,6 +28,7 @@ from fusedres.raw_ops import (
     Gram,
     RawOp,
 )
+from fusedres.ops.dispatch import LOADERS
 from fusedres.timing import summary
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")

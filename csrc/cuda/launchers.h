@@ -1,4 +1,4 @@
-// The CUDA kernels' interface: torch-free, one launcher an op. Maths: fusedres/raw_ops.py.
+// The CUDA kernels' interface: torch-free, one launcher an op. Maths: fusedres/ops/contract/.
 //
 // Activations are NHWC: rows x channels, rows = N*H*W, dense, any alignment (16 bytes is the fast one).
 // Channel vectors are float32 [C]. All pointers are device pointers; outputs overlap nothing. Every launcher

@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.backends.backend import Backend
 from fusedres.blocks.config import ConvBNConfig, ConvBNGrads, ConvBNNeeds, ConvBNTensors
 from fusedres.blocks.gram_form import is_plain_1x1
 from fusedres.blocks.statistics import grads_of_batch, vectors_of_batch
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import (
+from fusedres.ops.backend import Backend
+from fusedres.ops.contract import (
     BatchNormGrads,
     BatchNormVectors,
     BnAddReluBackwardInput,
@@ -26,6 +25,7 @@ from fusedres.raw_ops import (
     ConvBackwardInput,
     ConvBackwardWeight,
 )
+from fusedres.ops.dispatch import Dispatcher
 
 
 class Onto(NamedTuple):

@@ -46,8 +46,7 @@ from fusedres.blocks.conv_bn import (
 )
 from fusedres.blocks.gram_form import is_plain_1x1
 from fusedres.blocks.statistics import frozen_vectors, grads_of_batch, rows, vectors_of_batch
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import (
+from fusedres.ops.contract import (
     BatchNormVectors,
     BnAddReluBackwardInput,
     BnAddReluBackwardReduce,
@@ -61,6 +60,7 @@ from fusedres.raw_ops import (
     GramOutputStats,
     ReluBackward,
 )
+from fusedres.ops.dispatch import Dispatcher
 
 KEEPS_ACTIVATIONS = False
 

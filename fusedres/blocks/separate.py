@@ -28,13 +28,13 @@ from fusedres.blocks.conv_bn import (
     onto_masked,
 )
 from fusedres.blocks.statistics import frozen_vectors, grads_of_batch
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import (
+from fusedres.ops.contract import (
     BatchNormVectors,
     BnAddReluBackwardInput,
     BnAddReluBackwardReduce,
     BnAddReluForward,
 )
+from fusedres.ops.dispatch import Dispatcher
 
 KEEPS_ACTIVATIONS = True
 

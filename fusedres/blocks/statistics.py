@@ -10,14 +10,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from fusedres.blocks.config import ConvBNConfig, ConvBNTensors
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import (
+from fusedres.ops.contract import (
     BatchNormGrads,
     BatchNormVectors,
     BnBackwardCoefficients,
     BnScaleShift,
     accumulation_dtype,
 )
+from fusedres.ops.dispatch import Dispatcher
 
 
 def rows(c: Tensor) -> int:

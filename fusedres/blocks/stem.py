@@ -19,13 +19,13 @@ from fusedres.blocks.conv_bn import (
 )
 from fusedres.blocks.eager import conv_bn
 from fusedres.blocks.statistics import frozen_vectors, grads_of_batch
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import (
+from fusedres.ops.contract import (
     BatchNormVectors,
     BnReluMaxpoolBackwardInput,
     BnReluMaxpoolBackwardReduce,
     BnReluMaxpoolForward,
 )
+from fusedres.ops.dispatch import Dispatcher
 
 
 class StemConfig(NamedTuple):

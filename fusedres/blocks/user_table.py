@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fusedres.blocks import RECIPES
 from fusedres.blocks.config import BlockConfig, ConvBNTensors, Shortcut
-from fusedres.dispatch import Dispatcher
+from fusedres.ops.dispatch import Dispatcher
 
 ENVIRONMENT_VARIABLE = "FUSEDRES_TABLE"
 KIND = "fusedres recipes measured on this machine"

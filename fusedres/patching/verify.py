@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.blocks import RECIPES
-from fusedres.dispatch import AUTO as AUTO_BACKEND
 from fusedres.errors import UnsupportedModelError
+from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
 from fusedres.patching.api import check_model, find, patch, report, unpatch
 
 FLOAT64_LIMIT = 1e-10

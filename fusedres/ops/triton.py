@@ -1,6 +1,6 @@
 """Every raw op that Triton kernels serve: CUDA tensors, and CPU tensors under TRITON_INTERPRET=1.
 
-Triton itself is imported at the first op that is served. Maths and shapes are in `fusedres.raw_ops`; kernels
+Triton itself is imported at the first op that is served. Maths and shapes are in `fusedres.ops.contract`; kernels
 and launchers, which know nothing of the rest of fusedres, in `fusedres.triton_kernels`.
 """
 
@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.backends import triton_reasons
-from fusedres.backends.backend import Backend, Function
-from fusedres.backends.triton_reasons import DECIDING, DeviceReason
-from fusedres.raw_ops import (
+from fusedres.ops import triton_reasons
+from fusedres.ops.backend import Backend, Function
+from fusedres.ops.contract import (
     BatchNormGrads,
     BatchNormVectors,
     BnAddReluBackwardInput,
@@ -42,6 +41,7 @@ from fusedres.raw_ops import (
     RawOp,
     ReluBackward,
 )
+from fusedres.ops.triton_reasons import DECIDING, DeviceReason
 
 NAME = "triton"
 

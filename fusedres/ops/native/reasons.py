@@ -12,8 +12,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fusedres.backends.backend import Reason
-from fusedres.raw_ops import (
+from fusedres.ops.backend import Reason
+from fusedres.ops.contract import (
     BnAddReluBackwardInput,
     BnAddReluBackwardReduce,
     BnAddReluForward,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.raw_ops import BatchNormGrads, BatchNormVectors
+from fusedres.ops.contract import BatchNormGrads, BatchNormVectors
 
 
 def bit_weights(device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fusedres.raw_ops import (
+from fusedres.ops.contract import (
     BnAddReluBackwardInput,
     BnAddReluBackwardReduce,
     BnAddReluForward,

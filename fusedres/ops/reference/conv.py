@@ -1,4 +1,4 @@
-"""Convolutions, with what is fused to them; see `fusedres.backends.reference`."""
+"""Convolutions, with what is fused to them; see `fusedres.ops.reference`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from fusedres.backends.backend import Function
-from fusedres.backends.reference.bn import bn_stats
-from fusedres.backends.reference.values import (
-    activation,
-    apply_coefficients,
-    masked_gradient,
-    memory_format,
-    normalised,
-    rectified,
-    selected,
-)
-from fusedres.raw_ops import (
+from fusedres.ops.backend import Function
+from fusedres.ops.contract import (
     BnStats,
     Conv1x1BackwardInput,
     Conv1x1Forward,
@@ -28,6 +18,16 @@ from fusedres.raw_ops import (
     ConvBackwardWeight,
     ConvOutput,
     accumulation_dtype,
+)
+from fusedres.ops.reference.bn import bn_stats
+from fusedres.ops.reference.values import (
+    activation,
+    apply_coefficients,
+    masked_gradient,
+    memory_format,
+    normalised,
+    rectified,
+    selected,
 )
 
 

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # autograd does not see what a kernel of ours writes into
 
-from fusedres.backends import native
-from fusedres.backends.backend import Backend, Function
-from fusedres.backends.native_reasons import REASONS
-from fusedres.raw_ops import (
+from fusedres.ops.backend import Backend, Function
+from fusedres.ops.contract import (
     BatchNormGrads,
     BatchNormVectors,
     BnAddReluBackwardInput,
@@ -27,6 +25,8 @@ from fusedres.raw_ops import (
     ConvOutput,
     ReluBackward,
 )
+from fusedres.ops.native import library
+from fusedres.ops.native.reasons import REASONS
 
 LIBRARY = torch.ops.fusedres_native  # empty until the library is loaded
 
@@ -135,7 +135,7 @@ FUNCTIONS: dict[type, Function] = {
     ConvBackwardWeight: conv_backward_weight,
     ConvBackwardInput: conv_backward_input,
 }
-NATIVE = Backend(native.NAME, FUNCTIONS, REASONS)
+NATIVE = Backend(library.NAME, FUNCTIONS, REASONS)
 
 
 def backend() -> Backend:
@@ -144,5 +144,5 @@ def backend() -> Backend:
     Raises:
         BackendUnavailableError: the library is not there or does not load.
     """
-    native.load()
+    library.load()
     return NATIVE

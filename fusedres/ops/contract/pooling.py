@@ -1,4 +1,4 @@
-"""Raw ops of the stem, `maxpool(relu(BN(c)))`; symbols and formats in `fusedres.raw_ops`.
+"""Raw ops of the stem, `maxpool(relu(BN(c)))`; symbols and formats in `fusedres.ops.contract`.
 
 The window is square, kernel_size <= 15, padding <= kernel_size/2, without dilation, in floor mode.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusedres.raw_ops.vectors import BatchNormGrads, BatchNormVectors
+from fusedres.ops.contract.vectors import BatchNormGrads, BatchNormVectors
 
 
 class BnReluMaxpoolForward(NamedTuple):

@@ -1,5 +1,5 @@
 """Raw ops of a 1x1 convolution under BN whose output is never stored, derived in `fusedres.blocks.gram`; symbols and
-formats in `fusedres.raw_ops`.
+formats in `fusedres.ops.contract`.
 
 Everywhere `a = relu(scale*c + shift)`, rounded, is the convolution's input.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusedres.raw_ops.vectors import BatchNormVectors
+from fusedres.ops.contract.vectors import BatchNormVectors
 
 
 class Gram(NamedTuple):

@@ -1,14 +1,12 @@
-"""A 1x1 convolution under BN whose output is never stored; see `fusedres.backends.reference`."""
+"""A 1x1 convolution under BN whose output is never stored; see `fusedres.ops.reference`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fusedres.backends.backend import Function
-from fusedres.backends.reference.bn import bn_backward_coefficients
-from fusedres.backends.reference.values import activation, rows_by_channels, selected, sums, weight_matrix
-from fusedres.raw_ops import (
+from fusedres.ops.backend import Function
+from fusedres.ops.contract import (
     BnBackwardCoefficients,
     Conv1x1BackwardWeight,
     Conv1x1GramBackwardInput,
@@ -17,6 +15,8 @@ from fusedres.raw_ops import (
     GramGrads,
     GramOutputStats,
 )
+from fusedres.ops.reference.bn import bn_backward_coefficients
+from fusedres.ops.reference.values import activation, rows_by_channels, selected, sums, weight_matrix
 
 
 def gram(op: Gram) -> tuple[Tensor, Tensor]:

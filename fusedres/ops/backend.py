@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusedres.raw_ops import RawOp
+from fusedres.ops.contract import RawOp
 
 Function = Callable[[Any], Any]  # a record of one type -> its result
 Reason = Callable[[Any], str | None]  # a record of one type -> a code of REASONS, or None: it is served

@@ -1,4 +1,4 @@
-"""The stem: BN, ReLU and max-pooling; see `fusedres.backends.reference`."""
+"""The stem: BN, ReLU and max-pooling; see `fusedres.ops.reference`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.backends.backend import Function
-from fusedres.backends.reference.values import activation, apply_coefficients, sums
-from fusedres.raw_ops import (
+from fusedres.ops.backend import Function
+from fusedres.ops.contract import (
     BnReluMaxpoolBackwardInput,
     BnReluMaxpoolBackwardReduce,
     BnReluMaxpoolForward,
     accumulation_dtype,
 )
+from fusedres.ops.reference.values import activation, apply_coefficients, sums
 
 NO_GRADIENT = 255  # pooling index of a window whose maximum is not positive
 

@@ -1,4 +1,4 @@
-"""Runs every raw op on every backend that serves it here, and judges the results by the rule of `fusedres.accuracy`.
+"""Runs every raw op on every backend that serves it here, and judges the results by `fusedres.ops.accuracy`.
 
 Exact values: the reference in float64. Yardstick: plain PyTorch in the tested dtype on the same device.
 """
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.accuracy import error_limit, relative_error
-from fusedres.backends.backend import Backend, Function
-from fusedres.backends.reference import REFERENCE
-from fusedres.backends.reference.values import activation, rows_by_channels, selected, sums
-from fusedres.dispatch import LOADERS
-from fusedres.op_cases import SMALL, OpCase, cases
-from fusedres.raw_ops import Conv1x1BackwardWeight, Conv1x1GramBackwardInput, Gram, RawOp
+from fusedres.ops.accuracy import error_limit, relative_error
+from fusedres.ops.backend import Backend, Function
+from fusedres.ops.cases import SMALL, OpCase, cases
+from fusedres.ops.contract import Conv1x1BackwardWeight, Conv1x1GramBackwardInput, Gram, RawOp
+from fusedres.ops.dispatch import LOADERS
+from fusedres.ops.reference import REFERENCE
+from fusedres.ops.reference.values import activation, rows_by_channels, selected, sums
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

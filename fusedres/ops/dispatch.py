@@ -1,7 +1,7 @@
 """Which backend serves a raw op: the only place that chooses, and the only one that reads its variable.
 
-A `Dispatcher` is called with a record of `fusedres.raw_ops`; each call goes to the first of its backends that has the
-op and no reason against the call. The reference comes last and takes everything.
+A `Dispatcher` is called with a record of `fusedres.ops.contract`; each call goes to the first of its backends that has
+the op and no reason against the call. The reference comes last and takes everything.
 
     FUSEDRES_BACKEND=auto|native|triton|reference   the default for this process
     with use_backend("reference"): ...              for a block of code, in this thread
@@ -20,31 +20,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.backends import native, native_ops
-from fusedres.backends.backend import Backend, Function, Reason
-from fusedres.backends.reference import REFERENCE
 from fusedres.errors import BackendUnavailableError
-from fusedres.raw_ops import BnStats, RawOp, op_name
+from fusedres.ops.backend import Backend, Function, Reason
+from fusedres.ops.contract import BnStats, RawOp, op_name
+from fusedres.ops.native import functions, library
+from fusedres.ops.reference import REFERENCE
 
 ENVIRONMENT_VARIABLE = "FUSEDRES_BACKEND"
 AUTO = "auto"
 
 
 def _load_triton() -> Backend:
-    from fusedres.backends import triton
+    from fusedres.ops import triton
 
     return triton.backend()
 
 
 # fastest first, the reference last; a backend that this installation or machine does not have is absent
 LOADERS: dict[str, Callable[[], Backend]] = {
-    **({native.NAME: native_ops.backend} if native.is_usable() else {}),
+    **({library.NAME: functions.backend} if library.is_usable() else {}),
     **({"triton": _load_triton} if find_spec("triton") else {}),
     REFERENCE.name: lambda: REFERENCE,
 }
 
 # for a backend that is absent: raises BackendUnavailableError with the reason
-REQUIREMENTS: dict[str, Callable[[], None]] = {"native": native.load}
+REQUIREMENTS: dict[str, Callable[[], None]] = {library.NAME: library.load}
 
 _requested: ContextVar[str | None] = ContextVar("fusedres_backend", default=None)
 # the same for graphs being compiled, of whatever thread: Dynamo cannot read a ContextVar, and guards on a global

@@ -1,6 +1,6 @@
-"""Raw ops of convolutions, with what is fused to them; symbols and formats in `fusedres.raw_ops`.
+"""Raw ops of convolutions, with what is fused to them; symbols and formats in `fusedres.ops.contract`.
 
-Those of a 1x1 convolution under BN whose output is never stored are in `fusedres.raw_ops.gram`.
+Those of a 1x1 convolution under BN whose output is never stored are in `fusedres.ops.contract.gram`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusedres.raw_ops.vectors import BatchNormGrads, BatchNormVectors
+from fusedres.ops.contract.vectors import BatchNormGrads, BatchNormVectors
 
 
 class ConvOutput(NamedTuple):

@@ -1,4 +1,4 @@
-"""Raw ops of batch normalisation, the addition and ReLU; symbols and formats in `fusedres.raw_ops`."""
+"""Raw ops of batch normalisation, the addition and ReLU; symbols and formats in `fusedres.ops.contract`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusedres.raw_ops.vectors import BatchNormGrads, BatchNormVectors
+from fusedres.ops.contract.vectors import BatchNormGrads, BatchNormVectors
 
 
 class BnStats(NamedTuple):

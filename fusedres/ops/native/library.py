@@ -1,5 +1,5 @@
 """The library of the compiled kernels of `csrc/`, `libfusedres_native.so` beside the package: whether it is there, and
-what it says of this processor. `load` brings it in; `fusedres.backends.native_ops` calls its operators.
+what it says of this processor. `load` brings it in; `fusedres.ops.native.functions` calls its operators.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from fusedres.backends import native_file
 from fusedres.errors import BackendUnavailableError
+from fusedres.ops.native import file
 
 NAME = "native"
-LIBRARY = Path(__file__).resolve().parent.parent / "libfusedres_native.so"
+LIBRARY = Path(__file__).resolve().parent.parent.parent / "libfusedres_native.so"
 LIBRARY_OPS = (
     "bn_stats",
     "bn_scale_shift",
@@ -58,7 +58,7 @@ def load() -> None:
             "Install a wheel that has it, or build from source with g++: "
             "FUSEDRES_BUILD=cpu pip install --no-build-isolation ."
         )
-    if (problem := native_file.problem(LIBRARY)) is not None:
+    if (problem := file.problem(LIBRARY)) is not None:
         raise BackendUnavailableError(f"fusedres: {LIBRARY} is not loaded: {problem}")
     try:
         torch.ops.load_library(LIBRARY)

@@ -1,7 +1,7 @@
 """Every raw op without its values: fresh tensors of the right shapes, dtypes and memory formats.
 
-What torch runs in place of an operator while it traces. Only the contract in `fusedres.raw_ops` counts here, and the
-habits of no backend; the checks of every raw op hold these results against every backend's.
+What torch runs in place of an operator while it traces. Only `fusedres.ops.contract` counts here, and the habits of no
+backend; the checks of every raw op hold these results against every backend's.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.backends.backend import Backend, Function
-from fusedres.raw_ops import (
+from fusedres.ops.backend import Backend, Function
+from fusedres.ops.contract import (
     BatchNormGrads,
     BatchNormVectors,
     BnAddReluBackwardInput,

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.backends.reference import REFERENCE
-from fusedres.raw_ops import (
+from fusedres.ops.contract import (
     BatchNormGrads,
     BatchNormVectors,
     BnAddReluBackwardInput,
@@ -42,6 +41,7 @@ from fusedres.raw_ops import (
     accumulation_dtype,
     op_name,
 )
+from fusedres.ops.reference import REFERENCE
 
 POOL = (3, 2, 1)  # kernel size, stride, padding
 NEAR_ZERO = 0.05  # far above a rounding error of bfloat16 values of order 1

@@ -1,7 +1,7 @@
 """The contract: every raw op of fusedres, with its maths, shapes, dtypes and memory format.
 
 A raw op is a record, a named tuple of its arguments; a backend maps a record's type to a function that takes the
-record (`fusedres.backends.backend`). Everything above is built on these records:
+record (`fusedres.ops.backend`). Everything above is built on these records:
 
     y, mask = ops(BnAddReluForward(c, scale, shift, residual, save_mask=True))
 
@@ -40,7 +40,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fusedres.raw_ops.bn import (
+from fusedres.ops.contract.bn import (
     BnAddReluBackwardInput,
     BnAddReluBackwardReduce,
     BnAddReluForward,
@@ -49,7 +49,7 @@ from fusedres.raw_ops.bn import (
     BnStats,
     ReluBackward,
 )
-from fusedres.raw_ops.conv import (
+from fusedres.ops.contract.conv import (
     Conv1x1BackwardInput,
     Conv1x1Forward,
     Conv3x3BackwardInput,
@@ -58,7 +58,7 @@ from fusedres.raw_ops.conv import (
     ConvBackwardWeight,
     ConvOutput,
 )
-from fusedres.raw_ops.gram import (
+from fusedres.ops.contract.gram import (
     Conv1x1BackwardWeight,
     Conv1x1GramBackwardInput,
     Gram,
@@ -66,12 +66,17 @@ from fusedres.raw_ops.gram import (
     GramGrads,
     GramOutputStats,
 )
-from fusedres.raw_ops.pooling import (
+from fusedres.ops.contract.pooling import (
     BnReluMaxpoolBackwardInput,
     BnReluMaxpoolBackwardReduce,
     BnReluMaxpoolForward,
 )
-from fusedres.raw_ops.vectors import ACTIVATION_DTYPES, BatchNormGrads, BatchNormVectors, accumulation_dtype
+from fusedres.ops.contract.vectors import (
+    ACTIVATION_DTYPES,
+    BatchNormGrads,
+    BatchNormVectors,
+    accumulation_dtype,
+)
 
 RawOp = tuple[Any, ...]  # any record below
 

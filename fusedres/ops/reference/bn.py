@@ -1,20 +1,12 @@
-"""Batch normalisation, the addition and ReLU; see `fusedres.backends.reference`."""
+"""Batch normalisation, the addition and ReLU; see `fusedres.ops.reference`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fusedres.backends.backend import Function
-from fusedres.backends.reference.values import (
-    apply_coefficients,
-    masked_gradient,
-    normalised,
-    rectified,
-    selected,
-    sums,
-)
-from fusedres.raw_ops import (
+from fusedres.ops.backend import Function
+from fusedres.ops.contract import (
     BatchNormGrads,
     BatchNormVectors,
     BnAddReluBackwardInput,
@@ -25,6 +17,14 @@ from fusedres.raw_ops import (
     BnStats,
     ReluBackward,
     accumulation_dtype,
+)
+from fusedres.ops.reference.values import (
+    apply_coefficients,
+    masked_gradient,
+    normalised,
+    rectified,
+    selected,
+    sums,
 )
 
 
