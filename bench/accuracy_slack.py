@@ -5,8 +5,8 @@
 Two ways: channels_last on `--threads`, and NCHW on one thread. Every raw op and form of block that the tests have is
 run in eager PyTorch in both, on the inputs of the tests and those of other seeds. `slack` is the smallest k with which
 `err(B) <= 2*err(A) + k*eps` holds for both orders of ways: the largest over seeds, shapes and values.
-`fusedres.accuracy.SLACK` is the largest of all, rounded up to a power of two. What the check of a raw op compares in
-float32 is under float32's slack, and is not counted.
+`fusedres.ops.accuracy.SLACK` is the largest of all, rounded up to a power of two. What the check of a raw op compares
+in float32 is under float32's slack, and is not counted.
 """
 
 from __future__ import annotations
@@ -30,15 +30,12 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the checks
 import block_accuracy
-import conv1x1_cases
-import conv1x1_checks
-import raw_op_cases
-import raw_op_checks
 import raw_op_harness
 from block_forms import FORMS, BlockForm
+from every_raw_op import CHECKS, cases_of
 
-from fusedres.accuracy import SLACK, relative_error
-from fusedres.backends.reference import ReferenceOps
+from fusedres.ops.accuracy import SLACK, relative_error
+from fusedres.ops.reference import REFERENCE
 
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
@@ -75,7 +72,7 @@ def compared_by(check: Callable[[Any, Any], None], case: Any) -> list[Compared]:
     kept = raw_op_harness.assert_as_accurate_as_eager
     raw_op_harness.assert_as_accurate_as_eager = note
     try:
-        check(ReferenceOps(), case)
+        check(REFERENCE, case)
     finally:
         raw_op_harness.assert_as_accurate_as_eager = kept
     return found
@@ -83,9 +80,7 @@ def compared_by(check: Callable[[Any, Any], None], case: Any) -> list[Compared]:
 
 def raw_op_needs(op: str, ways: list[Way], dtype: torch.dtype, seeds: int) -> Iterator[Need]:
     """Of one op, on every case of the tests in a dense layout and for every ordered pair of ways."""
-    of_1x1 = op in conv1x1_checks.CHECKS
-    check = (conv1x1_checks if of_1x1 else raw_op_checks).CHECKS[op]
-    for case in (conv1x1_cases if of_1x1 else raw_op_cases).cases_of(op):
+    for case in cases_of(op):
         if case.layout != "channels_last":
             continue
         for seed in range(seeds):
@@ -93,7 +88,7 @@ def raw_op_needs(op: str, ways: list[Way], dtype: torch.dtype, seeds: int) -> It
             for way in ways:
                 torch.set_num_threads(way.threads)
                 given = replace(case, id=case.id + "+" * seed, layout=way.layout, dtype=dtype)
-                results.append(compared_by(check, given))
+                results.append(compared_by(CHECKS[op], given))
             if not any(results) and case.shape[0]:
                 return  # an op on vectors, or one that is exact
             for yardsticks, found in permutations(results, 2):
@@ -125,9 +120,7 @@ def block_needs(form: BlockForm, ways: list[Way], dtype: torch.dtype, seeds: int
 
 def measure(ways: list[Way], seeds: int) -> Iterator[dict[str, Any]]:
     """For each op, form of block and dtype, the comparison that needs the most."""
-    sources = [
-        (f"op {op}", partial(raw_op_needs, op)) for op in (*raw_op_checks.CHECKS, *conv1x1_checks.CHECKS)
-    ]
+    sources = [(f"op {op}", partial(raw_op_needs, op)) for op in CHECKS]
     sources += [(f"block {form.name}", partial(block_needs, form)) for form in FORMS]
     for name, needs in sources:
         for dtype in SLACK:

@@ -29,14 +29,14 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import jit
 
 from fusedres import models
-from fusedres.backends.reference import ReferenceOps
-from fusedres.backends.triton import TritonOps
 from fusedres.blocks import RECIPES, stem
 from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNNeeds, ConvBNTensors, Shortcut
 from fusedres.blocks.gram_form import unsuitable
 from fusedres.blocks.stem import StemConfig
-from fusedres.dispatch import Dispatcher
 from fusedres.nn.residual_block import ConvBN, read_conv_bn
+from fusedres.ops import triton
+from fusedres.ops.dispatch import Dispatcher
+from fusedres.ops.reference import REFERENCE
 
 NO_TRAFFIC = (
     "empty",
@@ -128,11 +128,7 @@ def sampled(x: Tensor, weight: Tensor, stride: Any) -> int:
     return size(x[:, :, :: stride[0], :: stride[-1]])
 
 
-class MetaTriton(TritonOps):
-    """The Triton backend with meta tensors in the place of a GPU's."""
-
-    def _device_reason(self, tensor: Tensor) -> str | None:
-        return None
+META_TRITON = triton.backend(lambda tensor: None)  # with meta tensors in the place of a GPU's
 
 
 @contextmanager
@@ -167,7 +163,7 @@ class Chain:
     """Stem and blocks of a ResNet on meta tensors, forward and then backward, as a training step runs them."""
 
     def __init__(self, model: nn.Module, recipe: str, counter: LaunchCounter) -> None:
-        self.ops = Dispatcher((MetaTriton(), ReferenceOps()))
+        self.ops = Dispatcher((META_TRITON, REFERENCE))
         self.model, self.recipe, self.counter = model, recipe, counter
         self.backwards: list[Any] = []
 

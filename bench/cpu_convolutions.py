@@ -14,16 +14,24 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from layers import Conv, read_network
 from torch import Tensor
 
-from fusedres import selftest
-from fusedres.backends.reference import ReferenceOps
-from fusedres.dispatch import LOADERS
 from fusedres.models import resnet18, resnet50
+from fusedres.ops import selftest
+from fusedres.ops.contract import (
+    BnAddReluForward,
+    Conv1x1Forward,
+    ConvBackwardInput,
+    ConvBackwardWeight,
+    RawOp,
+)
+from fusedres.ops.dispatch import LOADERS
+from fusedres.ops.reference import REFERENCE
 from fusedres.timing import comparison, interleave
 
 CPU = torch.device("cpu")
@@ -31,11 +39,10 @@ IMAGE = (3, 224, 224)
 
 
 class Contest(NamedTuple):
-    """One op's arguments, for `selftest`, and two ways to run it."""
+    """One op, for `selftest`, and two ways to run it. op: None where torch alone runs."""
 
     name: str
-    op: str
-    arguments: tuple[Any, ...]
+    op: RawOp | None
     library: Callable[[], object]
     ours: Callable[[], object]
 
@@ -57,7 +64,7 @@ def random(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def contests(conv: Conv, batch: int, dtype: torch.dtype) -> Iterator[Contest]:
     """What of this convolution the native library can run."""
-    native, reference = LOADERS["native"](), ReferenceOps()
+    native = LOADERS["native"]()
     x = random(batch, conv.cin, conv.h_in, conv.w_in, dtype=dtype)
     dy = random(batch, conv.cout, conv.h, conv.w, dtype=dtype)
     weight = random(conv.cout, conv.cin, *conv.kernel, dtype=dtype) / conv.cin**0.5
@@ -65,41 +72,41 @@ def contests(conv: Conv, batch: int, dtype: torch.dtype) -> Iterator[Contest]:
     window = conv.stride, padding, (1, 1), 1
     label = f"{conv.kernel[0]}x{conv.kernel[1]}/{conv.stride[0]} {conv.cin}->{conv.cout} at {conv.h}"
 
-    def contest(name: str, op: str, *arguments: Any) -> Contest:
-        run = [lambda ops=ops: getattr(ops, op)(*arguments) for ops in (reference, native)]
-        return Contest(f"{name}, {label}", op, arguments, *run)
+    def contest(name: str, op: RawOp) -> Contest:
+        return Contest(f"{name}, {label}", op, partial(REFERENCE, op), partial(native, op))
 
-    yield contest("weight gradient", "conv_backward_weight", dy, x, conv.kernel, *window)
+    yield contest("weight gradient", ConvBackwardWeight(dy, x, conv.kernel, *window))
+    gradient = ConvBackwardInput(dy, x, weight, *window)
     if conv.pointwise:
-        yield contest("input gradient onto another", "conv_backward_input", dy, x, weight, *window, x.clone())
+        yield contest("input gradient onto another", gradient._replace(shortcut_dy=x.clone()))
     if conv.pointwise and not conv.strided:
-        yield contest("input gradient", "conv_backward_input", dy, x, weight, *window)
+        yield contest("input gradient", gradient)
     scale, shift = 1 + torch.rand(conv.cout), torch.rand(conv.cout)
 
     def passes() -> Tensor:
         c = torch.conv2d(x, weight, None, *window)
-        return native.bn_add_relu_forward(c, scale, shift, dy, reuse_c=True)[0]
+        return native(BnAddReluForward(c, scale, shift, dy, reuse_c=True))[0]
 
     if conv.pointwise and not conv.strided:
-        arguments = x, weight, None, 1, None, None, scale, shift, dy, None, None, True
-        ours = lambda: native.conv1x1_forward(*arguments)  # noqa: E731
-        yield Contest(f"inference, {label}", "conv1x1_forward", arguments, passes, ours)
+        op = Conv1x1Forward(x, weight, scale=scale, shift=shift, residual=dy, relu=True)
+        yield Contest(f"inference, {label}", op, passes, partial(native, op))
         return
 
     def folded() -> Tensor:
         product = (weight * scale.view(-1, 1, 1, 1)).to(dtype), shift.to(dtype)
-        return native.conv_bias_add_relu_forward(x, *product, dy, True, *window)
+        where = padding, conv.stride, (1, 1), 1
+        add = torch.ops.mkldnn._convolution_pointwise.binary
+        return add(x, dy, *product, *where, "add", 1.0, None, [], "").relu_()
 
-    arguments = x, weight, None, dy, True, *window
-    yield Contest(f"inference folded, {label}", "conv_bias_add_relu_forward", arguments, passes, folded)
+    yield Contest(f"inference folded, {label}", None, passes, folded)
 
 
 def measure(contest: Contest, rounds: int) -> dict[str, object]:
     """Raises AssertionError if the native result is wrong."""
-    found = getattr(LOADERS["native"](), contest.op)(*contest.arguments)
-    wrong = selftest.problem(contest.op, contest.arguments, found)
-    if wrong is not None:
-        raise AssertionError(f"{contest.name}: {wrong}")
+    if contest.op is not None:
+        wrong = selftest.problem(contest.op, LOADERS["native"]()(contest.op))
+        if wrong is not None:
+            raise AssertionError(f"{contest.name}: {wrong}")
     return comparison(*interleave(contest.library, contest.ours, CPU, rounds))
 
 
@@ -114,7 +121,7 @@ def main() -> None:
         operations = 2 * options.batch * conv.h * conv.w * conv.weights
         for contest in contests(conv, options.batch, dtype):
             cell = measure(contest, options.rounds)
-            served = native.supports(contest.op, *contest.arguments) is None
+            served = contest.op is not None and native.reason(contest.op) is None
             rates = {
                 side: operations / cell[key] / 1e9  # type: ignore[operator]
                 for side, key in (("gigaflops", "seconds"), ("library_gigaflops", "baseline_seconds"))

@@ -17,8 +17,9 @@ from functools import partial
 import torch
 from op_cases import checked_bytes, resnet_shape
 
-from fusedres.dispatch import LOADERS
-from fusedres.op_cases import OpCase, cases
+from fusedres.ops.cases import OpCase, cases
+from fusedres.ops.contract import op_name
+from fusedres.ops.dispatch import LOADERS
 from fusedres.timing import comparison, interleave
 
 CPU = torch.device("cpu")
@@ -35,8 +36,8 @@ def copy_of(bytes_moved: int) -> Callable[[], object]:
 
 def measure(case: OpCase, rounds: int) -> dict[str, object]:
     """The op against the copy. Raises AssertionError if its results are wrong."""
-    run = partial(getattr(LOADERS["native"](), case.op), *case.arguments)
-    moved = checked_bytes(case.op, case.arguments, run())
+    run = partial(LOADERS["native"](), case.op)
+    moved = checked_bytes(case.op, run())
     copy, flush = copy_of(moved), torch.empty(FLUSH_BYTES, dtype=torch.int8)
     times = comparison(*interleave(copy, run, CPU, rounds, before=flush.zero_))
     return {
@@ -61,8 +62,9 @@ def main() -> None:
     found = {}
     for stage in options.stage:
         for case in cases(resnet_shape(stage, options.batch), getattr(torch, options.dtype), CPU):
-            other = case.op in ON_VECTORS or any(word in case.op for word in BOUND_BY_ARITHMETIC)
-            if other or native.supports(case.op, *case.arguments) is not None:
+            op = op_name(type(case.op))
+            other = op in ON_VECTORS or any(word in op for word in BOUND_BY_ARITHMETIC)
+            if other or native.reason(case.op) is not None:
                 continue
             cell = measure(case, options.rounds)
             found[f"stage{stage}/{case.name}"] = cell

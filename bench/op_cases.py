@@ -2,7 +2,7 @@
 
     python bench/op_cases.py [--device cuda] [--backend NAME] [--only REGEX] [--stage 1..4 --batch N]
 
-Arguments are those of `fusedres.op_cases`; without --stage at a few small shapes.
+Arguments are those of `fusedres.ops.cases`; without --stage at a few small shapes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from layers import STAGE_SIDES, STAGE_WIDTHS
 
-from fusedres import selftest
-from fusedres.dispatch import AUTO, LOADERS
-from fusedres.op_cases import SMALL, Shape, cases
+from fusedres.ops import selftest
+from fusedres.ops.cases import SMALL, Shape, cases
+from fusedres.ops.contract import RawOp, op_name
+from fusedres.ops.dispatch import AUTO, LOADERS
 
 
 def resnet_shape(stage: int, batch: int) -> Shape:
@@ -26,12 +27,12 @@ def resnet_shape(stage: int, batch: int) -> Shape:
     return Shape(batch, STAGE_SIDES[stage - 1], width, 4 * width)
 
 
-def checked_bytes(op: str, arguments: tuple[Any, ...], found: Any) -> int:
+def checked_bytes(op: RawOp, found: Any) -> int:
     """Bytes that arguments and results of a call hold. Raises AssertionError if the results are wrong."""
-    wrong = selftest.problem(op, arguments, found)
+    wrong = selftest.problem(op, found)
     if wrong is not None:
-        raise AssertionError(f"{op}: {wrong}")
-    return sum(t.numel() * t.element_size() for t in selftest.tensors((arguments, found)))
+        raise AssertionError(f"{op_name(type(op))}: {wrong}")
+    return sum(t.numel() * t.element_size() for t in selftest.tensors((op, found)))
 
 
 @contextmanager
@@ -59,12 +60,12 @@ def main() -> None:
     shapes = [resnet_shape(args.stage, args.batch)] if args.stage else SMALL
     backends = list(LOADERS) if args.backend == AUTO else [args.backend]
     for shape in shapes:
-        for name, op, arguments in cases(shape, getattr(torch, args.dtype), torch.device(args.device)):
+        for case in cases(shape, getattr(torch, args.dtype), torch.device(args.device)):
             for backend in (LOADERS[b]() for b in backends):
-                if re.search(args.only, name) and backend.supports(op, *arguments) is None:
+                if re.search(args.only, case.name) and backend.reason(case.op) is None:
                     with profiled(args.device):
-                        getattr(backend, op)(*arguments)
-                    print(f"{backend.name:10} {name:40} {shape}", flush=True)
+                        backend(case.op)
+                    print(f"{backend.name:10} {case.name:40} {shape}", flush=True)
 
 
 if __name__ == "__main__":

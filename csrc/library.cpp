@@ -1,4 +1,4 @@
-// The schemas of fusedres_native: the raw ops of fusedres/raw_ops.py with named tuples taken apart. front/ registers
+// The schemas of fusedres_native: the raw ops of fusedres/ops/contract/ with named tuples taken apart. front/ registers
 // the ops for each device. The library is built against the stable C ABI of torch 2.10: one file serves every Python,
 // and every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
 // One struct for each op of the library: what its launchers read and write, on the CPU and on CUDA. The front fills the
-// structs; cpu/launch.h and cuda/launchers.h declare the launchers. Maths: fusedres/raw_ops.py.
+// structs; cpu/launch.h and cuda/launchers.h declare the launchers. Maths: fusedres/ops/contract/.
 //
 // Activations are NHWC: rows x channels, rows = N*H*W, dense, any alignment. Channel vectors are float32 [C]. All
 // pointers are of one device. Outputs overlap nothing, except where a comment names an input for the in-place op.

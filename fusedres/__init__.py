@@ -10,8 +10,8 @@ Importing it needs torch alone, touches no GPU and prints nothing.
 from importlib.metadata import version
 
 from fusedres import block_flops, models
-from fusedres.dispatch import use_backend
 from fusedres.errors import BackendUnavailableError, FusedresError, UnsupportedModelError, VerificationError
+from fusedres.ops.dispatch import use_backend
 from fusedres.patching import (
     BlockReport,
     Comparison,

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.backends.reference import unpack_mask
 from fusedres.blocks import RECIPES, eager, stem
 from fusedres.blocks.config import (
     BlockConfig,
@@ -25,9 +24,10 @@ from fusedres.blocks.config import (
     own_statistics,
 )
 from fusedres.blocks.stem import StemConfig, StemSaved
-from fusedres.dispatch import Dispatcher
 from fusedres.graph_task import taken
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.ops.contract import BatchNormVectors
+from fusedres.ops.dispatch import Dispatcher
+from fusedres.ops.reference import unpack_mask
 
 FIELDS = len(ConvBNTensors._fields)
 PARAMETERS = len(ConvBNNeeds._fields)  # of FIELDS, those that can want a gradient; the rest are statistics

@@ -81,10 +81,8 @@ def residual_block_backward(
 
 def expansion_gradients(x: Shape, weight: Shape, y: Shape, training: bool, dx: bool) -> int:
     """Of the last convolution of a block in Gram form: its weight's gradient comes with BN's sums, asked for or not."""
-    matrix, moments = weight[:2], x if training else None
-    total = conv1x1_backward_weight(y, None, x)
-    total += gram_backward_coefficients(matrix, (), weight, None, None, 0, moments)
-    return total + (conv1x1_gram_backward_input(y, None, x, None, matrix, moments) if dx else 0)
+    total = conv1x1_backward_weight(y, x) + gram_backward_coefficients(weight, training)
+    return total + (conv1x1_gram_backward_input(y, x, training) if dx else 0)
 
 
 def stem_forward(x: Shape, tensors: list[Any], present: list[bool], *rest: Any, out_shape: Any) -> int:

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from fusedres import selftest
-from fusedres.backends import native
 from fusedres.blocks.choice import TABLE
-from fusedres.dispatch import check_backend, dispatcher
 from fusedres.errors import BackendUnavailableError
-from fusedres.op_cases import SMALL, cases
-from fusedres.selftest import Outcome
+from fusedres.ops import selftest
+from fusedres.ops.cases import SMALL, cases
+from fusedres.ops.dispatch import check_backend, dispatcher
+from fusedres.ops.native import library
+from fusedres.ops.selftest import Outcome
 from fusedres.text_table import section
 
 BACKENDS = ("native", "triton", "reference")
@@ -67,7 +67,7 @@ def native_library() -> dict[str, Any]:
     problem = unavailable("native")
     ask = None if problem else torch.ops.fusedres_native
     return {
-        "path": str(native.LIBRARY),
+        "path": str(library.LIBRARY),
         "problem": problem,
         "cpu_kernels": ask.cpu_capability() if ask else None,
         "cuda_archs": ask.cuda_archs() if ask else None,
@@ -112,7 +112,7 @@ def serving() -> list[dict[str, str]]:
         for dtype in selftest.DTYPES:
             row = {"device": str(device), "dtype": dtype_name(dtype)}
             for case in cases(SMALL[-1], dtype, device):
-                row[case.name] = dispatcher().serving(case.op, *case.arguments)
+                row[case.name] = dispatcher().serving(case.op).name
             rows.append(row)
     return rows
 

@@ -44,110 +44,57 @@ def positions(c: Shape) -> int:
     return c[0] * c[2] * c[3]
 
 
-# ---------------------------------------------------------------- raw ops, named as there
+# ---------------------------------------------------------------- the products of a Gram form, named as its raw ops
 
 
-def gram(c: Shape, *rest: Any, **options: Any) -> int:
+def gram(c: Shape) -> int:
     return product(c[1], positions(c), c[1])
 
 
-def gram_output_stats(weight: Shape, *rest: Any, **options: Any) -> int:
+def gram_output_stats(weight: Shape) -> int:
     return product(weight[0], weight[1], weight[1])
 
 
-def gram_backward_coefficients(
-    r: Shape,
-    sum_dz: Shape,
-    weight: Shape,
-    bias: Any,
-    vectors: Any,
-    rows: int,
-    m: Any = None,
-    *rest: Any,
-    **options: Any,
-) -> int:
-    if m is None:
+def gram_backward_coefficients(weight: Shape, training: bool) -> int:
+    if not training:
         return 0
-    cout, cin = r
+    cout, cin = weight[:2]
     offset = product(1, cout, cin) + product(1, cin, cin)
     return product(cout, cin, cin) + product(cin, cout, cin) + offset
 
 
-def conv1x1_backward_weight(dy: Shape, mask: Any, c: Shape, *rest: Any, **options: Any) -> int:
+def conv1x1_backward_weight(dy: Shape, c: Shape) -> int:
     return product(dy[1], positions(dy), c[1])
 
 
-def conv1x1_gram_backward_input(
-    dy: Shape,
-    mask: Any,
-    c: Shape,
-    vectors: Any,
-    weight_dz: Shape,
-    weight_a: Any = None,
-    *rest: Any,
-    **options: Any,
-) -> int:
-    below = 0 if weight_a is None else product(positions(c), c[1], c[1])
+def conv1x1_gram_backward_input(dy: Shape, c: Shape, training: bool) -> int:
+    below = product(positions(c), c[1], c[1]) if training else 0
     return product(positions(dy), dy[1], c[1]) + below
-
-
-def conv1x1_forward(x: Shape, weight: Shape, *rest: Any, out_shape: Any, **options: Any) -> int:
-    return convolution(x, weight, out_shape[0])
-
-
-def conv1x1_backward_input(
-    dy: Shape, c: Shape, vectors: Any, grads: Any, weight: Shape, *rest: Any, **options: Any
-) -> int:
-    x = c[0], weight[1], *c[2:]
-    return convolution_gradients(x, weight, dy, True, False)
-
-
-def conv_backward_weight(dy: Shape, x: Shape, *rest: Any, out_shape: Shape, **options: Any) -> int:
-    return convolution_gradients(x, out_shape, dy, False, True)
-
-
-def conv_backward_input(dy: Shape, x: Shape, weight: Shape, *rest: Any, **options: Any) -> int:
-    return convolution_gradients(x, weight, dy, True, False)
-
-
-def conv_bias_add_relu_forward(x: Shape, weight: Shape, *rest: Any, out_shape: Shape, **options: Any) -> int:
-    return convolution(x, weight, out_shape)
 
 
 # ---------------------------------------------------------------- the native library's operators
 
 
-def native_conv1x1_forward(x: Shape, weight: Shape, *rest: Any, out_shape: Shape) -> int:
+def conv1x1_forward(x: Shape, weight: Shape, *rest: Any, out_shape: Shape) -> int:
     return convolution(x, weight, out_shape)
 
 
-def native_conv_backward_input(dy: Shape, weight: Shape, *rest: Any, out_shape: Shape) -> int:
+def conv_backward_input(dy: Shape, weight: Shape, *rest: Any, out_shape: Shape) -> int:
     return convolution_gradients(out_shape, weight, dy, True, False)
 
 
-def native_conv_backward_input_onto(dx: Shape, dy: Shape, weight: Shape, *rest: Any, out_shape: None) -> int:
+def conv_backward_input_onto(dx: Shape, dy: Shape, weight: Shape, *rest: Any, out_shape: None) -> int:
     return convolution_gradients(dx, weight, dy, True, False)
 
 
-RAW: dict[str, Callable[..., int]] = {
-    formula.__name__: formula
-    for formula in (
-        gram,
-        gram_output_stats,
-        gram_backward_coefficients,
-        conv1x1_backward_weight,
-        conv1x1_gram_backward_input,
-        conv1x1_forward,
-        conv1x1_backward_input,
-        conv_backward_weight,
-        conv_backward_input,
-        conv_bias_add_relu_forward,
-    )
-}
+def conv_backward_weight(dy: Shape, x: Shape, *rest: Any, out_shape: Shape) -> int:
+    return convolution_gradients(x, out_shape, dy, False, True)
+
+
 NATIVE: dict[str, Callable[..., int]] = {
-    "conv1x1_forward": native_conv1x1_forward,
-    "conv_backward_input": native_conv_backward_input,
-    "conv_backward_input_": native_conv_backward_input_onto,
+    "conv1x1_forward": conv1x1_forward,
+    "conv_backward_input": conv_backward_input,
+    "conv_backward_input_": conv_backward_input_onto,
     "conv_backward_weight": conv_backward_weight,
 }
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd import FIELDS, as_units, memory_format, without_autocast
-from fusedres.backends.fake import FakeOps
 from fusedres.blocks import RECIPES
 from fusedres.blocks.config import (
     BlockConfig,
@@ -29,11 +28,12 @@ from fusedres.blocks.config import (
     Shortcut,
     own_statistics,
 )
-from fusedres.dispatch import Dispatcher, dispatcher
 from fusedres.graph_task import taken
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.ops import fake
+from fusedres.ops.contract import BatchNormVectors
+from fusedres.ops.dispatch import Dispatcher, dispatcher
 
-FAKE = Dispatcher((FakeOps(),))
+FAKE = Dispatcher((fake.FAKE,))
 PARAMETERS = len(ConvBNNeeds._fields)
 ABSENT = (0, 0, 0)  # the shape that stands for no tensor: none that is kept has three dimensions
 UNIT_INTS = 9  # stride, padding, dilation: two each; groups; training; relu

@@ -11,10 +11,10 @@ from fusedres.autograd import PARAMETERS, memory_format, without_autocast
 from fusedres.blocks import stem
 from fusedres.blocks.config import ConvBNNeeds, ConvBNTensors, own_statistics
 from fusedres.blocks.stem import StemConfig, StemSaved
-from fusedres.dispatch import Dispatcher, dispatcher
 from fusedres.graph_task import taken
 from fusedres.opaque_blocks import FAKE, unit_config, unit_ints, without_statistics
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.ops.contract import BatchNormVectors
+from fusedres.ops.dispatch import Dispatcher, dispatcher
 
 CONSTANTS = "bool[] present, SymInt[] unit, float eps, SymInt[] pool, str backend"
 

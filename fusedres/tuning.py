@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedres.accuracy import error_limit
 from fusedres.blocks import RECIPES, user_table
 from fusedres.blocks.choice import AUTO, UNFUSED
 from fusedres.blocks.user_table import Entry, Key
-from fusedres.dispatch import AUTO as AUTO_BACKEND
 from fusedres.errors import UnsupportedModelError
+from fusedres.ops.accuracy import error_limit
+from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
 from fusedres.patching.api import check_model, find, patch, report, unpatch
 from fusedres.patching.lazy import initialised_copy
 from fusedres.patching.plan import StemPlan
@@ -141,7 +141,7 @@ def step_of(place: Place, module: nn.Module, gradients: bool) -> Callable[[], Te
 def inaccurate(place: Place, module: nn.Module, gradients: bool) -> str | None:
     """Why this variant must not be taken, or None.
 
-    Its output must pass the rule of `fusedres.accuracy`, its gradients must be finite. How accurate those are, the
+    Its output must pass the rule of `fusedres.ops.accuracy`, its gradients must be finite. How accurate those are, the
     tests say: against float64 they are dominated by the few signs near zero that rounding flips.
     """
     small = replace(place, x=place.x[:GATE_BATCH])

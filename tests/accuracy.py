@@ -1,11 +1,11 @@
-"""Asserts the one rule of accuracy, `fusedres.accuracy`."""
+"""Asserts the one rule of accuracy, `fusedres.ops.accuracy`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fusedres.accuracy import error_limit, relative_error
+from fusedres.ops.accuracy import error_limit, relative_error
 
 
 def assert_as_accurate_as_eager(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "") -> None:

@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import masked_blocks
 import torch
 from block_forms import BlockForm, tensors_for
 from torch import Tensor, nn
 
-from fusedres.accuracy import error_limit
-from fusedres.blocks import RECIPES, masked
+from fusedres.blocks import RECIPES
 from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNNeeds, ConvBNTensors
-from fusedres.dispatch import Dispatcher
 from fusedres.nn.residual_block import ConvBN, read_block
+from fusedres.ops.accuracy import error_limit
+from fusedres.ops.dispatch import Dispatcher
 
 PARAMETERS = len(ConvBNNeeds._fields)  # the first fields of ConvBNTensors; statistics follow
 DRAWS = 8  # of x and dy
@@ -59,14 +60,14 @@ def leaf(t: Tensor | None) -> Tensor | None:
 class Result:
     y: Tensor
     gradients: list[Tensor | None]  # of x, then of each unit's parameters
-    masks: masked.Masks
+    masks: masked_blocks.Masks
 
 
-def by_autograd(config: BlockConfig, x: Tensor, units, dy: Tensor, masks: masked.Masks | None = None):
+def by_autograd(config: BlockConfig, x: Tensor, units, dy: Tensor, masks: masked_blocks.Masks | None = None):
     """The block in eager PyTorch, in the dtype of x; what entered each ReLU beside it."""
     x = x.clone().requires_grad_()
     leaves = tuple(ConvBNTensors(*(leaf(t) for t in unit[:PARAMETERS]), *unit[PARAMETERS:]) for unit in units)
-    y, found, entered = masked.forward(config, x, None, leaves, masks)
+    y, found, entered = masked_blocks.forward(config, x, None, leaves, masks)
     wanted = [x, *(t for unit in leaves for t in unit[:PARAMETERS])]
     present = [t for t in wanted if t is not None]
     gradients = iter(torch.autograd.grad(y, present, dy))
@@ -81,7 +82,7 @@ def by_recipe(ops: Dispatcher, recipe: str, config: BlockConfig, x: Tensor, unit
     with torch.no_grad():
         out = RECIPES[recipe].forward(ops, config, x, None, units, True)
         grads = RECIPES[recipe].backward(ops, config, x, units, out.saved, dy, needs)
-        masks = masked.own_masks(ops, config, out)
+        masks = masked_blocks.own_masks(ops, config, out)
     return Result(out.y, [grads.x, *(g for unit in grads.units for g in unit)], masks)
 
 

@@ -36,7 +36,7 @@ print("wheel works with torch alone:", fusedres.__version__, fusedres.__file__)
 """
 CUDA_WHEEL = """
 import torch
-from fusedres import selftest
+from fusedres.ops import selftest
 library = torch.ops.fusedres_native
 assert library.cuda_archs() == "90", library.cuda_archs()
 assert torch.cuda.is_available() or "says: CUDA driver" in library.cuda_device_problem(0)

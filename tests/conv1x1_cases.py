@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from raw_op_cases import Case, Inputs
 from torch import Tensor
 
-from fusedres.backends.reference import ReferenceOps
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.ops.contract import BatchNormVectors, BnScaleShift, BnStats
+from fusedres.ops.reference import REFERENCE
 
 
 @dataclass(frozen=True)
-class Conv1x1Case(Case):
+class ConvCase(Case):
     """`shape` is that of the convolution's input, [N, Cin, H, W]."""
 
     cout: int = 40
@@ -22,34 +22,34 @@ class Conv1x1Case(Case):
 
 
 SHAPES = (
-    Conv1x1Case("C3to17", (2, 3, 5, 7), cout=17),
-    Conv1x1Case("C17to24", (3, 17, 4, 5), cout=24),
-    Conv1x1Case("C24to8", (1, 24, 3, 3), cout=8),
-    Conv1x1Case("C40to136", (1, 40, 6, 7), cout=136),
-    Conv1x1Case("C130to33", (1, 130, 3, 5), cout=33),
-    Conv1x1Case("C136to40", (1, 136, 3, 5), cout=40),
-    Conv1x1Case("P1", (1, 24, 1, 1)),
-    Conv1x1Case("P127", (1, 16, 1, 127)),
-    Conv1x1Case("P128", (2, 16, 8, 8)),
-    Conv1x1Case("P129", (1, 16, 3, 43)),
-    Conv1x1Case("P1100", (2, 16, 22, 25), cout=24),
-    Conv1x1Case("N0", (0, 24, 5, 7)),
+    ConvCase("C3to17", (2, 3, 5, 7), cout=17),
+    ConvCase("C17to24", (3, 17, 4, 5), cout=24),
+    ConvCase("C24to8", (1, 24, 3, 3), cout=8),
+    ConvCase("C40to136", (1, 40, 6, 7), cout=136),
+    ConvCase("C130to33", (1, 130, 3, 5), cout=33),
+    ConvCase("C136to40", (1, 136, 3, 5), cout=40),
+    ConvCase("P1", (1, 24, 1, 1)),
+    ConvCase("P127", (1, 16, 1, 127)),
+    ConvCase("P128", (2, 16, 8, 8)),
+    ConvCase("P129", (1, 16, 3, 43)),
+    ConvCase("P1100", (2, 16, 22, 25), cout=24),
+    ConvCase("N0", (0, 24, 5, 7)),
 )
 LAYOUTS = tuple(
-    Conv1x1Case(layout, (2, 24, 5, 7), layout)
+    ConvCase(layout, (2, 24, 5, 7), layout)
     for layout in ("offset", "nchw", "mixed", "expanded", "padded_rows")
 )
 VALUES = (
-    Conv1x1Case("bias5", (3, 24, 9, 9), bias_before=5.0),
-    Conv1x1Case("bias30", (3, 24, 9, 9), bias_before=30.0),
-    Conv1x1Case("bias1000", (3, 24, 9, 9), bias_before=1000.0),
-    Conv1x1Case("dy_mean1", (3, 24, 9, 9), dy_mean=1.0),
-    Conv1x1Case("dy_mean1_P1100", (2, 16, 22, 25), cout=24, dy_mean=1.0),
-    Conv1x1Case("dy_mean1_bias30", (3, 24, 9, 9), dy_mean=1.0, bias_before=30.0),
-    Conv1x1Case("dy_mean1_bias1000", (3, 24, 9, 9), dy_mean=1.0, bias_before=1000.0),
-    Conv1x1Case("zero_gamma", (2, 24, 5, 7), zero_gamma=True),
-    Conv1x1Case("nan_inf", (2, 24, 5, 7), special=True),
-    Conv1x1Case("nan_inf_C17", (2, 17, 5, 7), cout=33, special=True),
+    ConvCase("bias5", (3, 24, 9, 9), bias_before=5.0),
+    ConvCase("bias30", (3, 24, 9, 9), bias_before=30.0),
+    ConvCase("bias1000", (3, 24, 9, 9), bias_before=1000.0),
+    ConvCase("dy_mean1", (3, 24, 9, 9), dy_mean=1.0),
+    ConvCase("dy_mean1_P1100", (2, 16, 22, 25), cout=24, dy_mean=1.0),
+    ConvCase("dy_mean1_bias30", (3, 24, 9, 9), dy_mean=1.0, bias_before=30.0),
+    ConvCase("dy_mean1_bias1000", (3, 24, 9, 9), dy_mean=1.0, bias_before=1000.0),
+    ConvCase("zero_gamma", (2, 24, 5, 7), zero_gamma=True),
+    ConvCase("nan_inf", (2, 24, 5, 7), special=True),
+    ConvCase("nan_inf_C17", (2, 17, 5, 7), cout=33, special=True),
 )
 
 # The optional parts of each op; the first is the richest.
@@ -80,7 +80,7 @@ FORMS = {
 ON_WEIGHTS = ("gram_output_stats", "gram_backward_coefficients")
 
 
-def cases_of(op: str) -> Iterator[Conv1x1Case]:
+def cases_of(op: str) -> Iterator[ConvCase]:
     """Every case of one op, dtype and device still to be chosen with `dataclasses.replace`."""
     for case in SHAPES + LAYOUTS + VALUES:
         if op in ON_WEIGHTS and (case in LAYOUTS or case.id in ("P1", "N0")):
@@ -89,22 +89,22 @@ def cases_of(op: str) -> Iterator[Conv1x1Case]:
             yield replace(case, form=form)
 
 
-def weight_of(inputs: Inputs, case: Conv1x1Case) -> Tensor:
-    """[Cout, Cin, 1, 1], scaled so that an output's deviation is near its input's."""
+def weight_of(inputs: Inputs, case: ConvCase, kernel: int = 1) -> Tensor:
+    """[Cout, Cin, kernel, kernel], scaled so that an output's deviation is near its input's."""
     cin = case.shape[1]
-    values = inputs.random((case.cout, cin, 1, 1)) / cin**0.5
-    return inputs.place(values, (cin, 1, 1, 1), case.dtype)
+    values = inputs.random((case.cout, cin, kernel, kernel)) / (kernel * cin**0.5)
+    return inputs.place(values, (kernel**2 * cin, 1, kernel * cin, cin), case.dtype)
 
 
-def vectors_before(inputs: Inputs, c: Tensor, case: Conv1x1Case) -> BatchNormVectors:
+def vectors_before(inputs: Inputs, c: Tensor, case: ConvCase) -> BatchNormVectors:
     """BN vectors of c (its finite values) with bias `bias_before` and more, one weight 0 and one negative."""
     channels = c.shape[1]
     finite = c.detach().double().cpu().nan_to_num(0.0, 0.0, 0.0)
-    mean, var = (t.nan_to_num(1.0).to(inputs.acc) for t in ReferenceOps().bn_stats(finite))
+    mean, var = (t.nan_to_num(1.0).to(inputs.acc) for t in REFERENCE(BnStats(finite)))
     weight, bias = 1 + 0.3 * inputs.random((channels,)), case.bias_before + 0.5 * inputs.random((channels,))
     weight[-1] *= -1
     weight[channels // 2] = 0
-    made = ReferenceOps().bn_scale_shift(mean, var, weight, bias, 1e-5)
+    made = REFERENCE(BnScaleShift(mean, var, weight, bias, 1e-5))
     return BatchNormVectors(*(inputs.vector(v) for v in made))
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from conv1x1_cases import (
-    Conv1x1Case,
+    ConvCase,
     as_image,
     as_rows,
     vectors_before,
@@ -34,46 +34,70 @@ from raw_op_harness import (
 )
 from torch import Tensor
 
+from fusedres.ops.contract import (
+    BnAddReluForward,
+    Conv1x1BackwardInput,
+    Conv1x1BackwardWeight,
+    Conv1x1Forward,
+    Conv1x1GramBackwardInput,
+    Conv3x3Forward,
+    Gram,
+)
+
 EPS = 1e-5
 
 
-def check_conv1x1_forward(ops: Any, case: Conv1x1Case) -> None:
+def check_conv1x1_forward(ops: Any, case: ConvCase) -> None:
+    check_forward(ops, case, Conv1x1Forward, 1)
+
+
+def check_forward(ops: Any, case: ConvCase, kind: type[Conv1x1Forward | Conv3x3Forward], kernel: int) -> None:
+    """A fused convolution of any window, padded so that a stride of 1 keeps the size."""
     inputs, form = Inputs(case), case.form
     x = inputs.c()
-    weight = weight_of(inputs, case)
+    weight = weight_of(inputs, case, kernel)
     bias = inputs.vector(inputs.random((case.cout,)), case.dtype) if "bias" in form else None
     stride = 2 if "stride2" in form else 1
-    a, prologue = x, (None, None)
+    op = kind(x, weight, stride=stride, save_mask="mask" in form, save_stats="stats" in form)
+    op = op if bias is None else op._replace(bias=bias)
+    a = x
     if "prologue" in form:
         v = vectors_before(inputs, x, case)
-        a, prologue = ops.bn_add_relu_forward(x, v.scale, v.shift)[0], v[3:]
-    eager = F.conv2d(a, weight, bias, stride)
-    exact = F.conv2d(a.double(), weight.double(), None if bias is None else bias.double(), stride)
-    epilogue: tuple[Any, ...] = (None,) * 5
+        a, op = (
+            ops(BnAddReluForward(x, v.scale, v.shift))[0],
+            op._replace(in_scale=v.scale, in_shift=v.shift),
+        )
+    window = stride, kernel // 2
+    eager = F.conv2d(a, weight, bias, *window)
+    exact = F.conv2d(a.double(), weight.double(), None if bias is None else bias.double(), *window)
     normalised = any(part in form for part in ("mask", "identity", "projection", "affine"))
-    relu = normalised and "no_relu" not in form
     if normalised:
         after = inputs.vectors(exact)
         added = "identity" in form or "projection" in form
         residual = inputs.activation(tuple(exact.shape)) if added else None
         rv = inputs.vectors(residual) if "projection" in form else None
-        epilogue = after.scale, after.shift, residual, *((None, None) if rv is None else rv[3:])
+        relu = "no_relu" not in form
+        op = op._replace(scale=after.scale, shift=after.shift, residual=residual, relu=relu)
         exact, eager = (
             exact * row(after.scale) + row(after.shift),
             eager_affine(eager, after.scale, after.shift),
         )
         if rv is not None:
+            op = op._replace(residual_scale=rv.scale, residual_shift=rv.shift)
             exact = exact + (residual.double() * row(rv.scale) + row(rv.shift))
             eager = eager + eager_affine(residual, rv.scale, rv.shift)
         elif residual is not None:
             exact, eager = exact + residual.double(), eager + residual
         if relu:
             exact, eager = exact.relu(), eager.relu()
-    flags = relu, "mask" in form, "stats" in form
-    out = run(ops, "conv1x1_forward", inputs, x, weight, bias, stride, *prologue, *epilogue, *flags)
+    out = run(ops, inputs, op)
     assert out.y.dtype == case.dtype
     assert_accurate(out.y, eager, exact, "y")
-    assert (out.mask is not None, out.mean is not None, out.var is not None) == (flags[1], flags[2], flags[2])
+    assert (out.mask is not None, out.mean is not None, out.var is not None) == (
+        op.save_mask,
+        op.save_stats,
+        op.save_stats,
+    )
     if out.mask is not None:
         assert_mask_of(out.mask, out.y)
     if out.mean is not None:
@@ -91,12 +115,12 @@ def assert_statistics_of(y: Tensor, mean: Tensor, var: Tensor, inputs: Inputs) -
     assert_accurate(var[finite], eager_var[finite], exact_var[finite], "var")
 
 
-def check_gram(ops: Any, case: Conv1x1Case) -> None:
+def check_gram(ops: Any, case: ConvCase) -> None:
     inputs = Inputs(case)
     c = inputs.c()
     v = vectors_before(inputs, c, case)
-    m, S = run(ops, "gram", inputs, c, v.scale, v.shift)
-    a = ops.bn_add_relu_forward(c, v.scale, v.shift)[0]
+    m, S = run(ops, inputs, Gram(c, v.scale, v.shift))
+    a = ops(BnAddReluForward(c, v.scale, v.shift))[0]
     rows = as_rows(a).shape[0]
     assert m.dtype == S.dtype == inputs.acc
 
@@ -121,7 +145,7 @@ def check_gram(ops: Any, case: Conv1x1Case) -> None:
     assert_accurate(var, eager_var, exact_var, "var of the convolution")
 
 
-def masked_dy(inputs: Inputs, case: Conv1x1Case, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+def masked_dy(inputs: Inputs, case: ConvCase, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """dy [N, Cout, H, W], its packed mask if the form has one, and dz, the select."""
     n, _, h, w = like.shape
     dy = inputs.dy((n, case.cout, h, w))
@@ -131,15 +155,15 @@ def masked_dy(inputs: Inputs, case: Conv1x1Case, like: Tensor) -> tuple[Tensor, 
     return dy, pack(keep, inputs), torch.where(keep, dy, 0)
 
 
-def check_conv1x1_backward_weight(ops: Any, case: Conv1x1Case) -> None:
+def check_conv1x1_backward_weight(ops: Any, case: ConvCase) -> None:
     inputs = Inputs(case)
     c = inputs.c()
     dy, mask, dz = masked_dy(inputs, case, c)
     v = vectors_before(inputs, c, case)
-    a = ops.bn_add_relu_forward(c, v.scale, v.shift)[0]
+    a = ops(BnAddReluForward(c, v.scale, v.shift))[0]
     finite_a = as_rows(a).double().nan_to_num(0.0, 0.0, 0.0)
     center = inputs.vector(finite_a.mean(0).nan_to_num(0.0)) if "center" in case.form else None
-    rc, dbias = run(ops, "conv1x1_backward_weight", inputs, dy, mask, c, v.scale, v.shift, center)
+    rc, dbias = run(ops, inputs, Conv1x1BackwardWeight(dy, mask, c, v.scale, v.shift, center))
     assert rc.dtype == dbias.dtype == inputs.acc, "R or dbias was rounded to the activation dtype"
 
     centered_a = as_rows(a).double() if center is None else as_rows(a).double() - center.double()
@@ -170,7 +194,7 @@ class GramBackward(NamedTuple):
     eager: Tensor  # [N, Cin, H, W], the gradient of the activation
 
 
-def gram_backward(inputs: Inputs, case: Conv1x1Case, a: Tensor, dz: Tensor) -> GramBackward:
+def gram_backward(inputs: Inputs, case: ConvCase, a: Tensor, dz: Tensor) -> GramBackward:
     """Consistent coefficients of the BN above `c3 = a W^T`; a and dz as eager has them."""
     weight = weight_of(inputs, case)
     w, a64, dz64 = (
@@ -207,17 +231,17 @@ def gram_backward(inputs: Inputs, case: Conv1x1Case, a: Tensor, dz: Tensor) -> G
     return GramBackward(weight_dz, weight_a, *vectors, F.conv_transpose2d(dc, weight))
 
 
-def check_conv1x1_gram_backward_input(ops: Any, case: Conv1x1Case) -> None:
+def check_conv1x1_gram_backward_input(ops: Any, case: ConvCase) -> None:
     inputs = Inputs(case)
     c = inputs.c()
     dy, mask, dz = masked_dy(inputs, case, c)
     v = vectors_before(inputs, c, case)
-    a = ops.bn_add_relu_forward(c, v.scale, v.shift)[0]
+    a = ops(BnAddReluForward(c, v.scale, v.shift))[0]
     if "training" in case.form and as_rows(a).shape[0] == 1:
         return  # F.batch_norm refuses one row in training
     g = gram_backward(inputs, case, a, dz)
     args = dy, mask, c, v, *g[:4]
-    dz_below, *sums = run(ops, "conv1x1_gram_backward_input", inputs, *args)
+    dz_below, *sums = run(ops, inputs, Conv1x1GramBackwardInput(*args))
     assert dz_below.dtype == case.dtype
     keep = ~(a <= 0)
     da = as_rows(dz).double() @ g.weight_dz.double()
@@ -242,7 +266,7 @@ def assert_sums_of_rows(sums: list[Tensor], eager: Tensor, exact: Tensor, c: Ten
         assert_accurate(found, e, x.sum((0, 2, 3)) + scale, what)
 
 
-def check_conv1x1_backward_input(ops: Any, case: Conv1x1Case) -> None:
+def check_conv1x1_backward_input(ops: Any, case: ConvCase) -> None:
     inputs, form = Inputs(case), case.form
     n, _, h, w = case.shape
     c = inputs.first = inputs.activation((n, case.cout, h, w), case.mean_over_std)
@@ -256,9 +280,9 @@ def check_conv1x1_backward_input(ops: Any, case: Conv1x1Case) -> None:
     if "mask" in form:
         keep = (inputs.random(case.shape) > 0).to(case.device)
         mask, joined = pack(keep, inputs), torch.where(keep, shortcut, 0)
-    dx, dc = run(ops, "conv1x1_backward_input", inputs, dy, c, v, grads, weight, relu, shortcut, mask)
+    dx, dc = run(ops, inputs, Conv1x1BackwardInput(dy, c, v, grads, weight, relu, shortcut, mask))
     positive = (
-        ~(ops.bn_add_relu_forward(c, v.scale, v.shift)[0] <= 0) if relu else c.new_ones((), dtype=torch.bool)
+        ~(ops(BnAddReluForward(c, v.scale, v.shift))[0] <= 0) if relu else c.new_ones((), dtype=torch.bool)
     )
     dz = torch.where(positive, dy, 0)
     assert_input_gradient(dc, dz, dz.double(), c, grads, "dc")
@@ -274,7 +298,7 @@ def check_conv1x1_backward_input(ops: Any, case: Conv1x1Case) -> None:
     assert_accurate(dx, eager, exact, "dx")
 
 
-CHECKS: dict[str, Callable[[Any, Conv1x1Case], None]] = {
+CHECKS: dict[str, Callable[[Any, ConvCase], None]] = {
     "conv1x1_forward": check_conv1x1_forward,
     "gram": check_gram,
     "gram_output_stats": check_gram_output_stats,

@@ -9,13 +9,19 @@ from raw_op_cases import Case, Inputs, bits
 from raw_op_harness import pack, tensors
 from torch import Tensor
 
-from fusedres.backends.reference import ReferenceOps
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.ops.contract import (
+    BatchNormVectors,
+    BnAddReluBackwardReduce,
+    BnBackwardCoefficients,
+    BnScaleShift,
+    BnStats,
+)
+from fusedres.ops.reference import REFERENCE
 
 
 def vectors_of(inputs: Inputs, c: Tensor) -> tuple[Tensor, Tensor, BatchNormVectors]:
     weight, bias = (1 + 0.1 * inputs.random((c.shape[1],)).float() for _ in range(2))
-    return weight, bias, ReferenceOps().bn_scale_shift(*ReferenceOps().bn_stats(c), weight, bias, 1e-5)
+    return weight, bias, REFERENCE(BnScaleShift(*REFERENCE(BnStats(c)), weight, bias, 1e-5))
 
 
 def check_order(ops: HostCudaOps, case: Case) -> None:
@@ -26,8 +32,8 @@ def check_order(ops: HostCudaOps, case: Case) -> None:
         inputs = Inputs(case)
         c, dy, shortcut_c = inputs.c(), inputs.dy(), inputs.c()
         _, _, v = vectors_of(inputs, c)
-        sums = ops.bn_add_relu_backward_reduce(dy, c, v, shortcut_c=shortcut_c, shortcut_mean=v.mean)
-        results.append([bits(t) for t in tensors((ops.bn_stats(c), sums))])
+        sums = ops(BnAddReluBackwardReduce(dy, c, v, shortcut_c=shortcut_c, shortcut_mean=v.mean))
+        results.append([bits(t) for t in tensors((ops(BnStats(c)), sums))])
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
@@ -37,13 +43,13 @@ def check_folded(ops: HostCudaOps, case: Case) -> None:
     inputs = Inputs(case)
     c, dy, shortcut_c = inputs.c(), inputs.dy(), inputs.c()
     weight, bias, v = vectors_of(inputs, c)
-    separate = ops.bn_scale_shift(*ops.bn_stats(c), weight, bias, 1e-5)
+    separate = ops(BnScaleShift(*ops(BnStats(c)), weight, bias, 1e-5))
     folded = ops.bn_stats_scale_shift(c, weight, bias, 1e-5)
     rows, keep = c.numel() // c.shape[1], inputs.random(case.shape) > 0
     mask = pack(keep, inputs)
-    sum_dz, centered, side = ops.bn_add_relu_backward_reduce(dy, c, v, mask, True, shortcut_c, v.mean)
-    separate += ops.bn_backward_coefficients(sum_dz, centered, v, rows, True)
-    separate += ops.bn_backward_coefficients(sum_dz, side, v, rows, True)
+    sum_dz, centered, side = ops(BnAddReluBackwardReduce(dy, c, v, mask, True, shortcut_c, v.mean))
+    separate += ops(BnBackwardCoefficients(sum_dz, centered, v, rows, True))
+    separate += ops(BnBackwardCoefficients(sum_dz, side, v, rows, True))
     folded += sum(ops.bn_add_relu_backward_reduce_coefficients(dy, c, v, mask, rows, shortcut_c, v), ())
     for one, two in zip(separate, folded, strict=True):
         assert torch.equal(bits(one), bits(two))

@@ -1,4 +1,4 @@
-"""The host build of the CUDA kernels as a backend: `HostCudaOps` has the `RawOps` methods of csrc/cuda."""
+"""The host build of the CUDA kernels, called with records as a backend is: a method for each op of csrc/cuda."""
 
 from __future__ import annotations
 
@@ -8,7 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.raw_ops import BatchNormGrads, BatchNormVectors
+from fusedres.ops.contract import (
+    BatchNormGrads,
+    BatchNormVectors,
+    BnAddReluBackwardInput,
+    BnAddReluBackwardReduce,
+    BnAddReluForward,
+    BnBackwardCoefficients,
+    BnReluMaxpoolBackwardInput,
+    BnReluMaxpoolBackwardReduce,
+    BnReluMaxpoolForward,
+    BnScaleShift,
+    BnStats,
+    RawOp,
+    ReluBackward,
+    op_name,
+)
 
 DTYPES = {
     torch.float16: "float16",
@@ -33,13 +48,11 @@ class HostCudaOps:
         module: a host build, from `cuda_host_build.load`.
     """
 
-    name = "cuda-host"
-
     def __init__(self, module: ModuleType) -> None:
         self.module = module
 
-    def supports(self, op: str, *args: object, **kwargs: object) -> str | None:
-        return None
+    def __call__(self, op: RawOp) -> Any:
+        return getattr(self, op_name(type(op)))(op)
 
     def _args(self, struct: str, **fields: Any) -> Any:
         args = getattr(self.module, struct)()
@@ -82,8 +95,8 @@ class HostCudaOps:
 
     # ---------------------------------------------------------------- batch normalisation
 
-    def bn_stats(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        c = dense(c)
+    def bn_stats(self, op: BnStats) -> tuple[Tensor, Tensor]:
+        c = dense(op.c)
         mean, var = (torch.empty(c.shape[1]) for _ in range(2))
         shape = self._shape(c)
         self._reduce(
@@ -98,8 +111,8 @@ class HostCudaOps:
         args = self._args("BnScaleShift", channels=len(mean), mean=mean, var=var, **parameters, **outputs)
         return args, BatchNormVectors(mean, var, invstd, scale, shift)
 
-    def bn_scale_shift(self, mean, var, weight, bias, eps) -> BatchNormVectors:
-        args, vectors = self._scale_shift(mean, var, weight, bias, eps)
+    def bn_scale_shift(self, op: BnScaleShift) -> BatchNormVectors:
+        args, vectors = self._scale_shift(*op)
         self._launch("bn_scale_shift", args)
         return vectors
 
@@ -113,17 +126,8 @@ class HostCudaOps:
         self._reduce("bn_stats", args, shape, vectors)
         return vectors
 
-    def bn_add_relu_forward(
-        self,
-        c,
-        scale,
-        shift,
-        residual=None,
-        residual_scale=None,
-        residual_shift=None,
-        relu=True,
-        save_mask=False,
-    ) -> tuple[Tensor, Tensor | None]:
+    def bn_add_relu_forward(self, op: BnAddReluForward) -> tuple[Tensor, Tensor | None]:
+        c, scale, shift, residual, residual_scale, residual_shift, relu, save_mask, _ = op
         c, residual = dense(c), dense(residual)
         y = torch.empty_like(c)
         mask = torch.empty(-(-c.numel() // 8), dtype=torch.uint8) if save_mask else None
@@ -140,8 +144,8 @@ class HostCudaOps:
         args = self._args("BnBackwardCoefficients", **sums, **forward, dweight=dweight, B=B, K=K)
         return args, BatchNormGrads(dweight, sum_dz, vectors.scale, B, K)
 
-    def bn_backward_coefficients(self, sum_dz, sum_dz_centered, vectors, rows, training) -> BatchNormGrads:
-        args, grads = self._coefficients(sum_dz, sum_dz_centered, vectors, rows, training)
+    def bn_backward_coefficients(self, op: BnBackwardCoefficients) -> BatchNormGrads:
+        args, grads = self._coefficients(*op)
         self._launch("bn_backward_coefficients", args)
         return grads
 
@@ -159,9 +163,9 @@ class HostCudaOps:
         return sum_dz, centered, side
 
     def bn_add_relu_backward_reduce(
-        self, dy, c, vectors, mask=None, relu=True, shortcut_c=None, shortcut_mean=None
+        self, op: BnAddReluBackwardReduce
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self._backward_reduce(dy, c, vectors, mask, relu, shortcut_c, shortcut_mean)
+        return self._backward_reduce(*op)
 
     def bn_add_relu_backward_reduce_coefficients(
         self, dy, c, vectors, mask, rows, shortcut_c=None, shortcut_vectors=None
@@ -178,9 +182,8 @@ class HostCudaOps:
         sums = self._backward_reduce(dy, c, vectors, mask, True, shortcut_c, shortcut_mean, **folded)
         return grads._replace(dbias=sums[0]), None if side is None else side._replace(dbias=sums[0])
 
-    def bn_add_relu_backward_input(
-        self, dy, c, vectors, grads, mask=None, relu=True, shortcut_c=None, shortcut_grads=None, save_dz=False
-    ) -> tuple[Tensor, Tensor | None]:
+    def bn_add_relu_backward_input(self, op: BnAddReluBackwardInput) -> tuple[Tensor, Tensor | None]:
+        dy, c, vectors, grads, mask, relu, shortcut_c, shortcut_grads, save_dz, _, _ = op
         dy, c, shortcut_c = dense(dy), dense(c), dense(shortcut_c)
         dc = torch.empty_like(c)
         dresidual = torch.empty_like(c) if save_dz or shortcut_c is not None else None
@@ -198,8 +201,8 @@ class HostCudaOps:
             return self._args("Coefficients")
         return self._args("Coefficients", A=grads.A, B=grads.B, K=grads.K)
 
-    def relu_backward(self, dy: Tensor, mask: Tensor) -> Tensor:
-        dy = dense(dy)
+    def relu_backward(self, op: ReluBackward) -> Tensor:
+        dy, mask = dense(op.dy), op.mask
         dz = torch.empty_like(dy)
         args = self._args("ReluBackward", dtype=self._dtype(dy), numel=dy.numel(), dy=dy, mask=mask, dz=dz)
         self._launch("relu_backward", args)
@@ -207,9 +210,8 @@ class HostCudaOps:
 
     # ---------------------------------------------------------------- stem
 
-    def bn_relu_maxpool_forward(
-        self, c, scale, shift, kernel_size, stride, padding, save_indices=True
-    ) -> tuple[Tensor, Tensor | None]:
+    def bn_relu_maxpool_forward(self, op: BnReluMaxpoolForward) -> tuple[Tensor, Tensor | None]:
+        c, scale, shift, kernel_size, stride, padding, save_indices = op
         c = dense(c)
         n, channels, h, w = c.shape
         shape = (n, channels, *((size + 2 * padding - kernel_size) // stride + 1 for size in (h, w)))
@@ -221,9 +223,8 @@ class HostCudaOps:
         self._launch("bn_relu_maxpool_forward", args)
         return y, indices if save_indices else None
 
-    def bn_relu_maxpool_backward_reduce(
-        self, dy, indices, c, vectors, kernel_size, stride, padding
-    ) -> tuple[Tensor, Tensor]:
+    def bn_relu_maxpool_backward_reduce(self, op: BnReluMaxpoolBackwardReduce) -> tuple[Tensor, Tensor]:
+        dy, indices, c, vectors, kernel_size, stride, padding = op
         dy, indices, c = dense(dy), dense(indices), dense(c)
         sum_dz, centered = (torch.empty(c.shape[1]) for _ in range(2))
         pooling = self._pooling(c, kernel_size, stride, padding)
@@ -232,7 +233,8 @@ class HostCudaOps:
         self._reduce("bn_relu_maxpool_backward_reduce", args, pooling, (sum_dz, centered))
         return sum_dz, centered
 
-    def bn_relu_maxpool_backward_input(self, dy, indices, c, grads, kernel_size, stride, padding) -> Tensor:
+    def bn_relu_maxpool_backward_input(self, op: BnReluMaxpoolBackwardInput) -> Tensor:
+        dy, indices, c, grads, kernel_size, stride, padding = op
         dy, indices, c = dense(dy), dense(indices), dense(c)
         dc = torch.empty_like(c)
         inputs = {

@@ -8,13 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from conv1x1_cases import Conv1x1Case, as_image, as_rows, vectors_before, weight_of
+from conv1x1_cases import ConvCase, as_image, as_rows, vectors_before, weight_of
 from raw_op_cases import Inputs
 from raw_op_harness import assert_accurate, run
 from torch import Tensor
 
-from fusedres.backends.reference import ReferenceOps
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.ops.contract import (
+    BatchNormVectors,
+    BnAddReluForward,
+    GramBackwardCoefficients,
+    GramOutputStats,
+)
+from fusedres.ops.reference import REFERENCE
 
 EPS = 1e-5
 
@@ -23,11 +28,11 @@ def finite(x: Tensor) -> Tensor:
     return x.nan_to_num(0.0, 0.0, 0.0)
 
 
-def activation(inputs: Inputs, case: Conv1x1Case) -> Tensor:
+def activation(inputs: Inputs, case: ConvCase) -> Tensor:
     """[N, Cin, H, W], finite."""
     c = inputs.c()
     v = vectors_before(inputs, c, case)
-    return finite(ReferenceOps().bn_add_relu_forward(c, v.scale, v.shift)[0])
+    return finite(REFERENCE(BnAddReluForward(c, v.scale, v.shift))[0])
 
 
 def moments(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,13 +62,13 @@ def given_weight(inputs: Inputs, weight: Tensor, special: bool) -> Tensor:
     return inputs.place(values.view(weight.shape), (cin, 1, 1, 1), weight.dtype)
 
 
-def check_gram_output_stats(ops: Any, case: Conv1x1Case) -> None:
+def check_gram_output_stats(ops: Any, case: ConvCase) -> None:
     inputs = Inputs(case)
     a = activation(inputs, case)
     weight = given_weight(inputs, weight_of(inputs, case), case.special)
     bias = inputs.vector(inputs.random((case.cout,)), case.dtype) if case.form == "bias" else None
     m, S = (placed(inputs, t) for t in moments(a))
-    mean, var, center = run(ops, "gram_output_stats", inputs, weight, bias, m, S)
+    mean, var, center = run(ops, inputs, GramOutputStats(weight, bias, m, S))
     assert mean.dtype == var.dtype == center.dtype == inputs.acc
     assert torch.equal(center, m.to(case.dtype).to(inputs.acc)), (
         "center is not m rounded to the activation dtype"
@@ -108,7 +113,7 @@ class Above(NamedTuple):
         return self.gamma * self.invstd * dz
 
 
-def above(inputs: Inputs, case: Conv1x1Case, a: Tensor, dz: Tensor, w: Tensor, bias: Tensor | None) -> Above:
+def above(inputs: Inputs, case: ConvCase, a: Tensor, dz: Tensor, w: Tensor, bias: Tensor | None) -> Above:
     a64, dz64 = as_rows(a).double(), as_rows(dz).double()
     centered_a = a64 - a64.mean(0)
     mean = a64.mean(0) @ w.t() if bias is None else a64.mean(0) @ w.t() + bias.double()
@@ -120,7 +125,7 @@ def above(inputs: Inputs, case: Conv1x1Case, a: Tensor, dz: Tensor, w: Tensor, b
     return Above(a64, centered_a, dz64, w, mean, (var + EPS).rsqrt(), gamma)
 
 
-def check_gram_backward_coefficients(ops: Any, case: Conv1x1Case) -> None:
+def check_gram_backward_coefficients(ops: Any, case: ConvCase) -> None:
     inputs, training = Inputs(case), case.form == "training"
     a = activation(inputs, case)
     dz = finite(inputs.dy((case.shape[0], case.cout, *case.shape[2:])))
@@ -136,7 +141,7 @@ def check_gram_backward_coefficients(ops: Any, case: Conv1x1Case) -> None:
     vectors = bn.mean, bn.invstd**-2 - EPS, bn.invstd, bn.gamma * bn.invstd, -bn.mean
     v = BatchNormVectors(*(placed(inputs, t) for t in vectors))
     args = r, sum_dz, weight, bias, v, rows, m, S, center
-    dweight, dW, weight_dz, weight_a, offset = run(ops, "gram_backward_coefficients", inputs, *args)
+    dweight, dW, weight_dz, weight_a, offset = run(ops, inputs, GramBackwardCoefficients(*args))
     assert (weight_a is None, offset is None) == (not training,) * 2
 
     def formula(dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -178,7 +183,7 @@ def check_gram_backward_coefficients(ops: Any, case: Conv1x1Case) -> None:
 
 
 def eager_gradients(
-    inputs: Inputs, case: Conv1x1Case, bn: Above, a: Tensor, dz: Tensor, weight: Tensor
+    inputs: Inputs, case: ConvCase, bn: Above, a: Tensor, dz: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """da and dW of convolution and BN apart, every result rounded."""
     statistics = bn.mean.to(inputs.acc), bn.invstd.to(inputs.acc), True, EPS, [True, False, False]

@@ -12,19 +12,20 @@ import torch
 from raw_op_cases import FORMS, Case, cases_of
 from raw_op_checks import CHECKS
 
-from fusedres.backends import native
 from fusedres.blocks import choice
+from fusedres.ops.backend import Backend
+from fusedres.ops.native import functions, library
 
 # every remainder of a vector of 16, an unaligned start, NaN and Inf, sums over several threads, nothing at all
 CASES = ("C3", "C17", "C24", "offset", "nan_inf_C17", "rows8000", "N0")
 PRODUCTS = ("C3to17", "C17to24", "C40to136", "C130to33", "P1100", "nan_inf_C17")
-SCALAR = ("bn_scale_shift", "bn_backward_coefficients", "conv_bias_add_relu_forward")
+SCALAR = ("bn_scale_shift", "bn_backward_coefficients")
 
 
 def main(capability: str) -> None:
-    ops = native.NativeOps()
-    assert native.instruction_set() == capability
-    assert choice.table_of(capability, native.multiplies_bfloat16()) == choice.TABLE
+    ops = functions.backend()
+    assert library.instruction_set() == capability
+    assert choice.table_of(capability, library.multiplies_bfloat16()) == choice.TABLE
     checked = 0
     for op in (op for op in CHECKS if op not in SCALAR):
         for case in cases_of(op):
@@ -50,7 +51,7 @@ def has_kernel(op: str, case: Case) -> bool:
     return True
 
 
-def check(ops: native.NativeOps, op: str, case: Case) -> None:
+def check(ops: Backend, op: str, case: Case) -> None:
     try:
         CHECKS[op](ops, case)
     except AssertionError as error:

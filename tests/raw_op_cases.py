@@ -12,8 +12,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fusedres.backends.reference import ReferenceOps
-from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, accumulation_dtype
+from fusedres.ops.contract import (
+    BatchNormGrads,
+    BatchNormVectors,
+    BnBackwardCoefficients,
+    BnScaleShift,
+    BnStats,
+    accumulation_dtype,
+)
+from fusedres.ops.reference import REFERENCE
 
 MARGIN = 64  # elements before and after each input
 POOL = (3, 2, 1)  # kernel_size, stride, padding of the ResNet stem
@@ -123,15 +130,6 @@ FORMS = {
         "3x3s2",
         "groups_identity",
     ),
-    "conv_bias_add_relu_forward": (
-        "bias_identity",
-        "identity",
-        "bias",
-        "no_relu",
-        "3x3s2",
-        "groups",
-        "dilation",
-    ),
 }
 
 
@@ -230,15 +228,15 @@ class Inputs:
         """BN vectors of c (its finite values), with random weight and bias, one weight 0 and one negative."""
         channels = c.shape[1]
         finite = c.detach().double().cpu().nan_to_num(0.0, 0.0, 0.0)
-        mean, var = ReferenceOps().bn_stats(finite)
+        mean, var = REFERENCE(BnStats(finite))
         mean, var = mean.nan_to_num(0.0), var.nan_to_num(1.0)
         if frozen:
             mean, var = mean + 0.1 * self.random((channels,)), var * 1.3
         weight, bias = 1 + 0.3 * self.random((channels,)), 0.5 * self.random((channels,))
         weight[-1] *= -1
         weight[channels // 2] *= 0 if channels > 2 else 1
-        vectors = ReferenceOps().bn_scale_shift(
-            mean.to(self.acc), var.to(self.acc), weight.to(self.acc), bias.to(self.acc), 1e-5
+        vectors = REFERENCE(
+            BnScaleShift(mean.to(self.acc), var.to(self.acc), weight.to(self.acc), bias.to(self.acc), 1e-5)
         )
         return BatchNormVectors(*(self.vector(v) for v in vectors))
 
@@ -250,7 +248,7 @@ class Inputs:
             (root * (self.random((channels,)) + root * self.case.dy_mean * k)).to(self.acc) for k in (1, 0.1)
         ]
         host = BatchNormVectors(*(v.cpu() for v in vectors))
-        made = ReferenceOps().bn_backward_coefficients(*sums, host, max(rows, 1), not frozen)
+        made = REFERENCE(BnBackwardCoefficients(*sums, host, max(rows, 1), not frozen))
         return BatchNormGrads(*(None if v is None else self.vector(v) for v in made))
 
     def assert_unchanged(self, op: str) -> None:

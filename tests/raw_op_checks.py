@@ -1,7 +1,8 @@
 """One check per raw op, for any backend: `CHECKS[op](ops, case)` raises AssertionError where it is wrong.
 
-`ops` has the `RawOps` methods; cases come from `raw_op_cases.cases_of(op)`. Exact values are float64, from
-plain torch; the yardstick is what eager PyTorch makes of the same inputs in the tested dtype and layout.
+`ops` is called with the records of `fusedres.ops.contract`; cases come from `raw_op_cases.cases_of(op)`. Exact values
+are float64, from plain torch; the yardstick is what eager PyTorch makes of the same inputs in the tested dtype and
+layout.
 """
 
 from __future__ import annotations
@@ -29,17 +30,25 @@ from raw_op_pool_checks import (
     check_bn_relu_maxpool_forward,
     check_conv_backward_input,
     check_conv_backward_weight,
-    check_conv_bias_add_relu_forward,
 )
 from torch import Tensor
 
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.ops.contract import (
+    BatchNormVectors,
+    BnAddReluBackwardInput,
+    BnAddReluBackwardReduce,
+    BnAddReluForward,
+    BnBackwardCoefficients,
+    BnScaleShift,
+    BnStats,
+    ReluBackward,
+)
 
 
 def check_bn_stats(ops: Any, case: Case) -> None:
     inputs = Inputs(case)
     c = inputs.c()
-    mean, var = run(ops, "bn_stats", inputs, c)
+    mean, var = run(ops, inputs, BnStats(c))
     assert mean.dtype == var.dtype == inputs.acc and mean.shape == var.shape == (c.shape[1],)
     exact_var, exact_mean = torch.var_mean(c.double(), (0, 2, 3), correction=0)
     eager_var, eager_mean = torch.var_mean(c.to(inputs.acc), (0, 2, 3), correction=0)
@@ -60,7 +69,7 @@ def check_bn_scale_shift(ops: Any, case: Case) -> None:
     )
     bias = None if case.form in ("weight_only", "plain") else inputs.vector(inputs.random((channels,)), half)
     eps = 1e-5
-    vectors = run(ops, "bn_scale_shift", inputs, mean, var, weight, bias, eps)
+    vectors = run(ops, inputs, BnScaleShift(mean, var, weight, bias, eps))
     assert isinstance(vectors, BatchNormVectors) and all(v.dtype == inputs.acc for v in vectors)
     assert torch.equal(vectors.mean, mean) and torch.equal(vectors.var, var)
     w, b = (default if v is None else v.to(inputs.acc) for v, default in ((weight, 1.0), (bias, 0.0)))
@@ -90,7 +99,7 @@ def check_bn_add_relu_forward(ops: Any, case: Case) -> None:
     c, v, residual, rv = forward_parts(inputs)
     relu, save_mask = "no_relu" not in case.form, "mask" in case.form
     pair = (None, None) if rv is None else (rv.scale, rv.shift)
-    y, mask = run(ops, "bn_add_relu_forward", inputs, c, v.scale, v.shift, residual, *pair, relu, save_mask)
+    y, mask = run(ops, inputs, BnAddReluForward(c, v.scale, v.shift, residual, *pair, relu, save_mask))
     exact, eager = c.double() * row(v.scale) + row(v.shift), eager_affine(c, v.scale, v.shift)
     if rv is not None:
         exact = exact + (residual.double() * row(rv.scale) + row(rv.shift))
@@ -118,7 +127,7 @@ def backward_parts(ops: Any, inputs: Inputs) -> tuple[Any, ...]:
         keep = (inputs.random(case.shape) > 0).to(case.device)
         mask = pack(keep, inputs)
     elif "no_relu" not in case.form:  # the backend's own signs
-        keep = ~(ops.bn_add_relu_forward(c, vectors.scale, vectors.shift)[0] <= 0)
+        keep = ~(ops(BnAddReluForward(c, vectors.scale, vectors.shift))[0] <= 0)
     return dy, c, vectors, mask, torch.where(keep, dy, 0), shortcut_c
 
 
@@ -126,8 +135,8 @@ def check_bn_add_relu_backward_reduce(ops: Any, case: Case) -> None:
     inputs = Inputs(case)
     dy, c, v, mask, dz, shortcut_c = backward_parts(ops, inputs)
     shortcut_mean = None if shortcut_c is None else inputs.vectors(shortcut_c).mean
-    op, relu = "bn_add_relu_backward_reduce", "no_relu" not in case.form
-    sum_dz, centered, shortcut = run(ops, op, inputs, dy, c, v, mask, relu, shortcut_c, shortcut_mean)
+    op = BnAddReluBackwardReduce(dy, c, v, mask, "no_relu" not in case.form, shortcut_c, shortcut_mean)
+    sum_dz, centered, shortcut = run(ops, inputs, op)
     assert_sums((sum_dz, centered), dz, dz.double(), c, v.mean)
     assert (shortcut is None) == (shortcut_c is None)
     if shortcut_c is not None:
@@ -140,7 +149,7 @@ def check_bn_backward_coefficients(ops: Any, case: Case) -> None:
     v = inputs.vectors(inputs.c())
     sum_dz = inputs.vector(rows * case.dy_mean + inputs.random((channels,)))
     centered = inputs.vector(inputs.random((channels,)))
-    grads = run(ops, "bn_backward_coefficients", inputs, sum_dz, centered, v, rows, training)
+    grads = run(ops, inputs, BnBackwardCoefficients(sum_dz, centered, v, rows, training))
     assert torch.equal(grads.dbias, sum_dz) and torch.equal(grads.A, v.scale)
     s, i, m, d, k = (t.double() for t in (v.scale, v.invstd, v.mean, sum_dz, centered))
     assert_accurate(grads.dweight, v.invstd * centered, i * k, "dweight")
@@ -160,7 +169,7 @@ def check_bn_add_relu_backward_input(ops: Any, case: Case) -> None:
     grads = inputs.grads(v, rows, frozen)
     shortcut_grads = None if shortcut_c is None else inputs.grads(inputs.vectors(shortcut_c), rows, frozen)
     args = dy, c, v, grads, mask, relu, shortcut_c, shortcut_grads, save_dz
-    dc, dresidual = run(ops, "bn_add_relu_backward_input", inputs, *args)
+    dc, dresidual = run(ops, inputs, BnAddReluBackwardInput(*args))
     assert_input_gradient(dc, dz, dz.double(), c, grads, "dc")
     assert (dresidual is None) == (not save_dz and shortcut_c is None)
     if shortcut_c is not None:
@@ -179,13 +188,13 @@ def check_bn_layer(ops: Any, case: Case) -> None:
     residual = inputs.activation(case.shape) if case.form == "identity" else None
     weight = inputs.vector(1 + 0.3 * inputs.random((channels,)))
     bias = inputs.vector(0.5 * inputs.random((channels,)))
-    vectors = ops.bn_scale_shift(*ops.bn_stats(c), weight, bias, eps)
-    y, mask = ops.bn_add_relu_forward(c, vectors.scale, vectors.shift, residual, None, None, True, True)
+    vectors = ops(BnScaleShift(*ops(BnStats(c)), weight, bias, eps))
+    y, mask = ops(BnAddReluForward(c, vectors.scale, vectors.shift, residual, None, None, True, True))
     keep = unpack(mask, y)
-    sums = ops.bn_add_relu_backward_reduce(dy, c, vectors, mask)
+    sums = ops(BnAddReluBackwardReduce(dy, c, vectors, mask))
     rows = c.numel() // channels
-    grads = ops.bn_backward_coefficients(*sums[:2], vectors, rows, True)
-    dc, _ = ops.bn_add_relu_backward_input(dy, c, vectors, grads, mask)
+    grads = ops(BnBackwardCoefficients(*sums[:2], vectors, rows, True))
+    dc, _ = ops(BnAddReluBackwardInput(dy, c, vectors, grads, mask))
 
     def plain(dtype: torch.dtype, acc: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [t.detach().to(d).requires_grad_() for t, d in ((c, dtype), (weight, acc), (bias, acc))]
@@ -204,7 +213,7 @@ def check_relu_backward(ops: Any, case: Case) -> None:
     inputs = Inputs(case)
     dy = inputs.first = inputs.dy()
     keep = (inputs.random(case.shape) > 0).to(case.device)
-    dz = run(ops, "relu_backward", inputs, dy, pack(keep, inputs))
+    dz = run(ops, inputs, ReluBackward(dy, pack(keep, inputs)))
     assert torch.equal(bits(dz.contiguous()), bits(torch.where(keep, dy, 0).contiguous()))
 
 
@@ -222,5 +231,4 @@ CHECKS: dict[str, Callable[[Any, Case], None]] = {
     "bn_relu_maxpool_backward_input": check_bn_relu_maxpool_backward_input,
     "conv_backward_weight": check_conv_backward_weight,
     "conv_backward_input": check_conv_backward_input,
-    "conv_bias_add_relu_forward": check_conv_bias_add_relu_forward,
 }

@@ -13,6 +13,9 @@ from accuracy import assert_as_accurate_as_eager, assert_same_float64
 from raw_op_cases import Inputs, bits
 from torch import Tensor
 
+from fusedres.ops.contract import RawOp, op_name
+from fusedres.ops.fake import FAKE
+
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
@@ -35,14 +38,16 @@ def tensors(values: Any) -> list[Tensor]:
     return [t for value in values for t in tensors(value)] if isinstance(values, tuple) else []
 
 
-def run(ops: Any, op: str, inputs: Inputs, *args: Any) -> Any:
-    """`op` on `args`: twice and bitwise equal, in poisoned memory, pure, with fresh outputs."""
+def run(ops: Any, inputs: Inputs, record: RawOp) -> Any:
+    """The op: twice and bitwise equal, in poisoned memory, pure, with fresh outputs that are like the fake's."""
+    op = op_name(type(record))
     with poisoned_memory():
-        result, again = (getattr(ops, op)(*args) for _ in range(2))
+        result, again = (ops(record) for _ in range(2))
     for one, two in zip(tensors(result), tensors(again), strict=True):
         assert torch.equal(bits(one.contiguous()), bits(two.contiguous())), f"{op}: two runs differ"
     inputs.assert_unchanged(op)
-    everything = tensors(args) + tensors(result)
+    assert_like_fake(record, result)
+    everything = tensors(record) + tensors(result)
     activations = [t for t in tensors(result) if t.dim() == 4 and t.numel()]
     for y in activations:
         shared = [t for t in everything if t is not y and storage(t) == storage(y)]
@@ -51,6 +56,25 @@ def run(ops: Any, op: str, inputs: Inputs, *args: Any) -> Any:
         expected = formats(inputs.first)
         assert formats(y) & expected or not expected, f"{op}: memory format changed"
     return result
+
+
+def assert_like_fake(record: RawOp, result: Any) -> None:
+    """Shapes, dtypes, devices and strides are those of the fake, and so are the places of None."""
+    op, fake = op_name(type(record)), FAKE(record)
+    assert present(result) == present(fake), f"{op}: the fake has other parts"
+    for place, (real, made) in enumerate(zip(tensors(result), tensors(fake), strict=True)):
+        found, expected = ((t.dtype, t.shape, t.device, strides(t)) for t in (real, made))
+        assert found == expected, f"{op}, result {place} is {found}, of the fake {expected}"
+
+
+def present(result: Any) -> Any:
+    """For each part of a result, whether it is there."""
+    return tuple(present(part) for part in result) if isinstance(result, tuple) else result is not None
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """Of dimensions where they count; no element is reached by others."""
+    return tuple(s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1 and tensor.numel())
 
 
 def storage(tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Checks of the stem's raw ops and of inference convolutions, for any backend; see `raw_op_checks`."""
+"""Checks of the stem's raw ops and of the library's convolutions' gradients, for any backend; see `raw_op_checks`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ import torch.nn.functional as F
 from raw_op_cases import Case, Inputs, bits
 from raw_op_harness import assert_accurate, assert_input_gradient, assert_sums, eager_affine, pack, row, run
 from torch import Tensor
+
+from fusedres.ops.contract import (
+    BnAddReluForward,
+    BnReluMaxpoolBackwardInput,
+    BnReluMaxpoolBackwardReduce,
+    BnReluMaxpoolForward,
+    ConvBackwardInput,
+    ConvBackwardWeight,
+)
 
 NO_GRADIENT = 255
 
@@ -33,7 +42,7 @@ def check_bn_relu_maxpool_forward(ops: Any, case: Case) -> None:
     inputs, pool = Inputs(case), pool_of(case)
     c = inputs.c()
     v = inputs.vectors(c)
-    y, indices = run(ops, "bn_relu_maxpool_forward", inputs, c, v.scale, v.shift, *pool)
+    y, indices = run(ops, inputs, BnReluMaxpoolForward(c, v.scale, v.shift, *pool))
     eager = eager_affine(c, v.scale, v.shift).relu()
     exact = (c.double() * row(v.scale) + row(v.shift)).relu()
     assert y.dtype == case.dtype and indices.dtype == torch.uint8
@@ -42,11 +51,11 @@ def check_bn_relu_maxpool_forward(ops: Any, case: Case) -> None:
         return
     assert_accurate(y, F.max_pool2d(eager, *pool), F.max_pool2d(exact, *pool), "y")
     # the window's order and ties: exactly torch's pooling of the backend's own activation
-    own_y, own_indices = pooled(ops.bn_add_relu_forward(c, v.scale, v.shift)[0], *pool)
+    own_y, own_indices = pooled(ops(BnAddReluForward(c, v.scale, v.shift))[0], *pool)
     same = (y == own_y) | (y.isnan() & own_y.isnan())  # the bits of a NaN are free
     assert same.all(), "y is not the maximum of the activation"
     assert torch.equal(indices, own_indices), "indices are not torch's, or not 255 exactly where y <= 0"
-    alone, none = run(ops, "bn_relu_maxpool_forward", inputs, c, v.scale, v.shift, *pool, False)
+    alone, none = run(ops, inputs, BnReluMaxpoolForward(c, v.scale, v.shift, *pool, False))
     assert none is None and torch.equal(bits(alone.contiguous()), bits(y.contiguous()))
 
 
@@ -75,7 +84,7 @@ def pool_backward_parts(inputs: Inputs) -> tuple[Any, ...]:
 def check_bn_relu_maxpool_backward_reduce(ops: Any, case: Case) -> None:
     inputs = Inputs(case)
     dy, indices, c, v, dz, dz64 = pool_backward_parts(inputs)
-    found = run(ops, "bn_relu_maxpool_backward_reduce", inputs, dy, indices, c, v, *pool_of(case))
+    found = run(ops, inputs, BnReluMaxpoolBackwardReduce(dy, indices, c, v, *pool_of(case)))
     assert_sums(found, dz, dz64, c, v.mean)
 
 
@@ -83,31 +92,8 @@ def check_bn_relu_maxpool_backward_input(ops: Any, case: Case) -> None:
     inputs = Inputs(case)
     dy, indices, c, v, dz, dz64 = pool_backward_parts(inputs)
     grads = inputs.grads(v, c.numel() // c.shape[1], frozen="frozen" in case.form)
-    dc = run(ops, "bn_relu_maxpool_backward_input", inputs, dy, indices, c, grads, *pool_of(case))
+    dc = run(ops, inputs, BnReluMaxpoolBackwardInput(dy, indices, c, grads, *pool_of(case)))
     assert_input_gradient(dc, dz, dz64, c, grads, "dc")
-
-
-def check_conv_bias_add_relu_forward(ops: Any, case: Case) -> None:
-    inputs, form = Inputs(case), case.form
-    x = inputs.c()
-    channels = case.shape[1]
-    groups = next(g for g in (4, 3, 1) if channels % g == 0) if form == "groups" else 1
-    kernel = 3 if form in ("3x3s2", "groups", "dilation") else 1
-    stride, dilation = (2, 2) if form == "3x3s2" else (1, 1), (2, 2) if form == "dilation" else (1, 1)
-    padding = (dilation[0] * (kernel // 2),) * 2
-    shape = (2 * channels if groups == 1 else channels, channels // groups, kernel, kernel)
-    weight = (inputs.random(shape) / (shape[1] * kernel**2) ** 0.5).to(case.device, case.dtype)
-    bias = inputs.vector(inputs.random(shape[:1]), case.dtype) if "bias" in form or kernel == 3 else None
-    where = stride, padding, dilation, groups
-    plain = F.conv2d(x, weight, bias, *where)
-    residual = inputs.activation(plain.shape) if "identity" in form or kernel == 3 else None
-    relu = form != "no_relu"
-    y = run(ops, "conv_bias_add_relu_forward", inputs, x, weight, bias, residual, relu, *where)
-    exact = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), *where)
-    eager, exact = (plain, exact) if residual is None else (plain + residual, exact + residual.double())
-    if relu:
-        eager, exact = eager.relu(), exact.relu()
-    assert_accurate(y, eager, with_nan_of_the_library(exact, eager), "y")
 
 
 def with_nan_of_the_library(exact: torch.Tensor, eager: torch.Tensor) -> torch.Tensor:
@@ -145,7 +131,7 @@ def check_conv_backward_weight(ops: Any, case: Case) -> None:
         case, special=False
     )  # whether 0*NaN beside the image counts, torch's kernels disagree
     dy = inputs.dy(tuple(shape))
-    dw = run(ops, "conv_backward_weight", inputs, dy, x, *window, groups)
+    dw = run(ops, inputs, ConvBackwardWeight(dy, x, *window, groups))
 
     def plain(dtype: torch.dtype) -> torch.Tensor:
         args = dy.to(dtype), x.to(dtype), weight.to(case.device, dtype), None, *window[1:]
@@ -172,7 +158,7 @@ def check_conv_backward_input(ops: Any, case: Case) -> None:
     shortcut = inputs.dy() if parts else None
     keep = (inputs.random(case.shape) > 0).to(case.device) if "mask" in parts else None
     mask = None if keep is None else pack(keep, inputs)
-    dx = run(ops, "conv_backward_input", inputs, dy, x, weight, *window, groups, shortcut, mask)
+    dx = run(ops, inputs, ConvBackwardInput(dy, x, weight, *window, groups, shortcut, mask))
 
     def plain(dtype: torch.dtype) -> torch.Tensor:
         args = dy.to(dtype), x.to(dtype), weight.to(dtype), None, *window, False, (0, 0), groups

@@ -10,11 +10,18 @@ import pytest
 import torch
 from block_accuracy import DRAWS, eagerly, errors_of, errors_over_draws, inputs, read
 from block_forms import FORMS
-from raw_op_cases import Case
-from raw_op_checks import CHECKS
+from every_raw_op import CHECKS, SHAPES
 
-from fusedres import accuracy
-from fusedres.backends.reference import ReferenceOps
+from fusedres.ops import accuracy
+from fusedres.ops.backend import Backend
+from fusedres.ops.contract import (
+    RAW_OPS,
+    BnAddReluBackwardInput,
+    BnAddReluForward,
+    Conv1x1Forward,
+    Conv3x3Forward,
+)
+from fusedres.ops.reference import REFERENCE
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MEASURED = Path(__file__).parents[1] / "bench" / "results" / "cpu" / "accuracy_slack.json"
@@ -59,44 +66,40 @@ def coarser(x: torch.Tensor) -> torch.Tensor:
     return torch.ldexp((mantissa * steps).round() / steps, exponent).to(x.dtype)
 
 
-class ResidualALittleSmall(ReferenceOps):
+def residual_a_little_small(op: BnAddReluForward):
     """Adds 98 % of the residual in bfloat16, and more of it in float16."""
-
-    def bn_add_relu_forward(self, c, scale, shift, residual=None, *rest, **more):
-        if residual is not None:
-            residual = residual * (1 - 2.5 * torch.finfo(c.dtype).eps)
-        return super().bn_add_relu_forward(c, scale, shift, residual, *rest, **more)
+    if op.residual is not None:
+        op = op._replace(residual=op.residual * (1 - 2.5 * torch.finfo(op.c.dtype).eps))
+    return REFERENCE(op)
 
 
-class CoarseInputGradient(ReferenceOps):
+def coarse_input_gradient(op: BnAddReluBackwardInput):
     """Rounds the input gradient of BN to two bits fewer."""
-
-    def bn_add_relu_backward_input(self, *args, **more):
-        dc, dresidual = super().bn_add_relu_backward_input(*args, **more)
-        return torch.empty_like(dc).copy_(coarser(dc)), dresidual
+    dc, dresidual = REFERENCE(op)
+    return torch.empty_like(dc).copy_(coarser(dc)), dresidual
 
 
-class CoarseActivation(ReferenceOps):
-    """Rounds what enters an inference convolution to two bits fewer."""
-
-    def conv_bias_add_relu_forward(self, x, *rest):
-        return super().conv_bias_add_relu_forward(torch.empty_like(x).copy_(coarser(x)), *rest)
+def coarse_activation(op: Conv1x1Forward | Conv3x3Forward):
+    """Rounds what enters a convolution to two bits fewer."""
+    return REFERENCE(op._replace(x=torch.empty_like(op.x).copy_(coarser(op.x))))
 
 
 FAULTS = {
-    ResidualALittleSmall: ("bn_add_relu_forward", "identity_mask"),
-    CoarseInputGradient: ("bn_add_relu_backward_input", "mask"),
-    CoarseActivation: ("conv_bias_add_relu_forward", "bias"),
+    "bn_add_relu_forward": ("identity_mask", residual_a_little_small),
+    "bn_add_relu_backward_input": ("mask", coarse_input_gradient),
+    "conv1x1_forward": ("raw", coarse_activation),
+    "conv3x3_forward": ("raw", coarse_activation),
 }
 
 
 @each_half
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_small_fault_is_caught(fault, dtype, monkeypatch):
-    op, form = FAULTS[fault]
-    case = replace(Case("C24"), form=form, dtype=dtype)
-    CHECKS[op](ReferenceOps(), case)
+@pytest.mark.parametrize("op", FAULTS)
+def test_a_small_fault_is_caught(op, dtype, monkeypatch):
+    form, function = FAULTS[op]
+    case = replace(SHAPES[op][0], id="C24", shape=(2, 24, 5, 7), form=form, dtype=dtype)
+    faulty = Backend("faulty", {**REFERENCE.functions, RAW_OPS[op]: function})
+    CHECKS[op](REFERENCE, case)
     with pytest.raises(AssertionError, match="exceeds"):
-        CHECKS[op](fault(), case)
+        CHECKS[op](faulty, case)
     monkeypatch.setitem(accuracy.SLACK, dtype, WIDE)
-    CHECKS[op](fault(), case)
+    CHECKS[op](faulty, case)

@@ -11,7 +11,7 @@ from same_model import images, pair
 from torch._dynamo import compiled_autograd
 
 import fusedres
-from fusedres.dispatch import opaque_backend
+from fusedres.ops.dispatch import opaque_backend
 from fusedres.patching import install
 
 

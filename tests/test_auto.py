@@ -8,9 +8,9 @@ from block_forms import ran_as
 from torch import nn
 
 import fusedres
-from fusedres.backends import native
 from fusedres.blocks import choice
 from fusedres.models import BasicBlock
+from fusedres.ops.native import library
 from fusedres.patching import structure
 
 
@@ -61,7 +61,7 @@ MEASURED = [
 ]
 
 
-@pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+@pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 @pytest.mark.parametrize(("instructions", "batch", "width", "side", "recipe"), MEASURED)
 def test_the_tables_as_they_were_measured(instructions, batch, width, side, recipe, monkeypatch):
     monkeypatch.setattr(choice, "TABLE", choice.table_of(instructions, True))
@@ -71,7 +71,7 @@ def test_the_tables_as_they_were_measured(instructions, batch, width, side, reci
 
 
 def test_the_table_is_this_machines():
-    assert choice.table_of(native.instruction_set(), native.multiplies_bfloat16()) == choice.TABLE
+    assert choice.table_of(library.instruction_set(), library.multiplies_bfloat16()) == choice.TABLE
     assert choice.table_of(None, True) == {}
     dtypes = [{key[2] for key in choice.table_of("avx512", half)} for half in (False, True)]
     assert dtypes == [{torch.float32}, {torch.float32, torch.bfloat16}]

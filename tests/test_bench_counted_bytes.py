@@ -9,14 +9,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from counted_bytes import MetaTriton, count, counting
+from counted_bytes import META_TRITON, count, counting
 from layers import read_network
 from roofline import Machine, launches
 from torch import nn
 from triton_entries import entries
 
 from fusedres import models
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.ops.contract import BatchNormVectors, GramBackwardCoefficients, GramOutputStats
 
 BATCH = 256
 # a kernel of the model: what is launched for it
@@ -105,20 +105,20 @@ def test_every_launched_variant_is_compiled_ahead_of_time(counted):
 
 def test_launches_of_the_algebra_on_weights():
     """Each one: a step has as many of them as it has blocks, and all they cost is to be launched."""
-    ops, vector = MetaTriton(), lambda *shape: torch.empty(shape, device="meta")
+
+    def vector(*shape):
+        return torch.empty(shape, device="meta")
+
     weight = torch.empty(256, 64, 1, 1, device="meta", dtype=torch.bfloat16)
     m, S, center = vector(64), vector(64, 64), vector(64)
     above = vector(256, 64), vector(256), weight, None, BatchNormVectors(*(vector(256) for _ in range(5))), 9
-    calls = {
-        "gram_output_stats": [(weight, None, m, S)],
-        "gram_backward_coefficients": [(*above, m, S, center), above],
-    }
+    frozen = GramBackwardCoefficients(*above)
+    training = frozen._replace(m=m, S=S, center=center)
     found = []
-    for op, arguments in calls.items():
-        for given in arguments:
-            with counting() as counter:
-                getattr(ops, op)(*given)
-            found.append([launch.kernel for launch in counter.found])
+    for op in (GramOutputStats(weight, None, m, S), training, frozen):
+        with counting() as counter:
+            META_TRITON(op)
+        found.append([launch.kernel for launch in counter.found])
     assert found == [
         ["_to_copy", "_to_copy", "mm", "gram_output_stats"],
         ["gram_bn_backward", "_to_copy", "mm", "gram_weight_gradient", "mm", "gram_offset"],

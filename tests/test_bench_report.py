@@ -15,7 +15,7 @@ import report
 import torch
 from stages.ops import library_product
 
-from fusedres.op_cases import SMALL, cases
+from fusedres.ops.cases import SMALL, cases
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_BE_MISSING = {"cuda", "sm_90", "nvcc", "nvidia-smi", "ncu", "compute-sanitizer", "module:triton"}
@@ -213,7 +213,7 @@ def test_products_are_measured_beside_the_bare_one():
     """By the library, of the sizes of the fused one."""
     shape, found = SMALL[0], {}
     for case in cases(shape, torch.float32, torch.device("cpu")):
-        product = library_product(case.op, case.arguments)
+        product = library_product(case.op)
         if product is not None:
             found[case.name] = tuple(product().shape)
     narrow, wide = (

@@ -17,8 +17,9 @@ from torch import nn
 from workloads import BASELINE, CorrectnessGate, Step, Workload, build
 
 from fusedres import timing
-from fusedres.dispatch import LOADERS
-from fusedres.op_cases import SMALL, cases
+from fusedres.ops.cases import SMALL, cases
+from fusedres.ops.contract import BnStats, Conv1x1Forward, ConvBackwardInput, ConvBackwardWeight
+from fusedres.ops.dispatch import LOADERS
 from fusedres.timing import bootstrap_interval, comparison, interleave
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +98,13 @@ def test_unknown_implementations_are_refused():
         build(BLOCK, "fusedres_auto_graph")
 
 
+def plant(monkeypatch, op, change):
+    """A native backend whose results of one op are changed."""
+    right = LOADERS["native"]()
+    wrong = replace(right, functions={**right.functions, op: lambda record: change(right(record))})
+    monkeypatch.setitem(LOADERS, "native", lambda: wrong)
+
+
 def a_case(name):
     return next(case for case in cases(SMALL[0], torch.float32, CPU) if case.name == name)
 
@@ -106,17 +114,12 @@ class TestOpsAgainstACopy:
     def test_bytes_and_ratio(self):
         case = a_case("bn_stats")
         found = cpu_ops.measure(case, 3)
-        (c,) = case.arguments
+        (c,) = case.op
         assert found["bytes"] == 4 * (c.numel() + 2 * c.shape[1])  # reads c, writes mean and var
         assert found["of_copy_low"] <= found["of_copy"] <= found["of_copy_high"]
 
     def test_a_wrong_kernel_is_not_measured(self, monkeypatch):
-        class Wrong(type(LOADERS["native"]())):
-            def bn_stats(self, c):
-                mean, var = super().bn_stats(c)
-                return mean, var * 1.01
-
-        monkeypatch.setitem(LOADERS, "native", Wrong)
+        plant(monkeypatch, BnStats, lambda found: (found[0], found[1] * 1.01))
         with pytest.raises(AssertionError, match="bn_stats"):
             cpu_ops.measure(a_case("bn_stats"), 3)
 
@@ -131,14 +134,14 @@ class TestConvolutionsAgainstTheLibrary:
         [
             (
                 POINTWISE,
-                ["conv_backward_weight", "conv_backward_input", "conv_backward_input", "conv1x1_forward"],
+                [ConvBackwardWeight, ConvBackwardInput, ConvBackwardInput, Conv1x1Forward],
             ),
-            (WINDOW, ["conv_backward_weight", "conv_bias_add_relu_forward"]),
+            (WINDOW, [ConvBackwardWeight, type(None)]),
         ],
     )
     def test_each_is_checked_and_timed(self, conv, ops):
         found = list(cpu_convolutions.contests(conv, 2, torch.float32))
-        assert [contest.op for contest in found] == ops
+        assert [type(contest.op) for contest in found] == ops
         for contest in found:
             times = cpu_convolutions.measure(contest, 3)
             assert times["ratio_low"] <= times["ratio"] <= times["ratio_high"]
@@ -150,11 +153,7 @@ class TestConvolutionsAgainstTheLibrary:
         torch.testing.assert_close(folded.ours(), folded.library())
 
     def test_a_wrong_kernel_is_not_measured(self, monkeypatch):
-        class Wrong(type(LOADERS["native"]())):
-            def conv_backward_weight(self, *args):
-                return super().conv_backward_weight(*args) * 1.01
-
-        monkeypatch.setitem(LOADERS, "native", Wrong)
+        plant(monkeypatch, ConvBackwardWeight, lambda dw: dw * 1.01)
         first = next(cpu_convolutions.contests(self.WINDOW, 2, torch.float32))
         with pytest.raises(AssertionError, match="weight gradient"):
             cpu_convolutions.measure(first, 3)

@@ -9,7 +9,7 @@ import torch
 from block_accuracy import assert_block_as_accurate_as_eager, by_recipe, inputs, read
 from block_forms import RECIPE_FORM_IDS, RECIPE_FORMS
 
-from fusedres.dispatch import dispatcher
+from fusedres.ops.dispatch import dispatcher
 
 every_form = pytest.mark.parametrize(("recipe", "form"), RECIPE_FORMS, ids=RECIPE_FORM_IDS)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import pytest
 import torch
 from accuracy import assert_as_accurate_as_eager, assert_same_float64, relative_error
-from block_accuracy import read
+from block_accuracy import by_recipe, read
 from block_forms import (
     FORMS,
     RECIPE_FORM_IDS,
@@ -26,8 +27,11 @@ from block_forms import (
 )
 
 import fusedres
-from fusedres.blocks import gram_form
+from fusedres.blocks import RECIPES, gram_form
 from fusedres.models import Bottleneck
+from fusedres.ops.backend import Backend
+from fusedres.ops.dispatch import Dispatcher
+from fusedres.ops.reference import REFERENCE
 
 every_form = pytest.mark.parametrize(("recipe", "form"), RECIPE_FORMS, ids=RECIPE_FORM_IDS)
 
@@ -81,6 +85,28 @@ def test_output_is_as_accurate_as_eager(recipe, form, dtype):
     exact, eager, actual = exact_block(x.double()), plain(x), fused(x)
     assert ran_as(fused, recipe)
     assert_as_accurate_as_eager(actual, eager, exact, "y")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ["bottleneck", "bottleneck-projection"])
+def test_a_backend_is_asked_once_for_each_op_that_it_runs(name, recipe):
+    asked, ran = Counter(), Counter()
+
+    def noting(op):
+        ran[type(op)] += 1
+        return REFERENCE(op)
+
+    def reason(op):
+        asked[type(op)] += 1
+
+    kinds = REFERENCE.functions
+    backend = Backend("noting", dict.fromkeys(kinds, noting), dict.fromkeys(kinds, reason))
+    form = next(f for f in FORMS if f.name == name)
+    block = form.build()
+    x, dy = tensors_for(form, block, torch.float32)
+    config, units = read(block, x)
+    by_recipe(Dispatcher((backend, REFERENCE)), recipe, config, x, units, dy)
+    assert asked == ran and len(ran) > 5
 
 
 IDENTITY_BLOCKS = [

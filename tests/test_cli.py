@@ -8,15 +8,16 @@ import subprocess
 import sys
 
 import pytest
+from called_ops import change_results
 from torch import nn
 from typer.testing import CliRunner
 
 from fusedres import __main__ as entry
-from fusedres import selftest
-from fusedres.backends.reference import ReferenceOps
 from fusedres.cli import app
 from fusedres.models import MODELS, BasicBlock
-from fusedres.op_cases import SMALL
+from fusedres.ops import selftest
+from fusedres.ops.cases import SMALL
+from fusedres.ops.contract import BnScaleShift
 
 run = CliRunner().invoke
 
@@ -125,10 +126,7 @@ def test_verify_shows_checks_and_exits_by_them(monkeypatch):
     arguments = ["verify", "fusedres:cifar_resnet20", "--size", "8", "--recipe", "separate"]
     result = run(app, [*arguments, "--json"])
     assert result.exit_code == 0 and json.loads(result.output)["passed"]
-    right = ReferenceOps.bn_scale_shift
-    monkeypatch.setattr(
-        ReferenceOps, "bn_scale_shift", lambda self, mean, *rest: right(self, mean * 1.01, *rest)
-    )
+    change_results(monkeypatch, BnScaleShift, lambda v: v._replace(scale=v.scale * 1.01))
     result = run(app, arguments)
     assert result.exit_code == 1 and "FAIL" in result.output
 

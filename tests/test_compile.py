@@ -299,8 +299,8 @@ class TestRecipeAuto:
         assert graphs.count(BLOCK) == [0]
 
     def test_fuses_what_the_table_of_compiled_graphs_names(self, graphs, monkeypatch):
-        backend = fusedres.dispatch.dispatcher().serving(
-            "bn_stats", torch.empty(2, 8, 2, 2).to(memory_format=torch.channels_last)
+        backend = fusedres.ops.dispatch.dispatcher().backend_on(
+            torch.empty(2, 8, 2, 2).to(memory_format=torch.channels_last)
         )
         entry = {("cpu", backend, torch.float32, True): (choice.Measured("separate", 0, 0, ""),)}
         monkeypatch.setattr(choice, "TABLE", {})
@@ -313,7 +313,7 @@ class TestRecipeAuto:
         assert graphs.count(BLOCK) == [1, 0]
 
 
-BACKENDS = fusedres.dispatch.backend_names()
+BACKENDS = fusedres.ops.dispatch.backend_names()
 
 
 def test_export_keeps_the_original_operations():

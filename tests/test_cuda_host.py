@@ -11,7 +11,8 @@ from cuda_host_ops import HostCudaOps
 from raw_op_cases import Case, Inputs
 from raw_op_checks import CHECKS
 
-from fusedres.backends.reference import pack_mask
+from fusedres.ops.contract import BnAddReluForward
+from fusedres.ops.reference import pack_mask
 
 pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="no CUDA headers here")
 
@@ -48,7 +49,7 @@ def test_vectors_of_the_last_block_equal_those_of_the_separate_kernels(ops, case
 def test_mask_bits_past_the_last_element_are_zero(ops, channels):
     inputs = Inputs(Case("tail", (1, channels, 3, 7)))
     c = inputs.c()
-    y, mask = ops.bn_add_relu_forward(c, torch.ones(channels), torch.ones(channels), save_mask=True)
+    y, mask = ops(BnAddReluForward(c, torch.ones(channels), torch.ones(channels), save_mask=True))
     assert torch.equal(mask, pack_mask(~(y <= 0)))
 
 

@@ -4,43 +4,57 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fusedres import BackendUnavailableError, use_backend
-from fusedres.backends.reference import ReferenceOps
-from fusedres.dispatch import Dispatcher, backend_names, dispatcher
-from fusedres.raw_ops import RAW_OPS
+from fusedres.ops.backend import Backend
+from fusedres.ops.contract import RAW_OPS, BnStats, Gram, op_name
+from fusedres.ops.dispatch import Dispatcher, backend_names, dispatcher
+from fusedres.ops.fake import FAKE
+from fusedres.ops.reference import REFERENCE
 
 
-class Picky(ReferenceOps):
-    """Serves bn_stats on float32 only."""
-
-    name = "picky"
-
-    def supports(self, op, *args, **kwargs):
-        if op != "bn_stats":
-            return "not_implemented"
-        return None if args[0].dtype is torch.float32 else "dtype"
-
-    def bn_stats(self, c):
-        return c.sum(), c.sum()
+def only_float32(op):
+    return None if op.c.dtype is torch.float32 else "dtype"
 
 
-def test_a_call_goes_to_the_first_backend_that_supports_it():
-    ops = Dispatcher((Picky(), ReferenceOps()))
-    c = torch.ones(2, 3, 2, 2)
-    assert ops.bn_stats(c)[0] == 24
-    assert torch.equal(ops.bn_stats(c.double())[0], torch.ones(3, dtype=torch.float64))
-    assert ops.explain("bn_stats", c.double()) == [("picky", "dtype"), ("reference", None)]
-    assert ops.serving("bn_stats", c) == "picky" and ops.serving("gram", c) == "reference"
+PICKY = Backend("picky", {BnStats: lambda op: (op.c.sum(), op.c.sum())}, {BnStats: only_float32})
 
 
-def test_every_raw_op_is_a_method():
-    ops = dispatcher("reference")
-    assert all(callable(getattr(ops, op)) for op in RAW_OPS)
-    assert all(hasattr(ReferenceOps, op) for op in RAW_OPS)
+def test_a_call_goes_to_the_first_backend_that_serves_it():
+    ops = Dispatcher((PICKY, REFERENCE))
+    c, v = torch.ones(2, 3, 2, 2), torch.ones(3)
+    assert ops(BnStats(c))[0] == 24
+    assert torch.equal(ops(BnStats(c.double()))[0], torch.ones(3, dtype=torch.float64))
+    assert [PICKY.reason(op) for op in (BnStats(c), BnStats(c.double()), Gram(c, v, v))] == [
+        None,
+        "dtype",
+        "no_kernel",
+    ]
+    assert ops.serving(BnStats(c)) is PICKY and ops.serving(Gram(c, v, v)) is REFERENCE
+    assert ops.backend_on(c) == "picky" and ops.backend_on(c.double()) == "reference"
+
+
+def test_a_backend_is_asked_once_a_call():
+    asked = []
+    noting = replace(PICKY, reasons={BnStats: asked.append})
+    ops, op = Dispatcher((noting, REFERENCE)), BnStats(torch.ones(2, 3, 2, 2))
+    ops(op)
+    ops.serving(op)(op)
+    assert len(asked) == 2
+
+
+def test_a_call_that_nobody_serves_says_why():
+    with pytest.raises(BackendUnavailableError, match=r"no backend serves this bn_stats \(picky: dtype\)"):
+        Dispatcher((PICKY,))(BnStats(torch.ones(2, 3, 2, 2).double()))
+
+
+def test_the_reference_and_the_fake_have_every_raw_op():
+    assert set(REFERENCE.functions) == set(FAKE.functions) == set(RAW_OPS.values())
+    assert not REFERENCE.reasons and all(RAW_OPS[op_name(op)] is op for op in REFERENCE.functions)
 
 
 def test_context_and_environment_choose(monkeypatch):

@@ -9,13 +9,24 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fusedres import doctor, selftest
-from fusedres.backends import native, native_reasons
-from fusedres.backends.reference import ReferenceOps
+from fusedres import doctor
 from fusedres.cli import app
-from fusedres.dispatch import LOADERS
-from fusedres.op_cases import SMALL, cases
-from fusedres.raw_ops import RAW_OPS
+from fusedres.ops import selftest
+from fusedres.ops.backend import Backend
+from fusedres.ops.cases import SMALL, cases
+from fusedres.ops.contract import (
+    RAW_OPS,
+    BnReluMaxpoolForward,
+    BnScaleShift,
+    BnStats,
+    Conv1x1Forward,
+    ConvBackwardWeight,
+    Gram,
+    op_name,
+)
+from fusedres.ops.dispatch import LOADERS
+from fusedres.ops.native import functions, library
+from fusedres.ops.reference import REFERENCE
 
 CPU = torch.device("cpu")
 run = CliRunner().invoke
@@ -26,64 +37,62 @@ EMPTY = {
 }
 
 
-class Broken(ReferenceOps):
-    """Wrong in one op, each in its own way, and raising in another."""
+def changed(op, change):
+    """The reference's function of an op, with its result changed."""
+    right = REFERENCE.functions[op]
+    return {op: lambda record: change(right(record))}
 
-    name = "broken"
 
-    def bn_stats(self, c):
-        mean, var = super().bn_stats(c)
-        return mean, var * (1 + 1e-4)
+def raising(record):
+    raise RuntimeError("no kernel image is available")
 
-    def conv_bias_add_relu_forward(self, *args):
-        raise RuntimeError("no kernel image is available")
 
-    def bn_relu_maxpool_forward(self, *args):
-        y, indices = super().bn_relu_maxpool_forward(*args)
-        return y, torch.where(indices == 255, 0, indices)
-
-    def bn_scale_shift(self, *args):
-        vectors = super().bn_scale_shift(*args)
-        return vectors._replace(shift=vectors.shift[:-1])
-
-    def gram(self, *args):
-        m, S = super().gram(*args)
-        return m, torch.full_like(S, float("nan"))
-
-    def supports(self, op, *args, **kwargs):
-        return "not_here" if op == "conv1x1_forward" else None
+# wrong in some ops, each in its own way, and raising in another
+BROKEN = Backend(
+    "broken",
+    {
+        **REFERENCE.functions,
+        **changed(BnStats, lambda found: (found[0], found[1] * (1 + 1e-4))),
+        **changed(BnReluMaxpoolForward, lambda found: (found[0], torch.where(found[1] == 255, 0, found[1]))),
+        **changed(BnScaleShift, lambda vectors: vectors._replace(shift=vectors.shift[:-1])),
+        **changed(Gram, lambda found: (found[0], torch.full_like(found[1], float("nan")))),
+        ConvBackwardWeight: raising,
+    },
+    {Conv1x1Forward: lambda record: "not_here"},
+)
 
 
 @pytest.fixture
 def with_broken_backend(monkeypatch):
-    monkeypatch.setitem(LOADERS, "broken", Broken)
+    monkeypatch.setitem(LOADERS, "broken", lambda: BROKEN)
     monkeypatch.setattr(selftest, "SMALL", SMALL[:1])
 
 
 def test_cases_cover_every_raw_op():
-    assert {case.op for case in cases(SMALL[0], torch.float32, CPU)} == set(RAW_OPS)
+    assert {type(case.op) for case in cases(SMALL[0], torch.float32, CPU)} == set(RAW_OPS.values())
 
 
 @pytest.mark.parametrize("dtype", selftest.DTYPES, ids=doctor.dtype_name)
 def test_plain_pytorch_passes_the_self_test_in_every_dtype(dtype):
     for case in cases(SMALL[1], dtype, CPU):
-        assert selftest.outcome(ReferenceOps(), CPU, dtype, case).problem is None, case.name
+        assert selftest.outcome(REFERENCE, CPU, dtype, case).problem is None, case.name
 
 
 def test_every_backend_passes_here():
     outcomes = selftest.run()
     assert [o for o in outcomes if o.problem] == []
-    assert native.is_built() == any(o.backend == "native" and not o.unserved for o in outcomes)
+    assert library.is_built() == any(o.backend == "native" and not o.unserved for o in outcomes)
 
 
-@pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+@pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 def test_every_native_op_is_tested_and_shown_where_it_serves():
     """In float32 on the CPU; convolutions in each form that has a kernel of its own."""
-    backend, forms = native.NativeOps(), {"conv1x1_forward/inference", "conv_backward_input/strided"}
+    backend, forms = functions.backend(), {"conv1x1_forward/inference", "conv_backward_input/strided"}
     for shape in SMALL[-2:]:
         called = list(cases(shape, torch.float32, CPU))
-        tested = {case.name for case in called if backend.supports(case.op, *case.arguments) is None}
-        assert {name.partition("/")[0] for name in tested} == set(native_reasons.REASONS) and forms <= tested
+        tested = {case.name for case in called if backend.reason(case.op) is None}
+        assert {name.partition("/")[0] for name in tested} == {op_name(op) for op in backend.functions}
+        assert forms <= tested
     (row,) = [row for row in doctor.serving() if (row["device"], row["dtype"]) == ("cpu", "float32")]
     assert {name for name, served_by in row.items() if served_by == "native"} == tested
 
@@ -92,10 +101,10 @@ def test_the_self_test_finds_wrong_results(with_broken_backend):
     wrong = {
         o.case.partition("/")[0]: o.problem for o in selftest.run() if o.backend == "broken" and o.problem
     }
-    raising = "conv_bias_add_relu_forward"
-    assert set(wrong) == {"bn_stats", raising, "bn_relu_maxpool_forward", "bn_scale_shift", "gram"}
+    failed = "conv_backward_weight"
+    assert set(wrong) == {"bn_stats", failed, "bn_relu_maxpool_forward", "bn_scale_shift", "gram"}
     assert "result 1 has error 1.0e-04" in wrong["bn_stats"] and "nan" in wrong["gram"]
-    assert wrong[raising] == "RuntimeError: no kernel image is available"
+    assert wrong[failed] == "RuntimeError: no kernel image is available"
     assert "result 1 differs in" in wrong["bn_relu_maxpool_forward"]
     assert "result 4 is torch.float32 [7], needed torch.float32 [8]" in wrong["bn_scale_shift"]
 
@@ -148,19 +157,19 @@ def test_an_op_served_by_plain_pytorch_once_is_not_said_to_have_no_kernel():
 
 
 def test_an_installation_without_the_library(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "absent.so")
     monkeypatch.delitem(LOADERS, "native", raising=False)
-    native.load.cache_clear()
+    library.load.cache_clear()
     try:
-        library = doctor.native_library()
-        assert "is not there" in library["problem"] and library["cpu_kernels"] is None
-        assert "pip install --no-build-isolation ." in library["problem"], "else the build does not see torch"
+        found = doctor.native_library()
+        assert "is not there" in found["problem"] and found["cpu_kernels"] is None
+        assert "pip install --no-build-isolation ." in found["problem"], "else the build does not see torch"
         assert "the native backend is absent" in doctor.advice()[0]
     finally:
-        native.load.cache_clear()
+        library.load.cache_clear()
 
 
-@pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+@pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 def test_gpus_with_and_without_code(monkeypatch):
     """Two devices, as torch and the library would describe them."""
     described = [SimpleNamespace(name="A", major=9, minor=0, total_memory=2**36)]

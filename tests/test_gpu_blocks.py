@@ -12,8 +12,8 @@ from block_accuracy import assert_block_as_accurate_as_eager, by_recipe, inputs,
 from block_forms import FORMS, BlockForm, bottleneck, one_step, patched, projection, ran_as, randomize
 from triton_interpreted_blocks import CASES as TRAPS
 
-from fusedres.dispatch import LOADERS, dispatcher
 from fusedres.models import Bottleneck
+from fusedres.ops.dispatch import LOADERS, dispatcher
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conv1x1_cases import Conv1x1Case
+from conv1x1_cases import ConvCase
 from raw_op_cases import cases_of
 from raw_op_checks import CHECKS
 from test_native_ops import Recorder, expected_backend
 from triton_interpreted_ops import check, selected
 
-from fusedres.backends.triton import PRODUCTS
-from fusedres.dispatch import LOADERS
+from fusedres.ops.contract import RAW_OPS
+from fusedres.ops.dispatch import LOADERS
+from fusedres.ops.triton_reasons import PRODUCTS
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -26,7 +27,7 @@ NATIVE = [(op, case) for op in CHECKS if not op.startswith("conv") for case in c
 
 
 def left_to_the_reference(op, case):
-    return op in PRODUCTS and case.dtype == torch.float32
+    return RAW_OPS.get(op) in PRODUCTS and case.dtype == torch.float32
 
 
 @pytest.mark.skipif("native" not in LOADERS, reason="no compiled library in this installation")
@@ -39,7 +40,7 @@ def test_native(op, case, dtype):
         assert {name for called, name in ops.served if called == op} == {expected_backend(op, case)}
 
 
-MANY_ROWS = Conv1x1Case("P200704", (64, 64, 56, 56), form="mask_center", cout=64, dy_mean=1.0)
+MANY_ROWS = ConvCase("P200704", (64, 64, 56, 56), form="mask_center", cout=64, dy_mean=1.0)
 
 
 @pytest.mark.parametrize("bias", [3.0, 30.0])

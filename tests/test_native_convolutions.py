@@ -10,16 +10,17 @@ from raw_op_cases import Case, bits, cases_of
 from raw_op_checks import CHECKS
 from test_native_ops import Recorder
 
-from fusedres.backends import native, native_reasons
-from fusedres.dispatch import dispatcher
+from fusedres.ops.contract import Conv1x1Forward, ConvBackwardInput, ConvBackwardWeight
+from fusedres.ops.dispatch import dispatcher
+from fusedres.ops.native import functions, library, reasons
 
-pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+pytestmark = pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def product_dtypes():
-    found = native_reasons.product_dtypes() if native.is_built() else ()
+    found = reasons.product_dtypes() if library.is_built() else ()
     absent = pytest.mark.skip(reason="no products of bfloat16 on this processor")
     return [pytest.param(d, id=n, marks=() if d in found else absent) for n, d in DTYPES.items()]
 
@@ -30,7 +31,7 @@ WEIGHT_GRADIENTS = [c for c in cases_of("conv_backward_weight") if c.layout in (
 @pytest.mark.parametrize("dtype", product_dtypes())
 @pytest.mark.parametrize("case", [c for c in WEIGHT_GRADIENTS if c.form != "groups"], ids=str)
 def test_weight_gradient_kernel_of_any_size(case, dtype):
-    CHECKS["conv_backward_weight"](native.NativeOps(), replace(case, dtype=dtype))
+    CHECKS["conv_backward_weight"](functions.backend(), replace(case, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", product_dtypes())
@@ -40,7 +41,7 @@ def test_weight_gradient_kernel_of_more_than_it_copies_at_once(form, shape, dtyp
     """Of positions, which pieces share that end inside an image, and of input channels."""
     first = next(c for c in WEIGHT_GRADIENTS if c.form == form)
     case = replace(first, id="large", shape=shape, layout="channels_last", dtype=dtype)
-    CHECKS["conv_backward_weight"](native.NativeOps(), case)
+    CHECKS["conv_backward_weight"](functions.backend(), case)
 
 
 @pytest.mark.parametrize("dtype", product_dtypes())
@@ -53,7 +54,7 @@ def test_weight_gradient_does_not_depend_on_the_number_of_threads(cin, window, d
     try:
         for count in (1, 2, 5, 8, 16, 24):
             torch.set_num_threads(count)
-            found.append(native.NativeOps().conv_backward_weight(dy, x, *window))
+            found.append(functions.backend()(ConvBackwardWeight(dy, x, *window)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found)
@@ -65,9 +66,9 @@ def test_weight_gradient_is_left_to_the_library_where_threads_would_have_little_
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(18)
-        assert native.NativeOps().supports("conv_backward_weight", *args) is None
+        assert functions.backend().reason(ConvBackwardWeight(*args)) is None
         torch.set_num_threads(19)
-        assert native.NativeOps().supports("conv_backward_weight", *args) == "too_many_threads"
+        assert functions.backend().reason(ConvBackwardWeight(*args)) == "too_many_threads"
     finally:
         torch.set_num_threads(threads)
 
@@ -80,13 +81,13 @@ PRODUCTS = [c for c in conv1x1_cases.cases_of("conv1x1_forward") if c.form in EP
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_product_with_its_epilogue(case, dtype, monkeypatch):
     """A 1x1 convolution of inference: by the kernel wherever the activations are dense channels_last."""
-    monkeypatch.setattr(native_reasons, "FEWEST_SUMMED", 1)
+    monkeypatch.setattr(reasons, "FEWEST_SUMMED", 1)
     ops, case = Recorder(), replace(case, dtype=DTYPES[dtype])
     conv1x1_checks.CHECKS["conv1x1_forward"](ops, case)
     dense = case.layout in ("channels_last", "offset")
     dense = dense or (case.form == "affine" and case.layout in ("mixed", "expanded"))
     half = case.dtype == torch.bfloat16
-    dense = dense and not (half and (case.dtype not in native_reasons.product_dtypes() or case.shape[1] % 2))
+    dense = dense and not (half and (case.dtype not in reasons.product_dtypes() or case.shape[1] % 2))
     served = {name for op, name in ops.served if op == "conv1x1_forward"}
     assert served == {"native" if dense else "reference"}
 
@@ -94,8 +95,8 @@ def test_product_with_its_epilogue(case, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", product_dtypes())
 @pytest.mark.parametrize("form", EPILOGUES)
 def test_product_of_more_than_it_sums_at_once(form, dtype):
-    case = conv1x1_cases.Conv1x1Case("large", (2, 1030, 7, 9), cout=150, form=form, dtype=dtype)
-    conv1x1_checks.CHECKS["conv1x1_forward"](native.NativeOps(), case)
+    case = conv1x1_cases.ConvCase("large", (2, 1030, 7, 9), cout=150, form=form, dtype=dtype)
+    conv1x1_checks.CHECKS["conv1x1_forward"](functions.backend(), case)
 
 
 @pytest.mark.parametrize(
@@ -123,26 +124,26 @@ def test_product_says_what_is_wrong(change, message):
     for name, value in args.items():
         if value is not None and value.dim() == 4:
             args[name] = value.contiguous(memory_format=torch.channels_last)
-    native.load()
+    library.load()
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fusedres_native.conv1x1_forward(**args, relu=True)
 
 
 @pytest.mark.parametrize("wanted", ["save_mask", "save_stats"])
 def test_product_of_which_more_is_wanted_is_left_to_another_backend(wanted):
-    """Also where that is asked for by keyword: the kernel would leave it out."""
+    """The kernel would leave it out."""
     x, weight = (
         torch.randn(2, 16, 3, 3).contiguous(memory_format=torch.channels_last),
         torch.randn(8, 16, 1, 1),
     )
-    args = x, weight, None, 1, None, None, torch.rand(8), torch.rand(8)
-    assert dispatcher("native").serving("conv1x1_forward", *args) == "native"
-    out = dispatcher("native").conv1x1_forward(*args, **{wanted: True})
+    op, ops = Conv1x1Forward(x, weight, scale=torch.rand(8), shift=torch.rand(8)), dispatcher("native")
+    assert ops.serving(op).name == "native"
+    out = ops(op._replace(**{wanted: True}))
     assert (out.mask if wanted == "save_mask" else out.mean) is not None
 
 
 def test_products_without_results_come_to_an_end():
-    native.load()
+    library.load()
     ops, x, none = torch.ops.fusedres_native, torch.zeros(2, 8, 5, 5), torch.zeros(0)
     x = x.contiguous(memory_format=torch.channels_last)
     y = ops.conv1x1_forward(x, torch.zeros(0, 8, 1, 1), none, none, None, None, None, True)
@@ -151,12 +152,12 @@ def test_products_without_results_come_to_an_end():
 
 
 def test_products_of_bfloat16_say_what_they_need():
-    native.load()
+    library.load()
     vector = torch.zeros(16)
     x, weight = torch.zeros(2, 7, 5, 5), torch.zeros(16, 7, 1, 1)
     x, weight = (t.to(torch.bfloat16, memory_format=torch.channels_last) for t in (x, weight))
     wanted = "x is 7 channels, needed an even number"
-    if torch.bfloat16 not in native_reasons.product_dtypes():
+    if torch.bfloat16 not in reasons.product_dtypes():
         wanted = "x is bfloat16, needed float32 on this processor"
     with pytest.raises(RuntimeError, match=wanted):
         torch.ops.fusedres_native.conv1x1_forward(x, weight, vector, vector, None, None, None, True)
@@ -170,7 +171,7 @@ INPUT_GRADIENTS = ("1x1_mask", "1x1_identity", "1x1", "1x1s2_identity")
 def test_input_gradient_kernel_of_more_than_it_multiplies_at_once(form, dtype):
     """Of positions, of input and of output channels, none of them in whole tiles."""
     case = Case("large", (2, 600, 11, 13), form=form, dtype=dtype)
-    CHECKS["conv_backward_input"](native.NativeOps(), case)
+    CHECKS["conv_backward_input"](functions.backend(), case)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -181,9 +182,9 @@ def test_input_gradient_into_the_storage_of_another(dtype, stride):
     dy = torch.randn(3, 40, -(-9 // stride), -(-7 // stride))
     dy = dy.to(x.dtype, memory_format=torch.channels_last)
     args = dy, x, weight, (stride, stride), (0, 0), (1, 1), 1, shortcut
-    expected = native.NativeOps().conv_backward_input(*args)
+    expected = functions.backend()(ConvBackwardInput(*args))
     assert expected is not shortcut
-    dx = native.NativeOps().conv_backward_input(*args, reuse_shortcut=True)
+    dx = functions.backend()(ConvBackwardInput(*args, reuse_shortcut=True))
     assert dx is shortcut and torch.equal(bits(dx.contiguous()), bits(expected.contiguous()))
 
 
@@ -194,7 +195,7 @@ def test_input_gradient_does_not_depend_on_the_number_of_threads():
     try:
         for count in (1, 2, 5, 16):
             torch.set_num_threads(count)
-            found.append(native.NativeOps().conv_backward_input(dy, x, weight, (1, 1), (0, 0), (1, 1), 1))
+            found.append(functions.backend()(ConvBackwardInput(dy, x, weight, (1, 1), (0, 0), (1, 1), 1)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found)
@@ -228,13 +229,13 @@ def test_input_gradient_says_what_is_wrong(change, message):
     args.setdefault(
         "shortcut_mask", torch.zeros(-(-2 * args["weight"].shape[1] * 25 // 8), dtype=torch.uint8)
     )
-    native.load()
+    library.load()
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fusedres_native.conv_backward_input(**args)
 
 
 def test_input_gradient_in_place_says_what_is_wrong():
-    native.load()
+    library.load()
     dx, dy = (torch.zeros(2, c, 5, 5).contiguous(memory_format=torch.channels_last) for c in (16, 8))
     with pytest.raises(
         RuntimeError, match=r"dy is \[2, 8, 5, 5\], needed the output's shape, 3 along dimension 2"
@@ -264,4 +265,4 @@ def test_weight_gradient_says_what_is_wrong(change, message):
     args |= change
     dy, x = (args[k].contiguous(memory_format=torch.channels_last) for k in ("dy", "x"))
     with pytest.raises(RuntimeError, match=message):
-        native.NativeOps().conv_backward_weight(dy, x, (3, 3), args["stride"], (1, 1), args["dilation"], 1)
+        functions.backend()(ConvBackwardWeight(dy, x, (3, 3), args["stride"], (1, 1), args["dilation"], 1))

@@ -13,9 +13,9 @@ import native_avx512_build
 import pytest
 
 import fusedres
-from fusedres.backends import native
+from fusedres.ops.native import library
 
-pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+pytestmark = pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 
 
 def run_every_check(capability: str, **environment: str) -> None:

@@ -12,9 +12,19 @@ import pytest
 import torch
 
 import fusedres
-from fusedres.backends import native, native_reasons
+from fusedres.ops.backend import REASONS
+from fusedres.ops.contract import (
+    BnAddReluForward,
+    BnScaleShift,
+    BnStats,
+    Conv1x1Forward,
+    ConvBackwardInput,
+    ConvBackwardWeight,
+    Gram,
+)
+from fusedres.ops.native import functions, library, reasons
 
-pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+pytestmark = pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 
 
 def image(channels=8, dtype=torch.float32, size=4):
@@ -23,7 +33,7 @@ def image(channels=8, dtype=torch.float32, size=4):
 
 @pytest.fixture
 def ops():
-    native.load()
+    library.load()
     return torch.ops.fusedres_native
 
 
@@ -166,15 +176,32 @@ def test_refuses(ops, what):
 
 
 def test_supports_says_why():
-    backend, c = native.NativeOps(), image()
-    assert backend.supports("bn_stats", c) is None
-    assert backend.supports("bn_stats", c.half()) == "dtype_float16"
-    assert backend.supports("bn_stats", c.double()) == "dtype_float64"
-    assert backend.supports("bn_stats", c.contiguous()) == "layout_not_channels_last"
-    assert backend.supports("bn_stats", c.to("meta")) == "device_meta"
-    assert backend.supports("bn_add_relu_forward", c, v, v, c.bfloat16()) == "arguments_differ"
-    assert backend.supports("bn_scale_shift", v, v, v.half(), v, 1e-5) == "vector_not_float32"
-    assert backend.supports("gram", c, v, v) == "no_kernel"
+    backend, c = functions.backend(), image()
+    weight, window = torch.ones(4, 8, 1, 1), ((1, 1), (0, 0), (1, 1))
+    expected = (
+        (BnStats(c), None),
+        (BnStats(c.half()), "dtype_float16"),
+        (BnStats(c.double()), "dtype_float64"),
+        (BnStats(c.contiguous()), "not_channels_last"),
+        (BnStats(c.to("meta")), "device_meta"),
+        (BnStats(image(0)), "no_channels"),
+        (BnAddReluForward(c, v, v, c.bfloat16()), "mixed_dtypes"),
+        (BnAddReluForward(c, v, v, c.to("meta")), "mixed_devices"),
+        (BnAddReluForward(c, v, v, c[0]), "not_four_dimensional"),
+        (BnScaleShift(v, v, v.half(), v, 1e-5), "vector_not_float32"),
+        (BnScaleShift(v, v, torch.ones(16)[::2], v, 1e-5), "vector_not_dense"),
+        (BnScaleShift(v, v, v.to("meta"), v, 1e-5), "mixed_devices"),
+        (Gram(c, v, v), "no_kernel"),
+        (Conv1x1Forward(c, weight, save_stats=True), "in_training"),
+        (Conv1x1Forward(c, weight, v[:4], scale=v[:4], shift=v[:4]), "stride_or_bias"),
+        (ConvBackwardInput(c, c, torch.ones(8, 8, 3, 3), *window, 1), "not_pointwise"),
+        (ConvBackwardInput(c, c, torch.ones(8, 8, 1, 1).double(), *window, 1), "mixed_dtypes"),
+        (ConvBackwardInput(c, c, torch.ones(8, 8, 1, 1), (2, 2), *window[1:], 1), "library_as_fast"),
+        (ConvBackwardWeight(c, c, (3, 3), (1, 1), (1, 1), (1, 1), 2), "groups"),
+    )
+    for op, reason in expected:
+        assert backend.reason(op) == reason, (type(op).__name__, reason)
+        assert reason is None or any(reason == code or reason.startswith(f"{code}_") for code in REASONS)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -191,8 +218,8 @@ def test_statistics_repeat_bitwise_for_a_thread_count(ops, threads, dtype):
 
 
 def test_needs_only_the_stable_abi_and_an_old_system():
-    assert native_symbols.violations(native.LIBRARY) == []
-    assert "libtorch_cpu.so" in native_symbols.needed_libraries(native.LIBRARY)
+    assert native_symbols.violations(library.LIBRARY) == []
+    assert "libtorch_cpu.so" in native_symbols.needed_libraries(library.LIBRARY)
 
 
 BAD_LIBRARY = """
@@ -236,7 +263,7 @@ import warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import fusedres
-from fusedres import dispatch
+from fusedres.ops import dispatch
 said = [str(w.message) for w in caught]
 assert len(said) == 1 and {needed!r} in said[0], said
 assert "native" not in dispatch.LOADERS and dispatch.dispatcher().backends[-1].name == "reference"
@@ -254,7 +281,7 @@ def package_with(library, folder):
     source = Path(fusedres.__file__).parent
     shutil.copytree(source, folder / "fusedres", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     if library is not None:
-        (folder / "fusedres" / native.LIBRARY.name).write_bytes(library)
+        (folder / "fusedres" / library.LIBRARY.name).write_bytes(library)
     return folder
 
 
@@ -264,7 +291,7 @@ CUTS = {"half": 0.5, "one byte": 1 - 1e-9, "headers": 100, "first header": 60}
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_library_cut_short_is_one_warning_and_the_fallback(tmp_path, cut):
-    whole = native.LIBRARY.read_bytes()
+    whole = library.LIBRARY.read_bytes()
     size = int(CUTS[cut] if CUTS[cut] > 1 else CUTS[cut] * len(whole))
     needed = "does not load" if size < 64 else f"cut short: found {size} bytes, needed "
     done = run_python(FALLBACK.format(needed=needed), package_with(whole[:size], tmp_path))
@@ -278,14 +305,14 @@ def test_a_broken_library_is_one_warning_and_the_fallback(tmp_path):
 
 
 def test_no_library_is_the_fallback_and_says_so_when_asked(tmp_path):
-    code = "from fusedres import dispatch\ndispatch.check_backend('native')"
+    code = "from fusedres.ops import dispatch\ndispatch.check_backend('native')"
     done = run_python(code, package_with(None, tmp_path))
     assert "BackendUnavailableError" in done.stderr and "is not there" in done.stderr, done.stderr
 
 
 def test_a_second_copy_of_the_library_is_one_warning_and_the_fallback(tmp_path):
-    copy = tmp_path / native.LIBRARY.name
-    shutil.copy(native.LIBRARY, copy)
+    copy = tmp_path / library.LIBRARY.name
+    shutil.copy(library.LIBRARY, copy)
     first = f"import torch\ntorch.ops.load_library({str(copy)!r})\n"
     done = run_python(first + FALLBACK.format(needed=f"the operators of fusedres_native are those of {copy}"))
     assert done.returncode == 0, done.stderr
@@ -293,21 +320,21 @@ def test_a_second_copy_of_the_library_is_one_warning_and_the_fallback(tmp_path):
 
 def test_the_same_library_by_another_path_is_loaded(tmp_path):
     link = tmp_path / "link.so"
-    link.symlink_to(native.LIBRARY)
+    link.symlink_to(library.LIBRARY)
     first = f"import ctypes, torch\nctypes.CDLL({str(link)!r})\n"
-    done = run_python(first + "from fusedres import dispatch\nassert 'native' in dispatch.LOADERS")
+    done = run_python(first + "from fusedres.ops import dispatch\nassert 'native' in dispatch.LOADERS")
     assert done.returncode == 0, done.stderr
 
 
 def test_a_library_of_other_sources_is_one_warning_and_the_fallback(monkeypatch):
-    monkeypatch.setattr(native, "LIBRARY_OPS", (*native.LIBRARY_OPS, "op_of_tomorrow"))
-    native.load.cache_clear()
+    monkeypatch.setattr(library, "LIBRARY_OPS", (*library.LIBRARY_OPS, "op_of_tomorrow"))
+    library.load.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="other sources, it lacks op_of_tomorrow") as caught:
-            assert native.loaders() == {}
+            assert not library.is_usable()
         assert len(caught) == 1
     finally:
-        native.load.cache_clear()
+        library.load.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -322,14 +349,14 @@ def test_a_gpu_that_the_library_does_not_serve_is_one_warning_and_the_fallback(o
     monkeypatch.setattr(ops, "cuda_device_problem", lambda index: problem if index else "")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     served, other = torch.device("cuda", 0), torch.device("cuda", 1)
-    native_reasons.device_reason.cache_clear()
+    reasons.device_reason.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match=rf"does not run on cuda:1 \(a GPU\): {problem}") as caught:
-            assert [native_reasons.device_reason(other) for _ in range(3)] == ["no_code_for_device"] * 3
-            assert native_reasons.device_reason(served) is None
+            assert [reasons.device_reason(other) for _ in range(3)] == ["no_code_for_device"] * 3
+            assert reasons.device_reason(served) is None
         assert len(caught) == 1
     finally:
-        native_reasons.device_reason.cache_clear()
+        reasons.device_reason.cache_clear()
 
 
 def test_the_library_says_which_gpus_it_serves(ops):
@@ -340,7 +367,7 @@ def test_the_library_says_which_gpus_it_serves(ops):
 
 
 def test_a_processor_without_avx2_has_no_native_backend():
-    code = "from fusedres import dispatch\nassert 'native' not in dispatch.LOADERS"
+    code = "from fusedres.ops import dispatch\nassert 'native' not in dispatch.LOADERS"
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],
         env={"PATH": "/usr/bin", "ATEN_CPU_CAPABILITY": "default"},

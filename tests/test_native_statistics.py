@@ -7,15 +7,16 @@ import torch
 from accuracy import assert_as_accurate_as_eager
 from torch import nn
 
-from fusedres.backends import native
-from fusedres.backends.reference import ReferenceOps
+from fusedres.ops.contract import BnStats
+from fusedres.ops.native import functions, library
+from fusedres.ops.reference import REFERENCE
 
-pytestmark = pytest.mark.skipif(not native.is_built(), reason="no compiled library in this installation")
+pytestmark = pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@pytest.mark.parametrize("ops", [native.NativeOps, ReferenceOps], ids=["native", "reference"])
+@pytest.mark.parametrize("ops", [functions.NATIVE, REFERENCE], ids=["native", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_of_infinities_are_those_of_eager(ops, dtype):
     """The mean of a channel with an infinity is infinite in torch's BatchNorm2d on the CPU, at any row."""
@@ -29,7 +30,7 @@ def test_statistics_of_infinities_are_those_of_eager(ops, dtype):
                 poisoned[first : first + len(values), 3, 0, 0] = torch.tensor(values, dtype=c.dtype)
                 bn = torch.nn.BatchNorm2d(8, momentum=1.0)
                 bn(poisoned)
-                mean, var = ops().bn_stats(poisoned)
+                mean, var = ops(BnStats(poisoned))
                 place = f"{values} at {first} of {rows}"
                 assert torch.equal(mean[3].nan_to_num(nan=0.0), bn.running_mean[3].nan_to_num(nan=0.0)), place
                 assert var[3].isnan() and bn.running_var[3].isnan(), place
@@ -47,7 +48,7 @@ def assert_as_eager(c, what):
     rows = c.permute(0, 2, 3, 1).flatten(0, 2).double()
     exact = rows.mean(0), rows.var(0, correction=0)
     for name, *values in zip(
-        ("mean", "var"), native.NativeOps().bn_stats(c), eager_statistics(c), exact, strict=True
+        ("mean", "var"), functions.backend()(BnStats(c)), eager_statistics(c), exact, strict=True
     ):
         assert_as_accurate_as_eager(*values, f"{name}, {what}")
 

@@ -1,80 +1,84 @@
-"""Every operator of torch: torch's own checks of schema, fake and tracing, and the results of the raw op behind it."""
+"""Blocks and stem as operators of torch: torch's own checks of schema, fake and tracing; and the fake of each op."""
 
 from dataclasses import replace
 
-import conv1x1_cases
-import conv1x1_checks
 import pytest
-import raw_op_cases
-import raw_op_checks
 import torch
-from block_forms import FORMS, tensors_for
-from opaque_operators import Operators
-from raw_op_harness import poisoned_memory
+from block_forms import FORMS as BLOCK_FORMS
+from block_forms import tensors_for
+from every_raw_op import CHECKS, FORMS, SHAPES
+from raw_op_harness import assert_like_fake, poisoned_memory
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fusedres.backends import native
-from fusedres.backends.fake import FakeOps
-from fusedres.dispatch import AUTO
 from fusedres.models import resnet18
 from fusedres.nn import ConvBN
 from fusedres.nn.residual_block import read_block, read_conv_bn
 from fusedres.opaque_blocks import block_constants, unit_ints
-from fusedres.opaque_ops import OPAQUE_OPS
-from fusedres.raw_ops import RAW_OPS
+from fusedres.ops import fake
+from fusedres.ops.contract import RAW_OPS, BnAddReluForward, op_name
+from fusedres.ops.dispatch import AUTO
+from fusedres.ops.reference import REFERENCE
 
-BACKENDS = ["reference", *(["native"] if native.is_built() else [])]
-CHECKS = {
-    **{op: (check, raw_op_cases) for op, check in raw_op_checks.CHECKS.items() if op != "bn_layer"},
-    **{op: (check, conv1x1_cases) for op, check in conv1x1_checks.CHECKS.items()},
-}
 EVERY_FORM = [
-    (op, replace(cases.SHAPES[0], id="base", shape=(2, 24, 5, 7), form=form))
-    for op, (_, cases) in CHECKS.items()
-    for form in cases.FORMS[op]
-]
-# where fakes could differ: one channel, and layouts that backends do not take
-ODD = ("C1", "nchw", "mixed")
-STRIDES = [
-    (op, case)
-    for op, (_, cases) in CHECKS.items()
-    if op not in ("bn_scale_shift", "bn_backward_coefficients")
-    for case in cases.cases_of(op)
-    if case.form == cases.FORMS[op][0] and case.id in ODD
+    pytest.param(op, replace(SHAPES[op][0], id="base", shape=(2, 24, 5, 7), form=form), id=f"{op}-{form}")
+    for op in RAW_OPS
+    for form in FORMS[op]
 ]
 
 
-def test_every_raw_op_is_an_operator():
-    assert set(OPAQUE_OPS) == set(RAW_OPS) == set(CHECKS)
+def test_every_raw_op_is_checked():
+    assert set(RAW_OPS) == set(CHECKS) - {"bn_layer"}
 
 
-def ids(cases):
-    return [pytest.param(op, case, id=f"{op}-{case}") for op, case in cases]
+def with_tensors(value, change):
+    """An argument or result with each of its tensors changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        items = [with_tensors(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
 
 
-@pytest.mark.parametrize(("op", "case"), ids(EVERY_FORM))
-def test_schema_and_fake_of_every_form(op, case):
-    """And, once an op, what AOTAutograd makes of it with symbolic shapes."""
-    first = case.form == CHECKS[op][1].FORMS[op][0]
-    more = ("test_autograd_registration", "test_aot_dispatch_dynamic") if first else ()
-    operators = Operators(op, AUTO, "test_schema", "test_faketensor", *more)
-    CHECKS[op][0](operators, case)
-    assert operators.checked
+class Traced:
+    """The reference; for each call of one op, its fake on fake tensors of symbolic shapes is like the result."""
+
+    def __init__(self, op):
+        self.op, self.checked = op, False
+
+    def __call__(self, op):
+        result = REFERENCE(op)
+        if op_name(type(op)) == self.op:
+            self.checked = True
+            mode = FakeTensorMode(shape_env=ShapeEnv())
+            symbolic = with_tensors(op, mode.from_tensor)
+            with mode:
+                made = fake.FAKE(symbolic)
+            concrete = with_tensors(
+                made,
+                lambda t: torch.empty_strided(
+                    tuple(map(int, t.shape)), tuple(map(int, t.stride())), dtype=t.dtype
+                ),
+            )
+            assert_like_fake(op, concrete)
+        return result
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("op", "case"), ids(STRIDES))
-def test_fakes_have_the_strides_of_every_backend(op, case, backend):
-    operators = Operators(op, backend, "test_faketensor")
-    CHECKS[op][0](operators, case)
-    assert operators.checked
+@pytest.mark.parametrize(("op", "case"), EVERY_FORM)
+def test_fake_of_symbolic_shapes(op, case):
+    ops = Traced(op)
+    CHECKS[op](ops, case)
+    assert ops.checked
 
 
 def test_a_fake_of_another_memory_format_is_seen(monkeypatch):
-    contiguous = lambda self, c, *rest: (torch.empty(c.shape, dtype=c.dtype), None)  # noqa: E731
-    monkeypatch.setattr(FakeOps, "bn_add_relu_forward", contiguous)
+    contiguous = lambda op: (torch.empty(op.c.shape, dtype=op.c.dtype), None)  # noqa: E731
+    monkeypatch.setitem(fake.FUNCTIONS, BnAddReluForward, contiguous)
     c, v = torch.randn(2, 8, 3, 3).to(memory_format=torch.channels_last), torch.ones(8)
-    with pytest.raises(torch.testing._internal.optests.generate_tests.OpCheckError, match=r"[Ss]tride"):
-        torch.library.opcheck(torch.ops.fusedres.bn_add_relu_forward.default, (c, v, v))
+    op = BnAddReluForward(c, v, v)
+    with pytest.raises(AssertionError, match="bn_add_relu_forward, result 0 is"):
+        assert_like_fake(op, REFERENCE(op))
 
 
 def block_arguments(form, recipe, dtype):
@@ -102,7 +106,7 @@ def block_arguments(form, recipe, dtype):
 )
 def test_block_operators(recipe, name):
     """Forward by opcheck, gradients included; backward by itself too, for every gradient and for some."""
-    (form,) = [form for form in FORMS if form.name == name]
+    (form,) = [form for form in BLOCK_FORMS if form.name == name]
     args = block_arguments(form, recipe, torch.float64)
     forward = torch.ops.fusedres.residual_block_forward.default
     torch.library.opcheck(forward, (*args, True))
@@ -129,7 +133,7 @@ def test_block_operators(recipe, name):
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("name", ["bottleneck-no-affine", "bottleneck-projection-conv-bias"])
 def test_a_block_operator_writes_all_that_it_returns(name, save, recipe):
-    (form,) = [form for form in FORMS if form.name == name]
+    (form,) = [form for form in BLOCK_FORMS if form.name == name]
     args = block_arguments(form, recipe, torch.float64)
     with torch.no_grad(), poisoned_memory():
         outputs = torch.ops.fusedres.residual_block_forward(*args, save)

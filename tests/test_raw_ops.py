@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from raw_op_cases import cases_of
-from raw_op_checks import CHECKS
+import torch.nn.functional as F
+from every_raw_op import CHECKS, cases_of
 
-from fusedres.backends.reference import ReferenceOps
+from fusedres.ops.contract import BnStats, Conv3x3Forward, ConvOutput
+from fusedres.ops.reference import REFERENCE
+from fusedres.ops.reference.values import activation
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = [pytest.param(op, case, id=f"{op}-{case}") for op in CHECKS for case in cases_of(op)]
@@ -16,4 +18,19 @@ CASES = [pytest.param(op, case, id=f"{op}-{case}") for op in CHECKS for case in 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("op", "case"), CASES)
 def test_reference(op, case, dtype):
-    CHECKS[op](ReferenceOps(), replace(case, dtype=DTYPES[dtype]))
+    CHECKS[op](REFERENCE, replace(case, dtype=DTYPES[dtype]))
+
+
+def test_padding_that_is_not_zero_is_seen():
+    """A prologue that reaches the padding makes relu(shift) of it."""
+
+    def padded_first(op):
+        if type(op) is not Conv3x3Forward:
+            return REFERENCE(op)
+        a = activation(F.pad(op.x, (1, 1, 1, 1)), op.in_scale, op.in_shift)
+        y = F.conv2d(a, op.weight, None, op.stride)
+        return ConvOutput(y, None, *REFERENCE(BnStats(y)))
+
+    case = next(c for c in cases_of("conv3x3_forward") if str(c) == "C24to8-prologue_stats")
+    with pytest.raises(AssertionError, match="y: error"):
+        CHECKS["conv3x3_forward"](padded_first, replace(case, dtype=torch.float32))

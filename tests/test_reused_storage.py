@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 from block_forms import FORMS, one_step, patched, tensors_for
+from called_ops import see_ops
 from torch.utils.checkpoint import checkpoint
 
-from fusedres.backends import native, native_reasons
+from fusedres.ops.contract import BnAddReluBackwardInput
+from fusedres.ops.native import library, reasons
 
-if not native.is_built():
+if not library.is_built():
     # the other backends write into nothing that they are given
     pytest.skip("no compiled library in this installation", allow_module_level=True)
 
@@ -19,19 +21,22 @@ BY_NAME = {form.name: form for form in FORMS}
 NAMES = ("basic", "bottleneck", "bottleneck-projection", "bottleneck-frozen", "bottleneck-plain")
 
 
+class Reused:
+    """For each call of the join's backward, whether it may take the storage of what was saved."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def joins(self):
+        return [op for op in self.seen if type(op) is BnAddReluBackwardInput and not op.reuse_dy]
+
+    def __eq__(self, expected):
+        return [op.reuse_c for op in self.joins()] == expected
+
+
 @pytest.fixture
 def reused(monkeypatch):
-    """For each call of the join's backward, whether it may take the storage of what was saved."""
-    found = []
-    original = native.NativeOps.bn_add_relu_backward_input
-
-    def spy(self, *args, reuse_c=False, **options):
-        if not options.get("reuse_dy"):
-            found.append(reuse_c)
-        return original(self, *args, reuse_c=reuse_c, **options)
-
-    monkeypatch.setattr(native.NativeOps, "bn_add_relu_backward_input", spy)
-    return found
+    return Reused(see_ops(monkeypatch))
 
 
 def fused(name):
@@ -99,17 +104,10 @@ def test_the_input_and_its_gradient_stay_apart(reused):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_shortcut_takes_its_gradient_through_the_mask_where_it_is_added(dtype, monkeypatch):
+def test_the_shortcut_takes_its_gradient_through_the_mask_where_it_is_added(dtype, reused):
     """Then nobody stores it before; where the library adds it, somebody must."""
-    saves, original = [], native.NativeOps.bn_add_relu_backward_input
-
-    def spy(self, *args, **options):
-        saves.extend(args[8:9])  # save_dz, of the join alone
-        return original(self, *args, **options)
-
-    monkeypatch.setattr(native.NativeOps, "bn_add_relu_backward_input", spy)
     form = BY_NAME["bottleneck"]
     block = form.build().to(dtype, memory_format=torch.channels_last)
     x, dy = tensors_for(form, block, dtype)
     patched(block, "separate", "native")(x.requires_grad_()).backward(dy)
-    assert saves == [dtype not in native_reasons.product_dtypes()]
+    assert [op.save_dz for op in reused.joins()] == [dtype not in reasons.product_dtypes()]

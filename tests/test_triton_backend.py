@@ -1,10 +1,10 @@
 """Which calls the Triton backend takes, with the reason against the others; nothing is launched here."""
 
 import contextlib
-import inspect
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -12,41 +12,37 @@ import torch
 
 pytest.importorskip("triton")
 
-from fusedres.backends import triton as triton_backend
-from fusedres.backends.reference import ReferenceOps
-from fusedres.backends.triton import SERVED, TritonOps
-from fusedres.dispatch import Dispatcher, dispatcher
-from fusedres.raw_ops import RAW_OPS, BatchNormVectors
+from fusedres.ops import triton as triton_backend
+from fusedres.ops import triton_reasons
+from fusedres.ops.backend import REASONS, Backend
+from fusedres.ops.contract import RAW_OPS, BatchNormVectors, BnStats, Conv1x1Forward, op_name
+from fusedres.ops.dispatch import Dispatcher, dispatcher
+from fusedres.ops.reference import REFERENCE
 
 NHWC = torch.channels_last
 
 
 def interpreted():
-    ops = TritonOps()
-    ops.interpreted = True
-    return ops
+    return triton_backend.backend(partial(triton_reasons.device_reason, interpreted=True))
 
 
 def activation(*shape, dtype=torch.float16, memory_format=NHWC):
     return torch.zeros(shape, dtype=dtype).contiguous(memory_format=memory_format)
 
 
-def test_serves_every_raw_op_but_library_convolutions():
-    assert set(RAW_OPS) - set(SERVED) == {
-        "conv_bias_add_relu_forward",
-        "conv_backward_input",
-        "conv_backward_weight",
-    }
-    assert all(hasattr(TritonOps, op) for op in SERVED)
+def test_serves_every_raw_op_that_has_a_launcher():
+    names = {op_name(op) for op in triton_backend.backend().functions}
+    assert names == set(triton_backend.launchers().__all__) <= set(RAW_OPS)
+    assert set(triton_reasons.DECIDING) == set(triton_backend.LAUNCHES)
 
 
 def test_cpu_tensors_only_under_the_interpreter(monkeypatch):
     c = activation(2, 8, 3, 3)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert TritonOps().supports("bn_stats", c) == "device_cpu"
+    assert triton_backend.backend().reason(BnStats(c)) == "device_cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert TritonOps().supports("bn_stats", c) is None
-    assert interpreted().supports("bn_stats", c.to("meta")) == "device_meta"
+    assert triton_backend.backend().reason(BnStats(c)) is None
+    assert interpreted().reason(BnStats(c.to("meta"))) == "device_meta"
 
 
 def strided(channels):
@@ -67,16 +63,28 @@ def vectors(*each):
         ("bn_stats", (activation(2, 8, 3, 6)[..., ::2],), "not_channels_last"),
         ("bn_stats", (torch.empty((2**31, 1, 1, 1), dtype=torch.float16),), "too_many_rows"),
         ("conv1x1_forward", (activation(2, 8, 3, 3), torch.zeros(4, 8, 1, 1)), "mixed_dtypes"),
-        ("bn_relu_maxpool_backward_reduce", (activation(0, 8, 2, 2), None, activation(0, 8, 4, 4)), "empty"),
+        (
+            "bn_relu_maxpool_backward_reduce",
+            (activation(0, 8, 2, 2), None, activation(0, 8, 4, 4), None, 3, 2, 1),
+            "empty",
+        ),
         ("gram", (activation(1, 4096, 1, 1), None, None), None),
         ("gram", (activation(1, 16384, 1, 1), None, None), "too_many_channels"),
-        ("conv1x1_backward_weight", (activation(1, 8192, 1, 1), None, activation(1, 2048, 1, 1)), None),
         (
             "conv1x1_backward_weight",
-            (activation(1, 16384, 1, 1), None, activation(1, 4096, 1, 1)),
+            (activation(1, 8192, 1, 1), None, activation(1, 2048, 1, 1), None, None),
+            None,
+        ),
+        (
+            "conv1x1_backward_weight",
+            (activation(1, 16384, 1, 1), None, activation(1, 4096, 1, 1), None, None),
             "too_many_channels",
         ),
-        ("conv_bias_add_relu_forward", (activation(2, 8, 3, 3),), "no_triton_kernel"),
+        (
+            "conv_backward_weight",
+            (activation(2, 8, 3, 3),) * 2 + ((3, 3), (1, 1), (1, 1), (1, 1), 1),
+            "no_kernel",
+        ),
         ("bn_scale_shift", (torch.zeros(8), torch.ones(8), None, None, 1e-5), None),
         (
             "bn_scale_shift",
@@ -118,55 +126,57 @@ def vectors(*each):
     ],
 )
 def test_reason(op, arguments, reason):
-    assert interpreted().supports(op, *arguments) == reason
+    assert interpreted().reason(RAW_OPS[op](*arguments)) == reason
+    assert reason is None or any(reason == code or reason.startswith(f"{code}_") for code in REASONS)
 
 
-def test_arguments_given_by_keyword_count():
-    x, weight = activation(2, 8, 3, 3), activation(4, 8, 1, 1)
-    ops = interpreted()
-    assert ops.supports("conv1x1_forward", x, weight, scale=torch.ones(4), shift=torch.ones(4)) is None
-    assert ops.supports("conv1x1_forward", x, weight, scale=strided(4)) == "vector_not_dense"
+def test_every_argument_of_a_record_counts():
+    op = Conv1x1Forward(
+        activation(2, 8, 3, 3), activation(4, 8, 1, 1), scale=torch.ones(4), shift=torch.ones(4)
+    )
+    backend, bad = interpreted(), op._replace(scale=strided(4))
+    assert backend.reason(op) is None and backend.reason(bad) == "vector_not_dense"
     residual = activation(2, 4, 3, 3, dtype=torch.float32)
-    assert ops.supports("conv1x1_forward", x, weight, residual=residual) == "mixed_dtypes"
-    given = Dispatcher((ops, Refusal()))
+    assert backend.reason(op._replace(residual=residual)) == "mixed_dtypes"
     with pytest.raises(Refused, match="conv1x1_forward"):
-        given.conv1x1_forward(x, weight, scale=strided(4), shift=torch.ones(4))
+        Dispatcher((backend, REFUSAL))(bad)
 
 
 class Refused(Exception):
     """A call that no backend before the last one served."""
 
 
-class Refusal(ReferenceOps):
-    def conv1x1_forward(self, *args, **kwargs):
-        raise Refused("conv1x1_forward")
+def refuse(op):
+    raise Refused(op_name(type(op)))
+
+
+REFUSAL = Backend("refusal", {Conv1x1Forward: refuse})
 
 
 def test_gpus_of_another_make_are_left_to_the_next_backend(monkeypatch):
     tensor = mock.MagicMock(dtype=torch.float16, is_cuda=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
-    assert TritonOps()._device_reason(tensor) is None
+    assert triton_reasons.device_reason(tensor, interpreted=False) is None
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert TritonOps()._device_reason(tensor) == "rocm"
+    assert triton_reasons.device_reason(tensor, interpreted=False) == "rocm"
 
 
-def test_dispatcher_explains_and_falls_back():
-    c = torch.randn(2, 8, 3, 3)
-    ops = dispatcher("triton")
-    assert ops.explain("bn_stats", c) == [("triton", "device_cpu"), ("reference", None)]
-    mean, _ = ops.bn_stats(c)
-    assert torch.equal(mean, dispatcher("reference").bn_stats(c)[0])
+def test_a_call_that_triton_leaves_goes_to_the_reference():
+    op, ops = BnStats(torch.randn(2, 8, 3, 3)), dispatcher("triton")
+    assert [backend.reason(op) for backend in ops.backends] == ["device_cpu", None]
+    assert ops.serving(op) is REFERENCE
+    assert torch.equal(ops(op)[0], dispatcher("reference")(op)[0])
 
 
 def test_triton_is_imported_at_the_first_served_op():
     code = (
-        "import sys, torch; from fusedres.dispatch import dispatcher;"
-        "dispatcher().bn_stats(torch.randn(2, 3, 4, 4)); assert 'triton' not in sys.modules"
+        "import sys, torch; from fusedres.ops.dispatch import dispatcher; from fusedres.ops.contract import BnStats;"
+        "dispatcher()(BnStats(torch.randn(2, 3, 4, 4))); assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
 
 
-@pytest.mark.parametrize("op", SERVED)
+@pytest.mark.parametrize("op", triton_backend.LAUNCHES, ids=op_name)
 def test_every_launch_is_on_the_device_of_its_tensors(op, monkeypatch):
     """The argument that decides sets the current device, and the launch happens while it is set."""
     current = []
@@ -188,12 +198,10 @@ def test_every_launch_is_on_the_device_of_its_tensors(op, monkeypatch):
     launched = []
     monkeypatch.setattr(triton_backend, "on_device_of", on_device_of)
     monkeypatch.setattr(triton_backend, "launchers", Launchers)
-    method = getattr(TritonOps(), op)
-    required = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty]
-    arguments = [mock.MagicMock(name=p.name) for p in required]
+    record = op(*(mock.MagicMock(name=name) for name in op._fields))
     with contextlib.suppress(TypeError, ValueError):  # the results are no tensors
-        method(*arguments)
-    assert launched == [(op, [arguments[SERVED[op]]])]
+        triton_backend.backend()(record)
+    assert launched == [(op_name(op), [getattr(record, triton_reasons.DECIDING[op])])]
 
 
 def test_the_guard_is_the_device_of_the_tensor(monkeypatch):

@@ -10,11 +10,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from counted_bytes import MetaTriton
+from counted_bytes import META_TRITON
 from triton.runtime import jit
 
-from fusedres.backends.triton import MAX_ROWS
-from fusedres.raw_ops import BatchNormGrads, BatchNormVectors
+from fusedres.ops.contract import RAW_OPS, BatchNormGrads, BatchNormVectors
+from fusedres.ops.triton_reasons import MAX_ROWS
 
 INT32 = 2**31
 # elements, which may be counted in 64 bits; everything else is a 32-bit number in the kernels
@@ -64,7 +64,7 @@ def vector(*shape: int) -> torch.Tensor:
 
 def call(op: str) -> None:
     """One call of `op` with 256 channels at the wide end and 64 at the narrow one."""
-    ops, narrow, c = MetaTriton(), wide(64), wide(256)
+    narrow, c = wide(64), wide(256)
     v64, v256 = (BatchNormVectors(*(vector(n) for _ in range(5))) for n in (64, 256))
     g256 = BatchNormGrads(*(vector(256) for _ in range(5)))
     mask = torch.empty(c.numel() // 8, device="meta", dtype=torch.uint8)
@@ -92,8 +92,9 @@ def call(op: str) -> None:
         "conv1x1_gram_backward_input": (c, mask, narrow, v64, *moments),
         "conv1x1_backward_input": (c, c, v256, g256, weight, True, narrow, None),
     }
-    assert ops.supports(op, *calls[op]) is None
-    getattr(ops, op)(*calls[op])
+    record = RAW_OPS[op](*calls[op])
+    assert META_TRITON.reason(record) is None
+    META_TRITON(record)
 
 
 WEIGHTS = ("gram_output_stats", "gram_backward_coefficients")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from block_forms import basic, bottleneck, projection
+from called_ops import change_results
 from torch import nn
 from typer.testing import CliRunner
 
 import fusedres
 from fusedres import tune_command, tuning
-from fusedres.backends.reference import ReferenceOps
 from fusedres.blocks import user_table
 from fusedres.cli import app
 from fusedres.models import Bottleneck
+from fusedres.ops.contract import BnAddReluBackwardInput, BnAddReluForward
 from fusedres.tuning import Timing, Tuned, tune
 
 
@@ -84,13 +85,7 @@ def test_the_fastest_recipe_is_taken_and_auto_follows(monkeypatch, table_file, f
 
 
 def test_a_wrong_recipe_is_rejected(monkeypatch):
-    plain = ReferenceOps.bn_add_relu_forward
-
-    def wrong(self, *args, **kwargs):
-        y, mask = plain(self, *args, **kwargs)
-        return y * 1.01, mask
-
-    monkeypatch.setattr(ReferenceOps, "bn_add_relu_forward", wrong)
+    change_results(monkeypatch, BnAddReluForward, lambda result: (result[0] * 1.01, result[1]))
     monkeypatch.setattr(tuning, "seconds", lambda run, device: 1.0)
     found = tune(one_basic(), features(16), backend="reference", rounds=3)
     for tuned in found:
@@ -100,13 +95,7 @@ def test_a_wrong_recipe_is_rejected(monkeypatch):
 
 
 def test_a_recipe_with_infinite_gradients_is_rejected(monkeypatch):
-    plain = ReferenceOps.bn_add_relu_backward_input
-
-    def wrong(self, *args, **kwargs):
-        dc, other = plain(self, *args, **kwargs)
-        return dc / 0, other
-
-    monkeypatch.setattr(ReferenceOps, "bn_add_relu_backward_input", wrong)
+    change_results(monkeypatch, BnAddReluBackwardInput, lambda result: (result[0] / 0, result[1]))
     monkeypatch.setattr(tuning, "seconds", lambda run, device: 1.0)
     found = tune(one_basic(), features(16), backend="reference", rounds=3)
     assert {tuned.rejected["separate"] for tuned in found} == {"a gradient is not finite"}

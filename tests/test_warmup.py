@@ -8,11 +8,11 @@ import importlib
 import pytest
 import torch
 from block_forms import bottleneck
+from called_ops import see_ops
 from torch import nn
 
 import fusedres
-from fusedres.backends.reference import ReferenceOps
-from fusedres.raw_ops import RAW_OPS
+from fusedres.ops.contract import op_name
 
 
 class Noisy(nn.Module):
@@ -43,19 +43,11 @@ def x():
 
 def served_ops(monkeypatch, run) -> set[tuple[str, bool]]:
     """The raw ops called while `run` runs, each with whether a mask or dz was asked for, which compiles otherwise."""
-    seen = set()
     with monkeypatch.context() as patching:
-        for op in RAW_OPS:
-            plain = getattr(ReferenceOps, op)
-
-            def wrapped(self, *args, op=op, plain=plain, **kwargs):
-                flags = (*(a for a in args if isinstance(a, bool)), kwargs.get("save_mask"))
-                seen.add((op, *flags, *(a is None for a in args)))
-                return plain(self, *args, **kwargs)
-
-            patching.setattr(ReferenceOps, op, wrapped)
+        seen = see_ops(patching)
         run()
-    return seen
+    forms = [(*(a for a in op if isinstance(a, bool)), *(a is None for a in op)) for op in seen]
+    return {(op_name(type(op)), *form) for op, form in zip(seen, forms, strict=True)}
 
 
 def step(model, x):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from raw_op_cases import Case
 from torch import Tensor
 
-from fusedres.backends.reference import ReferenceOps
-from fusedres.backends.triton import TritonOps
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import RawOps
+from fusedres.ops import triton
+from fusedres.ops.backend import Backend
+from fusedres.ops.contract import RawOp, op_name
+from fusedres.ops.dispatch import Dispatcher
+from fusedres.ops.reference import REFERENCE
 
 MARGIN = 256  # elements before and after every tensor that a launcher makes
 PATTERN = 0xA5  # every byte of a margin
@@ -49,37 +52,32 @@ def checked_margins() -> Iterator[None]:
         assert (outside == PATTERN).all(), "a kernel wrote outside its output"
 
 
-class CountingOps(TritonOps):
-    """Counts the calls that Triton serves, by op."""
+def counting(backend: Backend, reasons: list[str | None]) -> Backend:
+    """The same backend, which notes each of its reasons, None where it serves."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.reasons: list[tuple[str, str | None]] = []
+    def reason(op: RawOp) -> str | None:
+        reasons.append(backend.reason(op))
+        return reasons[-1]
 
-    def supports(self, op: str, *args: Any, **kwargs: Any) -> str | None:
-        reason = super().supports(op, *args, **kwargs)
-        self.reasons.append((op, reason))
-        return reason
+    return replace(backend, reasons=dict.fromkeys(backend.functions, reason))
 
 
-class TracedOps:
-    """A backend that notes (op, its name) in `trace` for every call it serves."""
+def traced(backend: Backend, trace: list[tuple[str, str]]) -> Backend:
+    """The same backend, which notes (op, its name) for every call it serves."""
 
-    def __init__(self, backend: RawOps, trace: list[tuple[str, str]]) -> None:
-        self.backend, self.trace, self.name = backend, trace, backend.name
-        self.supports = backend.supports
+    def function(op: RawOp) -> Any:
+        trace.append((op_name(type(op)), backend.name))
+        return backend(op)
 
-    def __getattr__(self, op: str) -> Any:
-        self.trace.append((op, self.name))
-        return getattr(self.backend, op)
+    return replace(backend, functions=dict.fromkeys(backend.functions, function))
 
 
 @contextmanager
 def served_by_triton(case: Case) -> Iterator[Dispatcher]:
     """Triton, then the reference; afterwards, that no call fell back but for the reason the case is about."""
-    triton = CountingOps()
-    assert triton.interpreted or case.device != "cpu", "needs TRITON_INTERPRET=1"
-    yield Dispatcher((triton, ReferenceOps()))
-    assert triton.reasons, "no op was called"
+    reasons: list[str | None] = []
+    assert os.environ.get("TRITON_INTERPRET") == "1" or case.device != "cpu", "needs TRITON_INTERPRET=1"
+    yield Dispatcher((counting(triton.backend(), reasons), REFERENCE))
+    assert reasons, "no op was called"
     expected = {"empty", None} if 0 in case.shape else {None}
-    assert {reason for _, reason in triton.reasons} <= expected, triton.reasons
+    assert set(reasons) <= expected, reasons

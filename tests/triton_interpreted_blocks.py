@@ -12,12 +12,12 @@ import torch
 from block_accuracy import PARAMETERS, assert_block_as_accurate_as_eager, by_recipe, inputs, read
 from block_forms import FORMS, BlockForm, bottleneck, each_bn, frozen, one_step, patched, ran_as, with_bias
 from torch import nn
-from triton_harness import TracedOps, checked_margins
+from triton_harness import checked_margins, traced
 
-from fusedres.backends.reference import ReferenceOps
-from fusedres.backends.triton import TritonOps
 from fusedres.blocks import RECIPES
-from fusedres.dispatch import Dispatcher, dispatcher
+from fusedres.ops import triton
+from fusedres.ops.dispatch import Dispatcher, dispatcher
+from fusedres.ops.reference import REFERENCE
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 DRAWS = 1  # of ours: the interpreter is slow
@@ -51,10 +51,10 @@ SERVED = {
 }
 
 
-def traced() -> tuple[Dispatcher, list[tuple[str, str]]]:
+def traced_ops() -> tuple[Dispatcher, list[tuple[str, str]]]:
     """Triton, then the reference, and the list of (op, backend) of every call served from now on."""
     trace: list[tuple[str, str]] = []
-    return Dispatcher((TracedOps(TritonOps(), trace), TracedOps(ReferenceOps(), trace))), trace
+    return Dispatcher((traced(triton.backend(), trace), traced(REFERENCE, trace))), trace
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,7 +62,7 @@ def traced() -> tuple[Dispatcher, list[tuple[str, str]]]:
 def test_block_is_as_accurate_as_eager(recipe, name, dtype):
     block, x, dy = inputs(BY_NAME[name], DTYPES[dtype])
     config, units = read(block, x)
-    ops, trace = traced()
+    ops, trace = traced_ops()
     with checked_margins():
         assert_block_as_accurate_as_eager(partial(by_recipe, ops, recipe), config, x, units, dy, DRAWS)
     assert {backend for op, backend in trace if op not in LIBRARY} == {"triton"}, trace
@@ -119,7 +119,7 @@ def test_vectors_that_are_not_dense(change, recipe, save):
 def test_each_op_is_served_by_triton(recipe):
     block, x, dy = inputs(BY_NAME["bottleneck"], torch.float16)
     config, units = read(block, x)
-    ops, trace = traced()
+    ops, trace = traced_ops()
     by_recipe(ops, recipe, config, x, units, dy)
     assert {op for op, backend in trace if backend == "triton"} == SERVED[recipe]
     assert {op for op, backend in trace if backend != "triton"} <= LIBRARY

@@ -7,13 +7,9 @@ The interpreter is slow, so each op runs on the forms and values where kernels g
 
 from dataclasses import replace
 
-import conv1x1_cases
-import conv1x1_checks
 import pytest
-import raw_op_cases
-import raw_op_checks
 import torch
-from opaque_operators import Operators
+from every_raw_op import CHECKS, cases_of
 from triton_harness import checked_margins, served_by_triton
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
@@ -133,17 +129,15 @@ CASES = {
 def selected(dtypes):
     """(op, case) of every name in CASES, in each of the dtypes by their names."""
     for op, names in CASES.items():
-        source = conv1x1_cases if op in conv1x1_checks.CHECKS else raw_op_cases
-        every = {str(case): case for case in source.cases_of(op)}
+        every = {str(case): case for case in cases_of(op)}
         for name in names:
             for dtype in dtypes:
                 yield pytest.param(op, replace(every[name], dtype=dtypes[dtype]), id=f"{op}-{name}-{dtype}")
 
 
 def check(op, case):
-    checks = {**raw_op_checks.CHECKS, **conv1x1_checks.CHECKS}
     with checked_margins(), served_by_triton(case) as ops:
-        checks[op](ops, case)
+        CHECKS[op](ops, case)
 
 
 @pytest.mark.parametrize(("op", "case"), selected(DTYPES))
@@ -151,26 +145,11 @@ def test_op(op, case):
     check(op, case)
 
 
-@pytest.mark.parametrize("op", [op for op in CASES if op != "bn_layer"])
-def test_operator_of_torch(op):
-    """Through torch's own checks: no two results share memory, and fakes are like them."""
-    case = next(param.values[1] for param in selected({"fp32": torch.float32}) if param.values[0] == op)
-    operators = Operators(op, "triton", "test_schema", "test_faketensor")
-    checks = {**raw_op_checks.CHECKS, **conv1x1_checks.CHECKS}
-    checks[op](operators, case)
-    assert operators.checked
-
-
 @pytest.mark.parametrize("op", ["bn_stats", "bn_add_relu_forward", "gram", "conv1x1_forward"])
 def test_empty_batch_goes_to_the_next_backend(op):
-    source, checks = (
-        (conv1x1_cases, conv1x1_checks.CHECKS)
-        if op in conv1x1_checks.CHECKS
-        else (raw_op_cases, raw_op_checks.CHECKS)
-    )
-    case = next(case for case in source.cases_of(op) if case.id == "N0")
+    case = next(case for case in cases_of(op) if case.id == "N0")
     with served_by_triton(case) as ops:
-        checks[op](ops, case)
+        CHECKS[op](ops, case)
 
 
 @pytest.mark.parametrize("rows", [16, 4])
@@ -180,7 +159,7 @@ def test_moments_of_many_groups(rows, monkeypatch):
 
     monkeypatch.setattr(merge, "MERGE_ROWS", rows)
     monkeypatch.setattr(merge, "BLOCK_ROWS", rows)  # a group is whole blocks
-    every = {str(case): case for case in raw_op_cases.cases_of("bn_stats")}
+    every = {str(case): case for case in cases_of("bn_stats")}
     for case in (every["rows8000"], every["mean0"]):
         check("bn_stats", replace(case, dtype=torch.float32))
 
@@ -189,7 +168,7 @@ def test_moments_of_many_groups(rows, monkeypatch):
 @pytest.mark.parametrize("name", ["nan_inf-center", "nan_inf_C17-mask_center", "nan_inf_C17-center"])
 def test_infinities_of_centred_activations(name, dtype):
     """Not in bfloat16, where center*dbias is subtracted from infinities of another sign."""
-    every = {str(case): case for case in conv1x1_cases.cases_of("conv1x1_backward_weight")}
+    every = {str(case): case for case in cases_of("conv1x1_backward_weight")}
     check("conv1x1_backward_weight", replace(every[name], dtype=DTYPES[dtype]))
 
 
@@ -200,5 +179,5 @@ def test_the_pivot_of_bfloat16(name, dtype, monkeypatch):
     from fusedres.triton_kernels import conv1x1_backward_weight as module
 
     monkeypatch.setattr(module, "ROUNDS_COARSELY", tuple(DTYPES.values()))
-    every = {str(case): case for case in conv1x1_cases.cases_of("conv1x1_backward_weight")}
+    every = {str(case): case for case in cases_of("conv1x1_backward_weight")}
     check("conv1x1_backward_weight", replace(every[f"{name}-mask_center"], dtype=DTYPES[dtype]))

@@ -4,12 +4,9 @@ import importlib.util
 import sys
 from dataclasses import replace
 
-import conv1x1_cases
-import conv1x1_checks
 import pytest
-import raw_op_cases
-import raw_op_checks
 import torch
+from every_raw_op import CHECKS, cases_of
 from triton_harness import checked_margins, served_by_triton
 
 from fusedres.triton_kernels import launchers
@@ -161,13 +158,10 @@ def test_planted_bug_is_caught(bug, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("planted", path)
     planted = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(planted)
-    cases, checks = (
-        (conv1x1_cases, conv1x1_checks) if op in conv1x1_checks.CHECKS else (raw_op_cases, raw_op_checks)
-    )
-    case = next(case for case in cases.cases_of(op) if str(case) == name)
+    case = next(case for case in cases_of(op) if str(case) == name)
     case = replace(case, dtype=getattr(torch, dtype))
     with served_by_triton(case) as ops, checked_margins():
-        checks.CHECKS[op](ops, case)  # sound as it stands
+        CHECKS[op](ops, case)  # sound as it stands
     monkeypatch.setattr(launchers, op, getattr(planted, op))
     with pytest.raises(AssertionError), served_by_triton(case) as ops, checked_margins():
-        checks.CHECKS[op](ops, case)
+        CHECKS[op](ops, case)

@@ -12,7 +12,7 @@ from typing import Any
 
 from report import Cell, Settings
 
-from fusedres.dispatch import AUTO, ENVIRONMENT_VARIABLE, LOADERS
+from fusedres.ops.dispatch import AUTO, ENVIRONMENT_VARIABLE, LOADERS
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_TESTS = ("tests/test_gpu_ops.py", "tests/test_gpu_blocks.py")

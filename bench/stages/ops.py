@@ -18,47 +18,56 @@ from op_cases import checked_bytes, resnet_shape
 from report import Cell, Settings
 from timing import flushed_seconds
 
-from fusedres.dispatch import LOADERS
-from fusedres.op_cases import SMALL, Shape
-from fusedres.op_cases import cases as op_cases
+from fusedres.ops.cases import SMALL, Shape
+from fusedres.ops.cases import cases as op_cases
+from fusedres.ops.contract import (
+    Conv1x1BackwardInput,
+    Conv1x1BackwardWeight,
+    Conv1x1Forward,
+    Conv1x1GramBackwardInput,
+    Gram,
+    RawOp,
+)
+from fusedres.ops.dispatch import LOADERS
 from fusedres.timing import summary
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 DRIVER = Path(__file__).resolve().parent.parent / "op_cases.py"
 
 
-def library_product(op: str, arguments: tuple[Any, ...]) -> Callable[[], torch.Tensor] | None:
+def library_product(op: RawOp) -> Callable[[], torch.Tensor] | None:
     """The bare convolution of a fused one by the library, without what is fused; of `gram` a matrix product."""
-    if op == "conv1x1_forward":
-        return partial(F.conv2d, *arguments[:2])
-    if op == "gram":
-        rows = arguments[0].permute(0, 2, 3, 1).flatten(0, 2)  # [P, C]
+    if isinstance(op, Conv1x1Forward):
+        return partial(F.conv2d, op.x, op.weight)
+    if isinstance(op, Gram):
+        rows = op.c.permute(0, 2, 3, 1).flatten(0, 2)  # [P, C]
         return partial(torch.mm, rows.t(), rows)
-    if op == "conv1x1_backward_weight":
-        dy, x, wanted = arguments[0], arguments[2], (False, True, False)
-        weight = x.new_empty(dy.shape[1], x.shape[1], 1, 1)
-    elif op == "conv1x1_gram_backward_input":
-        dy, x, wanted = arguments[0], arguments[2], (True, False, False)
-        weight = arguments[4].to(x.dtype)[:, :, None, None]
-    elif op == "conv1x1_backward_input":
-        dy, x, wanted = arguments[0], arguments[6], (True, False, False)
-        weight = arguments[4]
+    if isinstance(op, Conv1x1BackwardWeight):
+        x, wanted = op.c, (False, True, False)
+        weight = x.new_empty(op.dy.shape[1], x.shape[1], 1, 1)
+    elif isinstance(op, Conv1x1GramBackwardInput):
+        x, wanted = op.c, (True, False, False)
+        weight = op.weight_dz.to(x.dtype)[:, :, None, None]
+    elif isinstance(op, Conv1x1BackwardInput):
+        x, wanted = op.shortcut_dy, (True, False, False)
+        weight = op.weight
     else:
         return None
     window = (1, 1), (0, 0), (1, 1), False, (0, 0), 1
     place = wanted.index(True)
+    dy = op.dy
     return lambda: torch.ops.aten.convolution_backward(dy, x, weight, None, *window, wanted)[place]
 
 
 def time_op(settings: Settings, backend: str, shape: Shape, dtype: torch.dtype, name: str) -> dict[str, Any]:
     """Median time with a cold cache, bytes that arguments and results hold, a copy of as many, the bare product."""
     ops = LOADERS[backend]()
-    op, arguments = next((o, a) for n, o, a in op_cases(shape, dtype, settings.device) if n == name)
-    reason = ops.supports(op, *arguments)
+    op = next(case.op for case in op_cases(shape, dtype, settings.device) if case.name == name)
+    reason = ops.reason(op)
     if reason is not None:
         return {"unsupported": reason}
-    run = partial(getattr(ops, op), *arguments)
-    moved = checked_bytes(op, arguments, run())
+    run = partial(ops, op)
+    moved = checked_bytes(op, run())
     rounds = 20 if settings.full else 1
 
     def time(run: Callable[[], object]) -> dict[str, float]:
@@ -68,7 +77,7 @@ def time_op(settings: Settings, backend: str, shape: Shape, dtype: torch.dtype, 
     copied = time(partial(torch.empty_like(source).copy_, source))["seconds"]
     found = {**times, "bytes": moved, "bytes_per_second": moved / times["seconds"]}
     found |= {"copy_seconds": copied, "of_copy": copied / times["seconds"]}
-    product = library_product(op, arguments)
+    product = library_product(op)
     return found if product is None else {**found, "library_product_seconds": time(product)["seconds"]}
 
 
@@ -94,7 +103,7 @@ def cells(settings: Settings) -> list[Cell]:
         dtypes = [torch.bfloat16]
     else:
         shapes, dtypes = {"small": SMALL[0]}, [torch.float32]
-    names = [name for name, _, _ in op_cases(SMALL[0], torch.float32, torch.device("cpu"))]
+    names = [case.name for case in op_cases(SMALL[0], torch.float32, torch.device("cpu"))]
     timed = [
         Cell(f"{backend}/{name}/{label}", partial(time_op, settings, backend, shape, dtype, name))
         for backend in LOADERS

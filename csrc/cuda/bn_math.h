@@ -1,4 +1,4 @@
-// The formulas of batch normalisation, one place for all kernels. Maths: fusedres/raw_ops.py.
+// The formulas of batch normalisation, one place for all kernels. Maths: fusedres/ops/contract/.
 #pragma once
 
 #include "launchers.h"

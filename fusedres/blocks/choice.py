@@ -12,10 +12,10 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, is_grad_enabled
 
-from fusedres.backends import native
 from fusedres.blocks import RECIPES, gram_form, user_table
 from fusedres.blocks.config import BlockConfig, ConvBNTensors
-from fusedres.dispatch import Dispatcher, Ops
+from fusedres.ops.dispatch import Dispatcher, Ops
+from fusedres.ops.native import library
 
 AUTO = "auto"
 UNFUSED = user_table.UNFUSED
@@ -60,7 +60,7 @@ def table_of(instructions: str | None, bfloat16: bool) -> Table:
     return {key: entries for key, entries in table.items() if bfloat16 or key[2] != torch.bfloat16}
 
 
-TABLE: Table = table_of(native.instruction_set(), native.multiplies_bfloat16())
+TABLE: Table = table_of(library.instruction_set(), library.multiplies_bfloat16())
 COMPILED: Table = {}  # inside torch.compile, against what it makes of the original forward
 
 
@@ -147,5 +147,5 @@ def table_for(ops: Ops) -> Table:
 
 def measured(x: Tensor, dtype: torch.dtype, ops: Ops, gradients: bool, channels: int) -> str | None:
     """What the table names for calls on tensors like x and a first convolution to `channels`, or None."""
-    entries = table_for(ops).get((x.device.type, ops.serving("bn_stats", x), dtype, gradients), ())
+    entries = table_for(ops).get((x.device.type, ops.backend_on(x), dtype, gradients), ())
     return next((entry.recipe for entry in entries if entry.holds(x.numel(), channels)), None)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.ops.contract import BatchNormVectors
 
 
 class Shortcut(Enum):

@@ -5,34 +5,45 @@ Convolutions that no raw op covers go to torch's own, on plain tensors. Called b
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedres.backends.reference import ReferenceOps
 from fusedres.blocks.config import ConvBNConfig, ConvBNGrads, ConvBNNeeds, ConvBNTensors
 from fusedres.blocks.gram_form import is_plain_1x1
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, accumulation_dtype
+from fusedres.blocks.statistics import grads_of_batch, vectors_of_batch
+from fusedres.ops.backend import Backend
+from fusedres.ops.contract import (
+    BatchNormGrads,
+    BatchNormVectors,
+    BnAddReluBackwardInput,
+    BnAddReluBackwardReduce,
+    BnStats,
+    Conv1x1Forward,
+    ConvBackwardInput,
+    ConvBackwardWeight,
+)
+from fusedres.ops.dispatch import Dispatcher
 
-LIBRARY = ReferenceOps.name  # torch's own convolution: both gradients in one call, where it serves
+
+class Onto(NamedTuple):
+    """Another gradient of a convolution's input, which that of the convolution is added to.
+
+    mask: packed, of what is kept of `gradient`; then `backend` is one that takes it as it adds. Without a mask the
+    sum may take the storage of `gradient`.
+    """
+
+    gradient: Tensor  # like x
+    mask: Tensor | None = None
+    backend: Backend | None = None
 
 
 def convolve(x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
     """The raw convolution output c [N, Cout, H', W'], in x's dtype."""
     bias = None if t.conv_bias is None else t.conv_bias.to(x.dtype)
     return F.conv2d(x, t.weight.to(x.dtype), bias, unit.stride, unit.padding, unit.dilation, unit.groups)
-
-
-def frozen_vectors(
-    ops: Dispatcher, unit: ConvBNConfig, t: ConvBNTensors, like: Tensor
-) -> BatchNormVectors | None:
-    """The vectors of a BN with frozen statistics, for activations of like's dtype; None if the batch's are used."""
-    if unit.training:
-        return None
-    assert t.mean is not None and t.var is not None
-    acc = accumulation_dtype(like.dtype)
-    return ops.bn_scale_shift(t.mean.to(acc), t.var.to(acc), t.bn_weight, t.bn_bias, unit.eps)
 
 
 def conv_bn_forward(
@@ -42,20 +53,22 @@ def conv_bn_forward(
     if frozen is not None:
         return convolve(x, unit, t), frozen
     c, mean, var = convolve_with_stats(ops, x, unit, t)
-    return c, ops.bn_scale_shift(mean, var, t.bn_weight, t.bn_bias, unit.eps)
+    return c, vectors_of_batch(ops, unit, t, mean, var)
 
 
 def convolve_with_stats(
     ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors
 ) -> tuple[Tensor, Tensor, Tensor]:
     """c, and mean and var of the batch: in one product where a backend has that, else by a pass over c."""
-    product = "conv1x1_forward", x, cast_later(t, x)
-    if is_plain_1x1(unit, t) and ops.serving(*product, save_stats=True) != LIBRARY:
+    if is_plain_1x1(unit, t):
         bias = None if t.conv_bias is None else t.conv_bias.to(x.dtype)
-        out = ops.conv1x1_forward(x, t.weight.to(x.dtype), bias, save_stats=True)
-        return out.y, out.mean, out.var
+        op = Conv1x1Forward(x, cast_later(t, x), bias, save_stats=True)
+        backend = ops.serving(op)
+        if not backend.is_plain:
+            out = backend(with_weight(op, t))
+            return out.y, out.mean, out.var
     c = convolve(x, unit, t)
-    return c, *ops.bn_stats(c)
+    return c, *ops(BnStats(c))
 
 
 def conv_bn_add_relu(
@@ -73,15 +86,22 @@ def conv_bn_add_relu(
     """
     if not is_plain_1x1(unit, t) or not x.is_cpu:
         return None
-    args = t.conv_bias, 1, None, None, vectors.scale, vectors.shift, *shortcut, relu
-    if ops.serving("conv1x1_forward", x, cast_later(t, x), *args) == LIBRARY:
+    epilogue = vectors.scale, vectors.shift, *shortcut, relu
+    op = Conv1x1Forward(x, cast_later(t, x), t.conv_bias, 1, None, None, *epilogue)
+    backend = ops.serving(op)
+    if backend.is_plain:
         return None
-    return ops.conv1x1_forward(x, t.weight.to(x.dtype), *args).y
+    return backend(with_weight(op, t)).y
 
 
 def cast_later(t: ConvBNTensors, x: Tensor) -> Tensor:
-    """What the convolution's weight will be in x's dtype, to ask which backend would take it: its values are not."""
-    return t.weight if t.weight.dtype == x.dtype else x.new_empty(t.weight.shape)
+    """A tensor of the form that the convolution's weight has once cast to x's dtype, to ask which backend takes it."""
+    return t.weight if t.weight.dtype == x.dtype else torch.empty_like(t.weight, dtype=x.dtype)
+
+
+def with_weight(op: Conv1x1Forward, t: ConvBNTensors) -> Conv1x1Forward:
+    """The same call with the weight itself in the place of what stood for it."""
+    return op if op.weight is t.weight else op._replace(weight=t.weight.to(op.x.dtype))
 
 
 def like_parameter(grad: Tensor, parameter: Tensor) -> Tensor:
@@ -104,7 +124,7 @@ def bn_parameter_grads(
     return dweight, like_parameter(dbias, t.bn_bias)  # type: ignore[arg-type]
 
 
-def takes_masked_gradient(
+def onto_masked(
     ops: Dispatcher,
     dc: Tensor,
     x: Tensor,
@@ -112,12 +132,16 @@ def takes_masked_gradient(
     t: ConvBNTensors,
     dy: Tensor,
     mask: Tensor | None,
-) -> bool:
-    """Whether the input gradient of `convolve` takes dy through a mask as it adds it: then nobody need store dz."""
+) -> Onto | None:
+    """dy through a mask, if the input gradient of `convolve` takes it so as it adds it: then nobody need store dz.
+
+    dc: of the form that the gradient of the convolution's output will have.
+    """
     if mask is None:
-        return False
+        return None
     window = unit.stride, unit.padding, unit.dilation, unit.groups
-    return ops.serving("conv_backward_input", dc, x, cast_later(t, x), *window, dy, mask) != LIBRARY
+    backend = ops.serving(ConvBackwardInput(dc, x, cast_later(t, x), *window, dy, mask))
+    return None if backend.is_plain else Onto(dy, mask, backend)
 
 
 def convolution_backward(
@@ -128,37 +152,36 @@ def convolution_backward(
     t: ConvBNTensors,
     needs: ConvBNNeeds,
     need_dx: bool,
-    onto: Tensor | None = None,
-    onto_mask: Tensor | None = None,
+    onto: Onto | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight, dbias of `convolve` from dc [N, Cout, H', W'], None where not wanted.
+    """dx, dweight, dbias of `convolve` from dc [N, Cout, H', W'], None where not wanted. dx is added to `onto`.
 
-    onto: another gradient of x, which dx is added to: in its storage, or, with a mask, what the mask keeps of it.
+    Where torch's own convolution serves, both gradients come from one call of it.
     """
     dx = dweight = dbias = None
     window = unit.stride, unit.padding, unit.dilation, unit.groups
     weight = t.weight.to(x.dtype)
-    for_weight = dc, x, (weight.shape[2], weight.shape[3]), *window
-    for_input = dc, x, weight, *window, onto, onto_mask
-    library_weight = needs.weight and ops.serving("conv_backward_weight", *for_weight) == LIBRARY
-    library_input = need_dx and onto is None and ops.serving("conv_backward_input", *for_input) == LIBRARY
-    if library_weight or library_input:  # both in one call
+    library_weight = library_input = False
+    if needs.weight:
+        weight_op = ConvBackwardWeight(dc, x, (weight.shape[2], weight.shape[3]), *window)
+        backend = ops.serving(weight_op)
+        library_weight = backend.is_plain
+        dweight = None if library_weight else backend(weight_op)
+    if need_dx:
+        gradient, mask, backend_onto = onto or (None, None, None)
+        input_op = ConvBackwardInput(dc, x, weight, *window, gradient, mask, True)
+        backend = backend_onto or ops.serving(input_op)
+        library_input = gradient is None and backend.is_plain
+        dx = None if library_input else backend(input_op)
+    if library_weight or library_input:
         args = unit.stride, unit.padding, unit.dilation, False, [0, 0], unit.groups
         wanted = [library_input, library_weight, False]
-        dx, dweight, _ = torch.ops.aten.convolution_backward(dc, x, weight, None, *args, wanted)
-    if needs.weight and not library_weight:
-        dweight = ops.conv_backward_weight(*for_weight)
-    if need_dx and not library_input:
-        dx = ops.conv_backward_input(*for_input, reuse_shortcut=True)
+        by_library = torch.ops.aten.convolution_backward(dc, x, weight, None, *args, wanted)
+        dx, dweight = by_library[0] if library_input else dx, by_library[1] if library_weight else dweight
     if needs.conv_bias:
         assert t.conv_bias is not None
         dbias = like_parameter(dc.sum((0, 2, 3)), t.conv_bias)
     return dx, None if dweight is None else like_parameter(dweight, t.weight), dbias
-
-
-def rows(c: Tensor) -> int:
-    """P, the positions one channel has."""
-    return c.shape[0] * c.shape[2] * c.shape[3]
 
 
 def conv_bn_backward(
@@ -172,8 +195,7 @@ def conv_bn_backward(
     needs: ConvBNNeeds,
     need_dx: bool,
     sums: tuple[Tensor, Tensor] | None = None,
-    onto: Tensor | None = None,
-    onto_mask: Tensor | None = None,
+    onto: Onto | None = None,
 ) -> tuple[Tensor | None, ConvBNGrads]:
     """Backward of relu(BN(conv(x))) inside a block.
 
@@ -181,17 +203,17 @@ def conv_bn_backward(
         da: gradient of the activation [N, Cout, H', W'], given away; with `sums` given it is dz already.
         c: raw convolution output, like da.
         sums: `sum dz`, `sum dz*(c - mean)`, if the caller has them.
-        onto, onto_mask: as for `convolution_backward`.
+        onto: as for `convolution_backward`.
 
     Returns:
         dx [N, Cin, H, W] if need_dx, and the gradients of the parameters.
     """
     relu = unit.relu and sums is None
     if sums is None:
-        sums = ops.bn_add_relu_backward_reduce(da, c, vectors, relu=relu)[:2]
-    grads = ops.bn_backward_coefficients(*sums, vectors, rows(c), unit.training)
+        sums = ops(BnAddReluBackwardReduce(da, c, vectors, relu=relu))[:2]
+    grads = grads_of_batch(ops, unit, vectors, c, *sums)
     if not (need_dx or needs.weight or needs.conv_bias):
         return None, ConvBNGrads(None, None, *bn_parameter_grads(grads, t, needs))
-    dc, _ = ops.bn_add_relu_backward_input(da, c, vectors, grads, relu=relu, reuse_dy=True)
-    dx, dweight, dbias = convolution_backward(ops, dc, x, unit, t, needs, need_dx, onto, onto_mask)
+    dc, _ = ops(BnAddReluBackwardInput(da, c, vectors, grads, relu=relu, reuse_dy=True))
+    dx, dweight, dbias = convolution_backward(ops, dc, x, unit, t, needs, need_dx, onto)
     return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs))

@@ -42,13 +42,25 @@ from fusedres.blocks.conv_bn import (
     conv_bn_backward,
     conv_bn_forward,
     convolution_backward,
-    frozen_vectors,
     like_parameter,
-    rows,
 )
 from fusedres.blocks.gram_form import is_plain_1x1
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.blocks.statistics import frozen_vectors, grads_of_batch, rows, vectors_of_batch
+from fusedres.ops.contract import (
+    BatchNormVectors,
+    BnAddReluBackwardInput,
+    BnAddReluBackwardReduce,
+    BnAddReluForward,
+    Conv1x1BackwardInput,
+    Conv1x1BackwardWeight,
+    Conv1x1Forward,
+    Conv1x1GramBackwardInput,
+    Gram,
+    GramBackwardCoefficients,
+    GramOutputStats,
+    ReluBackward,
+)
+from fusedres.ops.dispatch import Dispatcher
 
 KEEPS_ACTIVATIONS = False
 
@@ -56,16 +68,6 @@ KEEPS_ACTIVATIONS = False
 def product_parameters(t: ConvBNTensors, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The convolution's weight and bias, rounded to the activations' dtype."""
     return t.weight.to(dtype), None if t.conv_bias is None else t.conv_bias.to(dtype)
-
-
-def unit_forward(
-    ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors
-) -> tuple[Tensor, BatchNormVectors]:
-    """c and its BN's vectors; a plain 1x1 convolution brings its statistics along."""
-    if not (unit.training and is_plain_1x1(unit, t)):
-        return conv_bn_forward(ops, x, unit, t, frozen_vectors(ops, unit, t, x))
-    out = ops.conv1x1_forward(x, *product_parameters(t, x.dtype), save_stats=True)
-    return out.y, ops.bn_scale_shift(out.mean, out.var, t.bn_weight, t.bn_bias, unit.eps)
 
 
 def forward(
@@ -81,43 +83,48 @@ def forward(
     convs, vectors = [], []
     a = x
     for i in range(last):
-        c, v = unit_forward(ops, a, config.main[i], units[i])
+        c, v = conv_bn_forward(
+            ops, a, config.main[i], units[i], frozen_vectors(ops, config.main[i], units[i], x)
+        )
         convs.append(c)
         vectors.append(v)
         if i < last - 1:
-            a, _ = ops.bn_add_relu_forward(c, v.scale, v.shift, relu=config.main[i].relu)
+            a, _ = ops(BnAddReluForward(c, v.scale, v.shift, relu=config.main[i].relu))
     unit, t = config.main[last], units[last]
     weight, bias = product_parameters(t, x.dtype)
     moments, expanded = None, frozen_vectors(ops, unit, t, x)
     if expanded is None:
-        m, S = ops.gram(c, v.scale, v.shift)
-        mean, var, center = ops.gram_output_stats(weight, bias, m, S)
+        m, S = ops(Gram(c, v.scale, v.shift))
+        mean, var, center = ops(GramOutputStats(weight, bias, m, S))
         moments = m, S, center
-        expanded = ops.bn_scale_shift(mean, var, t.bn_weight, t.bn_bias, unit.eps)
+        expanded = vectors_of_batch(ops, unit, t, mean, var)
     vectors.append(expanded)
 
     residual_scale = residual_shift = None
     projected = None
     if config.projection is not None:
-        residual, v_shortcut = unit_forward(ops, x, config.projection, units[-1])
+        frozen = frozen_vectors(ops, config.projection, units[-1], x)
+        residual, v_shortcut = conv_bn_forward(ops, x, config.projection, units[-1], frozen)
         projected = residual
         vectors.append(v_shortcut)
         residual_scale, residual_shift = v_shortcut.scale, v_shortcut.shift
     elif config.shortcut is Shortcut.IDENTITY:
         residual = x
-    out = ops.conv1x1_forward(
-        c,
-        weight,
-        bias,
-        in_scale=v.scale,
-        in_shift=v.shift,
-        scale=vectors[last].scale,
-        shift=vectors[last].shift,
-        residual=residual,
-        residual_scale=residual_scale,
-        residual_shift=residual_shift,
-        relu=unit.relu,
-        save_mask=save and unit.relu,
+    out = ops(
+        Conv1x1Forward(
+            c,
+            weight,
+            bias,
+            in_scale=v.scale,
+            in_shift=v.shift,
+            scale=vectors[last].scale,
+            shift=vectors[last].shift,
+            residual=residual,
+            residual_scale=residual_scale,
+            residual_shift=residual_shift,
+            relu=unit.relu,
+            save_mask=save and unit.relu,
+        )
     )
     if not save:
         return BlockOutput(out.y, tuple(vectors), None)
@@ -149,8 +156,8 @@ def expansion_backward(
     assert c_below is not None
     weight, bias = product_parameters(t, c_below.dtype)
     m, S, center = saved.moments or (None, None, None)
-    r, sum_dz = ops.conv1x1_backward_weight(dy, saved.mask, c_below, below.scale, below.shift, center)
-    grads = ops.gram_backward_coefficients(r, sum_dz, weight, bias, v, rows(c_below), m, S, center)
+    r, sum_dz = ops(Conv1x1BackwardWeight(dy, saved.mask, c_below, below.scale, below.shift, center))
+    grads = ops(GramBackwardCoefficients(r, sum_dz, weight, bias, v, rows(c_below), m, S, center))
     db = None
     if needs.conv_bias:
         db = torch.zeros_like(sum_dz) if unit.training else v.scale * sum_dz
@@ -162,8 +169,10 @@ def expansion_backward(
     )
     if not need_da:
         return ExpansionGrads(parameters, None, None)
-    dz_below, *sums = ops.conv1x1_gram_backward_input(
-        dy, saved.mask, c_below, below, grads.weight_dz, grads.weight_a, center, grads.offset
+    dz_below, *sums = ops(
+        Conv1x1GramBackwardInput(
+            dy, saved.mask, c_below, below, grads.weight_dz, grads.weight_a, center, grads.offset
+        )
     )
     return ExpansionGrads(parameters, dz_below, tuple(sums))
 
@@ -212,16 +221,17 @@ def backward(
             dx = dx.add_(dx_shortcut)
     elif identity and needs.x and not joined:
         assert dx is not None
-        dx = dx.add_(dy if saved.mask is None else ops.relu_backward(dy, saved.mask))
+        dx = dx.add_(dy if saved.mask is None else ops(ReluBackward(dy, saved.mask)))
     elif config.shortcut is Shortcut.TENSOR and needs.residual:
-        dresidual = dy.clone() if saved.mask is None else ops.relu_backward(dy, saved.mask)
+        dresidual = dy.clone() if saved.mask is None else ops(ReluBackward(dy, saved.mask))
     return BlockGrads(dx, dresidual, tuple(unit_grads))
 
 
 def remade_activation(ops: Dispatcher, config: BlockConfig, saved: Saved, index: int) -> Tensor:
     """The activation after main[index], which forward did not keep."""
-    v = saved.vectors[index]
-    return ops.bn_add_relu_forward(saved.convs[index], v.scale, v.shift, relu=config.main[index].relu)[0]
+    c, v = saved.convs[index], saved.vectors[index]
+    assert c is not None
+    return ops(BnAddReluForward(c, v.scale, v.shift, relu=config.main[index].relu))[0]
 
 
 def joined_input_gradient(
@@ -237,10 +247,10 @@ def joined_input_gradient(
     shortcut_mask: Tensor | None,
 ) -> tuple[Tensor, ConvBNGrads]:
     """Backward of relu(BN(conv1x1(x))), plus the shortcut's gradient, in one product: dx, parameter gradients."""
-    sums = ops.bn_add_relu_backward_reduce(da, c, v, relu=unit.relu)[:2]
-    grads = ops.bn_backward_coefficients(*sums, v, rows(c), unit.training)
-    dx, dc = ops.conv1x1_backward_input(
-        da, c, v, grads, t.weight.to(x.dtype), unit.relu, shortcut_dy, shortcut_mask
+    sum_dz, centered, _ = ops(BnAddReluBackwardReduce(da, c, v, relu=unit.relu))
+    grads = grads_of_batch(ops, unit, v, c, sum_dz, centered)
+    dx, dc = ops(
+        Conv1x1BackwardInput(da, c, v, grads, t.weight.to(x.dtype), unit.relu, shortcut_dy, shortcut_mask)
     )
     _, dweight, dbias = convolution_backward(ops, dc, x, unit, t, needs, False)
     return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs))
@@ -258,8 +268,8 @@ def projection_backward(
     """dx and the parameter gradients of a projection shortcut."""
     unit, c, v = config.projection, saved.convs[-1], saved.vectors[-1]
     assert unit is not None and c is not None
-    sums = ops.bn_add_relu_backward_reduce(dy, c, v, saved.mask, False)[:2]
-    grads = ops.bn_backward_coefficients(*sums, v, rows(c), unit.training)
-    dc, _ = ops.bn_add_relu_backward_input(dy, c, v, grads, saved.mask, False)
+    sum_dz, centered, _ = ops(BnAddReluBackwardReduce(dy, c, v, saved.mask, False))
+    grads = grads_of_batch(ops, unit, v, c, sum_dz, centered)
+    dc, _ = ops(BnAddReluBackwardInput(dy, c, v, grads, saved.mask, False))
     dx, dweight, dbias = convolution_backward(ops, dc, x, unit, t, needs.units[-1], needs.x)
     return dx, ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, t, needs.units[-1]))

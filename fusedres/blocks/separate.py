@@ -19,17 +19,22 @@ from fusedres.blocks.config import (
     Shortcut,
 )
 from fusedres.blocks.conv_bn import (
+    Onto,
     bn_parameter_grads,
     conv_bn_add_relu,
     conv_bn_backward,
     conv_bn_forward,
     convolution_backward,
-    frozen_vectors,
-    rows,
-    takes_masked_gradient,
+    onto_masked,
 )
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.blocks.statistics import frozen_vectors, grads_of_batch
+from fusedres.ops.contract import (
+    BatchNormVectors,
+    BnAddReluBackwardInput,
+    BnAddReluBackwardReduce,
+    BnAddReluForward,
+)
+from fusedres.ops.dispatch import Dispatcher
 
 KEEPS_ACTIVATIONS = True
 
@@ -65,8 +70,7 @@ def forward(
         else:
             c, v = conv_bn_forward(ops, a, unit, t, frozen[i])
             save_mask = save and unit.relu and i == last
-            args = c, v.scale, v.shift, *shortcut, unit.relu, save_mask
-            y, mask = ops.bn_add_relu_forward(*args, reuse_c=not save)
+            y, mask = ops(BnAddReluForward(c, v.scale, v.shift, *shortcut, unit.relu, save_mask, not save))
             vectors.append(v)
             if save:  # what nobody keeps is freed as the block goes on
                 convs.append(c)
@@ -96,28 +100,30 @@ def backward(
     assert c is not None
 
     # the join: one pass for the sums of both BNs, one for dc and the shortcut's gradient
-    sum_dz, sum_main, sum_shortcut = ops.bn_add_relu_backward_reduce(
-        dy, c, v, saved.mask, False, cs, None if vs is None else vs.mean
+    shortcut_mean = None if vs is None else vs.mean
+    sum_dz, sum_main, sum_shortcut = ops(
+        BnAddReluBackwardReduce(dy, c, v, saved.mask, False, cs, shortcut_mean)
     )
-    grads = ops.bn_backward_coefficients(sum_dz, sum_main, v, rows(c), unit.training)
+    grads = grads_of_batch(ops, unit, v, c, sum_dz, sum_main)
     grads_shortcut = None
-    if projection is not None:
-        grads_shortcut = ops.bn_backward_coefficients(sum_dz, sum_shortcut, vs, rows(c), projection.training)
-    identity = shortcut is Shortcut.IDENTITY
-    masked, first = False, saved.convs[0]
+    if projection is not None and vs is not None:
+        grads_shortcut = grads_of_batch(ops, projection, vs, c, sum_dz, sum_shortcut)
+    identity, onto, first = shortcut is Shortcut.IDENTITY, None, saved.convs[0]
     if identity and needs.x and first is not None:
-        masked = takes_masked_gradient(ops, first, x, config.main[0], units[0], dy, saved.mask)
-    save_dz = (identity and needs.x and not masked) or (shortcut is Shortcut.TENSOR and needs.residual)
-    dc, dshortcut = ops.bn_add_relu_backward_input(
-        dy, c, v, grads, saved.mask, False, cs, grads_shortcut, save_dz, reuse_c=not needs.saved
+        onto = onto_masked(ops, first, x, config.main[0], units[0], dy, saved.mask)
+    save_dz = (identity and needs.x and onto is None) or (shortcut is Shortcut.TENSOR and needs.residual)
+    dc, dshortcut = ops(
+        BnAddReluBackwardInput(
+            dy, c, v, grads, saved.mask, False, cs, grads_shortcut, save_dz, reuse_c=not needs.saved
+        )
     )
+    if identity and dshortcut is not None:
+        onto = Onto(dshortcut)
 
     unit_grads: list[ConvBNGrads] = []
     a = saved.activations[last - 1] if last else x
-    added = (dy, saved.mask) if masked else (dshortcut if identity else None, None)
-    onto, onto_mask = added if last == 0 else (None, None)
     da, dweight, dbias = convolution_backward(
-        ops, dc, a, unit, units[last], needs.units[last], needs.below(last), onto, onto_mask
+        ops, dc, a, unit, units[last], needs.units[last], needs.below(last), None if last else onto
     )
     unit_grads.append(ConvBNGrads(dweight, dbias, *bn_parameter_grads(grads, units[last], needs.units[last])))
     for i in reversed(range(last)):
@@ -126,7 +132,6 @@ def backward(
             unit_grads.append(ConvBNGrads(None, None, None, None))
             continue
         a = saved.activations[i - 1] if i else x
-        onto, onto_mask = (None, None) if i else added
         da, grads_i = conv_bn_backward(
             ops,
             da,
@@ -137,16 +142,16 @@ def backward(
             units[i],
             needs.units[i],
             needs.below(i),
-            onto=onto,
-            onto_mask=onto_mask,
+            onto=None if i else onto,
         )
         unit_grads.append(grads_i)
     unit_grads.reverse()
 
     dx, dresidual = da, dshortcut if shortcut is Shortcut.TENSOR else None
     if projection is not None and grads_shortcut is not None:
+        joined = None if dx is None else Onto(dx)
         dx, dweight, dbias = convolution_backward(
-            ops, dshortcut, x, projection, units[-1], needs.units[-1], needs.x, dx
+            ops, dshortcut, x, projection, units[-1], needs.units[-1], needs.x, joined
         )
         parameter_grads = bn_parameter_grads(grads_shortcut, units[-1], needs.units[-1], shared=True)
         unit_grads.append(ConvBNGrads(dweight, dbias, *parameter_grads))

@@ -16,12 +16,16 @@ from fusedres.blocks.conv_bn import (
     bn_parameter_grads,
     conv_bn_forward,
     convolution_backward,
-    frozen_vectors,
-    rows,
 )
 from fusedres.blocks.eager import conv_bn
-from fusedres.dispatch import Dispatcher
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.blocks.statistics import frozen_vectors, grads_of_batch
+from fusedres.ops.contract import (
+    BatchNormVectors,
+    BnReluMaxpoolBackwardInput,
+    BnReluMaxpoolBackwardReduce,
+    BnReluMaxpoolForward,
+)
+from fusedres.ops.dispatch import Dispatcher
 
 
 class StemConfig(NamedTuple):
@@ -50,7 +54,7 @@ def forward(
 ) -> tuple[Tensor, StemSaved]:
     """y [N, Cout, H'', W''] from x [N, Cin, H, W]. save: what backward needs beyond c."""
     c, v = conv_bn_forward(ops, x, config.unit, t, frozen_vectors(ops, config.unit, t, x))
-    y, indices = ops.bn_relu_maxpool_forward(c, v.scale, v.shift, *config.pool, save)
+    y, indices = ops(BnReluMaxpoolForward(c, v.scale, v.shift, *config.pool, save))
     return y, StemSaved(c, v, indices)
 
 
@@ -66,12 +70,13 @@ def backward(
 ) -> tuple[Tensor | None, ConvBNGrads]:
     """dx and the parameter gradients, from dy like y."""
     c, v, indices = saved
-    sums = ops.bn_relu_maxpool_backward_reduce(dy, indices, c, v, *config.pool)
-    grads = ops.bn_backward_coefficients(*sums, v, rows(c), config.unit.training)
+    assert indices is not None
+    sums = ops(BnReluMaxpoolBackwardReduce(dy, indices, c, v, *config.pool))
+    grads = grads_of_batch(ops, config.unit, v, c, *sums)
     parameters = bn_parameter_grads(grads, t, needs)
     if not (need_dx or needs.weight or needs.conv_bias):
         return None, ConvBNGrads(None, None, *parameters)
-    dc = ops.bn_relu_maxpool_backward_input(dy, indices, c, grads, *config.pool)
+    dc = ops(BnReluMaxpoolBackwardInput(dy, indices, c, grads, *config.pool))
     dx, dweight, dbias = convolution_backward(ops, dc, x, config.unit, t, needs, need_dx)
     return dx, ConvBNGrads(dweight, dbias, *parameters)
 

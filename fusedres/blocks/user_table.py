@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fusedres.blocks import RECIPES
 from fusedres.blocks.config import BlockConfig, ConvBNTensors, Shortcut
-from fusedres.dispatch import Dispatcher
+from fusedres.ops.dispatch import Dispatcher
 
 ENVIRONMENT_VARIABLE = "FUSEDRES_TABLE"
 KIND = "fusedres recipes measured on this machine"
@@ -213,7 +213,7 @@ def look_up(
     """
     if not is_consulted():
         return None
-    backend, name = ops.serving("bn_stats", x), str(dtype).removeprefix("torch.")
+    backend, name = ops.backend_on(x), str(dtype).removeprefix("torch.")
     key = Key(device_name(x.device), versions(), backend, name, gradients, call())
     if (keys := _recorded.get()) is not None:
         keys.append(key)

@@ -21,12 +21,12 @@ from fusedres.blocks.config import (
     Shortcut,
     unit_sizes,
 )
-from fusedres.dispatch import AUTO, OpaqueBackend, Ops, operators
 from fusedres.nn.attributes import tensor
 from fusedres.nn.numbers import pair, real, whole
 from fusedres.nn.running_stats import BatchStatistics, update_running_stats
 from fusedres.opaque_blocks import block_constants, residual_block_operator
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.ops.contract import BatchNormVectors
+from fusedres.ops.dispatch import AUTO, OpaqueBackend, Ops, operators
 
 
 class ConvBN(NamedTuple):
@@ -178,7 +178,7 @@ def residual_block(
         shortcut: a projection, a tensor like the output, or None.
         identity: add x itself (with shortcut None).
         recipe: "separate", or "gram" where main ends in an expanding 1x1 convolution, or "auto".
-        backend: a name of `fusedres.dispatch.backend_names()`.
+        backend: a name of `fusedres.ops.dispatch.backend_names()`.
 
     Returns:
         y [N, Cout, H', W'], freshly allocated, in x's dtype (under autocast: in its dtype).

@@ -11,12 +11,12 @@ from fusedres.autograd import ConvBNReLUMaxPool, without_autocast
 from fusedres.blocks import stem
 from fusedres.blocks.config import output_size
 from fusedres.blocks.stem import StemConfig
-from fusedres.dispatch import AUTO, OpaqueBackend, Ops, operators
 from fusedres.nn.numbers import pair
 from fusedres.nn.residual_block import ConvBN, compute_dtype, read_conv_bn
 from fusedres.nn.running_stats import BatchStatistics, update_running_stats
 from fusedres.opaque_stem import stem_operator
-from fusedres.raw_ops import BatchNormVectors
+from fusedres.ops.contract import BatchNormVectors
+from fusedres.ops.dispatch import AUTO, OpaqueBackend, Ops, operators
 
 
 class Window(NamedTuple):
@@ -56,7 +56,7 @@ def stem_block(x: Tensor, unit: ConvBN, pool: nn.MaxPool2d, *, backend: str | Op
         x: [N, Cin, H, W], floating; channels_last is fastest.
         unit: the convolution and its BN, with ReLU.
         pool: a square window of at most 15, without dilation, in floor mode.
-        backend: a name of `fusedres.dispatch.backend_names()`, or a dispatcher.
+        backend: a name of `fusedres.ops.dispatch.backend_names()`, or a dispatcher.
 
     Returns:
         y [N, Cout, H'', W''], freshly allocated.

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fusedres.blocks.choice import AUTO, check_recipe
-from fusedres.dispatch import AUTO as AUTO_BACKEND
-from fusedres.dispatch import check_backend
 from fusedres.errors import UnsupportedModelError
+from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
+from fusedres.ops.dispatch import check_backend
 from fusedres.patching import install
 from fusedres.patching.install import BlockState
 from fusedres.patching.reasons import describe as reason
@@ -116,7 +116,7 @@ def patch(
 
     Args:
         model: any module; residual blocks are found by what they compute, not by name.
-        backend: "auto", or a name of `fusedres.dispatch.backend_names()`.
+        backend: "auto", or a name of `fusedres.ops.dispatch.backend_names()`.
         recipe: "auto" (per call, the fastest one measured), "separate", "gram" or "unfused".
         include, exclude: names of blocks, as fnmatch patterns ("layer1.*"); all by default.
         strict: raise if any residual block cannot be patched.

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from fusedres.blocks import RECIPES
 from fusedres.blocks.choice import AUTO
-from fusedres.dispatch import AUTO as AUTO_BACKEND
 from fusedres.errors import VerificationError
+from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
 from fusedres.patching.api import patch, report, unpatch
 from fusedres.patching.lazy import initialised_copy
 from fusedres.patching.verify import VerifyReport, check_blocks, tensors, verify

@@ -20,8 +20,8 @@ from fusedres.nn.attributes import tensor
 from fusedres.nn.numbers import UnusualNumberError
 from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype
 from fusedres.nn.stem import square_window
+from fusedres.ops.contract import ACTIVATION_DTYPES
 from fusedres.patching.norms import FrozenNorm
-from fusedres.raw_ops import ACTIVATION_DTYPES
 
 DISABLED: ContextVar[bool] = ContextVar("fusedres_disabled", default=False)
 DISABLED_SCOPES: list[object] = []  # entered now, in any thread: what a graph being compiled goes by

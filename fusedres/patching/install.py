@@ -22,7 +22,6 @@ from torch.compiler import is_dynamo_compiling
 
 from fusedres.blocks.choice import UNFUSED, choose, choose_stem, never_fused
 from fusedres.blocks.config import Shortcut
-from fusedres.dispatch import Ops, dispatcher, opaque_backend
 from fusedres.errors import UnsupportedModelError
 from fusedres.nn.numbers import UnusualNumberError
 from fusedres.nn.residual_block import (
@@ -34,6 +33,7 @@ from fusedres.nn.residual_block import (
     with_residual,
 )
 from fusedres.nn.stem import stem_block
+from fusedres.ops.dispatch import Ops, dispatcher, opaque_backend
 from fusedres.patching import guards, structure
 from fusedres.patching.norms import FrozenNorm
 from fusedres.patching.patched_class import ORIGINAL, Behaviour, patched_class, set_class

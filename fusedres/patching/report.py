@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fusedres.patching.reasons import describe
+from fusedres.text_table import aligned
 
 PENDING = "no eager call yet"
 COLUMNS = ("block", "class", "form", "matched", "runs as", "reason")
@@ -64,8 +65,4 @@ class PatchReport:
 
     def __str__(self) -> str:
         rows = [COLUMNS, *(block.row for block in self.blocks)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        return "\n".join([*lines, f"matched {len(self.matched)} of {len(self.blocks)} blocks"])
+        return "\n".join([*aligned(rows), f"matched {len(self.matched)} of {len(self.blocks)} blocks"])

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedres.accuracy import error_limit
 from fusedres.blocks import RECIPES
-from fusedres.dispatch import AUTO as AUTO_BACKEND
 from fusedres.errors import UnsupportedModelError
+from fusedres.ops.accuracy import error_limit
+from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
 from fusedres.patching.api import check_model, find, patch, report, unpatch
 from fusedres.patching.lazy import initialised_copy
 

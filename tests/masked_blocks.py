@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedres.backends.reference import unpack_mask
 from fusedres.blocks.config import BlockConfig, BlockOutput, ConvBNTensors, Shortcut
 from fusedres.blocks.eager import conv_bn
-from fusedres.dispatch import Dispatcher
+from fusedres.ops.contract import BnAddReluForward
+from fusedres.ops.dispatch import Dispatcher
+from fusedres.ops.reference import unpack_mask
 
 Masks = tuple[
     Tensor | None, ...
@@ -69,7 +70,7 @@ def own_masks(ops: Dispatcher, config: BlockConfig, out: BlockOutput) -> Masks:
         activation = (
             out.saved.activations[i]
             if out.saved.activations
-            else ops.bn_add_relu_forward(c, v.scale, v.shift, relu=unit.relu)[0]
+            else ops(BnAddReluForward(c, v.scale, v.shift, relu=unit.relu))[0]
         )
         found.append(~(activation <= 0) if unit.relu else None)
     mask = out.saved.mask

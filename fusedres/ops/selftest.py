@@ -1,4 +1,4 @@
-"""Runs every raw op on every backend that serves it here, and judges the results by the rule of `fusedres.accuracy`.
+"""Runs every raw op on every backend that serves it here, and judges the results by `fusedres.ops.accuracy`.
 
 Exact values: the reference in float64. Yardstick: plain PyTorch in the tested dtype on the same device.
 """
@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.accuracy import error_limit, relative_error
-from fusedres.backends.reference import ReferenceOps, activation, rows_by_channels, sums
-from fusedres.dispatch import LOADERS
-from fusedres.op_cases import SMALL, OpCase, cases
-from fusedres.raw_ops import RawOps
+from fusedres.ops.accuracy import error_limit, relative_error
+from fusedres.ops.backend import Backend, Function
+from fusedres.ops.cases import SMALL, OpCase, cases
+from fusedres.ops.contract import Conv1x1BackwardWeight, Conv1x1GramBackwardInput, Gram, RawOp
+from fusedres.ops.dispatch import LOADERS
+from fusedres.ops.reference import REFERENCE
+from fusedres.ops.reference.values import activation, rows_by_channels, selected, sums
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,14 +54,9 @@ def exactly(value: Any) -> Any:
     return value
 
 
-def yardstick(op: str, arguments: tuple[Any, ...]) -> Any:
+def yardstick(op: RawOp) -> Any:
     """The op in plain PyTorch in the arguments' dtype; products take operands of it, as the contract lets them."""
-    products = {
-        "gram": eager_gram,
-        "conv1x1_backward_weight": eager_backward_weight,
-        "conv1x1_gram_backward_input": eager_gram_backward_input,
-    }
-    return products.get(op, getattr(ReferenceOps(), op))(*arguments)
+    return PRODUCTS.get(type(op), REFERENCE)(op)
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,32 +67,43 @@ def activation_rows(c: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return rows_by_channels(activation(c, scale, shift)).to(scale.dtype)  # [N, C, H, W] -> [P, C]
 
 
-def eager_gram(c, scale, shift):
-    a = activation_rows(c, scale, shift)  # [P, Cin]
-    centered = rounded(a - a.mean(0), c.dtype)
+def eager_gram(op: Gram) -> tuple[Tensor, Tensor]:
+    a = activation_rows(op.c, op.scale, op.shift)  # [P, Cin]
+    centered = rounded(a - a.mean(0), op.c.dtype)
     return a.mean(0), centered.t() @ centered / a.shape[0]
 
 
-def eager_backward_weight(dy, mask, c, scale, shift, center):
-    dz = rows_by_channels(ReferenceOps().relu_backward(dy, mask)).to(scale.dtype)  # [P, Cout]
-    a = activation_rows(c, scale, shift)  # [P, Cin]
-    return dz.t() @ rounded(a - center, c.dtype), dz.sum(0)
+def eager_backward_weight(op: Conv1x1BackwardWeight) -> tuple[Tensor, Tensor]:
+    assert op.center is not None
+    dz = rows_by_channels(selected(op.dy, op.mask)).to(op.scale.dtype)  # [P, Cout]
+    a = activation_rows(op.c, op.scale, op.shift)  # [P, Cin]
+    return dz.t() @ rounded(a - op.center, op.c.dtype), dz.sum(0)
 
 
-def eager_gram_backward_input(dy, mask, c, vectors, weight_dz, weight_a, center, offset):
+def eager_gram_backward_input(op: Conv1x1GramBackwardInput) -> tuple[Tensor, Tensor, Tensor]:
+    c, vectors = op.c, op.vectors
+    assert op.weight_a is not None and op.center is not None and op.offset is not None
     n, channels, h, w = c.shape
     acc, dtype = vectors.scale.dtype, c.dtype
-    dz = rows_by_channels(ReferenceOps().relu_backward(dy, mask)).to(acc)  # [P, Cout]
+    dz = rows_by_channels(selected(op.dy, op.mask)).to(acc)  # [P, Cout]
     a = activation_rows(c, vectors.scale, vectors.shift)  # [P, Cin]
-    da = dz @ rounded(weight_dz, dtype) + rounded(a - center, dtype) @ rounded(weight_a, dtype) + offset
+    da = dz @ rounded(op.weight_dz, dtype)
+    da = da + rounded(a - op.center, dtype) @ rounded(op.weight_a, dtype) + op.offset
     below = torch.where(a <= 0, 0, da).to(dtype).view(n, h, w, channels).permute(0, 3, 1, 2)
     return below, *sums(below, c, vectors.mean)
 
 
-def problem(op: str, arguments: tuple[Any, ...], found: Any) -> str | None:
+PRODUCTS: dict[type, Function] = {
+    Gram: eager_gram,
+    Conv1x1BackwardWeight: eager_backward_weight,
+    Conv1x1GramBackwardInput: eager_gram_backward_input,
+}
+
+
+def problem(op: RawOp, found: Any) -> str | None:
     """What is wrong with the result of a call, or None: masks and indices exact, all else by the rule of accuracy."""
-    exact = list(tensors(getattr(ReferenceOps(), op)(*exactly(arguments))))
-    eager, actual = list(tensors(yardstick(op, arguments))), list(tensors(found))
+    exact = list(tensors(REFERENCE(exactly(op))))
+    eager, actual = list(tensors(yardstick(op))), list(tensors(found))
     if len(actual) != len(exact):
         return f"{len(actual)} results, needed {len(exact)}"
     for place, (a, e, x) in enumerate(zip(actual, eager, exact, strict=True)):
@@ -112,15 +120,14 @@ def problem(op: str, arguments: tuple[Any, ...], found: Any) -> str | None:
     return None
 
 
-def outcome(backend: RawOps, device: torch.device, dtype: torch.dtype, case: OpCase) -> Outcome:
+def outcome(backend: Backend, device: torch.device, dtype: torch.dtype, case: OpCase) -> Outcome:
     """Runs one case on one backend; what it raises is a problem too."""
     where = backend.name, str(device), str(dtype).removeprefix("torch."), case.name
-    reason = backend.supports(case.op, *case.arguments)
+    reason = backend.reason(case.op)
     if reason is not None:
         return Outcome(*where, unserved=reason)
     try:
-        found = getattr(backend, case.op)(*case.arguments)
-        return Outcome(*where, problem=problem(case.op, case.arguments, found))
+        return Outcome(*where, problem=problem(case.op, backend(case.op)))
     except Exception as error:  # whatever a kernel or a compiler raises is what a self-test is to show
         return Outcome(*where, problem=f"{type(error).__name__}: {error}")
 
@@ -132,7 +139,7 @@ def devices() -> tuple[torch.device, ...]:
 
 def run() -> list[Outcome]:
     """Every backend but the reference, which is the yardstick, on every device, dtype and op at small shapes."""
-    backends = [load() for name, load in LOADERS.items() if name != "reference"]
+    backends = [load() for name, load in LOADERS.items() if name != REFERENCE.name]
     return [
         outcome(backend, device, dtype, case)
         for device in devices()

@@ -1,7 +1,7 @@
 """Which backend serves a raw op: the only place that chooses, and the only one that reads its variable.
 
-A `Dispatcher` has every raw op as a method; each call goes to the first of its backends whose `supports`
-gives no reason against it. The reference comes last and takes everything.
+A `Dispatcher` is called with a record of `fusedres.ops.contract`; each call goes to the first of its backends that has
+the op and no reason against the call. The reference comes last and takes everything.
 
     FUSEDRES_BACKEND=auto|native|triton|reference   the default for this process
     with use_backend("reference"): ...              for a block of code, in this thread
@@ -13,37 +13,38 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedres.backends import native
-from fusedres.backends.reference import ReferenceOps
 from fusedres.errors import BackendUnavailableError
-from fusedres.raw_ops import RAW_OPS, RawOps
+from fusedres.ops.backend import Backend, Function, Reason
+from fusedres.ops.contract import BnStats, RawOp, op_name
+from fusedres.ops.native import functions, library
+from fusedres.ops.reference import REFERENCE
 
 ENVIRONMENT_VARIABLE = "FUSEDRES_BACKEND"
 AUTO = "auto"
 
 
-def _load_triton() -> RawOps:
-    from fusedres.backends.triton import TritonOps
+def _load_triton() -> Backend:
+    from fusedres.ops import triton
 
-    return cast(RawOps, TritonOps())
+    return triton.backend()
 
 
 # fastest first, the reference last; a backend that this installation or machine does not have is absent
-LOADERS: dict[str, Callable[[], RawOps]] = {
-    **native.loaders(),
+LOADERS: dict[str, Callable[[], Backend]] = {
+    **({library.NAME: functions.backend} if library.is_usable() else {}),
     **({"triton": _load_triton} if find_spec("triton") else {}),
-    "reference": cast(Callable[[], RawOps], ReferenceOps),
+    REFERENCE.name: lambda: REFERENCE,
 }
 
 # for a backend that is absent: raises BackendUnavailableError with the reason
-REQUIREMENTS: dict[str, Callable[[], None]] = {"native": native.load}
+REQUIREMENTS: dict[str, Callable[[], None]] = {library.NAME: library.load}
 
 _requested: ContextVar[str | None] = ContextVar("fusedres_backend", default=None)
 # the same for graphs being compiled, of whatever thread: Dynamo cannot read a ContextVar, and guards on a global
@@ -66,41 +67,62 @@ def check_backend(name: str) -> None:
         )
 
 
+class Candidate(NamedTuple):
+    """A backend that has an op; reason: None where it serves every call of it."""
+
+    backend: Backend
+    reason: Reason | None
+    function: Function
+
+
 class Dispatcher:
-    """Every raw op, each call served by the first backend that supports it.
+    """Runs raw ops, each call on the first backend that serves it: `y, mask = ops(BnAddReluForward(c, scale, shift))`.
 
     Args:
-        backends: in order of preference; the last must support everything.
+        backends: in order of preference; the last must serve everything.
     """
 
-    def __init__(self, backends: tuple[RawOps, ...]) -> None:
+    def __init__(self, backends: tuple[Backend, ...]) -> None:
         self.backends = backends
-        for op in RAW_OPS:
-            setattr(self, op, partial(self._call, op))
+        self._candidates = {
+            kind: tuple(
+                Candidate(backend, backend.reasons.get(kind), backend.functions[kind])
+                for backend in backends
+                if kind in backend.functions
+            )
+            for kind in backends[-1].functions
+        }
 
-    if TYPE_CHECKING:
+    def __call__(self, op: RawOp) -> Any:
+        """The op's result, as its record says."""
+        for _, reason, function in self._candidates[type(op)]:
+            if reason is None or reason(op) is None:
+                return function(op)
+        raise self._unserved(op)
 
-        def __getattr__(self, name: str) -> Callable[..., Any]: ...
+    def serving(self, op: RawOp) -> Backend:
+        """The backend that serves this call; `serving(op)(op)` runs it there and asks no backend twice."""
+        for backend, reason, _ in self._candidates[type(op)]:
+            if reason is None or reason(op) is None:
+                return backend
+        raise self._unserved(op)
 
-    def _call(self, op: str, *args: Any, **kwargs: Any) -> Any:
-        for backend in self.backends[:-1]:
-            if backend.supports(op, *args, **kwargs) is None:
-                return getattr(backend, op)(*args, **kwargs)
-        return getattr(self.backends[-1], op)(*args, **kwargs)
+    def backend_on(self, x: Tensor) -> str:
+        """The name of the backend that serves BN on activations like x [N, C, H, W]."""
+        return self.serving(BnStats(x)).name
 
-    def serving(self, op: str, *args: Any, **kwargs: Any) -> str:
-        """The name of the backend that would serve this call."""
-        return next(b.name for b in self.backends if b.supports(op, *args, **kwargs) is None)
-
-    def explain(self, op: str, *args: Any) -> list[tuple[str, str | None]]:
-        """For one call, each backend in order with its reason against serving it (None: it serves)."""
-        return [(backend.name, backend.supports(op, *args)) for backend in self.backends]
+    def _unserved(self, op: RawOp) -> BackendUnavailableError:
+        found = ", ".join(f"{backend.name}: {backend.reason(op)}" for backend in self.backends)
+        return BackendUnavailableError(
+            f"fusedres: no backend serves this {op_name(type(op))} ({found}). "
+            f"Put {REFERENCE.name} last, which serves everything."
+        )
 
 
 @cache
 def _dispatcher(name: str) -> Dispatcher:
     check_backend(name)
-    names = list(LOADERS) if name == AUTO else list(dict.fromkeys((name, "reference")))
+    names = list(LOADERS) if name == AUTO else list(dict.fromkeys((name, REFERENCE.name)))
     return Dispatcher(tuple(LOADERS[n]() for n in names))
 
 
@@ -124,21 +146,20 @@ class OpaqueBackend(NamedTuple):
 
     name: str
 
-    def serving(self, op: str, x: Tensor) -> str:
-        """As `Dispatcher.serving`, for activations like x."""
-        return backend_serving(self.name, op, x.device.type, x.dtype, is_channels_last(x))
+    def backend_on(self, x: Tensor) -> str:
+        """As `Dispatcher.backend_on`."""
+        return backend_serving(self.name, x.device.type, x.dtype, is_channels_last(x))
 
 
 def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def backend_serving(name: str, op: str, device: str, dtype: torch.dtype, channels_last: bool) -> str:
-    """The backend that would serve `op` on one activation of this kind."""
+def backend_serving(name: str, device: str, dtype: torch.dtype, channels_last: bool) -> str:
+    """The backend that serves BN on activations of this kind."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return dispatcher(name).serving(
-        op, torch.empty((2, 8, 2, 2), dtype=dtype, device=device, memory_format=layout)
-    )
+    x = torch.empty((2, 8, 2, 2), dtype=dtype, device=device, memory_format=layout)
+    return dispatcher(name).backend_on(x)
 
 
 # what torch.compiler.assume_constant_result does, without importing Dynamo, which takes seconds

@@ -8,13 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedres.backends.reference import ReferenceOps
-from fusedres.raw_ops import BatchNormGrads, BatchNormVectors, accumulation_dtype
+from fusedres.ops.contract import (
+    BatchNormGrads,
+    BatchNormVectors,
+    BnAddReluBackwardInput,
+    BnAddReluBackwardReduce,
+    BnAddReluForward,
+    BnBackwardCoefficients,
+    BnReluMaxpoolBackwardInput,
+    BnReluMaxpoolBackwardReduce,
+    BnReluMaxpoolForward,
+    BnScaleShift,
+    BnStats,
+    Conv1x1BackwardInput,
+    Conv1x1BackwardWeight,
+    Conv1x1Forward,
+    Conv1x1GramBackwardInput,
+    Conv3x3BackwardInput,
+    Conv3x3Forward,
+    ConvBackwardInput,
+    ConvBackwardWeight,
+    Gram,
+    GramBackwardCoefficients,
+    GramOutputStats,
+    RawOp,
+    ReluBackward,
+    accumulation_dtype,
+    op_name,
+)
+from fusedres.ops.reference import REFERENCE
 
 POOL = (3, 2, 1)  # kernel size, stride, padding
 NEAR_ZERO = 0.05  # far above a rounding error of bfloat16 values of order 1
@@ -36,11 +63,15 @@ SMALL = (Shape(2, 5, 8, 32), Shape(1, 3, 24, 72), Shape(3, 7, 64, 256), Shape(2,
 
 
 class OpCase(NamedTuple):
-    """One call: `name` is the op and, where there are several, its form; `arguments` are positional."""
+    """One call of an op, and the name of its form where there are several."""
 
-    name: str
-    op: str
-    arguments: tuple[Any, ...]
+    op: RawOp
+    form: str = ""
+
+    @property
+    def name(self) -> str:
+        """ "bn_stats", or "bn_add_relu_forward/identity" of a form."""
+        return op_name(type(self.op)) + (f"/{self.form}" if self.form else "")
 
 
 class Layer(NamedTuple):
@@ -58,7 +89,6 @@ class Tensors:
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.generator = torch.Generator(device).manual_seed(0)
-        self.reference = ReferenceOps()
 
     def normal(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         values = torch.randn(size, device=self.device, generator=self.generator, dtype=torch.float32)
@@ -69,21 +99,21 @@ class Tensors:
         side = side or self.shape.side
         return self.normal(self.shape.batch, channels, side, side)
 
-    def weight(self, cout: int, cin: int) -> Tensor:
-        return self.normal(cout, cin, 1, 1) * cin**-0.5
+    def weight(self, cout: int, cin: int, kernel: int = 1) -> Tensor:
+        return self.normal(cout, cin, kernel, kernel) * (cin**-0.5 / kernel)
 
     def vector(self, channels: int) -> Tensor:
         return self.normal(channels, dtype=accumulation_dtype(self.dtype)).abs() + 0.5
 
     def vectors(self, c: Tensor) -> BatchNormVectors:
         weight, bias = self.vector(c.shape[1]), self.vector(c.shape[1])
-        mean, var = self.reference.bn_stats(c)
-        return self.reference.bn_scale_shift(mean, var, weight, bias, 1e-5)
+        mean, var = REFERENCE(BnStats(c))
+        return REFERENCE(BnScaleShift(mean, var, weight, bias, 1e-5))
 
     def grads(self, dy: Tensor, c: Tensor, vectors: BatchNormVectors) -> BatchNormGrads:
-        sum_dz, centered, _ = self.reference.bn_add_relu_backward_reduce(dy, c, vectors)
+        sum_dz, centered, _ = REFERENCE(BnAddReluBackwardReduce(dy, c, vectors))
         rows = dy.numel() // dy.shape[1]
-        return self.reference.bn_backward_coefficients(sum_dz, centered, vectors, rows, True)
+        return REFERENCE(BnBackwardCoefficients(sum_dz, centered, vectors, rows, True))
 
     def layer(self, channels: int) -> Layer:
         c, dy = self.map(channels) + 0.5, self.map(channels)  # a mean of 0 has no relative error
@@ -122,38 +152,40 @@ def cases(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Op
     yield from join_cases(t, outer)
     yield from product_cases(t, inner, outer)
     yield from convolution_cases(t, inner, outer)
+    yield from conv3x3_cases(t, inner)
     yield from stem_cases(t, inner)
 
 
 def inner_cases(layer: Layer) -> Iterator[OpCase]:
     """BN and ReLU inside a block."""
     c, dy, v, g = layer
-    yield OpCase("bn_stats", "bn_stats", (c,))
-    yield OpCase("bn_scale_shift", "bn_scale_shift", (v.mean, v.var, v.scale, v.shift, 1e-5))
-    yield OpCase("bn_add_relu_forward/plain", "bn_add_relu_forward", (c, v.scale, v.shift))
-    yield OpCase("bn_add_relu_backward_reduce/plain", "bn_add_relu_backward_reduce", (dy, c, v))
-    yield OpCase("bn_backward_coefficients", "bn_backward_coefficients", (g.dbias, g.dweight, v, 9, True))
-    yield OpCase("bn_add_relu_backward_input/plain", "bn_add_relu_backward_input", (dy, c, v, g))
+    yield OpCase(BnStats(c))
+    yield OpCase(BnScaleShift(v.mean, v.var, v.scale, v.shift, 1e-5))
+    yield OpCase(BnAddReluForward(c, v.scale, v.shift), "plain")
+    yield OpCase(BnAddReluBackwardReduce(dy, c, v), "plain")
+    yield OpCase(BnBackwardCoefficients(g.dbias, g.dweight, v, 9, True))
+    yield OpCase(BnAddReluBackwardInput(dy, c, v, g), "plain")
 
 
 def join_cases(t: Tensors, layer: Layer) -> Iterator[OpCase]:
     """The end of a block: BN, identity or projection, ReLU, with a mask."""
     c, dy, v, g = layer
-    z, _ = t.reference.bn_add_relu_forward(c, v.scale, v.shift, relu=False)
+    z, _ = REFERENCE(BnAddReluForward(c, v.scale, v.shift, relu=False))
     s = t.map(c.shape[1])
     vs = t.vectors(s)
-    identity = (c, v.scale, v.shift, clear_of_zero(s, added=z))
-    _, mask = t.reference.bn_add_relu_forward(*identity, save_mask=True)
-    projection = (c, v.scale, v.shift, clear_of_zero(s, vs.scale, vs.shift, z), vs.scale, vs.shift)
-    yield OpCase("bn_add_relu_forward/identity", "bn_add_relu_forward", (*identity, None, None, True, True))
-    yield OpCase("bn_add_relu_forward/projection", "bn_add_relu_forward", (*projection, True, True))
-    reduce, masked = "bn_add_relu_backward_reduce", (dy, c, v, mask, False)
-    yield OpCase(f"{reduce}/identity", reduce, masked)
-    yield OpCase(f"{reduce}/projection", reduce, (*masked, s, vs.mean))
-    back, given = "bn_add_relu_backward_input", (dy, c, v, g, mask, False)
-    yield OpCase(f"{back}/identity", back, (*given, None, None, True))
-    yield OpCase(f"{back}/projection", back, (*given, s, t.grads(dy, s, vs)))
-    yield OpCase("relu_backward", "relu_backward", (dy, mask))
+    identity = BnAddReluForward(c, v.scale, v.shift, clear_of_zero(s, added=z), save_mask=True)
+    projected = clear_of_zero(s, vs.scale, vs.shift, z)
+    projection = identity._replace(residual=projected, residual_scale=vs.scale, residual_shift=vs.shift)
+    yield OpCase(identity, "identity")
+    yield OpCase(projection, "projection")
+    _, mask = REFERENCE(identity)
+    reduce = BnAddReluBackwardReduce(dy, c, v, mask, relu=False)
+    yield OpCase(reduce, "identity")
+    yield OpCase(reduce._replace(shortcut_c=s, shortcut_mean=vs.mean), "projection")
+    back = BnAddReluBackwardInput(dy, c, v, g, mask, relu=False)
+    yield OpCase(back._replace(save_dz=True), "identity")
+    yield OpCase(back._replace(shortcut_c=s, shortcut_grads=t.grads(dy, s, vs)), "projection")
+    yield OpCase(ReluBackward(dy, mask))
 
 
 def product_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase]:
@@ -162,30 +194,29 @@ def product_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase]:
     wide, dy_wide, v_wide, _ = outer
     narrow_channels, wide_channels = c.shape[1], wide.shape[1]
     reduce, expand = t.weight(narrow_channels, wide_channels), t.weight(wide_channels, narrow_channels)
-    plain = (None, 1, None, None, None, None, None, None, None, False, False, True)
-    yield OpCase("conv1x1_forward/stats", "conv1x1_forward", (wide, reduce, *plain))
-    prologue, epilogue = (None, 1, v.scale, v.shift), (v_wide.scale, v_wide.shift)
-    z = t.reference.conv1x1_forward(c, expand, *prologue, *epilogue).y
-    residual = clear_of_zero(t.map(wide_channels), added=z)
-    join = (*prologue, *epilogue, residual, None, None, True, True)
-    yield OpCase("conv1x1_forward/join", "conv1x1_forward", (c, expand, *join))
-    mask = t.reference.conv1x1_forward(c, expand, *join).mask
-    yield OpCase("gram", "gram", (c, v.scale, v.shift))
-    m, S = t.reference.gram(c, v.scale, v.shift)
-    bias = t.normal(wide_channels)
-    yield OpCase("gram_output_stats", "gram_output_stats", (expand, bias, m, S))
-    center = t.reference.gram_output_stats(expand, bias, m, S)[2]
-    weight = (dy_wide, mask, c, v.scale, v.shift, center)
-    yield OpCase("conv1x1_backward_weight", "conv1x1_backward_weight", weight)
-    r, rows = t.reference.conv1x1_backward_weight(*weight), c.numel() // narrow_channels
-    algebra, above = "gram_backward_coefficients", (*r, expand, bias, v_wide, rows)
-    yield OpCase(f"{algebra}/training", algebra, (*above, m, S, center))
-    yield OpCase(f"{algebra}/frozen", algebra, above)
+    yield OpCase(Conv1x1Forward(wide, reduce, save_stats=True), "stats")
+    affine = Conv1x1Forward(
+        c, expand, in_scale=v.scale, in_shift=v.shift, scale=v_wide.scale, shift=v_wide.shift
+    )
+    residual = clear_of_zero(t.map(wide_channels), added=REFERENCE(affine).y)
+    join = affine._replace(residual=residual, relu=True, save_mask=True)
+    yield OpCase(join, "join")
+    yield OpCase(Gram(c, v.scale, v.shift))
+    m, S = REFERENCE(Gram(c, v.scale, v.shift))
+    output_stats = GramOutputStats(expand, t.normal(wide_channels), m, S)
+    yield OpCase(output_stats)
+    center = REFERENCE(output_stats)[2]
+    weight = Conv1x1BackwardWeight(dy_wide, REFERENCE(join).mask, c, v.scale, v.shift, center)
+    yield OpCase(weight)
+    rows = c.numel() // narrow_channels
+    r, sum_dz = REFERENCE(weight)
+    frozen = GramBackwardCoefficients(r, sum_dz, expand, output_stats.bias, v_wide, rows)
+    yield OpCase(frozen._replace(m=m, S=S, center=center), "training")
+    yield OpCase(frozen, "frozen")
     w, acc = expand.flatten(1), v.scale.dtype
-    below = (dy_wide, mask, c, v, w.to(acc), (w.t() @ w).to(acc), v.mean, v.shift)
-    yield OpCase("conv1x1_gram_backward_input", "conv1x1_gram_backward_input", below)
-    shortcut = (dy, c, v, g, reduce, True, dy_wide, mask)
-    yield OpCase("conv1x1_backward_input", "conv1x1_backward_input", shortcut)
+    above = w.to(acc), (w.t() @ w).to(acc), v.mean, v.shift
+    yield OpCase(Conv1x1GramBackwardInput(dy_wide, weight.mask, c, v, *above))
+    yield OpCase(Conv1x1BackwardInput(dy, c, v, g, reduce, True, dy_wide, weight.mask))
 
 
 def convolution_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase]:
@@ -194,27 +225,38 @@ def convolution_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase
     wide, dy_wide, v_wide, _ = outer
     narrow, side = c.shape[1:3]
     reduce, expand = t.weight(narrow, wide.shape[1]), t.weight(wide.shape[1], narrow)
-    kernel = t.normal(narrow, narrow, 3, 3) / (3 * narrow**0.5)
-    _, mask = t.reference.bn_add_relu_forward(wide, v_wide.scale, v_wide.shift, save_mask=True)
+    _, mask = REFERENCE(BnAddReluForward(wide, v_wide.scale, v_wide.shift, save_mask=True))
     same, pointwise = ((1, 1), (1, 1), (1, 1), 1), ((1, 1), (0, 0), (1, 1), 1)
-    weight, back = "conv_backward_weight", "conv_backward_input"
-    yield OpCase(f"{weight}/3x3", weight, (dy, c, (3, 3), *same))
-    yield OpCase(f"{weight}/1x1", weight, (dy_wide, c, (1, 1), *pointwise))
-    yield OpCase(f"{back}/masked", back, (dy, wide, reduce, *pointwise, dy_wide, mask))
-    strided = (t.map(narrow, (side + 1) // 2), wide, reduce, (2, 2), *pointwise[1:], dy_wide)
-    yield OpCase(f"{back}/strided", back, strided)
-    inference = (c, kernel, t.normal(narrow), dy, True, *same)
-    yield OpCase("conv_bias_add_relu_forward", "conv_bias_add_relu_forward", inference)
-    affine = (None, 1, None, None, v_wide.scale, v_wide.shift, t.map(wide.shape[1]), None, None, True)
-    yield OpCase("conv1x1_forward/inference", "conv1x1_forward", (c, expand, *affine))
+    yield OpCase(ConvBackwardWeight(dy, c, (3, 3), *same), "3x3")
+    yield OpCase(ConvBackwardWeight(dy_wide, c, (1, 1), *pointwise), "1x1")
+    yield OpCase(ConvBackwardInput(dy, wide, reduce, *pointwise, dy_wide, mask), "masked")
+    half = t.map(narrow, (side + 1) // 2)
+    yield OpCase(ConvBackwardInput(half, wide, reduce, (2, 2), *pointwise[1:], dy_wide), "strided")
+    affine = Conv1x1Forward(c, expand, scale=v_wide.scale, shift=v_wide.shift, relu=True)
+    yield OpCase(affine._replace(residual=t.map(wide.shape[1])), "inference")
+
+
+def conv3x3_cases(t: Tensors, layer: Layer) -> Iterator[OpCase]:
+    """The fused 3x3 convolutions, of both strides."""
+    c, dy, v, g = layer
+    channels, half = c.shape[1], (t.shape.side + 1) // 2
+    weight = t.weight(channels, channels, 3)
+    yield OpCase(Conv3x3Forward(c, weight, in_scale=v.scale, in_shift=v.shift, save_stats=True), "stats")
+    affine = Conv3x3Forward(c, weight, 2, scale=v.scale, shift=v.shift)
+    residual = clear_of_zero(t.map(channels, half), added=REFERENCE(affine).y)
+    yield OpCase(affine._replace(residual=residual, relu=True, save_mask=True), "strided")
+    _, mask = REFERENCE(BnAddReluForward(c, v.scale, v.shift, save_mask=True))
+    joined = t.map(channels), mask
+    yield OpCase(Conv3x3BackwardInput(dy, c, weight, 1, c, v, g, True, *joined), "joined")
+    yield OpCase(Conv3x3BackwardInput(t.map(channels, half), c, weight, 2), "strided")
 
 
 def stem_cases(t: Tensors, pooled: Layer) -> Iterator[OpCase]:
     """BN, ReLU and max-pooling; the gradient has the pooled size."""
     c, v = t.stem(pooled.c.shape[1])
     dy, g = pooled.dy, t.grads(c, c, v)
-    _, indices = t.reference.bn_relu_maxpool_forward(c, v.scale, v.shift, *POOL)
-    yield OpCase("bn_relu_maxpool_forward", "bn_relu_maxpool_forward", (c, v.scale, v.shift, *POOL))
-    reduce, back = "bn_relu_maxpool_backward_reduce", "bn_relu_maxpool_backward_input"
-    yield OpCase(reduce, reduce, (dy, indices, c, v, *POOL))
-    yield OpCase(back, back, (dy, indices, c, g, *POOL))
+    forward = BnReluMaxpoolForward(c, v.scale, v.shift, *POOL)
+    _, indices = REFERENCE(forward)
+    yield OpCase(forward)
+    yield OpCase(BnReluMaxpoolBackwardReduce(dy, indices, c, v, *POOL))
+    yield OpCase(BnReluMaxpoolBackwardInput(dy, indices, c, g, *POOL))

@@ -1,1 +1,0 @@
-"""The backends: one module each, all with the signatures of `fusedres.raw_ops.RawOps`."""

@@ -1,0 +1,148 @@
+"""The native backend's functions: from each record to the operator of `fusedres_native` that computes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version  # autograd does not see what a kernel of ours writes into
+
+from fusedres.ops.backend import Backend, Function
+from fusedres.ops.contract import (
+    BatchNormGrads,
+    BatchNormVectors,
+    BnAddReluBackwardInput,
+    BnAddReluBackwardReduce,
+    BnAddReluForward,
+    BnBackwardCoefficients,
+    BnReluMaxpoolBackwardInput,
+    BnReluMaxpoolBackwardReduce,
+    BnReluMaxpoolForward,
+    BnScaleShift,
+    BnStats,
+    Conv1x1Forward,
+    ConvBackwardInput,
+    ConvBackwardWeight,
+    ConvOutput,
+    ReluBackward,
+)
+from fusedres.ops.native import library
+from fusedres.ops.native.reasons import REASONS
+
+LIBRARY = torch.ops.fusedres_native  # empty until the library is loaded
+
+
+def bn_stats(op: BnStats) -> tuple[Tensor, Tensor]:
+    return LIBRARY.bn_stats(op.c)
+
+
+def bn_scale_shift(op: BnScaleShift) -> BatchNormVectors:
+    mean, var, weight, bias, eps = op
+    return BatchNormVectors(mean, var, *LIBRARY.bn_scale_shift(mean, var, weight, bias, eps))
+
+
+def bn_add_relu_forward(op: BnAddReluForward) -> tuple[Tensor, Tensor | None]:
+    c, scale, shift, residual, residual_scale, residual_shift, relu, save_mask, reuse_c = op
+    args = c, scale, shift, residual, residual_scale, residual_shift, relu
+    if reuse_c and not save_mask and c.is_cpu:
+        LIBRARY.bn_add_relu_forward_(*args)
+        increment_version(c)
+        return c, None
+    return LIBRARY.bn_add_relu_forward(*args, save_mask)
+
+
+def bn_add_relu_backward_reduce(op: BnAddReluBackwardReduce) -> tuple[Tensor, Tensor, Tensor | None]:
+    dy, c, v, mask, relu, shortcut_c, shortcut_mean = op
+    return LIBRARY.bn_add_relu_backward_reduce(
+        dy, c, v.mean, v.scale, v.shift, mask, relu, shortcut_c, shortcut_mean
+    )
+
+
+def bn_backward_coefficients(op: BnBackwardCoefficients) -> BatchNormGrads:
+    sum_dz, sum_dz_centered, v, rows, training = op
+    dweight, B, K = LIBRARY.bn_backward_coefficients(
+        sum_dz, sum_dz_centered, v.mean, v.invstd, v.scale, rows, training
+    )
+    return BatchNormGrads(dweight, sum_dz, v.scale, B, K)
+
+
+def bn_add_relu_backward_input(op: BnAddReluBackwardInput) -> tuple[Tensor, Tensor | None]:
+    dy, c, v, g, mask, relu, shortcut_c, shortcut_grads, save_dz, reuse_dy, reuse_c = op
+    if reuse_dy and shortcut_c is None and not save_dz and dy.is_cpu:
+        LIBRARY.bn_add_relu_backward_input_(dy, c, v.scale, v.shift, g.A, g.B, g.K, mask, relu)
+        increment_version(dy)
+        return dy, None
+    shortcut = (None, None, None) if shortcut_grads is None else shortcut_grads[2:]
+    args = dy, c, v.scale, v.shift, g.A, g.B, g.K, mask, relu, shortcut_c, *shortcut, save_dz
+    if reuse_c and c.is_cpu:
+        dz = LIBRARY.bn_add_relu_backward_input_of_c_(*args)
+        increment_version(c if shortcut_c is None else (c, shortcut_c))
+        return c, dz if shortcut_c is None else shortcut_c
+    return LIBRARY.bn_add_relu_backward_input(*args)
+
+
+def relu_backward(op: ReluBackward) -> Tensor:
+    return LIBRARY.relu_backward(op.dy, op.mask)
+
+
+def bn_relu_maxpool_forward(op: BnReluMaxpoolForward) -> tuple[Tensor, Tensor | None]:
+    return LIBRARY.bn_relu_maxpool_forward(*op)
+
+
+def bn_relu_maxpool_backward_reduce(op: BnReluMaxpoolBackwardReduce) -> tuple[Tensor, Tensor]:
+    dy, indices, c, v, *window = op
+    return LIBRARY.bn_relu_maxpool_backward_reduce(dy, indices, c, v.mean, *window)
+
+
+def bn_relu_maxpool_backward_input(op: BnReluMaxpoolBackwardInput) -> Tensor:
+    dy, indices, c, g, *window = op
+    return LIBRARY.bn_relu_maxpool_backward_input(dy, indices, c, g.A, g.B, g.K, *window)
+
+
+def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
+    epilogue = op.scale, op.shift, op.residual, op.residual_scale, op.residual_shift, op.relu
+    return ConvOutput(LIBRARY.conv1x1_forward(op.x, op.weight, *epilogue), None, None, None)
+
+
+def conv_backward_weight(op: ConvBackwardWeight) -> Tensor:
+    dy, x, kernel_size, stride, padding, dilation, _ = op
+    return LIBRARY.conv_backward_weight(dy, x, *kernel_size, *stride, *padding, *dilation)
+
+
+def conv_backward_input(op: ConvBackwardInput) -> Tensor:
+    dy, _, weight, stride, _, _, _, shortcut_dy, shortcut_mask, reuse_shortcut = op
+    in_place = shortcut_dy is not None and shortcut_mask is None and reuse_shortcut
+    if tuple(stride) == (1, 1) and not in_place:
+        return LIBRARY.conv_backward_input(dy, weight, shortcut_dy, shortcut_mask)
+    assert shortcut_dy is not None  # with a stride there is no kernel but the one that adds
+    dx = shortcut_dy if in_place else shortcut_dy.clone()
+    LIBRARY.conv_backward_input_(dx, dy, weight, *stride)
+    increment_version(dx)
+    return dx
+
+
+FUNCTIONS: dict[type, Function] = {
+    BnStats: bn_stats,
+    BnScaleShift: bn_scale_shift,
+    BnAddReluForward: bn_add_relu_forward,
+    BnAddReluBackwardReduce: bn_add_relu_backward_reduce,
+    BnBackwardCoefficients: bn_backward_coefficients,
+    BnAddReluBackwardInput: bn_add_relu_backward_input,
+    ReluBackward: relu_backward,
+    BnReluMaxpoolForward: bn_relu_maxpool_forward,
+    BnReluMaxpoolBackwardReduce: bn_relu_maxpool_backward_reduce,
+    BnReluMaxpoolBackwardInput: bn_relu_maxpool_backward_input,
+    Conv1x1Forward: conv1x1_forward,
+    ConvBackwardWeight: conv_backward_weight,
+    ConvBackwardInput: conv_backward_input,
+}
+NATIVE = Backend(library.NAME, FUNCTIONS, REASONS)
+
+
+def backend() -> Backend:
+    """The native backend, its library loaded.
+
+    Raises:
+        BackendUnavailableError: the library is not there or does not load.
+    """
+    library.load()
+    return NATIVE

@@ -1,0 +1,209 @@
+"""Every raw op that Triton kernels serve: CUDA tensors, and CPU tensors under TRITON_INTERPRET=1.
+
+Triton itself is imported at the first op that is served. Maths and shapes are in `fusedres.ops.contract`; kernels
+and launchers, which know nothing of the rest of fusedres, in `fusedres.triton_kernels`.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedres.ops import triton_reasons
+from fusedres.ops.backend import Backend, Function
+from fusedres.ops.contract import (
+    BatchNormGrads,
+    BatchNormVectors,
+    BnAddReluBackwardInput,
+    BnAddReluBackwardReduce,
+    BnAddReluForward,
+    BnBackwardCoefficients,
+    BnReluMaxpoolBackwardInput,
+    BnReluMaxpoolBackwardReduce,
+    BnReluMaxpoolForward,
+    BnScaleShift,
+    BnStats,
+    Conv1x1BackwardInput,
+    Conv1x1BackwardWeight,
+    Conv1x1Forward,
+    Conv1x1GramBackwardInput,
+    ConvOutput,
+    Gram,
+    GramBackwardCoefficients,
+    GramGrads,
+    GramOutputStats,
+    RawOp,
+    ReluBackward,
+)
+from fusedres.ops.triton_reasons import DECIDING, DeviceReason
+
+NAME = "triton"
+
+
+@cache
+def launchers() -> ModuleType:
+    from fusedres.triton_kernels import launchers
+
+    return launchers
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def launched(op: RawOp) -> Any:
+    """The op's result, its kernels launched on the device of its tensors."""
+    kind = type(op)
+    with on_device_of(getattr(op, DECIDING[kind])):
+        return LAUNCHES[kind](op)
+
+
+def activation_vectors(
+    vectors: BatchNormVectors, mask: Tensor | None, relu: bool
+) -> tuple[Tensor, Tensor] | None:
+    """scale and shift where dz comes from the sign of `scale*c + shift`."""
+    return (vectors.scale, vectors.shift) if mask is None and relu else None
+
+
+def coefficients(grads: BatchNormGrads) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return grads.A, grads.B, grads.K
+
+
+def bn_stats(op: BnStats) -> tuple[Tensor, Tensor]:
+    return launchers().bn_stats(op.c)
+
+
+def bn_scale_shift(op: BnScaleShift) -> BatchNormVectors:
+    return BatchNormVectors(op.mean, op.var, *launchers().bn_scale_shift(*op))
+
+
+def bn_add_relu_forward(op: BnAddReluForward) -> tuple[Tensor, Tensor | None]:
+    c, scale, shift, residual, residual_scale, residual_shift, relu, save_mask, _ = op
+    return launchers().bn_add_relu_forward(
+        c, scale, shift, residual, residual_scale, residual_shift, relu, save_mask
+    )
+
+
+def bn_add_relu_backward_reduce(op: BnAddReluBackwardReduce) -> tuple[Tensor, Tensor, Tensor | None]:
+    dy, c, vectors, mask, relu, shortcut_c, shortcut_mean = op
+    activation = activation_vectors(vectors, mask, relu)
+    return launchers().bn_add_relu_backward_reduce(
+        dy, c, vectors.mean, activation, mask, shortcut_c, shortcut_mean
+    )
+
+
+def bn_backward_coefficients(op: BnBackwardCoefficients) -> BatchNormGrads:
+    sum_dz, sum_dz_centered, vectors, rows, training = op
+    dweight, B, K = launchers().bn_backward_coefficients(
+        sum_dz, sum_dz_centered, vectors.mean, vectors.invstd, vectors.scale, rows, training
+    )
+    return BatchNormGrads(dweight, sum_dz, vectors.scale, B, K)
+
+
+def bn_add_relu_backward_input(op: BnAddReluBackwardInput) -> tuple[Tensor, Tensor | None]:
+    dy, c, vectors, grads, mask, relu, shortcut_c, shortcut_grads, save_dz, _, _ = op
+    shortcut = None if shortcut_grads is None else coefficients(shortcut_grads)
+    activation = activation_vectors(vectors, mask, relu)
+    return launchers().bn_add_relu_backward_input(
+        dy, c, activation, coefficients(grads), mask, shortcut_c, shortcut, save_dz
+    )
+
+
+def relu_backward(op: ReluBackward) -> Tensor:
+    return launchers().relu_backward(op.dy, op.mask)
+
+
+def bn_relu_maxpool_forward(op: BnReluMaxpoolForward) -> tuple[Tensor, Tensor | None]:
+    *arguments, save_indices = op
+    y, indices = launchers().bn_relu_maxpool_forward(*arguments)
+    return y, indices if save_indices else None
+
+
+def bn_relu_maxpool_backward_reduce(op: BnReluMaxpoolBackwardReduce) -> tuple[Tensor, Tensor]:
+    dy, indices, c, vectors, *window = op
+    return launchers().bn_relu_maxpool_backward_reduce(dy, indices, c, vectors.mean, *window)
+
+
+def bn_relu_maxpool_backward_input(op: BnReluMaxpoolBackwardInput) -> Tensor:
+    dy, indices, c, grads, *window = op
+    return launchers().bn_relu_maxpool_backward_input(dy, indices, c, coefficients(grads), *window)
+
+
+def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
+    return ConvOutput(*launchers().conv1x1_forward(*op))
+
+
+def gram(op: Gram) -> tuple[Tensor, Tensor]:
+    return launchers().gram(*op)
+
+
+def gram_output_stats(op: GramOutputStats) -> tuple[Tensor, Tensor, Tensor]:
+    return launchers().gram_output_stats(*op)
+
+
+def gram_backward_coefficients(op: GramBackwardCoefficients) -> GramGrads:
+    r, sum_dz, weight, bias, vectors, rows, m, S, center = op
+    above = vectors.mean, vectors.invstd, vectors.scale
+    return GramGrads(
+        *launchers().gram_backward_coefficients(r, sum_dz, weight, bias, *above, rows, m, S, center)
+    )
+
+
+def conv1x1_backward_weight(op: Conv1x1BackwardWeight) -> tuple[Tensor, Tensor]:
+    return launchers().conv1x1_backward_weight(*op)
+
+
+def conv1x1_gram_backward_input(op: Conv1x1GramBackwardInput) -> tuple[Tensor, Tensor, Tensor]:
+    dy, mask, c, vectors, *coefficients_above = op
+    below = vectors.mean, vectors.scale, vectors.shift
+    return launchers().conv1x1_gram_backward_input(dy, mask, c, *below, *coefficients_above)
+
+
+def conv1x1_backward_input(op: Conv1x1BackwardInput) -> tuple[Tensor, Tensor]:
+    dy, c, vectors, grads, weight, relu, shortcut_dy, shortcut_mask = op
+    activation = activation_vectors(vectors, None, relu)
+    return launchers().conv1x1_backward_input(
+        dy, c, activation, coefficients(grads), weight, shortcut_dy, shortcut_mask
+    )
+
+
+LAUNCHES: dict[type, Function] = {
+    BnStats: bn_stats,
+    BnScaleShift: bn_scale_shift,
+    BnAddReluForward: bn_add_relu_forward,
+    BnAddReluBackwardReduce: bn_add_relu_backward_reduce,
+    BnBackwardCoefficients: bn_backward_coefficients,
+    BnAddReluBackwardInput: bn_add_relu_backward_input,
+    ReluBackward: relu_backward,
+    BnReluMaxpoolForward: bn_relu_maxpool_forward,
+    BnReluMaxpoolBackwardReduce: bn_relu_maxpool_backward_reduce,
+    BnReluMaxpoolBackwardInput: bn_relu_maxpool_backward_input,
+    Conv1x1Forward: conv1x1_forward,
+    Gram: gram,
+    GramOutputStats: gram_output_stats,
+    GramBackwardCoefficients: gram_backward_coefficients,
+    Conv1x1BackwardWeight: conv1x1_backward_weight,
+    Conv1x1GramBackwardInput: conv1x1_gram_backward_input,
+    Conv1x1BackwardInput: conv1x1_backward_input,
+}
+
+
+def backend(device_reason: DeviceReason | None = None) -> Backend:
+    """The Triton backend.
+
+    Args:
+        device_reason: why it does not serve a tensor's dtype and device, as a code; None: what Triton itself takes
+            in this process, CPU tensors only under TRITON_INTERPRET=1.
+    """
+    if device_reason is None:
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        device_reason = partial(triton_reasons.device_reason, interpreted=interpreted)
+    reason = partial(triton_reasons.reason, device_reason=device_reason)
+    return Backend(NAME, dict.fromkeys(LAUNCHES, launched), dict.fromkeys(LAUNCHES, reason))

@@ -1,0 +1,132 @@
+"""What the Triton kernels do not serve, and why: from any record that they have a kernel for to a code, or None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fusedres.ops.contract import (
+    BnAddReluBackwardInput,
+    BnAddReluBackwardReduce,
+    BnAddReluForward,
+    BnBackwardCoefficients,
+    BnReluMaxpoolBackwardInput,
+    BnReluMaxpoolBackwardReduce,
+    BnReluMaxpoolForward,
+    BnScaleShift,
+    BnStats,
+    Conv1x1BackwardInput,
+    Conv1x1BackwardWeight,
+    Conv1x1Forward,
+    Conv1x1GramBackwardInput,
+    Gram,
+    GramBackwardCoefficients,
+    GramOutputStats,
+    RawOp,
+    ReluBackward,
+)
+
+DeviceReason = Callable[[Tensor], str | None]  # of the tensor that decides
+
+# the argument of each op that decides: the output has its memory format, and the launch is on its device
+DECIDING: dict[type, str] = {
+    BnStats: "c",
+    BnScaleShift: "mean",
+    BnAddReluForward: "c",
+    BnAddReluBackwardReduce: "c",
+    BnBackwardCoefficients: "sum_dz",
+    BnAddReluBackwardInput: "c",
+    ReluBackward: "dy",
+    BnReluMaxpoolForward: "c",
+    BnReluMaxpoolBackwardReduce: "c",
+    BnReluMaxpoolBackwardInput: "c",
+    Conv1x1Forward: "x",
+    Gram: "c",
+    GramOutputStats: "weight",
+    GramBackwardCoefficients: "weight",
+    Conv1x1BackwardWeight: "c",
+    Conv1x1GramBackwardInput: "c",
+    Conv1x1BackwardInput: "c",
+}
+# products of activations; the other Gram ops multiply weights and moments alone, in float64 throughout
+PRODUCTS = {Conv1x1Forward, Gram, Conv1x1BackwardWeight, Conv1x1GramBackwardInput, Conv1x1BackwardInput}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_ROWS = 2**31 - 2**16  # row numbers are 32-bit, offsets 64-bit; the difference is room for the last tile
+OLDEST_CAPABILITY = (8, 0)  # bfloat16 products and asynchronous copies
+
+
+def tensors(op: RawOp) -> Iterator[Tensor]:
+    """The arguments that are tensors, and those in named tuples of vectors."""
+    for arg in op:
+        if isinstance(arg, Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from (t for t in arg if isinstance(t, Tensor))
+
+
+def widest(op: RawOp, wide: list[Tensor]) -> int:
+    """The most channels that a product reads or writes, of its activations and weights."""
+    cout = op.weight.shape[0] if isinstance(op, Conv1x1Forward) else 0
+    return max(cout, *(t.shape[1] for t in wide))
+
+
+@lru_cache(maxsize=4096)
+def offsets_fit(kind: type, cin: int, widest: int) -> bool:
+    """Whether offsets inside one program's share of the rows, and inside the weight, stay below 2^31."""
+    from fusedres.triton_kernels import tiles
+
+    rows = tiles.STATISTICS_ROWS
+    if kind is Gram:
+        rows = tiles.gram_rows(cin, tiles.output_tile(tiles.GRAM, cin, cin).bn)
+    elif kind is Conv1x1BackwardWeight:
+        rows = tiles.weight_rows(cin)
+    return max(rows, 2 * widest) * widest < 2**31
+
+
+def reason(op: RawOp, device_reason: DeviceReason) -> str | None:
+    """Why the kernels do not take this call, or None."""
+    tensor = getattr(op, DECIDING[type(op)])
+    if (found := device_reason(tensor)) is not None:
+        return found
+    given = list(tensors(op))
+    # the kernels step through vectors and masks by 1: one of a strided or expanded parameter reads elsewhere
+    if not all(t.is_contiguous() for t in given if t.dim() < 4):
+        return "vector_not_dense"
+    return activations_reason(op, tensor, given) if tensor.dim() == 4 else None
+
+
+def activations_reason(op: RawOp, tensor: Tensor, given: list[Tensor]) -> str | None:
+    """tensor: the one that decides, among those given."""
+    wide = [t for t in given if t.dim() == 4]  # activations and convolution weights
+    if len({t.dtype for t in wide} - {torch.uint8}) > 1:
+        return "mixed_dtypes"
+    if tensor.numel() == 0:
+        return "empty"
+    if not tensor.is_contiguous(memory_format=torch.channels_last):
+        return "not_channels_last"
+    if tensor.numel() // tensor.shape[1] > MAX_ROWS:
+        return "too_many_rows"
+    if type(op) not in PRODUCTS:
+        return None
+    if not offsets_fit(type(op), tensor.shape[1], widest(op, wide)):
+        return "too_many_channels"
+    # TF32 would round a and W differently in the statistics than in the product
+    return "float32_product" if tensor.is_cuda and tensor.dtype == torch.float32 else None
+
+
+def device_reason(tensor: Tensor, interpreted: bool) -> str | None:
+    """Why Triton does not run on this tensor's device in its dtype, or None. interpreted: by Triton's interpreter."""
+    if tensor.dtype not in DTYPES:
+        return f"dtype_{str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.is_cuda:
+        if torch.version.hip is not None:
+            return "rocm"  # tiles, and the instruction that waits for a product, are NVIDIA's
+        old = torch.cuda.get_device_capability(tensor.device) < OLDEST_CAPABILITY
+        return "compute_capability_below_8" if old else None
+    if not interpreted or tensor.device.type != "cpu":
+        return f"device_{tensor.device.type}"
+    # the interpreter multiplies bfloat16 as if its bits were integers
+    return "bfloat16_interpreted" if tensor.dtype == torch.bfloat16 else None
