@@ -15,7 +15,7 @@ import torch
 from fusedres.patching import ambient, own_code, own_sizes
 from fusedres.patching.dry_run import DryRunError, StandIn
 from fusedres.patching.own_sizes import Shape
-from fusedres.patching.trace import Trace, is_constant_norm, trace
+from fusedres.patching.trace import DEVICES, DTYPES, LAYOUTS, Trace, is_constant_norm, trace
 
 FIRST: Shape = (2, 32, 32)
 OTHERS: tuple[
@@ -81,6 +81,7 @@ def check_every_path(stand_in: StandIn, channels: int, norms: dict[str, float], 
                 found = attempt(partial(paths.run, shape, training))
                 if found is not None and not paths.same(found, first):
                     raise DryRunError("shape_dependent")
+        check_kinds_of_tensors(paths, first, training)
         for context in ({"gradients": False}, {"gradients": False, "inference": True}):
             found = attempt(partial(paths.run, WITHOUT_GRADIENTS, training, **context), "grad_mode_dependent")
             if found is None or not paths.same_or_constant(found, first):
@@ -123,6 +124,26 @@ def check_other_call(
         raise DryRunError("shape_dependent")
     under_subclass = paths.run(FIRST, training, subclassed=True)
     raise DryRunError("asks_state" if paths.same(under_subclass, first) else "asks_own_class")
+
+
+def check_kinds_of_tensors(paths: Paths, first: Trace, training: bool) -> None:
+    """Runs in float32, and in other dtypes and layouts where the module's own code asks for them.
+
+    No run answers for another device than meta.
+    """
+    if not first.reads.isdisjoint(DEVICES):
+        raise DryRunError("asks_device")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = attempt(partial(paths.run, FIRST, training, dtype=dtype))
+        if found is None or not paths.same(found, first):
+            raise DryRunError("dtype_dependent")
+        if first.reads.isdisjoint(DTYPES):
+            break
+    if not first.reads.isdisjoint(LAYOUTS):
+        for layout in (torch.channels_last, None):
+            found = attempt(partial(paths.run, FIRST, training, layout=layout))
+            if found is None or not paths.same(found, first):
+                raise DryRunError("layout_dependent")
 
 
 def check_state(found: Trace) -> None:
