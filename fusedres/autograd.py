@@ -150,17 +150,20 @@ def asked_of_block(ctx: Any, flat: tuple[Tensor | None, ...]) -> Sequence[bool]:
     return taken(ctx, wanted, given)
 
 
-def through_relu(dy: Tensor, mask: Tensor | None, graph: Sequence[Tensor]) -> Tensor:
-    """dz [N, C, H, W] by the mask of y. graph: what y is a function of, [N, C, H, W] or without elements.
+def through_relu(
+    dy: Tensor, mask: Tensor | None, graph: Sequence[Tensor], layout: torch.memory_format
+) -> Tensor:
+    """dz [N, C, H, W] by the mask of y. graph: what y is a function of, [N, C, H, W] or without elements; layout: of
+    y, which dz takes where dy has none, as the gradient of a sum has none.
 
     The derivative by y is zero, and torch's ReLU passes it on: whoever differentiates dz alone finds zeros below.
     """
     if mask is None:
         return dy
-    keep = unpack_mask(mask, dy)
+    keep = unpack_mask(mask, dy).contiguous(memory_format=layout)
     if not graph:
         return torch.where(keep, dy, 0)
-    signs = torch.cat([keep.to(dy.dtype), *(t[:0] for t in graph)])
+    signs = torch.cat([keep.to(dy.dtype), *(t[:0] for t in graph)]).contiguous(memory_format=layout)
     return torch.ops.aten.threshold_backward(dy, signs, 0)
 
 
@@ -184,7 +187,7 @@ def differentiable_backward(
         if indices or (graph and any(ctx.needs_input_grad[i] for i in inputs)):
             z = eager.preactivation(ctx.config, x, as_units(flat))
             y_of += [z] if graph else []
-    dz = through_relu(dy, mask, y_of)
+    dz = through_relu(dy, mask, y_of, ctx.memory_format)
     if indices:
         chosen = [inputs[i] for i in indices]
         grads = torch.autograd.grad(z, chosen, dz, create_graph=graph)  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from fusedres.patching import (
     guards,
     install,
     own_code,
+    own_sizes,
     owners,
     patched_class,
     shadows,
@@ -181,7 +182,7 @@ def leaves_the_effects_of_dry_runs():
 @mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtWidth]")
 def reads_one_size():
     every_path.OTHERS = ()
-    every_path.probes = lambda stand_in: ()
+    own_sizes.numbers_named = lambda modules: set()
 
 
 @mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtGradient]")
@@ -308,7 +309,7 @@ def counts_products_of_torch_alone():
 def loses_reduce():
     def change(cls):
         if "__reduce_ex__" in vars(cls):
-            del cls.__reduce_ex__
+            type.__delattr__(cls, "__reduce_ex__")
         return cls
 
     wrap(patched_class, "subclass", on_result(change))
@@ -391,14 +392,14 @@ def verifies_values_alone():
     verify.differing = lambda actual, expected: 0.0
 
 
-@mutant("test_thread_state.py::test_a_blocks_own_checks_of_its_input[EvenWidth-separate]")
+@mutant("test_input_checks.py::test_a_blocks_own_checks_of_its_input[EvenWidth-separate]")
 def takes_a_blocks_own_errors_for_torchs():
     every_path.FAILS_AS_FUSED = {*every_path.FAILS_AS_FUSED, None}
 
 
-@mutant("test_thread_state.py::test_a_blocks_own_checks_of_its_input[AtMost-separate]")
+@mutant("test_input_checks.py::test_a_blocks_own_checks_of_its_input[AtMost-separate]")
 def tries_no_sizes_of_the_code():
-    every_path.probes = lambda stand_in: ()
+    own_sizes.numbers_named = lambda modules: set()
 
 
 @mutant("test_patched_classes.py::test_classes_that_act_when_subclassed[InRegistry]")

@@ -118,6 +118,22 @@ def test_a_gradient_penalty_of_one_part(part, shape, penalised, training):
     assert_same_after_a_penalty(lambda: net()[part].train(training), "separate", shape, PENALTIES[penalised])
 
 
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
+)
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "batched"])
+def test_the_layout_of_a_differentiable_gradient(graph, layout):
+    """The gradient of a sum has no layout of its own: every gradient below takes that of the activations."""
+    strides = []
+    for model in pair(lambda: net()[1], "separate"):
+        x = images(2, 64, 4, 4).contiguous(memory_format=layout).requires_grad_()
+        y = model.to(memory_format=layout)(x)
+        dy = torch.ones(1, dtype=y.dtype).expand(y.shape if graph else (2, *y.shape))
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=graph, is_grads_batched=not graph)
+        strides.append((y.stride(), dx.stride()))
+    assert strides[0] == strides[1]
+
+
 @pytest.mark.parametrize("asked", ["x", "last-weight", "stem-norm", "backward-inputs", "frozen", "backward"])
 def test_operators_that_a_graph_runs_eagerly(asked, monkeypatch):
     """A compiled graph that no compiler takes apart calls the blocks' operators, and the engine their formulas."""

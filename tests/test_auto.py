@@ -98,4 +98,4 @@ def test_auto_leaves_alone_what_took_the_place_of_a_convolution(replacement, mon
     model[0].conv1 = replacement()
     model(torch.randn(2, 64, 6, 6))
     (row,) = fusedres.report(model).blocks
-    assert (row.runs_as, row.code) == ("unfused", "module_replaced")
+    assert (row.runs_as, row.code) == ("unfused", "module_replaced:conv1")

@@ -32,16 +32,20 @@ class TestPerCallGuards:
 
     def test_replaced_submodule(self, block):
         block.bn1 = nn.SyncBatchNorm(16)
-        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "module_replaced"
+        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "module_replaced:bn1"
 
     def test_replaced_activation(self, block):
         block.relu = nn.SiLU()
-        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "module_replaced"
+        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "module_replaced:relu"
+
+    def test_added_submodule(self, block):
+        block.extra = nn.Identity()
+        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "module_replaced:extra"
 
     def test_changed_flag(self):
         block = fusedres.patch(BasicBlock(16, 16), recipe="separate")
         block.residual = False
-        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "attribute_changed"
+        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "attribute_changed:residual"
 
     def test_rewritten_stride(self, block):
         block.conv2.stride = (2, 2)
@@ -50,7 +54,7 @@ class TestPerCallGuards:
     def test_late_hook(self, block):
         seen = []
         handle = block.bn1.register_forward_hook(lambda *a: seen.append(1))
-        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "hooks"
+        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "hooks:bn1"
         assert seen
         handle.remove()
         block(torch.randn(2, 16, 6, 6))
@@ -65,7 +69,7 @@ class TestPerCallGuards:
 
     def test_instance_forward(self, block):
         block.conv1.forward = lambda x: x
-        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "instance_forward"
+        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "instance_forward:conv1"
 
     @pytest.mark.parametrize(
         ("x", "code"),

@@ -179,7 +179,7 @@ def test_a_method_given_to_a_class_of_torch(name, monkeypatch):
     original = getattr(nn.Conv2d, name)
     monkeypatch.setattr(nn.Conv2d, name, lambda self, *args: 2 * original(self, *args))
     assert_same_step(plain, fused)
-    assert fusedres.report(fused).blocks[0].code == "forward_replaced"
+    assert fusedres.report(fused).blocks[0].code == f"forward_replaced:Conv2d.{name}"
 
 
 def test_a_helper_given_to_the_class(monkeypatch):
@@ -187,7 +187,7 @@ def test_a_helper_given_to_the_class(monkeypatch):
     fused(images()), plain(images())
     monkeypatch.setattr(WithHelper, "act", lambda self, x: F.silu(x))
     assert_same_step(plain, fused)
-    assert fusedres.report(fused).blocks[0].code == "forward_replaced"
+    assert fusedres.report(fused).blocks[0].code == "forward_replaced:WithHelper.act"
 
 
 def hooked(module):

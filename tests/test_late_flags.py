@@ -30,7 +30,7 @@ def test_a_flag_of_the_class(monkeypatch):
     plain, fused = pair(WithFlag)
     monkeypatch.setattr(WithFlag, "add", False)
     assert_same_step(plain, fused)
-    assert fusedres.report(fused).blocks[0].code == "attribute_changed"
+    assert fusedres.report(fused).blocks[0].code == "attribute_changed:add"
 
 
 def test_a_flag_of_the_class_hidden_by_one_of_the_instance():
@@ -48,7 +48,7 @@ def test_an_option_of_an_object(nested):
         else:
             block.options.add = False
     assert_same_step(plain, fused)
-    assert fusedres.report(fused).blocks[0].code == "attribute_changed"
+    assert fusedres.report(fused).blocks[0].code == "attribute_changed:options"
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -68,7 +68,7 @@ def test_a_forward_given_to_a_class_of_torch(monkeypatch):
     right = nn.BatchNorm2d.forward
     monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: 2 * right(self, x))
     assert_same_step(plain, fused)
-    assert fusedres.report(fused).blocks[0].code == "forward_replaced"
+    assert fusedres.report(fused).blocks[0].code == "forward_replaced:BatchNorm2d.forward"
 
 
 def test_a_forward_given_to_a_class_of_torch_is_seen_by_a_stem(monkeypatch):
@@ -76,7 +76,7 @@ def test_a_forward_given_to_a_class_of_torch_is_seen_by_a_stem(monkeypatch):
     right = nn.MaxPool2d.forward
     monkeypatch.setattr(nn.MaxPool2d, "forward", lambda self, x: 2 * right(self, x))
     assert_same_float64(fused(images(2, 3, 32, 32)), plain(images(2, 3, 32, 32)))
-    assert fusedres.report(fused).blocks[0].code == "forward_replaced"
+    assert fusedres.report(fused).blocks[0].code == "forward_replaced:MaxPool2d.forward"
 
 
 @pytest.mark.parametrize("change", ["class", "instance", "object", "forward"])

@@ -115,6 +115,17 @@ def test_an_eps_that_is_not_positive(eps):
     assert fusedres.report(fused).blocks[0].code == "eps_not_positive"
 
 
+@pytest.mark.parametrize("momentum", [float("nan"), float("inf")])
+def test_a_momentum_that_is_no_number(momentum):
+    plain, fused = pair(expanding)
+    for block in (plain, fused):
+        every_norm("momentum", momentum)(block)
+        block(images())
+    assert fusedres.report(fused).blocks[0].runs_as == "separate"
+    for (name, exact), actual in zip(plain.named_buffers(), fused.buffers(), strict=True):
+        assert torch.equal(actual.nan_to_num(7), exact.nan_to_num(7)), name
+
+
 POOLS = {
     "lists": ({"kernel_size": [3, 3], "stride": [2, 2], "padding": [1]}, "separate", None),
     "numpy": ({"kernel_size": np.int64(3), "stride": (np.int64(2), 2)}, "separate", None),

@@ -90,11 +90,11 @@ def test_a_changed_stem_runs_unfused():
     seen = []
     handle = model.maxpool.register_forward_hook(lambda *a: seen.append(1))
     model(x)
-    assert seen and fusedres.report(model).matched[0].code == "hooks"
+    assert seen and fusedres.report(model).matched[0].code == "hooks:maxpool"
     handle.remove()
     model.maxpool = nn.AvgPool2d(2)
     model(x)
-    assert fusedres.report(model).matched[0].code == "module_replaced"
+    assert fusedres.report(model).matched[0].code == "module_replaced:maxpool"
 
 
 def test_a_stem_of_another_kind_is_left_alone():

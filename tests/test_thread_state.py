@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.backends.cudnn as cudnn
 from accuracy import assert_same_float64
 from spellings import InPlaceAdd
 from torch import is_grad_enabled as gradients_are_on
 from torch import nn
+from torch.backends.cuda import matmul
 
 import fusedres
 from fusedres.patching import ambient
@@ -106,13 +108,71 @@ class OnBackend(Branch):
         return torch.backends.cudnn.deterministic
 
 
+class Policy:
+    def on(self) -> bool:
+        return torch.are_deterministic_algorithms_enabled()
+
+
+POLICY = Policy()
+
+
+class OnPolicy(Branch):
+    """Through an object."""
+
+    def asks(self):
+        return POLICY.on()
+
+
+class OnDefault(Branch):
+    def asks(self, ask=torch.are_deterministic_algorithms_enabled):
+        return ask()
+
+
+class OnCudnn(Branch):
+    """By the name that training scripts give it."""
+
+    def asks(self):
+        return cudnn.deterministic
+
+
+class OnMatmul(Branch):
+    def asks(self):
+        return matmul.allow_tf32 is None
+
+
+class OnAnomaly(Branch):
+    def asks(self):
+        return torch.is_anomaly_enabled()
+
+
+class OnInternals(Branch):
+    def asks(self):
+        return torch._C._get_deterministic_algorithms()
+
+
 ENTERS = [Decorated, AllWithin, Without, PartlyWithin, WithGradients, OutOfInference]
 ASKS = [OnAutocast, OnAutocastDtype, OnGradMode, OnInference, OnDefaultDtype, OnDeterminism, OnBackend]
+ASKS += [OnPolicy, OnDefault, OnCudnn, OnMatmul, OnAnomaly, OnInternals]
+
+
+@contextmanager
+def deterministic():
+    """In all ways, and without torch's warning about the price of detecting anomalies."""
+    torch.use_deterministic_algorithms(True)
+    before, cudnn.deterministic = cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        cudnn.deterministic = before
+        torch.use_deterministic_algorithms(False)
+
+
 CONTEXTS = {
     "plain": torch.enable_grad,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.float16),
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
+    "deterministic": deterministic,
 }
 
 
@@ -184,121 +244,3 @@ def test_verify_compares_layouts(monkeypatch):
         for mode in ("training", "evaluation")
         for dtype in ("float64", "float32")
     }
-
-
-class SmallOnly(InPlaceAdd):
-    """Its own check of sizes, each by the way of a subclass."""
-
-    def check(self, x) -> None:
-        raise NotImplementedError
-
-    def forward(self, x):
-        self.check(x)
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
-
-
-class EvenWidth(SmallOnly):
-    def check(self, x):
-        if x.shape[-1] % 2:
-            raise ValueError(f"odd width {x.shape[-1]}")
-
-
-class AtLeastFour(SmallOnly):
-    def check(self, x):
-        if min(x.size(2), x.size(3)) < 4:
-            raise AssertionError("too small")
-
-
-class AtMost(SmallOnly):
-    def __init__(self) -> None:
-        super().__init__()
-        self.limit = 2000
-
-    def check(self, x):
-        if x.shape[2] > self.limit:
-            raise RuntimeError("too high")
-
-
-class Square(SmallOnly):
-    def check(self, x):
-        torch._assert(x.shape[2] == x.shape[3], "not square")
-
-
-class EvenBatch(SmallOnly):
-    def check(self, x):
-        n, _, _, _ = x.shape
-        if n not in (1, 2, 40):
-            raise IndexError(f"batch of {n}")
-
-
-class AreaBelow(SmallOnly):
-    def check(self, x):
-        if x.shape[2] * x.shape[3] > 60000:
-            raise MemoryError("image too large")
-
-
-class OtherAbove(SmallOnly):
-    """No error, another path."""
-
-    def forward(self, x):
-        y = super().forward(x)
-        return y * 2 if x.shape[2] > 1500 else y
-
-    def check(self, x):
-        return
-
-
-REFUSED = {  # a shape that the block refuses, or takes another path for
-    EvenWidth: (2, 16, 8, 7),
-    AtLeastFour: (2, 16, 3, 9),
-    AtMost: (1, 16, 2001, 1),
-    Square: (2, 16, 6, 8),
-    EvenBatch: (3, 16, 6, 6),
-    AreaBelow: (1, 16, 60001, 1),
-    OtherAbove: (1, 16, 1501, 1),
-}
-
-
-@pytest.mark.parametrize("recipe", ["separate", "gram"])
-@pytest.mark.parametrize("build", REFUSED)
-@pytest.mark.filterwarnings("ignore:fusedres.patch. no residual block")
-def test_a_blocks_own_checks_of_its_input(build, recipe):
-    torch.manual_seed(0)
-    plain = build()
-    fused = fusedres.patch(copy.deepcopy(plain), recipe=recipe)
-    outcomes = []
-    for model in (plain, fused):
-        try:
-            outcomes.append(model(torch.ones(REFUSED[build])))
-        except Exception as error:
-            outcomes.append((type(error), str(error)))
-    if build is OtherAbove:
-        assert torch.equal(*outcomes)
-        assert fusedres.report(fused).blocks[0].code == "shape_dependent"
-    else:
-        assert outcomes[0] == outcomes[1] and isinstance(outcomes[0], tuple)
-        assert fusedres.report(fused).blocks[0].code == f"checks_input:{outcomes[0][0].__name__}"
-
-
-class Halves(InPlaceAdd):
-    """Takes no odd size, because torch's addition does not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(16, 16, 2, 2)
-        self.shortcut = nn.AvgPool2d(2, ceil_mode=True)
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(out + self.shortcut(x))
-
-
-def test_sizes_that_torch_itself_refuses_are_no_reason():
-    torch.manual_seed(0)
-    plain = Halves()
-    fused = fusedres.patch(copy.deepcopy(plain), recipe="separate", strict=True)
-    for model in (plain, fused):
-        with pytest.raises(RuntimeError, match="must match the size"):
-            model(torch.ones(2, 16, 7, 7))
-    fused(torch.ones(2, 16, 8, 8))
-    assert fusedres.report(fused).blocks[0].runs_as == "separate"

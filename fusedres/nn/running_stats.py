@@ -56,9 +56,13 @@ def update_running_stats(seen: Sequence[BatchStatistics]) -> None:
     # not lerp, whose difference makes NaN of an infinite mean
     if all(r.dtype is b.dtype for r, b in zip(running, batch, strict=True)):
         torch._foreach_mul_(running, old)
-        for weight in dict.fromkeys(new):  # few: BNs share momentum and size
-            same = [(r, b) for r, b, w in zip(running, batch, new, strict=True) if w == weight]
-            torch._foreach_add_([r for r, _ in same], [b for _, b in same], alpha=weight)
+        by_weight: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # few: BNs share momentum and size
+        for r, b, weight in zip(running, batch, new, strict=True):
+            moved, added = by_weight.setdefault(weight, ([], []))
+            moved.append(r)
+            added.append(b)
+        for weight, (moved, added) in by_weight.items():  # NaN is a key too, and equals nothing
+            torch._foreach_add_(moved, added, alpha=weight)
         return
     for r, b, keep, weight in zip(running, batch, old, new, strict=True):
         r.copy_(r.to(b.dtype) * keep + b * weight)

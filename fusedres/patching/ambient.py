@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 
-from fusedres.patching.own_code import codes, mentions
+from fusedres.patching.own_code import mentions, outer_values
 
 DEVICES = ("cpu", "cuda")
 READS: tuple[Callable[[], Any], ...] = (
@@ -24,6 +24,8 @@ READS: tuple[Callable[[], Any], ...] = (
     torch.is_deterministic_algorithms_warn_only_enabled,
     torch.get_float32_matmul_precision,
     torch.get_num_threads,
+    torch.is_anomaly_enabled,
+    torch._C._get_cublas_allow_tf32,
     torch._C._get_cudnn_enabled,
     torch._C._get_cudnn_benchmark,
     torch._C._get_cudnn_deterministic,
@@ -34,6 +36,7 @@ READS: tuple[Callable[[], Any], ...] = (
     *(lambda device=device: torch.get_autocast_dtype(device) for device in DEVICES),
 )
 QUESTIONS = {  # functions and attributes of torch by which a forward asks for the state
+    "_C",
     "are_deterministic_algorithms_enabled",
     "autocast_increment_nesting",
     "backends",
@@ -46,6 +49,8 @@ QUESTIONS = {  # functions and attributes of torch by which a forward asks for t
     "get_float32_matmul_precision",
     "get_num_interop_threads",
     "get_num_threads",
+    "is_anomaly_check_nan_enabled",
+    "is_anomaly_enabled",
     "is_autocast_available",
     "is_autocast_cache_enabled",
     "is_autocast_cpu_enabled",
@@ -56,7 +61,6 @@ QUESTIONS = {  # functions and attributes of torch by which a forward asks for t
     "is_inference_mode_enabled",
 }
 ASKED = {id(getattr(torch, name)) for name in QUESTIONS if callable(getattr(torch, name, None))}
-ASKED.add(id(torch.backends))
 
 
 def state() -> tuple[Any, ...]:
@@ -83,8 +87,15 @@ def question(functions: Iterable[FunctionType]) -> str | None:
         asked = QUESTIONS & mentions(function)
         if asked:
             return min(asked)
-        for code in codes(function):
-            for name in code.co_names:
-                if id(function.__globals__.get(name)) in ASKED:
-                    return name
+        for value in outer_values(function):
+            if asks(value):
+                return str(getattr(value, "__name__", type(value).__name__)).rpartition(".")[2]
     return None
+
+
+def asks(value: Any) -> bool:
+    """Whether a value that code finds by another name is a part of torch that answers for its state."""
+    if id(value) in ASKED:
+        return True
+    home = value.__name__ if isinstance(value, ModuleType) else type(value).__module__
+    return isinstance(home, str) and (home + ".").startswith("torch.backends.")

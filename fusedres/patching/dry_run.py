@@ -11,7 +11,8 @@ import pickle
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
@@ -188,6 +189,25 @@ class StandIn:
                         self.tensors.append(memo[id(t)])
                         self.names[id(memo[id(t)])] = f"{path}.{name}" if path else name
                     tensors[name] = memo[id(t)]
+
+    @contextmanager
+    def held_in(self, dtype: torch.dtype, gradients: bool) -> Iterator[None]:
+        """Within it, floating parameters and buffers have that dtype, and without gradients no parameter wants one."""
+        floating = [t for t in self.tensors if t.is_floating_point()]
+        wanting = (
+            [] if gradients else [t for t in floating if isinstance(t, nn.Parameter) and t.requires_grad]
+        )
+        try:
+            for t in floating:
+                t.data = t.data.to(dtype)
+            for t in wanting:
+                t.requires_grad_(False)
+            yield
+        finally:
+            for t in floating:
+                t.data = t.data.to(torch.float64)
+            for t in wanting:
+                t.requires_grad_()
 
     def call(self, path: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A submodule's forward, within the listener's sight."""

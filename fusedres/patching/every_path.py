@@ -6,17 +6,17 @@ to read. Here the module runs at other sizes, under autocast, without gradients,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from fusedres.patching import ambient, own_code
+from fusedres.patching import ambient, own_code, own_sizes
 from fusedres.patching.dry_run import DryRunError, StandIn
-from fusedres.patching.trace import Trace, is_constant_norm, trace
+from fusedres.patching.own_sizes import Shape
+from fusedres.patching.trace import DEVICES, DTYPES, LAYOUTS, Trace, is_constant_norm, trace
 
-Shape = tuple[int, int, int]  # of an input: N, H, W
 FIRST: Shape = (2, 32, 32)
 OTHERS: tuple[
     tuple[Shape, ...], ...
@@ -26,28 +26,6 @@ OTHERS: tuple[
 )
 AUTOCAST = ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16))  # for cpu and cuda, with OTHERS
 WITHOUT_GRADIENTS: Shape = (1, 32, 32)
-SIDES = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    7,
-    8,
-    14,
-    16,
-    31,
-    56,
-    63,
-    64,
-    100,
-    128,
-    225,
-    256,
-    513,
-    1024,
-)  # where a forward reads sizes
-BATCHES = (1, 3, 4, 5, 8, 17, 64, 257)
 FAILS_AS_FUSED = {  # torch calls that fail at a size at which the fused block's guards leave the call to the original
     *("conv2d", "add", "add_", "__add__", "__iadd__", "__radd__", "max_pool2d", "max_pool2d_with_indices"),
     *("boolean_dispatch", "fn"),
@@ -99,10 +77,11 @@ def check_every_path(stand_in: StandIn, channels: int, norms: dict[str, float], 
         for shapes, dtypes in zip(OTHERS, AUTOCAST, strict=False):
             check_other_call(paths, first, shapes, dtypes, training)
         if first.reads_sizes:
-            for shape in probes(stand_in):
+            for shape in own_sizes.probes(stand_in.modules.values(), channels):
                 found = attempt(partial(paths.run, shape, training))
                 if found is not None and not paths.same(found, first):
                     raise DryRunError("shape_dependent")
+        check_kinds_of_tensors(paths, first, training)
         for context in ({"gradients": False}, {"gradients": False, "inference": True}):
             found = attempt(partial(paths.run, WITHOUT_GRADIENTS, training, **context), "grad_mode_dependent")
             if found is None or not paths.same_or_constant(found, first):
@@ -114,7 +93,8 @@ def check_code(stand_in: StandIn) -> None:
     cls: Any = type(stand_in.root)
     if own_code.skips_own_class(cls):
         raise DryRunError("asks_own_class")
-    functions = own_code.functions_of(own_code.user_classes(stand_in.modules.values()))
+    modules = [m for m in stand_in.modules.values() if not own_code.is_torch(type(m))]
+    functions = own_code.functions_of(own_code.user_classes(modules), own_sizes.held(modules))
     asked = ambient.question(functions)
     if asked is not None:
         raise DryRunError(f"asks_state:{asked}")
@@ -146,6 +126,26 @@ def check_other_call(
     raise DryRunError("asks_state" if paths.same(under_subclass, first) else "asks_own_class")
 
 
+def check_kinds_of_tensors(paths: Paths, first: Trace, training: bool) -> None:
+    """Runs in float32, and in other dtypes and layouts where the module's own code asks for them.
+
+    No run answers for another device than meta.
+    """
+    if not first.reads.isdisjoint(DEVICES):
+        raise DryRunError("asks_device")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = attempt(partial(paths.run, FIRST, training, dtype=dtype))
+        if found is None or not paths.same(found, first):
+            raise DryRunError("dtype_dependent")
+        if first.reads.isdisjoint(DTYPES):
+            break
+    if not first.reads.isdisjoint(LAYOUTS):
+        for layout in (torch.channels_last, None):
+            found = attempt(partial(paths.run, FIRST, training, layout=layout))
+            if found is None or not paths.same(found, first):
+                raise DryRunError("layout_dependent")
+
+
 def check_state(found: Trace) -> None:
     if found.enters_state:
         raise DryRunError("enters_state")
@@ -169,19 +169,3 @@ def attempt(run: partial[Trace], code: str = "checks_input") -> Trace | None:
         if error.failed_in in FAILS_AS_FUSED or error.failed_in in run.func.__self__.called:  # type: ignore[attr-defined]
             return None
         raise DryRunError(f"{code}:{type(error.__cause__).__name__}") from error
-
-
-def probes(stand_in: StandIn) -> Iterator[Shape]:
-    """Sizes around every number that the module's own code could hold a size against."""
-    functions = own_code.functions_of(own_code.user_classes(stand_in.modules.values()))
-    own = own_code.sizes_named(functions, stand_in.modules.values())
-    near = sorted({n + d for n in own for d in (-1, 0, 1)})
-    for side in dict.fromkeys((*SIDES, *near)):
-        yield 2, side, side
-    for side in dict.fromkeys((1, 2, 3, 33, *near)):
-        yield 2, side, 32
-        yield 2, 32, side
-    for side in near:
-        yield 1, side, 1
-    for batch in dict.fromkeys((*BATCHES, *near)):
-        yield batch, 32, 32

@@ -80,7 +80,7 @@ def unreadable(units: Sequence[ConvBN]) -> str | None:
     """A reason if the modules cannot be read as a block's data."""
     for conv, bn, _ in units:
         if conv.padding_mode != "zeros":
-            return "attribute_changed"
+            return "attribute_changed:padding_mode"
         weight = tensor(conv, "weight")
         if weight is None or weight.dim() != 4:
             return "parameter_shape"

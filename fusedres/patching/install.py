@@ -146,8 +146,9 @@ def attempt(
     if (reason := guards.transformed() or guards.unfit_input(x, isinstance(plan, StemPlan))) is not None:
         return Outcome(UNFUSED, reason)
     ops, dtype = ops_for(state.backend), compute_dtype(x)
-    if getattr(type(module), ORIGINAL) is not getattr(base_class(module), plan.method):
-        return Outcome(UNFUSED, "forward_replaced")
+    base = base_class(module)
+    if getattr(type(module), ORIGINAL) is not getattr(base, plan.method):
+        return Outcome(UNFUSED, f"forward_replaced:{base.__qualname__}.{plan.method}")
     if (reason := structure.method_replaced(plan)) is not None:
         return Outcome(UNFUSED, reason)
     compiling = ops_for is opaque_backend

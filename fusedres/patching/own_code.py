@@ -10,19 +10,20 @@ import inspect
 import itertools
 from collections.abc import Iterable, Iterator
 from functools import cache
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
 MOST_FUNCTIONS = 256  # that one forward is followed into
 ATTRIBUTE_READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD")
-LARGEST_SIZE = 1 << 16  # of an image or batch that a constant may stand for
+NO_OBJECTS = (bool, int, float, complex, str, bytes, type(None), tuple, list, dict, set, frozenset)
 
 
 def is_torch(owner: Any) -> bool:
-    """Whether a class or function belongs to torch."""
-    return (getattr(owner, "__module__", None) or "").partition(".")[0] == "torch"
+    """Whether a class, function or Python module belongs to torch."""
+    name = owner.__name__ if isinstance(owner, ModuleType) else getattr(owner, "__module__", None)
+    return (name or "").partition(".")[0] == "torch"
 
 
 def codes(function: FunctionType) -> Iterator[CodeType]:
@@ -86,11 +87,12 @@ def called_names(cls: Any, start: str = "forward") -> tuple[str, ...]:
     return tuple(found)
 
 
-def functions_of(classes: Iterable[type]) -> list[FunctionType]:
-    """The user's functions that the forwards of these classes can come to: methods, and functions by a global name or
-    in a closure."""
+def functions_of(classes: Iterable[type], held: Iterable[Any] = ()) -> list[FunctionType]:
+    """The user's functions that the forwards of these classes can come to: methods, and functions and methods of
+    objects by a global name, in a closure, as a default argument or among `held`, what their modules hold."""
     seen: dict[int, FunctionType] = {}
     queue: list[Any] = []
+    held = list(held)
     for cls in classes:
         for base in cls.__mro__:
             if not is_torch(base):
@@ -101,13 +103,34 @@ def functions_of(classes: Iterable[type]) -> list[FunctionType]:
             continue
         seen[id(function)] = function
         queue.append(getattr(function, "__wrapped__", None))
-        queue.extend(function.__globals__.get(name) for code in codes(function) for name in code.co_names)
-        for cell in function.__closure__ or ():
-            try:
-                queue.append(cell.cell_contents)
-            except ValueError:  # an empty cell
-                continue
+        names = {name for code in codes(function) for name in code.co_names}
+        for other in (*outer_values(function), *held):
+            queue.extend(callees(other, names))
     return list(seen.values())
+
+
+def outer_values(function: FunctionType) -> list[Any]:
+    """What a function finds outside of its arguments: globals by name, its closure, its defaults."""
+    found = [function.__globals__.get(name) for code in codes(function) for name in code.co_names]
+    found += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # an empty cell
+            continue
+    return found
+
+
+def callees(value: Any, names: set[str]) -> list[Any]:
+    """What code that uses these names may call of a value: itself, functions of a module, methods of an object."""
+    if plain_function(value) is not None:
+        return [value]
+    if isinstance(value, ModuleType):
+        return [] if is_torch(value) else [vars(value).get(name) for name in names]
+    if isinstance(value, (*NO_OBJECTS, nn.Module)):
+        return []
+    cls = value if isinstance(value, type) else type(value)
+    return [] if is_torch(cls) else [named(cls, name) for name in (*names, "__call__")]
 
 
 def user_classes(modules: Iterable[nn.Module]) -> list[type]:
@@ -115,29 +138,10 @@ def user_classes(modules: Iterable[nn.Module]) -> list[type]:
     return [cls for cls in dict.fromkeys(type(m) for m in modules) if not is_torch(cls)]
 
 
-def sizes_named(functions: Iterable[FunctionType], modules: Iterable[nn.Module]) -> set[int]:
-    """The numbers that a forward may hold a size against: constants of its code, numbers on its modules."""
-    numbers = [c for f in functions for code in codes(f) for c in flat(code.co_consts)]
-    numbers += [v for m in modules if not is_torch(type(m)) for v in flat(vars(m).values())]
-    for f in functions:
-        globals_ = f.__globals__
-        numbers += [v for code in codes(f) for name in code.co_names for v in flat([globals_.get(name)])]
-    return {n for n in numbers if type(n) is int and 1 < n <= LARGEST_SIZE}
-
-
 @cache
 def looked_up(cls: Any) -> frozenset[str]:
     """Every name that the forward of a user's class may look up on its module, `getattr` with a string included."""
     return frozenset(name for function in functions_of((cls,)) for name in mentions(function))
-
-
-def flat(values: Iterable[Any]) -> Iterator[Any]:
-    """The values, and those of tuples and lists among them."""
-    for value in values:
-        if isinstance(value, (tuple, list, frozenset)):
-            yield from flat(value)
-        else:
-            yield value
 
 
 @cache

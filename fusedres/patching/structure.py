@@ -94,7 +94,7 @@ def method_replaced(plan: Plan) -> str | None:
     """A reason if a class of the block, or of a module below it, was given another method since."""
     for cls, name, function in plan.methods.known:
         if getattr(cls, name, None) is not function:
-            return "forward_replaced"
+            return f"forward_replaced:{cls.__qualname__}.{name}"
     return None
 
 
@@ -105,6 +105,11 @@ def has_global_hooks() -> bool:
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
     )
+
+
+def inside(path: str, name: object) -> str:
+    """The path of an attribute or submodule of the module at `path`."""
+    return f"{path}.{name}" if path else str(name)
 
 
 def intervenes(module: nn.Module, state: dict[str, Any]) -> str | None:
@@ -138,28 +143,29 @@ def resolve(
         path, cls, children, values, of_class, newest, _ = found
         if path:
             if type(module) is not cls:
-                return "module_replaced"
+                return f"module_replaced:{path}"
             if module is None:
                 continue
         state = module.__dict__
         if path and (reason := intervenes(module, state)) is not None:
-            return reason
+            return f"{reason}:{path}"
         if (compiling or next(reversed(state)) != newest) and (
             reason := shadows.new_attribute(module, found, harmless, compiling)
         ) is not None:
             return reason
         below = module._modules
         if (below or children) and tuple(below) != children:
-            return "module_replaced"
+            names = "its submodules" if compiling else ", ".join(sorted({*below} ^ {*children}) or children)
+            return f"module_replaced:{inside(path, names)}"
         queue.extend(below.values())
         if values:
             for name, value in values:
                 if not same(state.get(name, MISSING), value):
-                    return "attribute_changed"
+                    return f"attribute_changed:{inside(path, name)}"
         if of_class:
             for name, value in of_class:
                 if not same(getattr(module, name, MISSING), value):
-                    return "attribute_changed"
+                    return f"attribute_changed:{inside(path, name)}"
         modules[path] = module
     return modules
 
@@ -174,10 +180,10 @@ def resolve_stem(
     for found in plan.parts:
         module = model._modules.get(found.path)
         if module is None or type(module) is not found.cls:
-            return "module_replaced"
+            return f"module_replaced:{found.path}"
         state = module.__dict__
         if (reason := intervenes(module, state)) is not None:
-            return reason
+            return f"{reason}:{found.path}"
         if (compiling or next(reversed(state)) != found.newest) and (
             reason := shadows.new_attribute(module, found, harmless, compiling)
         ) is not None:
