@@ -38,13 +38,16 @@ DEFAULT_ARCHS = "80;86;89;90;100;120"
 TORCH_FLOOR = "0x020a000000000000"  # 2.10
 HIDDEN = ("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
 COMMON = ("-std=c++17", "-O3", *HIDDEN, "-Wall", "-Wextra")
+# Functions begin at cache lines, or a change to one kernel would move the loops of the next, which cost some percent.
+ALIGNED = ("-falign-functions=64",)
 # the last two: false alarms inside GCC's own AVX-512 headers
 AVX512 = (
+    *ALIGNED,
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )
 INSTRUCTION_SETS = {
-    "cpu/kernels_avx2.cpp": ("-mavx2", "-mfma"),
+    "cpu/kernels_avx2.cpp": (*ALIGNED, "-mavx2", "-mfma"),
     "cpu/kernels_avx512.cpp": AVX512,
     "cpu/kernels_avx512_bf16.cpp": (*AVX512, "-mavx512bf16"),
 }
