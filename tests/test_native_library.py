@@ -276,12 +276,12 @@ else:
 """
 
 
-def package_with(library, folder):
-    """The package with another library, for PYTHONPATH; `library`: its bytes, None for none."""
+def package_with(content, folder):
+    """The package with another library, for PYTHONPATH; content: its bytes, None for none."""
     source = Path(fusedres.__file__).parent
     shutil.copytree(source, folder / "fusedres", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    if library is not None:
-        (folder / "fusedres" / library.LIBRARY.name).write_bytes(library)
+    if content is not None:
+        (folder / "fusedres" / library.LIBRARY.name).write_bytes(content)
     return folder
 
 
