@@ -58,7 +58,7 @@ def conv1x1_backward_input(op: Conv1x1BackwardInput) -> tuple[Tensor, Tensor]:
     dx = F.conv_transpose2d(dc.to(acc), op.weight.to(acc))  # dc W, [N, Cin, H, W]
     if op.shortcut_dy is not None:
         dx = dx + selected(op.shortcut_dy, op.shortcut_mask)
-    return dx.to(op.c.dtype), dc
+    return dx.to(op.c.dtype).contiguous(memory_format=memory_format(op.c)), dc
 
 
 def conv3x3_backward_input(op: Conv3x3BackwardInput) -> tuple[Tensor, Tensor | None]:
