@@ -145,6 +145,63 @@ def test_an_attribute_that_the_forward_asks_for():
     assert fusedres.report(fused).blocks[0].code == "attribute_changed:add"
 
 
+def doubled_weight(block):
+    vars(block.conv2)["weight"] = 2 * block.conv2.weight.detach()
+
+
+def other_statistics(block):
+    object.__setattr__(block.bn2, "running_mean", block.bn2.running_mean + 1)
+
+
+def convolution_that_is_not_registered(block):
+    other = nn.Conv2d(16, 16, 3, padding=1).double()
+    nn.init.ones_(other.weight), nn.init.zeros_(other.bias)
+    object.__setattr__(block, "conv1", other)
+
+
+HIDING = {
+    "weight": (doubled_weight, "instance_shadows:conv2.weight"),
+    "running_mean": (other_statistics, "instance_shadows:bn2.running_mean"),
+    "conv1": (convolution_that_is_not_registered, "instance_shadows:conv1"),
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_what_hides_a_parameter_a_buffer_or_a_submodule(name):
+    change, code = HIDING[name]
+    plain, fused = pair(InPlaceAdd)
+    fused(images()), plain(images())
+    change(plain), change(fused)
+    compiled = torch.compile(copy.deepcopy(fused), backend="aot_eager", fullgraph=True)
+    expected = copy.deepcopy(plain)(images())
+    assert torch.allclose(compiled(images()), expected, rtol=1e-10, atol=1e-12)
+    assert_same_step(plain, fused)
+    assert fusedres.report(fused).blocks[0].code == code
+
+
+def test_what_hides_behind_an_attribute_that_was_seen():
+    plain, fused = pair(InPlaceAdd)
+    for block in (plain, fused):
+        block.conv1.tag = 1
+    assert_same_step(plain, fused)
+    assert ran_as(fused, "separate")
+    for block in (plain, fused):
+        del block.conv1.tag
+        block.conv1._conv_forward = types.MethodType(doubled, block.conv1)
+        block.conv1.tag = 1
+    assert_same_step(plain, fused)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_attribute_that_the_forward_asks_for_in_a_graph(when):
+    plain, fused = pair(WithSwitch)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    if when == "after":
+        plain(images()), compiled(images())
+    plain.add = fused.add = False
+    assert torch.allclose(compiled(images()), plain(images()), rtol=1e-10, atol=1e-12)
+
+
 def test_attributes_that_nobody_asks_for():
     """A tag on the block or its parts is no reason against fusing."""
     plain, fused = pair(InPlaceAdd)

@@ -211,6 +211,44 @@ class TrainsBySuperOfType(InPlaceAdd):
         return super(type(self), self).train(mode)
 
 
+def decorated(method):
+    return lambda self, *args: method(self, *args)
+
+
+class TrainsDecorated(InPlaceAdd):
+    @decorated
+    def train(self, mode=True):
+        return super(type(self), self).train(mode)
+
+
+class TrainsByBases(InPlaceAdd):
+    def train(self, mode=True):
+        return type(self).__bases__[0].train(self, mode)
+
+
+class TrainsByMro(InPlaceAdd):
+    def train(self, mode=True):
+        return type(self).__mro__[1].train(self, mode)
+
+
+class TrainsByCallOfMro(InPlaceAdd):
+    def train(self, mode=True):
+        return type(self).mro()[1].train(self, mode)
+
+
+class TrainsIfItself(InPlaceAdd):
+    def train(self, mode=True):
+        super().train(mode)
+        if type(self) is TrainsIfItself:
+            self.bn1.eval()
+        return self
+
+
+class MadeBySuperOfType(InPlaceAdd):
+    def __init__(self):
+        super(type(self), self).__init__()
+
+
 class NamesItself(InPlaceAdd):
     """type() and a plain super() side by side ask nothing of the class."""
 
@@ -228,6 +266,12 @@ class NamesItself(InPlaceAdd):
         (SuperOfClass, False),
         (TrainsBySuperOfClass, True),
         (TrainsBySuperOfType, False),
+        (TrainsDecorated, False),
+        (TrainsByBases, True),
+        (TrainsByMro, False),
+        (TrainsByCallOfMro, False),
+        (TrainsIfItself, False),
+        (MadeBySuperOfType, True),
         (NamesItself, True),
     ],
 )

@@ -54,7 +54,7 @@ class BlockState:
     channels: int | None = None  # out of the first convolution, as installed; None: they do not count
     runs_as: str | None = None  # a recipe, once called
     reason: str | None = None  # why runs_as is not what was asked for
-    harmless: dict[str, str] = field(default_factory=dict)  # of `structure.resolve`
+    harmless: dict[str, tuple[str, int]] = field(default_factory=dict)  # of `structure.resolve`
 
     def __copy__(self) -> BlockState:
         return BlockState(**vars(self))

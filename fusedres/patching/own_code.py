@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+ORDERS = frozenset({"mro", "__mro__"})
 MOST_FUNCTIONS = 256  # that one forward is followed into
 ATTRIBUTE_READS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "LOAD_SUPER_METHOD")
 NO_OBJECTS = (bool, int, float, complex, str, bytes, type(None), tuple, list, dict, set, frozenset)
@@ -113,6 +114,12 @@ def outer_values(function: FunctionType) -> list[Any]:
     """What a function finds outside of its arguments: globals by name, its closure, its defaults."""
     found = [function.__globals__.get(name) for code in codes(function) for name in code.co_names]
     found += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return found + cells(function)
+
+
+def cells(function: FunctionType) -> list[Any]:
+    """What a function's closure holds."""
+    found = []
     for cell in function.__closure__ or ():
         try:
             found.append(cell.cell_contents)
@@ -144,11 +151,26 @@ def looked_up(cls: Any) -> frozenset[str]:
     return frozenset(name for function in functions_of((cls,)) for name in mentions(function))
 
 
+def methods(cls: Any, without: tuple[str, ...] = ()) -> list[FunctionType]:
+    """The user's methods of a class, with what their decorators wrap."""
+    queue = [
+        v for base in cls.__mro__ if not is_torch(base) for n, v in vars(base).items() if n not in without
+    ]
+    found: dict[int, FunctionType] = {}
+    for value in queue:
+        function = plain_function(value)
+        if function is None or is_torch(function) or id(function) in found:
+            continue
+        found[id(function)] = function
+        queue.append(getattr(function, "__wrapped__", None))
+        queue.extend(v for v in cells(function) if isinstance(v, FunctionType))
+    return list(found.values())
+
+
 @cache
 def reads_own_class(cls: Any) -> bool:
     """Whether a method of the class reads a `__class__`, or may skip its own class as `skips_own_class` has it."""
-    functions = [plain_function(v) for base in cls.__mro__ if not is_torch(base) for v in vars(base).values()]
-    reads = any(f is not None and "__class__" in attributes_named(f) for f in functions)
+    reads = any("__class__" in attributes_named(function) for function in methods(cls))
     return reads or skips_own_class(cls)
 
 
@@ -156,22 +178,62 @@ def reads_own_class(cls: Any) -> bool:
 def skips_own_class(cls: Any) -> bool:
     """Whether a method of the class may say `super(type(self), self)`: under a subclass that means another class.
 
-    `super(self.__class__, self)` does not count: a patched module says that its class is its base.
+    `type(self) is C`, `type(self).__mro__` and `.mro()` count too. `super(self.__class__, self)` does not: a patched
+    module says that its class is its base. Nor does `__init__`: `type(module)(...)` makes modules of the base.
     """
-    functions = [plain_function(v) for base in cls.__mro__ if not is_torch(base) for v in vars(base).values()]
     return any(
-        "super" in code.co_names and "type" in code.co_names and gives_super_a_type(code)
-        for function in functions
-        if function is not None
+        "type" in code.co_names
+        and (not ORDERS.isdisjoint(code.co_names) or ("super" in code.co_names and gives_super_a_type(code)))
+        for function in methods(cls, without=("__init__",))
         for code in codes(function)
-    )
+    ) or cls in types_asked_for(cls)
+
+
+@cache
+def types_asked_for(cls: Any) -> frozenset[type]:
+    """The classes that the methods of a user's class hold a module's type against with `is`."""
+    functions = methods(cls, without=("__init__",))
+    return frozenset(found for function in functions for found in compared_types(function))
 
 
 def gives_super_a_type(code: CodeType) -> bool:
     """Whether some `super` is given `type(...)` or a local variable, rather than nothing or a class by its name."""
-    loads = [i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "CACHE", "PRECALL")]
     return any(
         first.argval == "super" and (second.argval == "type" or second.opname.startswith("LOAD_FAST"))
-        for first, second in itertools.pairwise(loads)
-        if first.opname == "LOAD_GLOBAL"
+        for first, second in itertools.pairwise(loads(code))
+        if first.opname in ("LOAD_GLOBAL", "LOAD_DEREF", *ATTRIBUTE_READS)
     )
+
+
+def loads(code: CodeType) -> list[dis.Instruction]:
+    """The instructions without those that do nothing for the meaning."""
+    return [
+        i for i in dis.get_instructions(code) if i.opname not in ("PUSH_NULL", "CACHE", "PRECALL", "RESUME")
+    ]
+
+
+def compared_types(function: FunctionType) -> list[Any]:
+    """The classes C that a function names in `type(...) is C` or `type(...) is not C`."""
+    found = []
+    for code in codes(function):
+        instructions = loads(code) if "type" in code.co_names else []
+        for i, instruction in enumerate(instructions):
+            if instruction.opname != "IS_OP":
+                continue
+            before = instructions[max(i - 8, 0) : i]
+            if any(b.argval == "type" and b.opname == "LOAD_GLOBAL" for b in before):
+                found += [value_named(function, b) for b in before if b.argval != "type"]
+    return [value for value in found if isinstance(value, type)]
+
+
+def value_named(function: FunctionType, instruction: dis.Instruction) -> Any:
+    """What an instruction loads by a global name, from a closure, or as an attribute of a global module."""
+    name = instruction.argval
+    if instruction.opname == "LOAD_GLOBAL":
+        return function.__globals__.get(name)
+    if instruction.opname == "LOAD_DEREF":
+        return next((v for v in cells(function) if isinstance(v, type) and v.__name__ == name), None)
+    if instruction.opname in ATTRIBUTE_READS:
+        modules = (v for v in outer_values(function) if isinstance(v, ModuleType))
+        return next((vars(m)[name] for m in modules if name in vars(m)), None)
+    return None

@@ -9,6 +9,7 @@ forwards that ask it.
 
 from __future__ import annotations
 
+import abc
 import copyreg
 import inspect
 from collections.abc import Callable
@@ -32,7 +33,8 @@ class Behaviour(NamedTuple):
     complete: Callable[[nn.Module, str], None]
 
 
-_class = object.__dict__["__class__"]  # the slot itself: a patched class has a property in front of it
+_class = object.__dict__["__class__"]  # the slots themselves: a patched class has properties in front of them
+_bases, _mro = (type.__dict__[name] for name in ("__bases__", "__mro__"))
 
 
 def set_class(module: nn.Module, cls: type) -> None:
@@ -49,8 +51,11 @@ def is_patched_class(cls: Any) -> bool:
     return issubclass(type(cls), PatchedType)
 
 
-class PatchedType(type):
-    """The metaclass of patched classes: to whoever asks the class, it is its base."""
+class PatchedType(abc.ABCMeta):
+    """The metaclass of patched classes: to whoever asks the class, it is its base.
+
+    It is an ABCMeta so that a class statement may name a patched class beside an abstract one.
+    """
 
     def __new__(meta, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **keywords: Any) -> Any:
         """A class statement that names a patched class among its bases inherits from its base instead."""
@@ -71,6 +76,25 @@ class PatchedType(type):
 
     def __subclasscheck__(cls, subclass: Any) -> bool:
         return issubclass(subclass, as_base(cls))
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        setattr(as_base(cls), name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        delattr(as_base(cls), name)
+
+    def mro(cls) -> list[type]:
+        """Python asks for it while it makes the class: past a metaclass of the user's."""
+        (base,) = _bases.__get__(cls)
+        return [cls, *_mro.__get__(base)]
+
+    @property  # not `__mro__` too: Dynamo looks attributes up in it
+    def __bases__(cls) -> tuple[type, ...]:  # type: ignore[override]
+        return as_base(cls).__bases__
+
+    @property
+    def __base__(cls) -> type:
+        return as_base(cls).__base__
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -110,7 +134,7 @@ def derive(base: type, namespace: dict[str, Any]) -> Any:
         raise TypeError(f"{base.__qualname__} answers for its __class__ itself")
     known = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     made: Any = type.__new__(metaclass_for(type(base)), base.__name__, (nn.Module,), known | namespace)
-    made.__bases__ = (base,)  # `__init_subclass__` is called for the bases at creation alone
+    _bases.__set__(made, (base,))  # `__init_subclass__` is called for the bases at creation alone
     return made
 
 

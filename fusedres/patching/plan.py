@@ -35,7 +35,7 @@ class Submodule(NamedTuple):
 
     path, cls; children: their names in order; attributes: the module's own; flags: the plain attributes of its class
     that none of its own hides; newest: the name of the attribute that it was given last; called: the methods of its
-    class that its forward can come to.
+    class that its forward can come to; absent: names that its code may look up, but neither it nor its class has.
     """
 
     path: str
@@ -45,6 +45,7 @@ class Submodule(NamedTuple):
     flags: tuple[tuple[str, object], ...]
     newest: str
     called: tuple[str, ...]
+    absent: tuple[str, ...] = ()
 
 
 class Methods:

@@ -16,7 +16,7 @@ REASONS: dict[str, str] = {
     "asks_device": "its forward asks for the device of a tensor",
     "enters_state": "its forward enters autocast, a grad mode or another state of torch by itself",
     "asks_state": "its forward asks for autocast, grad mode, the default dtype or another state of torch",
-    "asks_own_class": "its code asks for the class of self, which a compiler or super() would see patched",
+    "asks_own_class": "its code, or that of a module around it, asks for its class in a way that would see it patched",
     "class_resists": "its class allows no subclass",
     "checks_input": "its forward raises errors of its own at some sizes",
     "not_called": "a convolution or BN of it is computed by a function that is given its parameters, not by its call",

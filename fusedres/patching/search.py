@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fusedres.patching import grammar, install, stems
+from fusedres.patching import grammar, install, own_code, stems
 from fusedres.patching.owners import NoMatch
 from fusedres.patching.plan import STATE, Plan
 
@@ -95,7 +95,8 @@ def find(model: nn.Module, renew: bool = False) -> list[Found]:
     """
     shared, seen = shared_modules(model), set()
 
-    def visit(name: str, module: nn.Module) -> Iterator[Found]:
+    def visit(name: str, module: nn.Module, asked: frozenset[type]) -> Iterator[Found]:
+        """asked: classes that the code of the modules around it asks for with `is`."""
         if id(module) in seen:
             return
         seen.add(id(module))
@@ -104,19 +105,22 @@ def find(model: nn.Module, renew: bool = False) -> list[Found]:
             yield find_stem(f"{name}.{STEM}" if name else STEM, module)
         try:
             if (plan := find_plan(module, shared, renew)) is not None:
+                if install.base_class(module) in asked:
+                    raise NoMatch("asks_own_class")
                 yield Found(name, module, plan, None)
                 return
         except NoMatch as refusal:
             is_meant = grammar.looks_residual(module) or stems.was_meant_as_one(module, refusal.code)
             code = refusal.code if is_meant else None
+        asked |= own_code.types_asked_for(install.base_class(module))
         below = [
             found
             for child_name, child in module.named_children()
-            for found in visit(f"{name}.{child_name}" if name else child_name, child)
+            for found in visit(f"{name}.{child_name}" if name else child_name, child, asked)
         ]
         if code not in (None, "not_residual") and not below:
             yield Found(name, module, None, code)
         yield from below
 
     with _disable_current_modes():  # dry runs are on meta tensors, inside FakeTensorMode too
-        return list(visit("", model))
+        return list(visit("", model, frozenset()))

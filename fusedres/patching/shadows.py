@@ -29,8 +29,12 @@ def is_own_forward(module: nn.Module) -> bool:
     return forward.__func__ in functions or getattr(forward.__func__, "__wrapped__", MISSING) in functions
 
 
-def hidden(cls: type, name: str) -> Any:
-    """What an instance attribute of that name hides of the class, or MISSING."""
+def hidden(cls: type, module: nn.Module, name: str) -> Any:
+    """What an instance attribute of that name hides: of the class, or of the module's own parameters, buffers and
+    submodules, which Python looks for last; or MISSING."""
+    for own in (module._parameters, module._buffers, module._modules):
+        if name in own:
+            return own[name]
     return inspect.getattr_static(cls, name, MISSING)
 
 
@@ -43,27 +47,21 @@ def shadowing(module: nn.Module) -> str | None:
     for name, value in vars(module).items():
         if name in ("forward", STATE) or (name == "_compiled_call_impl" and value is None):
             continue
-        of_class = hidden(cls, name)
+        of_class = hidden(cls, module, name)
         if of_class is not MISSING and not (is_plain(of_class) and is_plain(value)):
             return name
     return None
 
 
 def new_attribute(
-    module: nn.Module, found: Submodule, harmless: dict[str, str], compiling: bool
+    module: nn.Module, found: Submodule, harmless: dict[str, tuple[str, int]], compiling: bool
 ) -> str | None:
     """A reason if the module was given an attribute, since it was found, that its forward or its call may look up."""
     state = module.__dict__
     if compiling:
-        for name in (*CALL_PATH, *found.called):
-            getattr(
-                module, name, None
-            )  # Dynamo watches for what is read, not for what is asked of a dictionary
-            if name in state and name != "forward" and state[name] is not None:
-                return f"instance_shadows:{found.path}.{name}" if found.path else f"instance_shadows:{name}"
-        return None
+        return new_in_graph(module, found)
     latest = next(reversed(state))
-    if harmless.get(found.path) == latest:
+    if harmless.get(found.path) == (latest, len(state)):
         return None
     for name in reversed(state):
         if name == found.newest:
@@ -71,9 +69,27 @@ def new_attribute(
         if name in ("forward", STATE) or (name == "_compiled_call_impl" and state[name] is None):
             continue
         path = f"{found.path}.{name}" if found.path else name
-        if hidden(found.cls, name) is not MISSING:
+        if hidden(found.cls, module, name) is not MISSING:
             return f"instance_shadows:{path}"
         if not own_code.is_torch(found.cls) and name in own_code.looked_up(found.cls):
             return f"attribute_changed:{path}"
-    harmless[found.path] = latest
+    harmless[found.path] = latest, len(state)
+    return None
+
+
+def new_in_graph(module: nn.Module, found: Submodule) -> str | None:
+    """The same for a graph being compiled. Dynamo watches for what is read, not for what is asked of a dictionary."""
+    state, prefix = module.__dict__, f"{found.path}." if found.path else ""
+    for name in (*CALL_PATH, *found.called):
+        getattr(module, name, None)
+        if name in state and name != "forward" and state[name] is not None:
+            return f"instance_shadows:{prefix}{name}"
+    for own in (module._parameters, module._buffers, module._modules):
+        for name in own:
+            if name in state:
+                return f"instance_shadows:{prefix}{name}"
+    for name in found.absent:
+        getattr(module, name, None)
+        if name in state:
+            return f"attribute_changed:{prefix}{name}"
     return None

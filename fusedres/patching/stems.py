@@ -77,7 +77,7 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
     found = listed(base)
     assert found is not None
     cls, form = found
-    if form.method in vars(model) or "forward" in vars(model):
+    if form.method in vars(model) or ("forward" in vars(model) and not shadows.is_own_forward(model)):
         raise NoMatch("instance_forward")
     if own_code.reads_own_class(base):
         raise NoMatch("asks_own_class")

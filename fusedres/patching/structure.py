@@ -58,7 +58,15 @@ def describe_module(path: str, module: nn.Module, method: str = "forward") -> Su
     cls: Any = getattr(type(module), BASE, type(module))
     called = own_code.called_names(cls, method)
     newest = next(name for name in reversed(vars(module)) if name != STATE)
-    return Submodule(path, cls, tuple(module._modules), attributes(module), flags(module), newest, called)
+    children, missing = tuple(module._modules), () if own_code.is_torch(cls) else absent(module, cls)
+    return Submodule(path, cls, children, attributes(module), flags(module), newest, called, missing)
+
+
+def absent(module: nn.Module, cls: type) -> tuple[str, ...]:
+    """The names that the code of a user's class may look up on the module and that do not exist."""
+    known = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    names = (name for name in own_code.looked_up(cls) - known if name.isidentifier() and name[:2] != "__")
+    return tuple(sorted(name for name in names if own_code.named(cls, name) is None))
 
 
 def describe(block: nn.Module) -> tuple[Submodule, ...]:
@@ -127,12 +135,12 @@ def intervenes(module: nn.Module, state: dict[str, Any]) -> str | None:
 
 
 def resolve(
-    block: nn.Module, expected: tuple[Submodule, ...], harmless: dict[str, str], compiling: bool
+    block: nn.Module, expected: tuple[Submodule, ...], harmless: dict[str, tuple[str, int]], compiling: bool
 ) -> dict[str, Any] | str:
     """Every module of the block by path, or the reason why it is not what was found at patching.
 
-    harmless: by path, the newest attribute that was looked at and found to hide nothing; compiling: the call is traced
-    by Dynamo, which watches names that it is asked for.
+    harmless: by path, the newest attribute and the number of them once they were found to hide nothing; compiling: the
+    call is traced by Dynamo, which watches names that it is asked for.
     """
     # a non-full backward hook is given the gradients of the block's last operation, whatever that is
     if has_global_hooks() or (block._backward_hooks and not block._is_full_backward_hook):
@@ -140,7 +148,7 @@ def resolve(
     modules: dict[str, Any] = {}
     queue: list[Any] = [block]
     for found, module in zip(expected, queue, strict=False):  # the queue grows
-        path, cls, children, values, of_class, newest, _ = found
+        path, cls, children, values, of_class, newest, _, _ = found
         if path:
             if type(module) is not cls:
                 return f"module_replaced:{path}"
@@ -171,7 +179,7 @@ def resolve(
 
 
 def resolve_stem(
-    model: nn.Module, plan: StemPlan, harmless: dict[str, str], compiling: bool
+    model: nn.Module, plan: StemPlan, harmless: dict[str, tuple[str, int]], compiling: bool
 ) -> dict[str, Any] | str:
     """The same for the submodules that a model's own stem calls."""
     if has_global_hooks():
@@ -182,6 +190,8 @@ def resolve_stem(
         if module is None or type(module) is not found.cls:
             return f"module_replaced:{found.path}"
         state = module.__dict__
+        if found.path in model.__dict__:
+            return f"instance_shadows:{found.path}"
         if (reason := intervenes(module, state)) is not None:
             return f"{reason}:{found.path}"
         if (compiling or next(reversed(state)) != found.newest) and (
