@@ -8,9 +8,10 @@ import pytest
 import torch
 from block_forms import one_step
 from library_models import TorchvisionResNet
-from same_model import assert_same_step, images
+from same_model import assert_same_step, images, pair
 from spellings import InPlaceAdd, TwoConvs
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 import fusedres
 from fusedres.tuning import tune
@@ -123,3 +124,13 @@ def test_what_runs_the_model_leaves_it_uninitialised(name):
     assert tune(model, images().float(), rounds=2)
     assert rows(model) == {"first": "matched", "second": "uninitialised"}
     assert one_step(model, images().float(), torch.ones(3, 3)).y.shape == (3, 3)
+
+
+def test_a_weight_that_loses_its_shape_after_patching():
+    errors = []
+    for block in pair():
+        block.conv1.weight = UninitializedParameter()
+        with pytest.raises(ValueError, match="uninitialized") as error:
+            block(images())
+        errors.append(str(error.value).partition(" at 0x")[0])
+    assert errors[0] == errors[1]

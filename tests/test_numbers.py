@@ -184,6 +184,24 @@ def mean_is_a_bias(block):
     block.bn2.bias = nn.Parameter(block.bn1.running_mean, requires_grad=False)
 
 
+def mean_outside_the_buffers(block):
+    mean = block.bn1.running_mean
+    for bn in norms(block):
+        del bn.running_mean
+        bn.running_mean = mean
+
+
+def mean_is_a_parameter(block):
+    mean = nn.Parameter(block.bn1.running_mean, requires_grad=False)
+    for bn in norms(block):
+        del bn.running_mean
+        bn.running_mean = mean
+
+
+def mean_is_a_convolutions_bias(block):
+    block.conv2.bias = nn.Parameter(block.bn1.running_mean, requires_grad=False)
+
+
 SHARED = {
     "mean": (InPlaceAdd, share("running_mean", "bn1", "bn2")),
     "variance_view": (InPlaceAdd, share("running_var", "bn1", "bn2", view=True)),
@@ -191,6 +209,9 @@ SHARED = {
     "mean_is_variance": (InPlaceAdd, mean_is_variance),
     "frozen": (InPlaceAdd, mean_is_frozen_elsewhere),
     "bias": (InPlaceAdd, mean_is_a_bias),
+    "attribute": (InPlaceAdd, mean_outside_the_buffers),
+    "parameter": (InPlaceAdd, mean_is_a_parameter),
+    "convolution": (InPlaceAdd, mean_is_a_convolutions_bias),
     "shortcut": (PooledShortcut, share("running_mean", "bn2", "shortcut.2")),
 }
 
@@ -208,6 +229,16 @@ def test_norms_that_share_a_buffer(name):
         block.eval()
     assert_same_step(plain, fused)
     assert fusedres.report(fused).blocks[0].code is None  # nothing is moved there
+
+
+def test_a_counter_that_is_no_tensor():
+    plain, fused = pair()
+    for block in (plain, fused):
+        del block.bn1.num_batches_tracked
+        block.bn1.num_batches_tracked = 0
+        with pytest.raises(AttributeError, match="'int' object has no attribute 'add_'"):
+            block(images())
+    assert fusedres.report(fused).blocks[0].code == "unusual_number:num_batches_tracked, int"
 
 
 def compiled_step(block: nn.Module, x: Tensor) -> None:

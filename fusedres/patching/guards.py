@@ -82,6 +82,8 @@ def unreadable(units: Sequence[ConvBN]) -> str | None:
         if conv.padding_mode != "zeros":
             return "attribute_changed:padding_mode"
         weight = tensor(conv, "weight")
+        if weight is not None and type(weight) not in PLAIN_TENSORS:
+            return "tensor_subclass"  # of a lazy module it has no dimensions to ask for
         if weight is None or weight.dim() != 4:
             return "parameter_shape"
         if (tensor(bn, "running_mean") is None) != (tensor(bn, "running_var") is None):

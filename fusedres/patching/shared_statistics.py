@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from fusedres.nn.residual_block import BlockCall
+from fusedres.nn.running_stats import BUFFERS
 
 
 def shared_statistics(call: BlockCall, others: Iterable[nn.Module]) -> str | None:
-    """A reason if a buffer that the call moves has the memory of another buffer, or of a norm's weight or bias.
+    """A reason if what the call moves has the memory of another buffer, or of a norm's or convolution's vector.
 
     others: modules that a fused call calls too; those of the call itself may be among them.
     """
@@ -23,8 +24,16 @@ def shared_statistics(call: BlockCall, others: Iterable[nn.Module]) -> str | Non
             break
     else:
         return None
-    moved: list[Tensor] = [t for bn in call.norms for t in bn._buffers.values() if t is not None]
-    read: list[Tensor] = [t for bn in call.norms for t in bn._parameters.values() if t is not None]
+    moved: list[Tensor] = []
+    for bn in call.norms:
+        moved.extend(t for t in bn._buffers.values() if t is not None)
+        for name in BUFFERS:
+            if name not in bn._buffers and (found := getattr(bn, name, None)) is not None:
+                if not isinstance(found, Tensor):
+                    return f"unusual_number:{name}, {type(found).__name__}"
+                moved.append(found)
+    vectors = [t for unit in call.tensors for t in (unit.conv_bias, unit.bn_weight, unit.bn_bias)]
+    read: list[Tensor] = [t for t in vectors if t is not None]
     if others:
         read.extend(buffers_of(call, others))
     shared = same_tensor if is_dynamo_compiling() else same_memory
