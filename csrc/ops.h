@@ -11,7 +11,9 @@
 
 namespace fusedres {
 
-enum class Dtype : int { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };  // float64: parameters only
+// float32 is 0: GCC takes `dtype == x` for unlikely where x is not 0, and would lay out the CPU kernels accordingly.
+// float64 is for parameters only.
+enum class Dtype : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 struct Shape {
   Dtype dtype;
