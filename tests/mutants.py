@@ -402,6 +402,26 @@ def tries_no_sizes_of_the_code():
     own_sizes.numbers_named = lambda modules: set()
 
 
+@mutant("test_kinds_of_tensors.py::test_other_paths_for_other_kinds_of_tensors[GivesFloat64]")
+def tries_one_kind_of_tensor():
+    every_path.check_kinds_of_tensors = lambda paths, first, training: None
+
+
+@mutant("test_classes_around.py::test_modules_around_that_ask_for_the_type[AsksTypeOfBlock-False]")
+def overlooks_modules_around():
+    own_code.types_asked_for = lambda cls: frozenset()
+
+
+@mutant("test_forwards_put_back.py::test_every_forward_of_a_model_wrapped_and_put_back[hook, unhook, patch]")
+def leaves_a_forward_in_the_way():
+    shadows.has_own_forward = lambda module: False
+
+
+@mutant("test_instance_attributes.py::test_what_hides_a_parameter_a_buffer_or_a_submodule[weight]")
+def looks_at_the_class_alone():
+    shadows.hidden = lambda cls, module, name: getattr(cls, name, shadows.MISSING)
+
+
 @mutant("test_patched_classes.py::test_classes_that_act_when_subclassed[InRegistry]")
 def subclasses_as_anybody_would():
     patched_class.derive = lambda base, namespace: type(base.__name__, (base,), namespace)

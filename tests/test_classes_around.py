@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import copy
-import functools
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from spellings import InPlaceAdd
 from torch import nn
 
 import fusedres
-from fusedres.models import resnet18
 
 
 class Counting(type):
@@ -108,16 +106,3 @@ def test_modules_around_that_ask_for_the_type(build, fuses):
     fused = fusedres.patch(copy.deepcopy(plain), recipe="separate")
     assert_same_step(plain, fused)
     assert fusedres.report(fused).blocks[0].code == (None if fuses else "asks_own_class")
-
-
-def test_a_forward_of_the_model_that_was_put_back():
-    """As accelerate leaves it: the stem is patched again."""
-    model = resnet18(num_classes=3)
-    before = model.forward
-    model.forward = functools.partial(lambda self, x: before(x), model)
-    fusedres.patch(model, recipe="separate")
-    assert fusedres.report(model).blocks[0].code == "instance_forward"
-    model.forward = before
-    fusedres.patch(model, recipe="separate")
-    model.eval()(images(1, 3, 32, 32).float())
-    assert fusedres.report(model).blocks[0].runs_as == "separate"

@@ -34,7 +34,7 @@ from fusedres.nn.residual_block import (
 )
 from fusedres.nn.stem import stem_block
 from fusedres.ops.dispatch import Ops, dispatcher, opaque_backend
-from fusedres.patching import guards, structure
+from fusedres.patching import guards, shadows, structure
 from fusedres.patching.norms import FrozenNorm
 from fusedres.patching.patched_class import ORIGINAL, Behaviour, patched_class, set_class
 from fusedres.patching.plan import BASE, STATE, BlockPlan, ConvBNNames, Plan, StemPlan
@@ -248,14 +248,17 @@ def original_view(module: nn.Module) -> nn.Module:
     """The module as it was before `install`, over the same parts; itself where it is not patched."""
     if not is_patched_block(module):
         return module
-    cls = base_class(module)
-    view = object.__new__(cls)
+    view: nn.Module = object.__new__(base_class(module))
     view.__dict__.update({k: v for k, v in vars(module).items() if k != STATE})
+    if shadows.has_own_forward(module):  # it is bound to the module, not to the view
+        del view.__dict__["forward"]
     return view
 
 
 def install(block: nn.Module, state: BlockState) -> None:
     cls = patched_class(base_class(block), state.plan.method, BEHAVIOUR)
+    if state.plan.method == "forward" and shadows.has_own_forward(block):
+        del block.__dict__["forward"]  # calls would pass the patched one by
     block.__dict__.pop(STATE, None)
     block.__dict__[STATE] = state  # the newest attribute of the block
     state.channels = structure.first_channels(block, state.plan)
@@ -264,7 +267,7 @@ def install(block: nn.Module, state: BlockState) -> None:
 
 def install_all(modules: list[tuple[nn.Module, BlockState | None]]) -> None:
     """Installs each state, or takes off what is installed where it is None: all of them, or after an error none."""
-    before = [(module, type(module), vars(module).get(STATE)) for module, _ in modules]
+    before = [(module, type(module), vars(module).copy()) for module, _ in modules]
     try:
         for module, state in modules:
             if state is not None:
@@ -272,11 +275,10 @@ def install_all(modules: list[tuple[nn.Module, BlockState | None]]) -> None:
             elif is_patched_block(module):
                 remove(module)
     except BaseException:
-        for module, cls, state in before:
+        for module, cls, attributes in before:
             set_class(module, cls)
-            vars(module).pop(STATE, None)
-            if state is not None:
-                vars(module)[STATE] = state
+            vars(module).clear()
+            vars(module).update(attributes)
         raise
 
 

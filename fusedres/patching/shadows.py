@@ -29,6 +29,11 @@ def is_own_forward(module: nn.Module) -> bool:
     return forward.__func__ in functions or getattr(forward.__func__, "__wrapped__", MISSING) in functions
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the module has an attribute of its own that holds the forward of its class."""
+    return "forward" in vars(module) and is_own_forward(module)
+
+
 def hidden(cls: type, module: nn.Module, name: str) -> Any:
     """What an instance attribute of that name hides: of the class, or of the module's own parameters, buffers and
     submodules, which Python looks for last; or MISSING."""

@@ -15,7 +15,9 @@ from fusedres.patching.contents import MISSING, is_plain, kept, same
 from fusedres.patching.dry_run import is_frozen_norm
 from fusedres.patching.plan import BASE, STATE, Methods, Plan, StemPlan, Submodule
 
-BOOKKEEPING = frozenset({STATE, *vars(nn.Module())})  # what torch keeps on every module, and what we keep
+BOOKKEEPING = frozenset(
+    {STATE, "forward", *vars(nn.Module())}
+)  # looked at apart, or in torch's care on every module
 READ_ANEW = {  # what a call reads from the modules themselves, or what changes no result
     nn.Conv2d: frozenset(vars(nn.Conv2d(1, 1, 1))),
     nn.BatchNorm2d: frozenset(vars(nn.BatchNorm2d(1))),
