@@ -46,6 +46,14 @@ class UnderAProfilerOnly(InPlaceAdd):
             return super().forward(x)
 
 
+class UnderTorchsProfilersOnly(InPlaceAdd):
+    def forward(self, x):
+        if not profiler._is_profiler_enabled:
+            return super().forward(x)
+        with record_function("a::label"):
+            return super().forward(x)
+
+
 class InASubmodule(InPlaceAdd):
     class Labelled(nn.ReLU):
         def forward(self, x):
@@ -67,7 +75,15 @@ class InEvaluation(InPlaceAdd):
         return out
 
 
-LABELLED = [Context, Decorator, KeptLabel, UnderAProfilerOnly, InASubmodule, InEvaluation]
+LABELLED = [
+    Context,
+    Decorator,
+    KeptLabel,
+    UnderAProfilerOnly,
+    UnderTorchsProfilersOnly,
+    InASubmodule,
+    InEvaluation,
+]
 
 
 def code(block: nn.Module) -> str | None:
@@ -127,7 +143,7 @@ def test_a_model_is_patched_under_a_profiler_all_the_same():
         assert code(Context()) == "profiler_label" and code(InPlaceAdd()) is None
     with profiler.profile():
         assert code(KeptLabel()) == "profiler_label"
-    assert not torch.autograd._profiler_enabled()
+    assert not torch.autograd._profiler_enabled() and not profiler._is_profiler_enabled
 
 
 def test_labels_around_a_block_change_nothing():

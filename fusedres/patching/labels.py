@@ -15,6 +15,7 @@ from threading import Lock, get_ident
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 from torch.cuda import nvtx
 from torch.profiler import itt
 
@@ -43,14 +44,18 @@ class Watched:
 
 @contextmanager
 def watched_ranges() -> Iterator[list[Watched]]:
-    """Within it, torch's functions for ranges go through what is yielded."""
+    """Within it, torch's functions for ranges go through what is yielded, and torch says that it is profiling: some
+    ask for that before they label."""
     with SWAPPING:
         found = [Watched(getattr(module, name)) for module, name in RANGES]
+        enabled = profiler._is_profiler_enabled
         try:
+            profiler._is_profiler_enabled = True
             for (module, name), watched in zip(RANGES, found, strict=True):
                 setattr(module, name, watched)
             yield found
         finally:
+            profiler._is_profiler_enabled = enabled
             for (module, name), watched in zip(RANGES, found, strict=True):
                 setattr(module, name, watched.module)
 

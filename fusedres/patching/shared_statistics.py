@@ -6,6 +6,7 @@ The original forward moves one norm's statistics before the next norm runs; a fu
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
@@ -24,20 +25,25 @@ def shared_statistics(call: BlockCall, others: Iterable[nn.Module]) -> str | Non
             break
     else:
         return None
-    moved: list[Tensor] = []
+    moved: list[Tensor] = [t for bn in call.norms for t in bn._buffers.values() if t is not None]
     for bn in call.norms:
-        moved.extend(t for t in bn._buffers.values() if t is not None)
-        for name in BUFFERS:
-            if name not in bn._buffers and (found := getattr(bn, name, None)) is not None:
+        kept = bn._buffers
+        if not ("running_mean" in kept and "running_var" in kept and "num_batches_tracked" in kept):
+            for name, found in elsewhere(bn):
                 if not isinstance(found, Tensor):
                     return f"unusual_number:{name}, {type(found).__name__}"
                 moved.append(found)
-    vectors = [t for unit in call.tensors for t in (unit.conv_bias, unit.bn_weight, unit.bn_bias)]
-    read: list[Tensor] = [t for t in vectors if t is not None]
+    read: list[Tensor] = [t for unit in call.tensors for t in unit[1:4] if t is not None]  # but no weight
     if others:
         read.extend(buffers_of(call, others))
     shared = same_tensor if is_dynamo_compiling() else same_memory
     return "shared_statistics" if shared(moved, read) else None
+
+
+def elsewhere(bn: nn.Module) -> list[tuple[str, Any]]:
+    """What a norm moves that is none of its registered buffers: a plain attribute, or a parameter."""
+    found = ((name, getattr(bn, name, None)) for name in BUFFERS if name not in bn._buffers)
+    return [(name, value) for name, value in found if value is not None]
 
 
 def buffers_of(call: BlockCall, others: Iterable[nn.Module]) -> list[Tensor]:
