@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tes
 
 from workloads import ARCHITECTURES, BASELINE, Workload, build  # noqa: E402
 
-from fusedres.timing import comparison, interleave, seconds  # noqa: E402
+from fusedres.measuring.timing import comparison, interleave, seconds  # noqa: E402
 
 KINDS = ("basic_identity", "basic_projection", "bottleneck_identity", "bottleneck_projection")
 BATCHES = {1: (1, 2, 4, 8), 2: (1, 4, 8, 16), 3: (1, 4, 16), 4: (2, 8, 16)}  # stage: images

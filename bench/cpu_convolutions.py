@@ -21,6 +21,7 @@ import torch
 from layers import Conv, read_network
 from torch import Tensor
 
+from fusedres.measuring.timing import comparison, interleave
 from fusedres.models import resnet18, resnet50
 from fusedres.ops import selftest
 from fusedres.ops.contract import (
@@ -32,7 +33,6 @@ from fusedres.ops.contract import (
 )
 from fusedres.ops.dispatch import LOADERS
 from fusedres.ops.reference import REFERENCE
-from fusedres.timing import comparison, interleave
 
 CPU = torch.device("cpu")
 IMAGE = (3, 224, 224)

@@ -17,10 +17,10 @@ from functools import partial
 import torch
 from op_cases import checked_bytes, resnet_shape
 
+from fusedres.measuring.timing import comparison, interleave
 from fusedres.ops.cases import OpCase, cases
 from fusedres.ops.contract import op_name
 from fusedres.ops.dispatch import LOADERS
-from fusedres.timing import comparison, interleave
 
 CPU = torch.device("cpu")
 FLUSH_BYTES = 128 << 20  # several times the last cache of a desktop's or a shared server's core complex

@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fusedres
+from fusedres.measuring.timing import bootstrap_interval, interleave, median
 from fusedres.models import BasicBlock, Bottleneck, cifar_resnet
-from fusedres.timing import bootstrap_interval, interleave, median
 
 CPU = torch.device("cpu")
 CALLS = 20  # of a block, in one round

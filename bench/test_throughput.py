@@ -23,7 +23,7 @@ from workloads import (
     needs_graph,
 )
 
-from fusedres.timing import comparison, seconds
+from fusedres.measuring.timing import comparison, seconds
 
 ARCHITECTURES = (
     "resnet50",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fusedres.timing import seconds
+from fusedres.measuring.timing import seconds
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU this runs on
 SPIN_CYCLES = 1_000_000  # about half a millisecond, in which the host enqueues what is timed

@@ -9,26 +9,18 @@ Importing it needs torch alone, touches no GPU and prints nothing.
 
 from importlib.metadata import version
 
-from fusedres import block_flops, models
+from fusedres import models
+from fusedres.autograd import flops
 from fusedres.errors import BackendUnavailableError, FusedresError, UnsupportedModelError, VerificationError
+from fusedres.measuring.compare import Comparison, compare
+from fusedres.measuring.verify import VerifyReport, verify
+from fusedres.measuring.warmup import warmup
 from fusedres.ops.dispatch import use_backend
-from fusedres.patching import (
-    BlockReport,
-    Comparison,
-    PatchReport,
-    VerifyReport,
-    compare,
-    disabled,
-    is_patched,
-    patch,
-    patched,
-    report,
-    unpatch,
-    verify,
-    warmup,
-)
+from fusedres.patching.api import is_patched, patch, report, unpatch
+from fusedres.patching.report import BlockReport, PatchReport
+from fusedres.patching.scoped import disabled, patched
 
-block_flops.register()
+flops.register()
 
 __version__ = version("fusedres")
 

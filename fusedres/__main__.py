@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from fusedres import doctor
+from fusedres.cli import doctor
 
 LIBRARY = "typer"
 
@@ -21,7 +21,7 @@ def without_library(arguments: list[str]) -> int | str:
 
 def main() -> None:
     try:
-        from fusedres.cli import app
+        from fusedres.cli.app import app
     except ModuleNotFoundError as error:
         if error.name != LIBRARY:
             raise

@@ -17,26 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedres import autograd, flops, graph_task
+from fusedres.autograd import function as autograd
+from fusedres.autograd import graph_task
 from fusedres.blocks import separate
+from fusedres.matching import ambient, dry_run, every_path, grammar, own_sizes, owners, stems
+from fusedres.measuring import verify
+from fusedres.modules import derived_class, own_code, shadows, tree
 from fusedres.nn import running_stats
-from fusedres.patching import (
-    ambient,
-    api,
-    dry_run,
-    every_path,
-    grammar,
-    guards,
-    install,
-    own_code,
-    own_sizes,
-    owners,
-    patched_class,
-    shadows,
-    stems,
-    structure,
-    verify,
-)
+from fusedres.ops import flops
+from fusedres.patching import api, call, guards, install, patched_class, resolve, state
 
 residual_block = sys.modules["fusedres.nn.residual_block"]
 TESTS = Path(__file__).parent
@@ -100,32 +89,32 @@ def on_gradients(change):
 
 @mutant("test_hooks.py::test_hook_on_a_module[late-convolution-forward]")
 def ignores_hooks_of_submodules():
-    structure.intervenes = lambda module, state: "instance_forward" if "forward" in state else None
+    resolve.intervenes = lambda module, state: "instance_forward" if "forward" in state else None
 
 
 @mutant("test_hooks.py::test_hook_on_every_module[full_backward]")
 def ignores_global_hooks():
-    structure.has_global_hooks = lambda: False
+    resolve.has_global_hooks = lambda: False
 
 
 @mutant("test_hooks.py::test_hook_on_a_module[late-norm-full_backward_pre]")
 def ignores_backward_hooks():
-    structure.intervenes = lambda module, state: "hooks" if state["_forward_hooks"] else None
+    resolve.intervenes = lambda module, state: "hooks" if state["_forward_hooks"] else None
 
 
 @mutant("test_guards.py::TestPerCallGuards::test_late_hook")
 def remembers_that_a_block_was_sound():
-    wrap(structure, "resolve", remembering(lambda block, *_: id(block)))
+    wrap(call, "resolve", remembering(lambda block, *_: id(block)))
 
 
 @mutant("test_copies.py::test_a_copy_trains_the_same_and_apart[deepcopy-separate]")
 def keeps_the_modules_in_the_plan():
-    wrap(structure, "resolve", remembering(lambda block, expected, *_: tuple(e.path for e in expected)))
+    wrap(call, "resolve", remembering(lambda block, expected, *_: tuple(e.path for e in expected)))
 
 
 @mutant("test_late_changes.py::test_a_change_that_no_recipe_covers_runs_the_original[submodule_forward]")
 def ignores_forwards_set_on_submodules():
-    structure.intervenes = lambda module, state: "hooks" if state["_forward_hooks"] else None
+    resolve.intervenes = lambda module, state: "hooks" if state["_forward_hooks"] else None
 
 
 @mutant("test_late_changes.py::test_a_change_that_no_recipe_covers_runs_the_original[padding_mode]")
@@ -135,27 +124,27 @@ def ignores_the_padding_mode():
 
 @mutant("test_late_changes.py::test_an_attribute_of_a_submodule")
 def ignores_attributes():
-    structure.same = lambda found, expected: True
+    resolve.same = lambda found, expected: True
 
 
 @mutant("test_late_changes.py::test_an_option_changed_in_place")
 def compares_attributes_by_identity():
-    structure.kept = lambda value: value
+    tree.kept = lambda value: value
 
 
 @mutant("test_late_flags.py::test_a_flag_of_the_class")
 def ignores_attributes_of_classes():
-    structure.flags = lambda module: ()
+    tree.flags = lambda module: ()
 
 
 @mutant("test_late_flags.py::test_an_option_of_an_object[attribute]")
 def looks_into_no_object():
-    structure.kept = lambda value: value.copy() if isinstance(value, (list, dict)) else value
+    tree.kept = lambda value: value.copy() if isinstance(value, (list, dict)) else value
 
 
 @mutant("test_late_flags.py::test_a_forward_given_to_a_class_of_torch")
 def trusts_the_classes_of_submodules():
-    structure.method_replaced = lambda plan: None
+    call.method_replaced = lambda plan: None
 
 
 @mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[FunctionalNorm]")
@@ -255,7 +244,7 @@ def trusts_the_shapes_of_parameters():
 
 @mutant("test_blocks.py::test_only_wanted_gradients_are_made[separate]")
 def wants_gradients_for_the_input_only():
-    residual_block.wants_gradient = install.wants_gradient = lambda call: call.x.requires_grad
+    residual_block.wants_gradient = call.wants_gradient = lambda call: call.x.requires_grad
 
 
 @mutant("test_blocks.py::test_gradients_own_their_storage_and_dy_is_untouched[separate-basic]")
@@ -430,16 +419,16 @@ def subclasses_as_anybody_would():
 @mutant("test_patched_classes.py::test_an_error_while_installing_leaves_the_model_as_it_was")
 def stops_half_way():
     def half(modules):
-        for module, state in modules:
-            if state is not None:
-                install.install(module, state)
+        for module, wanted in modules:
+            if wanted is not None:
+                install.install(module, wanted)
 
     install.install_all = half
 
 
 @mutant("test_patched_classes.py::test_another_module_made_from_the_class[False]")
 def makes_patched_modules():
-    del patched_class.PatchedType.__call__
+    del derived_class.PatchedType.__call__
 
 
 @mutant("test_patched_classes.py::test_the_method_of_the_class_called_with_another_module")
@@ -447,7 +436,9 @@ def takes_every_module_for_a_patched_one():
     wrap(
         install,
         "call",
-        lambda right: lambda module, *args: right(module, *args) if vars(module)[install.STATE] else None,
+        lambda right: (
+            lambda module, *args: right(module, *args) if vars(module)[derived_class.STATE] else None
+        ),
     )
     install.BEHAVIOUR = install.BEHAVIOUR._replace(call=install.call)
 
@@ -466,7 +457,7 @@ def runs_dry_under_the_own_class_alone():
 
 @mutant("test_patched_classes.py::test_a_pickle_is_loaded_with_weights_only")
 def pickles_the_plan():
-    del install.BlockState.__reduce__
+    del state.BlockState.__reduce__
 
 
 @mutant("test_numbers.py::test_a_number_that_is_left_to_torch[momentum]")
@@ -478,7 +469,7 @@ def takes_any_number():
 
 @mutant("test_numbers.py::test_norms_that_share_a_buffer[mean]")
 def moves_shared_statistics_together():
-    install.shared_statistics = lambda call, others: None
+    call.shared_statistics = lambda call, others: None
 
 
 @mutant("test_lazy_modules.py::test_a_lazy_head_hides_no_block[head1]")

@@ -12,7 +12,7 @@ from torch._dynamo import compiled_autograd
 
 import fusedres
 from fusedres.ops.dispatch import opaque_backend
-from fusedres.patching import install
+from fusedres.patching import call
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ def test_the_layout_of_a_differentiable_gradient(graph, layout):
 @pytest.mark.parametrize("asked", ["x", "last-weight", "stem-norm", "backward-inputs", "frozen", "backward"])
 def test_operators_that_a_graph_runs_eagerly(asked, monkeypatch):
     """A compiled graph that no compiler takes apart calls the blocks' operators, and the engine their formulas."""
-    monkeypatch.setattr(install, "dispatcher", opaque_backend)
+    monkeypatch.setattr(call, "dispatcher", opaque_backend)
     found, counts = [], []
     for model in pair(net):
         with Flops() as counted:

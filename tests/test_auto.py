@@ -11,7 +11,7 @@ import fusedres
 from fusedres.blocks import choice
 from fusedres.models import BasicBlock
 from fusedres.ops.native import library
-from fusedres.patching import structure
+from fusedres.patching import call
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -23,8 +23,8 @@ def test_auto_reads_a_block_only_where_the_table_can_name_a_recipe(batch, grad, 
     train = ("cpu", "reference", torch.float32, True)
     monkeypatch.setattr(choice, "TABLE", {train: (entry,), (*train[:3], False): (entry,)})
     reads = []
-    resolve = structure.resolve
-    monkeypatch.setattr(structure, "resolve", lambda *a: reads.append(1) or resolve(*a))
+    resolve = call.resolve
+    monkeypatch.setattr(call, "resolve", lambda *a: reads.append(1) or resolve(*a))
     model = fusedres.patch(nn.Sequential(BasicBlock(width, width)), recipe="auto", backend="reference")
     with torch.set_grad_enabled(grad):
         model(torch.randn(batch, width, 6, 6))

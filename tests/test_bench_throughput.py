@@ -16,11 +16,11 @@ from layers import Conv
 from torch import nn
 from workloads import BASELINE, CorrectnessGate, Step, Workload, build
 
-from fusedres import timing
+from fusedres.measuring import timing
+from fusedres.measuring.timing import bootstrap_interval, comparison, interleave
 from fusedres.ops.cases import SMALL, cases
 from fusedres.ops.contract import BnStats, Conv1x1Forward, ConvBackwardInput, ConvBackwardWeight
 from fusedres.ops.dispatch import LOADERS
-from fusedres.timing import bootstrap_interval, comparison, interleave
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

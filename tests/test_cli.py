@@ -13,7 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fusedres import __main__ as entry
-from fusedres.cli import app
+from fusedres.cli.app import app
 from fusedres.models import MODELS, BasicBlock
 from fusedres.ops import selftest
 from fusedres.ops.cases import SMALL
@@ -33,7 +33,7 @@ def command(monkeypatch, capsys, *arguments: str) -> tuple[object, str, str]:
 @pytest.fixture
 def without_typer(monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
-    monkeypatch.delitem(sys.modules, "fusedres.cli")
+    monkeypatch.delitem(sys.modules, "fusedres.cli.app")
     monkeypatch.setattr(selftest, "SMALL", SMALL[:1])
 
 
@@ -68,7 +68,7 @@ def test_without_its_library_doctor_works(monkeypatch, capsys, without_typer):
 
 
 def test_another_missing_module_is_no_matter_of_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fusedres.cli", None)
+    monkeypatch.setitem(sys.modules, "fusedres.cli.app", None)
     with pytest.raises(ModuleNotFoundError, match=r"fusedres\.cli"):
         entry.main()
 

@@ -12,9 +12,9 @@ from torch import nn
 from torchvision_blocks import CIN, TorchvisionBasic
 
 import fusedres
+from fusedres.measuring import compare as comparison
+from fusedres.measuring.compare import Comparison, summarise
 from fusedres.ops.contract import BnAddReluForward
-from fusedres.patching import comparison
-from fusedres.patching.comparison import Comparison, summarise
 
 
 def model() -> nn.Module:

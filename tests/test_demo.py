@@ -10,9 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 import fusedres
-from fusedres.cli import app
-from fusedres.demo import data, training
-from fusedres.demo import main as demo_main
+from fusedres.cli.app import app
+from fusedres.cli.demo import data, training
+from fusedres.cli.demo import main as demo_main
 from fusedres.models import cifar_resnet
 
 
@@ -43,7 +43,7 @@ def test_demo_runs_end_to_end(tmp_path, few_images):
 
 
 def test_a_missing_library_is_named(monkeypatch, tmp_path):
-    for name in [name for name in sys.modules if name.startswith(("fusedres.demo", "sklearn"))]:
+    for name in [name for name in sys.modules if name.startswith(("fusedres.cli.demo", "sklearn"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path)])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fusedres import doctor
-from fusedres.cli import app
+from fusedres.cli import doctor
+from fusedres.cli.app import app
 from fusedres.ops import selftest
 from fusedres.ops.backend import Backend
 from fusedres.ops.cases import SMALL, cases

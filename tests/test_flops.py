@@ -15,11 +15,11 @@ from same_model import images, pair
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from fusedres.flops import NATIVE
 from fusedres.models import Bottleneck
 from fusedres.ops.dispatch import opaque_backend
+from fusedres.ops.flops import NATIVE
 from fusedres.ops.native import library
-from fusedres.patching import install
+from fusedres.patching import call
 
 
 def steps(block, x, dy):
@@ -54,13 +54,13 @@ def test_a_blocks_operators_count_what_runs_inside(recipe, form, monkeypatch):
     block = form.build()
     x, dy = tensors_for(form, block, torch.float32)
     expected = steps(patched(copy.deepcopy(block), recipe, "reference"), x, dy)
-    monkeypatch.setattr(install, "dispatcher", opaque_backend)
+    monkeypatch.setattr(call, "dispatcher", opaque_backend)
     assert steps(patched(block, recipe), x, dy) == expected
 
 
 def test_the_stems_operators(monkeypatch):
     plain, fused = pair(net)
-    monkeypatch.setattr(install, "dispatcher", opaque_backend)
+    monkeypatch.setattr(call, "dispatcher", opaque_backend)
     for model in (plain, fused):
         with Flops() as counted:
             model(picture()).sum().backward()

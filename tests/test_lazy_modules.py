@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 import fusedres
-from fusedres.tuning import tune
+from fusedres.measuring.tune import tune
 
 
 class WithShortcut(TwoConvs):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fusedres import model_names
-from fusedres.model_names import ModelNameError
+from fusedres.cli import model_names
+from fusedres.cli.model_names import ModelNameError
 from fusedres.models import CifarResNet
 
 

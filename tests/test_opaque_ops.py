@@ -11,10 +11,10 @@ from raw_op_harness import assert_like_fake, poisoned_memory
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from fusedres.autograd.operator import block_constants, unit_ints
 from fusedres.models import resnet18
 from fusedres.nn import ConvBN
 from fusedres.nn.residual_block import read_block, read_conv_bn
-from fusedres.opaque_blocks import block_constants, unit_ints
 from fusedres.ops import fake
 from fusedres.ops.contract import RAW_OPS, BnAddReluForward, op_name
 from fusedres.ops.dispatch import AUTO

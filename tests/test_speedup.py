@@ -9,7 +9,7 @@ import pytest
 import torch
 from workloads import BASELINE, CorrectnessGate, Workload, build
 
-from fusedres.timing import comparison, interleave, seconds
+from fusedres.measuring.timing import comparison, interleave, seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = getattr(torch, os.environ.get("BENCH_DTYPE", "float32"))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.backends.cuda import matmul
 
 import fusedres
-from fusedres.patching import ambient
+from fusedres.matching import ambient
 
 
 class Decorated(InPlaceAdd):

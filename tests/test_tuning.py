@@ -10,12 +10,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fusedres
-from fusedres import tune_command, tuning
 from fusedres.blocks import user_table
-from fusedres.cli import app
+from fusedres.cli import tune as tune_command
+from fusedres.cli.app import app
+from fusedres.measuring import tune as tuning
+from fusedres.measuring.tune import Timing, Tuned, tune
 from fusedres.models import Bottleneck
 from fusedres.ops.contract import BnAddReluBackwardInput, BnAddReluForward
-from fusedres.tuning import Timing, Tuned, tune
 
 
 @pytest.fixture

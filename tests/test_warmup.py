@@ -120,7 +120,7 @@ def test_unpatched_models_and_capture_are_refused(model, x, monkeypatch):
         fusedres.warmup(Noisy(), x)
     with pytest.raises(TypeError):
         fusedres.warmup(lambda x: x, x)
-    module = importlib.import_module("fusedres.patching.warmup")
+    module = importlib.import_module("fusedres.measuring.warmup")
     monkeypatch.setattr(module, "cuda_devices", lambda tensors: [torch.device("cuda")])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="captured"):

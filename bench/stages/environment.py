@@ -11,7 +11,7 @@ import torch
 from report import Cell, Settings
 from timing import flushed_seconds
 
-from fusedres.timing import seconds, summary
+from fusedres.measuring.timing import seconds, summary
 
 QUERY = (
     "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,"

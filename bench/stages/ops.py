@@ -18,6 +18,7 @@ from op_cases import checked_bytes, resnet_shape
 from report import Cell, Settings
 from timing import flushed_seconds
 
+from fusedres.measuring.timing import summary
 from fusedres.ops.cases import SMALL, Shape
 from fusedres.ops.cases import cases as op_cases
 from fusedres.ops.contract import (
@@ -29,7 +30,6 @@ from fusedres.ops.contract import (
     RawOp,
 )
 from fusedres.ops.dispatch import LOADERS
-from fusedres.timing import summary
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 DRIVER = Path(__file__).resolve().parent.parent / "op_cases.py"

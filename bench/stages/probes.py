@@ -20,7 +20,7 @@ from report import Cell, Settings
 from timing import flushed_seconds
 from torch import Tensor
 
-from fusedres.timing import summary
+from fusedres.measuring.timing import summary
 
 # stage of ResNet-50 and direction: height and width, Cin, Cout
 SHAPES = {

@@ -13,7 +13,7 @@ from report import Cell, Settings
 from torch.profiler import ProfilerActivity, profile
 from workloads import BASELINE, CorrectnessGate, Step, Workload, build, needs_graph
 
-from fusedres.timing import comparison, interleave
+from fusedres.measuring.timing import comparison, interleave
 
 ROUNDS = 30
 SMALL_ROUNDS = 2

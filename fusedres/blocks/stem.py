@@ -12,11 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres.blocks.config import ConvBNConfig, ConvBNGrads, ConvBNNeeds, ConvBNTensors
-from fusedres.blocks.conv_bn import (
-    bn_parameter_grads,
-    conv_bn_forward,
-    convolution_backward,
-)
+from fusedres.blocks.conv_bn import bn_parameter_grads, conv_bn_forward, convolution_backward
 from fusedres.blocks.eager import conv_bn
 from fusedres.blocks.statistics import frozen_vectors, grads_of_batch
 from fusedres.ops.contract import (

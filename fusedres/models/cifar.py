@@ -10,13 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fusedres.models.blocks import (
-    BasicBlock,
-    Bottleneck,
-    activation_factory,
-    initialize,
-    make_stage,
-)
+from fusedres.models.blocks import BasicBlock, Bottleneck, activation_factory, initialize, make_stage
 
 STAGE_WIDTHS = (16, 32, 64)
 

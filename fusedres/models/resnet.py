@@ -8,13 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fusedres.models.blocks import (
-    BasicBlock,
-    Bottleneck,
-    activation_factory,
-    initialize,
-    make_stage,
-)
+from fusedres.models.blocks import BasicBlock, Bottleneck, activation_factory, initialize, make_stage
 
 STAGE_WIDTHS = (64, 128, 256, 512)
 

@@ -11,20 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedres.autograd import ResidualBlock, without_autocast
+from fusedres.autograd.function import ResidualBlock, without_autocast
+from fusedres.autograd.operator import block_constants, residual_block_operator
 from fusedres.blocks import RECIPES
 from fusedres.blocks.choice import UNFUSED, Choice, choose
-from fusedres.blocks.config import (
-    BlockConfig,
-    ConvBNConfig,
-    ConvBNTensors,
-    Shortcut,
-    unit_sizes,
-)
+from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, Shortcut, unit_sizes
 from fusedres.nn.attributes import tensor
 from fusedres.nn.numbers import pair, real, whole
 from fusedres.nn.running_stats import BatchStatistics, update_running_stats
-from fusedres.opaque_blocks import block_constants, residual_block_operator
 from fusedres.ops.contract import BatchNormVectors
 from fusedres.ops.dispatch import AUTO, OpaqueBackend, Ops, operators
 

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedres.autograd import ConvBNReLUMaxPool, without_autocast
+from fusedres.autograd.function import ConvBNReLUMaxPool, without_autocast
+from fusedres.autograd.stem_operator import stem_operator
 from fusedres.blocks import stem
 from fusedres.blocks.config import output_size
 from fusedres.blocks.stem import StemConfig
 from fusedres.nn.numbers import pair
 from fusedres.nn.residual_block import ConvBN, compute_dtype, read_conv_bn
 from fusedres.nn.running_stats import BatchStatistics, update_running_stats
-from fusedres.opaque_stem import stem_operator
 from fusedres.ops.contract import BatchNormVectors
 from fusedres.ops.dispatch import AUTO, OpaqueBackend, Ops, operators
 

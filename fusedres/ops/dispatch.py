@@ -142,7 +142,7 @@ def dispatcher(name: str = AUTO) -> Dispatcher:
 
 
 class OpaqueBackend(NamedTuple):
-    """A requested backend inside a graph being compiled, where the operators of `fusedres.opaque_blocks` look it up."""
+    """A requested backend inside a graph being compiled, where `fusedres.autograd.operator` looks it up."""
 
     name: str
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch._C import _get_tracing_state
 
 from fusedres.blocks.config import ConvBNConfig, ConvBNTensors, Shortcut, unit_sizes
+from fusedres.matching.norms import FrozenNorm
 from fusedres.nn.attributes import tensor
 from fusedres.nn.numbers import UnusualNumberError
 from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype
 from fusedres.nn.stem import square_window
 from fusedres.ops.contract import ACTIVATION_DTYPES
-from fusedres.patching.norms import FrozenNorm
 
 DISABLED: ContextVar[bool] = ContextVar("fusedres_disabled", default=False)
 DISABLED_SCOPES: list[object] = []  # entered now, in any thread: what a graph being compiled goes by

@@ -8,9 +8,12 @@ from typing import NamedTuple
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fusedres.patching import grammar, install, own_code, stems
-from fusedres.patching.owners import NoMatch
-from fusedres.patching.plan import STATE, Plan
+from fusedres.matching import grammar, stems
+from fusedres.matching.owners import NoMatch
+from fusedres.matching.plan import Plan
+from fusedres.modules import own_code
+from fusedres.modules.derived_class import STATE, base_class, derive, set_class
+from fusedres.patching.state import is_patched_block, original_view
 
 STEM = "stem"  # the name under which a model's own stem is reported
 
@@ -38,14 +41,14 @@ def shared_modules(model: nn.Module) -> set[int]:
 def find_plan(module: nn.Module, shared: set[int], renew: bool) -> Plan | None:
     """The plan of a whole module; of a patched one the known plan, or with `renew` found anew. None if it looks like
     nothing. Raises NoMatch."""
-    known: Plan | None = vars(module)[STATE].plan if install.is_patched_block(module) else None
+    known: Plan | None = vars(module)[STATE].plan if is_patched_block(module) else None
     if known is not None and known.whole and not renew:
         return known
     plan: Plan
     if grammar.looks_residual(module):
-        plan = grammar.plan(install.original_view(module))
+        plan = grammar.plan(original_view(module))
     elif stems.looks_like_stem(module):
-        plan = stems.plan_stem_module(install.original_view(module))
+        plan = stems.plan_stem_module(original_view(module))
     else:
         return None
     units = [module.get_submodule(path) for unit in plan.units for path in (unit.conv, unit.bn)]
@@ -57,17 +60,16 @@ def find_plan(module: nn.Module, shared: set[int], renew: bool) -> Plan | None:
 
 def check_class(module: nn.Module, plan: Plan) -> None:
     """Raises NoMatch where the module cannot be given a patched class."""
-    view = install.original_view(module)
+    view = original_view(module)
     try:
-        cls = install.patched_class(type(view), plan.method, install.BEHAVIOUR)
-        install.set_class(object.__new__(type(view)), cls)
+        set_class(object.__new__(type(view)), derive(type(view), {}))
     except TypeError as error:
         raise NoMatch(f"class_resists:{error}") from error
 
 
 def plan_again(module: nn.Module, method: str) -> Plan | str:
     """The plan of a module whose `method` was patched before it was pickled, or the code of why there is none now."""
-    view = install.original_view(module)
+    view = original_view(module)
     with _disable_current_modes():
         try:
             if stems.has_stem(type(view)) and method != "forward":
@@ -78,10 +80,10 @@ def plan_again(module: nn.Module, method: str) -> Plan | str:
 
 
 def find_stem(name: str, model: nn.Module) -> Found:
-    if install.is_patched_block(model):
+    if is_patched_block(model):
         return Found(name, model, vars(model)[STATE].plan, None)
     try:
-        plan = stems.plan_stem(model, install.base_class(model))
+        plan = stems.plan_stem(model, base_class(model))
         check_class(model, plan)
         return Found(name, model, plan, None)
     except NoMatch as refusal:
@@ -101,18 +103,18 @@ def find(model: nn.Module, renew: bool = False) -> list[Found]:
             return
         seen.add(id(module))
         code = None
-        if stems.has_stem(install.base_class(module)):
+        if stems.has_stem(base_class(module)):
             yield find_stem(f"{name}.{STEM}" if name else STEM, module)
         try:
             if (plan := find_plan(module, shared, renew)) is not None:
-                if install.base_class(module) in asked:
+                if base_class(module) in asked:
                     raise NoMatch("asks_own_class")
                 yield Found(name, module, plan, None)
                 return
         except NoMatch as refusal:
             is_meant = grammar.looks_residual(module) or stems.was_meant_as_one(module, refusal.code)
             code = refusal.code if is_meant else None
-        asked |= own_code.types_asked_for(install.base_class(module))
+        asked |= own_code.types_asked_for(base_class(module))
         below = [
             found
             for child_name, child in module.named_children()

@@ -1,0 +1,1 @@
+"""The torch autograd Functions and operators of a residual block."""

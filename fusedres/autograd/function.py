@@ -1,0 +1,251 @@
+"""The torch autograd Functions of a residual block and of the stem: the only place that touches `ctx`.
+
+Forward calls a recipe and saves; backward unpacks and calls it. Under `create_graph=True` backward goes through
+`fusedres.blocks.eager` instead, from the inputs, so that second derivatives are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedres.autograd.graph_task import taken
+from fusedres.blocks import RECIPES, eager, stem
+from fusedres.blocks.config import (
+    BlockConfig,
+    BlockNeeds,
+    ConvBNNeeds,
+    ConvBNTensors,
+    Saved,
+    Shortcut,
+    own_statistics,
+)
+from fusedres.blocks.stem import StemConfig, StemSaved
+from fusedres.ops.contract import BatchNormVectors
+from fusedres.ops.dispatch import Dispatcher
+from fusedres.ops.reference import unpack_mask
+
+FIELDS = len(ConvBNTensors._fields)
+PARAMETERS = len(ConvBNNeeds._fields)  # of FIELDS, those that can want a gradient; the rest are statistics
+FIXED = 6  # config, recipe, ops, observe, x, residual come before the units' tensors
+# places of BN's weight and bias among the arguments, of as many units as any block has
+NORMS = frozenset(FIXED + unit * FIELDS + field for unit in range(64) for field in (2, 3))
+STEM_X = 3  # config, ops, observe come before x
+FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
+Observer = Callable[[tuple[BatchNormVectors, ...]], None]
+
+
+def as_units(flat: tuple[Tensor | None, ...]) -> tuple[ConvBNTensors, ...]:
+    return tuple(ConvBNTensors(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS))  # type: ignore[arg-type]
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Recipes choose every dtype themselves; autocast must not cast inside them."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def wants_differentiable(dy: Tensor) -> bool:
+    """Whether backward must be made of torch's own operations: for second derivatives, for a batch of gradients
+    (`is_grads_batched`, vmap), which is one tensor to those alone, and under FakeTensorMode, which knows no others."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return True
+    if torch._C._get_dispatch_mode(FAKE_MODE) is not None:
+        return True
+    return torch._C._functorch.is_legacy_batchedtensor(dy)
+
+
+def saved_tensors_have_hooks() -> bool:
+    """Whether `torch.autograd.graph.saved_tensors_hooks` see what is saved now, and may keep it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def memory_format(y: Tensor) -> torch.memory_format:
+    """The layout that gradients of y are brought into."""
+    channels_last = y.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def without_elements(residual: Tensor | None) -> Tensor | None:
+    """[0, C, H, W], a function of the residual to autograd, in storage of its own: it keeps no activation alive."""
+    if residual is None or not residual.requires_grad:
+        return None
+    with torch.enable_grad():
+        return torch.slice_copy(residual, 0, 0, 0)
+
+
+class ResidualBlock(torch.autograd.Function):
+    """One residual block.
+
+    apply(config, recipe, ops, observe, x, residual, *tensors) -> y
+
+    config, recipe, ops: a BlockConfig, a name in RECIPES, the Dispatcher that serves forward and backward.
+    observe: called with the vectors of every BN before anything is saved, to move running statistics (later would
+    be too late: a checkpoint stops its second forward at the last tensor saved).
+    x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None; tensors: the fields of each
+    ConvBNTensors of `config.units`, one after the other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        config: BlockConfig,
+        recipe: str,
+        ops: Dispatcher,
+        observe: Observer,
+        x: Tensor,
+        residual: Tensor | None,
+        *flat: Tensor | None,
+    ) -> Tensor:
+        units = tuple(own_statistics(t) for t in as_units(flat))
+        with without_autocast(x.device.type):
+            out = RECIPES[recipe].forward(ops, config, x, residual, units, True)
+        assert out.saved is not None
+        observe(out.vectors)
+        ctx.save_for_backward(x, *(t for unit in units for t in unit), *out.saved.flatten())
+        ctx.config, ctx.recipe, ctx.ops = config, recipe, ops
+        ctx.layout, ctx.inputs = out.saved.layout, len(flat)
+        ctx.residual = without_elements(residual)
+        ctx.held_by_hooks = saved_tensors_have_hooks()
+        ctx.memory_format = memory_format(out.y)
+        ctx.set_materialize_grads(False)
+        return out.y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        tensors = ctx.saved_tensors
+        x, flat = tensors[0], tensors[1 : 1 + ctx.inputs]
+        saved = Saved.unflatten(tensors[1 + ctx.inputs :], ctx.layout)
+        wanted = asked_of_block(ctx, flat)
+        if wants_differentiable(dy):
+            return differentiable_backward(ctx, wanted, x, flat, saved.mask, dy)
+        needs = BlockNeeds(
+            wanted[FIXED - 2],
+            wanted[FIXED - 1],
+            tuple(ConvBNNeeds(*wanted[i : i + PARAMETERS]) for i in range(FIXED, len(wanted), FIELDS)),
+            saved=ctx.held_by_hooks or torch._C._autograd._get_current_graph_task_keep_graph(),
+        )
+        dy = dy.contiguous(memory_format=ctx.memory_format)
+        with without_autocast(x.device.type):
+            grads = RECIPES[ctx.recipe].backward(ctx.ops, ctx.config, x, as_units(flat), saved, dy, needs)
+        parameters = [g for unit in grads.units for g in (*unit, None, None)]
+        return None, None, None, None, grads.x, grads.residual, *parameters
+
+
+def asked_of_block(ctx: Any, flat: tuple[Tensor | None, ...]) -> Sequence[bool]:
+    """The flags of `ctx.needs_input_grad` for what the running backward takes; flat: the units' tensors."""
+    wanted = ctx.needs_input_grad
+    residual = (FIXED - 1,) if ctx.config.shortcut is Shortcut.TENSOR else ()
+    given = FIXED - 2, *residual, *(i for i, t in enumerate(flat, FIXED) if t is not None)
+    asked = taken(ctx, wanted, given, NORMS)
+    if asked[FIXED - 2] or asked[FIXED]:  # a gradient passes every BN on its way to x or to the first weight
+        return asked
+    return taken(ctx, wanted, given)
+
+
+def through_relu(
+    dy: Tensor, mask: Tensor | None, graph: Sequence[Tensor], layout: torch.memory_format
+) -> Tensor:
+    """dz [N, C, H, W] by the mask of y. graph: what y is a function of, [N, C, H, W] or without elements; layout: of
+    y, which dz takes where dy has none, as the gradient of a sum has none.
+
+    The derivative by y is zero, and torch's ReLU passes it on: whoever differentiates dz alone finds zeros below.
+    """
+    if mask is None:
+        return dy
+    keep = unpack_mask(mask, dy).contiguous(memory_format=layout)
+    if not graph:
+        return torch.where(keep, dy, 0)
+    signs = torch.cat([keep.to(dy.dtype), *(t[:0] for t in graph)]).contiguous(memory_format=layout)
+    return torch.ops.aten.threshold_backward(dy, signs, 0)
+
+
+def differentiable_backward(
+    ctx: Any,
+    asked: Sequence[bool],
+    x: Tensor,
+    flat: tuple[Tensor | None, ...],
+    mask: Tensor | None,
+    dy: Tensor,
+) -> tuple[Any, ...]:
+    """The same gradients as a graph: the block once more by torch's own operations, from its inputs.
+
+    The mask of y is the one of forward, so a residual computed elsewhere is not needed again: its gradient is dz.
+    """
+    result: list[Tensor | None] = [None] * len(asked)
+    inputs = {FIXED - 2: x, **dict(enumerate(flat, FIXED))}
+    indices, graph = [i for i in inputs if asked[i]], torch.is_grad_enabled()
+    y_of = [] if ctx.residual is None or not graph else [ctx.residual]
+    with torch.enable_grad(), without_autocast(x.device.type):
+        if indices or (graph and any(ctx.needs_input_grad[i] for i in inputs)):
+            z = eager.preactivation(ctx.config, x, as_units(flat))
+            y_of += [z] if graph else []
+    dz = through_relu(dy, mask, y_of, ctx.memory_format)
+    if indices:
+        chosen = [inputs[i] for i in indices]
+        grads = torch.autograd.grad(z, chosen, dz, create_graph=graph)  # type: ignore[arg-type]
+        for i, grad in zip(indices, grads, strict=True):
+            result[i] = grad
+    if asked[FIXED - 1]:
+        result[FIXED - 1] = dz
+    return tuple(result)
+
+
+class ConvBNReLUMaxPool(torch.autograd.Function):
+    """The stem of a ResNet.
+
+    apply(config, ops, observe, x, *tensors) -> y
+
+    config: a StemConfig; observe: as for `ResidualBlock`; x [N, Cin, H, W]; tensors: the fields of one
+    ConvBNTensors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, config: StemConfig, ops: Dispatcher, observe: Observer, x: Tensor, *flat: Tensor | None
+    ) -> Tensor:
+        t = own_statistics(ConvBNTensors(*flat))  # type: ignore[arg-type]
+        with without_autocast(x.device.type):
+            y, saved = stem.forward(ops, config, x, t)
+        observe((saved.vectors,))
+        ctx.save_for_backward(x, *t, saved.c, *saved.vectors, saved.indices)
+        ctx.config, ctx.ops, ctx.memory_format = config, ops, memory_format(y)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, *rest = ctx.saved_tensors
+        t, (c, *vectors, indices) = ConvBNTensors(*rest[:FIELDS]), rest[FIELDS:]
+        inputs = dict(enumerate((x, *t), STEM_X))
+        wanted = taken(ctx, ctx.needs_input_grad, (i for i, given in inputs.items() if given is not None))
+        if wants_differentiable(dy):
+            chosen, graph = [i for i in inputs if wanted[i]], torch.is_grad_enabled()
+            with torch.enable_grad(), without_autocast(x.device.type):
+                y = stem.differentiable(ctx.config, x, t)
+                grads = torch.autograd.grad(y, [inputs[i] for i in chosen], dy, create_graph=graph)
+            by_index = dict(zip(chosen, grads, strict=True))
+            return tuple(by_index.get(i) for i in range(len(wanted)))
+        saved = StemSaved(c, BatchNormVectors(*vectors), indices)
+        dy = dy.contiguous(memory_format=ctx.memory_format)
+        with without_autocast(x.device.type):
+            dx, unit = stem.backward(
+                ctx.ops,
+                ctx.config,
+                x,
+                t,
+                saved,
+                dy,
+                ConvBNNeeds(*wanted[STEM_X + 1 :][:PARAMETERS]),
+                wanted[STEM_X],
+            )
+        return None, None, None, dx, *unit, None, None

@@ -1,0 +1,51 @@
+"""`fusedres explain MODEL`: the residual blocks of a model, and what each runs as on a given input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fusedres.patching import api
+from fusedres.patching.reasons import describe
+from fusedres.patching.report import BlockReport, PatchReport
+from fusedres.text_table import section
+
+PHASES = {"training": True, "inference": False}
+Calls = dict[str, PatchReport]  # by phase
+
+
+def dry_report(network: nn.Module, recipe: str) -> PatchReport:
+    """What patch would do to the model. Raises as `fusedres.patch`."""
+    return api.report(api.patch(network, recipe=recipe, dry_run=True))
+
+
+def call(network: nn.Module, images: Tensor, recipe: str) -> Calls:
+    """Patches the model and runs one forward of each phase; what every block ran as. Raises as `fusedres.patch`."""
+    api.patch(network, recipe=recipe)
+    reports = {}
+    for phase, training in PHASES.items():
+        with torch.set_grad_enabled(training):
+            network.train(training)(images)
+        reports[phase] = api.report(network)
+    return reports
+
+
+def outcome(block: BlockReport) -> str:
+    """What a patched block ran as, with the code of the reason where it is not what was asked for."""
+    return f"{block.runs_as}" + (f" [{block.code}]" if block.code else "")
+
+
+def text(title: str, report: PatchReport, calls: Calls) -> str:
+    """One line a block, its name first; below, what the codes in it mean."""
+    rows = [("block", "class", "form", *(calls or ("patched",)))]
+    codes = [block.code for block in report.skipped]
+    for place, block in enumerate(report.blocks):
+        called = [found.blocks[place] for found in calls.values()]
+        if not block.matched:
+            cells = [f"left alone [{block.code}]", *[""] * (len(called) - 1)]
+        else:
+            cells = [outcome(c) for c in called] or ["yes"]
+            codes += [c.code for c in called]
+        rows.append((block.name, block.class_name, block.form, *cells))
+    meanings = [f"{code}: {describe(code)}" for code in dict.fromkeys(codes) if code]
+    return section(title, rows, f"matched {len(report.matched)} of {len(report.blocks)} blocks", *meanings)

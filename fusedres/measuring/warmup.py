@@ -1,0 +1,85 @@
+"""warmup: every kernel that a patched model needs is compiled and chosen now, not in the first step or a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fusedres.errors import UnsupportedModelError
+from fusedres.modules.lazy import initialised_copy, is_uninitialised
+from fusedres.patching.api import check_model, is_patched
+
+
+@contextmanager
+def restored_buffers(model: nn.Module) -> Iterator[None]:
+    """Afterwards every buffer is the tensor it was, with the values it had."""
+    before = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, values in before:
+                module._buffers[name] = buffer
+                if buffer is not None and values is not None:
+                    buffer.copy_(values)
+
+
+def cuda_devices(tensors: list[Tensor]) -> list[torch.device]:
+    return sorted({t.device for t in tensors if t.is_cuda}, key=str)
+
+
+def differentiable(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.requires_grad]
+
+
+def warmup(model: nn.Module, example: Any) -> None:
+    """Runs the patched model on an example, so that nothing is compiled or searched for afterwards.
+
+    One forward without gradients and, where anything wants one, a forward and a backward: in the mode the model is
+    in, under the autocast the caller is in. Call it again for another mode, dtype or shape of input, and before a
+    CUDA graph is captured. Parameters, their gradients, buffers, random number generators and modes are left as
+    they were; hooks run. On a CPU, where nothing is compiled, it is two plain steps.
+
+    Args:
+        model: a patched model.
+        example: an input tensor, or a tuple of positional arguments, like those to come; it is left alone.
+
+    Raises:
+        TypeError, UnsupportedModelError: as `fusedres.patch`, or no block of the model is patched.
+        RuntimeError: a CUDA graph is being captured: then it is too late.
+    """
+    check_model(model, "warmup")
+    if not is_patched(model):
+        raise UnsupportedModelError(
+            f"fusedres.warmup: no block of {type(model).__name__} is patched; call fusedres.patch(model) first."
+        )
+    example = example if isinstance(example, tuple) else (example,)
+    if is_uninitialised(model):  # a first call would initialise it: that is the caller's to make
+        model = initialised_copy(model, example)
+    tensors = [t for t in tree_leaves(example) if isinstance(t, Tensor)]
+    devices = cuda_devices([*tensors, *model.parameters()])
+    if devices and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "fusedres.warmup: a CUDA graph is being captured, and compiling inside it fails; call warmup before."
+        )
+    with torch.random.fork_rng(devices=devices), restored_buffers(model):
+        with torch.no_grad():
+            model(*example)
+        with torch.enable_grad():
+            outputs = differentiable(model(*example))
+            wanted = differentiable((list(model.parameters()), example))
+            if outputs and wanted:
+                # not `backward`: that would add to the gradients and set off what waits for them
+                ones = [torch.ones_like(out) for out in outputs]
+                torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
+    for device in devices:
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""What a module of torch is made of, whatever it computes: its class, code, attributes and submodules."""
