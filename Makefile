@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/* csr
 demo: $(STAMP)
 	$(BIN)/fusedres demo --output demo-output
 
-CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/*.cpp tests/*/*.h)
+CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/support/*.cpp tests/support/*/*.h)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,21 +37,21 @@ test: $(STAMP) lint
 
 # wrong patchers, each of which its named test must catch
 mutants: $(STAMP)
-	$(BIN)/python -P tests/mutants.py
+	$(BIN)/python -P tests/support/mutants.py
 
 # the CPU kernels of the native library under AddressSanitizer and UBSan; minutes to build, apart from the installed one
 SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 sanitize: $(STAMP)
-	CXX="$(CURDIR)/tests/sanitized_cxx.sh" FUSEDRES_BUILD=cpu $(BIN)/python -m pip install --quiet --no-build-isolation \
+	CXX="$(CURDIR)/tests/support/sanitized_cxx.sh" FUSEDRES_BUILD=cpu $(BIN)/python -m pip install --quiet --no-build-isolation \
 		--no-deps --upgrade --target build/sanitized .
 	set -e; for capability in "" avx2; do \
 		LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/sanitized \
-			$${capability:+env ATEN_CPU_CAPABILITY=$$capability} $(BIN)/pytest -q tests/test_native_ops.py \
-			tests/test_native_convolutions.py tests/test_native_statistics.py; \
+			$${capability:+env ATEN_CPU_CAPABILITY=$$capability} $(BIN)/pytest -q tests/native/test_native_ops.py \
+			tests/native/test_native_convolutions.py tests/native/test_native_statistics.py; \
 	done
 
 check-package: $(STAMP)
-	$(BIN)/python tests/check_package.py
+	$(BIN)/python tests/support/check_package.py
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info
@@ -61,7 +61,7 @@ bench: $(STAMP)
 	$(BIN)/pytest bench -q -m headline --rounds 5 --benchmark-quiet --benchmark-autosave $(OPTIONS)
 
 bench-check: $(STAMP)
-	$(BIN)/pytest tests/test_speedup.py -q -m speed
+	$(BIN)/pytest tests/measuring/test_speedup.py -q -m speed
 
 # `make wheel` holds code for every supported GPU, `make wheel ARCHS=90` or ARCHS="80;90" for those alone. auditwheel
 # names the oldest glibc that the library runs on; torch's own libraries stay outside.

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path[:0] = [str(Path(__file__).parent), str(TESTS / "support"), str(TESTS / "zoo")]
 
 from workloads import ARCHITECTURES, BASELINE, Workload, build  # noqa: E402
 

@@ -162,7 +162,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the rule of accuracy
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))  # the rule of accuracy
     args = parse()
     settings = Settings(torch.device(args.device), args.size == "full", Path(args.output), args.backend)
     deadline = time.monotonic() + args.seconds

@@ -242,7 +242,7 @@ def exact_output(workload: Workload) -> Tensor:
 
 
 class CorrectnessGate:
-    """Holds an implementation's output against float64, judged by the error of eager (`tests/accuracy.py`).
+    """Holds an implementation's output against float64, judged by the error of eager (`tests/support/accuracy.py`).
 
     A training step must also leave a finite gradient on every parameter; how accurate it is, the tests say:
     against float64 a gradient is dominated by the few signs near zero that rounding flips.

@@ -15,9 +15,9 @@ from report import Cell, Settings
 from fusedres.ops.dispatch import AUTO, ENVIRONMENT_VARIABLE, LOADERS
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU_TESTS = ("tests/test_gpu_ops.py", "tests/test_gpu_blocks.py")
+GPU_TESTS = ("tests/native/test_gpu_ops.py", "tests/native/test_gpu_blocks.py")
 # the report's own test would start this stage again
-SUITE = ("tests", *(f"--ignore={file}" for file in (*GPU_TESTS, "tests/test_bench_report.py")))
+SUITE = ("tests", *(f"--ignore={file}" for file in (*GPU_TESTS, "tests/bench/test_bench_report.py")))
 DTYPES = ("bfloat16", "float16", "float32")  # in float32 a GPU's 1x1 products are left to the reference
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 KEPT_OUTPUT = 4000  # characters from the end of a failed command's output
@@ -79,7 +79,7 @@ def cells(settings: Settings) -> list[Cell]:
         ),
     ]
     if not settings.full:
-        roofline = partial(test_suite, AUTO, ["tests/test_bench_roofline.py"])
+        roofline = partial(test_suite, AUTO, ["tests/bench/test_bench_roofline.py"])
         return [*found, Cell("tests/roofline", roofline, ("module:pytest",))]
     # the tests of a GPU choose backends themselves; the rest are of CPU tensors, and come last
     needs = "module:pytest", "module:xdist"

@@ -8,8 +8,8 @@ from torch import Tensor
 from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, unit_sizes
 
 # S of P values per channel has rank P - 1, so var = w S w^T cancels: rounding S costs var |w|^2 |S| / var units, where
-# the deviations that eager squares lose the root of that. Over the channels this is distributed as 1/chi^2 with P - 1
-# degrees of freedom, and the error of y, a root of its mean square, is finite from five degrees on.
+# eager, which squares deviations, loses the root of that number. Over the channels the number is distributed as
+# 1/chi^2 with P - 1 degrees of freedom, and the error of y, a root of its mean square, is finite from five degrees on.
 FEWEST_ROWS = 6
 
 

@@ -52,7 +52,7 @@ def forward(
     activations: list[Tensor] = []
     convs: list[Tensor] = []
     vectors: list[BatchNormVectors] = []
-    # side by side, before convolutions take the caches: what is frozen needs none of them
+    # Frozen vectors need no convolution: all are formed now, before the convolutions fill the caches.
     frozen = [frozen_vectors(ops, unit, t, x) for unit, t in zip(config.units, units, strict=True)]
     shortcut: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     projected: tuple[Tensor, BatchNormVectors] | None = None

@@ -3,7 +3,7 @@
     err = ||actual - exact||_2 / ||exact||_2       pass: err <= 2*err(eager) + slack(dtype)*eps(dtype)
 
 The eager result comes from the same layout, dtype and thread count as the one under test. Where a norm goes over few
-rounding errors, its own error is that of several draws, see `tests/block_accuracy.py`.
+rounding errors, its own error is that of several draws, see `tests/support/block_accuracy.py`.
 
 slack is 8 in float32 and float64. In bfloat16 and float16 that would be twenty times the error of a convolution, which
 is a few roundings to 16 bits in eager as anywhere. There it is what eager needs to pass against itself in the other

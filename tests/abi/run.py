@@ -8,6 +8,7 @@ nothing of the checkout can be imported in its place.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,10 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
 SUITES = (
-    "test_native_ops.py",
-    "test_native_convolutions.py",
-    "test_native_statistics.py",
-    "test_native_library.py",
+    "native/test_native_ops.py",
+    "native/test_native_convolutions.py",
+    "native/test_native_statistics.py",
+    "native/test_native_library.py",
 )
 
 
@@ -50,13 +51,13 @@ def main() -> int:
     run(interpreter, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", args.wheel)
     tests = folder / "tests"
     shutil.rmtree(tests, ignore_errors=True)
-    tests.mkdir(parents=True)
-    for file in TESTS.glob("*.py"):
-        shutil.copy(file, tests)
+    shutil.copytree(TESTS, tests, ignore=shutil.ignore_patterns("__pycache__"))
+    helpers = {**os.environ, "PYTHONPATH": os.pathsep.join(str(tests / name) for name in ("support", "zoo"))}
     about = "import sys, torch, fusedres; print(sys.version, torch.__version__, fusedres.__file__)"
     run(interpreter, "-P" if "3.10" not in args.python else "-I", "-c", about)
     suites = [tests / suite for suite in SUITES]
-    done = subprocess.run([interpreter, "-m", "pytest", "-q", "-x", "--rootdir", tests, *suites], cwd=tests)
+    command = [interpreter, "-m", "pytest", "-q", "-x", "--rootdir", tests, *suites]
+    done = subprocess.run(command, cwd=tests, env=helpers)
     print(f"{args.wheel.name} with {name}: {'passed' if done.returncode == 0 else 'FAILED'}")
     return done.returncode
 

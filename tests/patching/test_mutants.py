@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mutants import MUTANTS
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 FEW = ("ignores_hooks_of_submodules", "caches_the_weights", "loses_reduce")
 
 
@@ -21,7 +21,7 @@ def test_the_named_test_exists(name):
 
 
 def test_a_few_are_caught():
-    command = [sys.executable, "-P", str(TESTS / "mutants.py"), *FEW]
+    command = [sys.executable, "-P", str(TESTS / "support" / "mutants.py"), *FEW]
     done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -33,5 +33,5 @@ def test_a_sound_patcher_is_not_caught():
         "mutants.MUTANTS[name] = test, lambda: None\n"
         "sys.argv[1:] = [name]; sys.exit(mutants.main())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS / "support")
     assert done.returncode == 1 and "MISSED  keeps_eps" in done.stdout, done.stdout + done.stderr

@@ -22,7 +22,7 @@ from fusedres.ops.cases import SMALL, cases
 from fusedres.ops.contract import BnStats, Conv1x1Forward, ConvBackwardInput, ConvBackwardWeight
 from fusedres.ops.dispatch import LOADERS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 BLOCK = Workload("bottleneck_projection_4", "train", 1, torch.float32, CPU)
 

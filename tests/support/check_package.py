@@ -1,6 +1,6 @@
 """Builds sdist and wheels, checks names and symbols, and uses them in a fresh environment that has torch alone.
 
-python tests/check_package.py
+python tests/support/check_package.py
 
 Where nvcc is, a slim CUDA wheel too: it has to load and to compute with a torch that knows no CUDA.
 """
@@ -21,7 +21,7 @@ import cuda_resources
 import native_symbols
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TORCH_ALONE = """
 import sys
 import torch

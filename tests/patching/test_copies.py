@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import inspect
+import os
 import pickle
 import subprocess
 import sys
@@ -20,6 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedres
 from fusedres.models import Bottleneck, cifar_resnet
+from fusedres.modules.derived_class import STATE
+from fusedres.patching import plan
+from fusedres.patching.state import BlockState
 
 
 def small() -> nn.Module:
@@ -80,8 +85,11 @@ def test_a_pickled_model_trains_the_same_in_a_fresh_process(tmp_path):
         "assert all(near(found.gradients[k], v) for k, v in gradients.items())\n"
         "assert all(near(found.buffers[k], v) for k, v in buffers.items())\n"
     )
-    folder = next(path for path in sys.path if path.endswith("tests"))
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "block.pt")], check=True, cwd=folder)
+    helpers = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if f"{os.sep}tests{os.sep}" in path),
+    }
+    subprocess.run([sys.executable, "-P", "-c", code, str(tmp_path / "block.pt")], check=True, env=helpers)
 
 
 @pytest.mark.parametrize("average", ["swa", "ema"])
@@ -197,3 +205,18 @@ def test_the_signature_stays():
     assert inspect.signature(fused.forward) == inspect.signature(plain.forward)
     assert inspect.signature(type(fused)) == inspect.signature(type(plain))
     assert fused.forward.__doc__ == plain.forward.__doc__ and repr(fused) == repr(plain)
+
+
+def reduced(*made):
+    """An object that is pickled as that."""
+    return type("Reduced", (), {"__reduce__": lambda self: made})()
+
+
+def test_a_pickle_in_which_older_code_kept_its_plan():
+    block = fusedres.patch(Bottleneck(16, 4).double(), recipe="separate")
+    old_plan = reduced(plan.BlockPlan, ("conv1", plan.Submodule))
+    options = {"plan": old_plan, "recipe": "separate", "backend": "auto", "runs_as": None, "reason": None}
+    vars(block)[STATE] = reduced(copyreg._reconstructor, (BlockState, object, None), options)
+    loaded = pickle.loads(pickle.dumps(block))
+    loaded(images())
+    assert fusedres.report(loaded).blocks[0].runs_as == "separate"

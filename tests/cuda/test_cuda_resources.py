@@ -39,6 +39,6 @@ def test_the_disassembler_sees_the_same_wide_loads(kernels):
 def test_resources_are_those_of_the_table(kernels):
     release, table = cuda_resources.read_table()
     if release == cuda_resources.nvcc_release():
-        assert kernels == table, "run `python tests/cuda_resources.py` and look at what changed"
+        assert kernels == table, "run `python tests/support/cuda_resources.py` and look at what changed"
     else:  # another compiler allocates otherwise
         assert [k[:2] for k in kernels] == [k[:2] for k in table]

@@ -1,7 +1,7 @@
 """Every raw op of the Triton backend under Triton's interpreter, in fp16 and fp32.
 
 Run by `test_triton_interpreter.py` with TRITON_INTERPRET=1, or by hand:
-    TRITON_INTERPRET=1 pytest tests/triton_interpreted_ops.py
+    TRITON_INTERPRET=1 pytest tests/support/triton_interpreted_ops.py
 The interpreter is slow, so each op runs on the forms and values where kernels go wrong, not on their product.
 """
 

@@ -3,10 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "../csrc/cuda/launchers.h"
-#include "../csrc/cuda/plan.h"
-#include "../csrc/host_emulator/scheduler.h"
-#include "../csrc/ops.h"
+#include "../../csrc/cuda/launchers.h"
+#include "../../csrc/cuda/plan.h"
+#include "../../csrc/host_emulator/scheduler.h"
+#include "../../csrc/ops.h"
 
 namespace py = pybind11;
 using namespace fusedres;

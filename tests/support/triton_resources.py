@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of every Triton kernel with every tile entry, and what each one takes.
 
-    python tests/triton_resources.py          compile what the table lacks or whose source changed
-    python tests/triton_resources.py --all    compile everything
+    python tests/support/triton_resources.py          compile what the table lacks or whose source changed
+    python tests/support/triton_resources.py --all    compile everything
 Rows belong to the Triton that is imported; put another one first on PYTHONPATH to write its rows.
 """
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not library.is_built(), reason="no compiled libr
 
 
 def run_every_check(capability: str, **environment: str) -> None:
-    script = native_avx512_build.ROOT / "tests" / "native_kernels_run.py"
+    script = native_avx512_build.ROOT / "tests" / "support" / "native_kernels_run.py"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(script), capability],
         env={**os.environ, **environment},

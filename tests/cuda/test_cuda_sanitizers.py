@@ -15,7 +15,7 @@ from cuda_planted_bugs import BUGS, PlantedBug
 
 pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="no CUDA headers here")
 
-RUN = Path(__file__).parent / "cuda_host_run.py"
+RUN = Path(__file__).parents[1] / "support" / "cuda_host_run.py"
 
 
 def run(module: Path, variant: str, *ops: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Wrong patchers, each of which its named test must catch: `python tests/mutants.py [NAME ...]`, `make mutants`.
+"""Wrong patchers, each of which its named test must catch: `make mutants`, or this file with the names of some.
 
 A mutant changes the installed package in memory. Each runs in a forked process, with its test alone; the run fails if
 a test passes.
@@ -28,7 +28,7 @@ from fusedres.ops import flops
 from fusedres.patching import api, call, guards, install, patched_class, resolve, state
 
 residual_block = sys.modules["fusedres.nn.residual_block"]
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 MUTANTS: dict[str, tuple[str, Callable[[], None]]] = {}
 
 
@@ -87,94 +87,96 @@ def on_gradients(change):
     return lambda right: lambda *args: change(right(*args), args[5])
 
 
-@mutant("test_hooks.py::test_hook_on_a_module[late-convolution-forward]")
+@mutant("patching/test_hooks.py::test_hook_on_a_module[late-convolution-forward]")
 def ignores_hooks_of_submodules():
     resolve.intervenes = lambda module, state: "instance_forward" if "forward" in state else None
 
 
-@mutant("test_hooks.py::test_hook_on_every_module[full_backward]")
+@mutant("patching/test_hooks.py::test_hook_on_every_module[full_backward]")
 def ignores_global_hooks():
     resolve.has_global_hooks = lambda: False
 
 
-@mutant("test_hooks.py::test_hook_on_a_module[late-norm-full_backward_pre]")
+@mutant("patching/test_hooks.py::test_hook_on_a_module[late-norm-full_backward_pre]")
 def ignores_backward_hooks():
     resolve.intervenes = lambda module, state: "hooks" if state["_forward_hooks"] else None
 
 
-@mutant("test_guards.py::TestPerCallGuards::test_late_hook")
+@mutant("patching/test_guards.py::TestPerCallGuards::test_late_hook")
 def remembers_that_a_block_was_sound():
     wrap(call, "resolve", remembering(lambda block, *_: id(block)))
 
 
-@mutant("test_copies.py::test_a_copy_trains_the_same_and_apart[deepcopy-separate]")
+@mutant("patching/test_copies.py::test_a_copy_trains_the_same_and_apart[deepcopy-separate]")
 def keeps_the_modules_in_the_plan():
     wrap(call, "resolve", remembering(lambda block, expected, *_: tuple(e.path for e in expected)))
 
 
-@mutant("test_late_changes.py::test_a_change_that_no_recipe_covers_runs_the_original[submodule_forward]")
+@mutant(
+    "patching/test_late_changes.py::test_a_change_that_no_recipe_covers_runs_the_original[submodule_forward]"
+)
 def ignores_forwards_set_on_submodules():
     resolve.intervenes = lambda module, state: "hooks" if state["_forward_hooks"] else None
 
 
-@mutant("test_late_changes.py::test_a_change_that_no_recipe_covers_runs_the_original[padding_mode]")
+@mutant("patching/test_late_changes.py::test_a_change_that_no_recipe_covers_runs_the_original[padding_mode]")
 def ignores_the_padding_mode():
     guards.unreadable = lambda units: None
 
 
-@mutant("test_late_changes.py::test_an_attribute_of_a_submodule")
+@mutant("patching/test_late_changes.py::test_an_attribute_of_a_submodule")
 def ignores_attributes():
     resolve.same = lambda found, expected: True
 
 
-@mutant("test_late_changes.py::test_an_option_changed_in_place")
+@mutant("patching/test_late_changes.py::test_an_option_changed_in_place")
 def compares_attributes_by_identity():
     tree.kept = lambda value: value
 
 
-@mutant("test_late_flags.py::test_a_flag_of_the_class")
+@mutant("patching/test_late_flags.py::test_a_flag_of_the_class")
 def ignores_attributes_of_classes():
     tree.flags = lambda module: ()
 
 
-@mutant("test_late_flags.py::test_an_option_of_an_object[attribute]")
+@mutant("patching/test_late_flags.py::test_an_option_of_an_object[attribute]")
 def looks_into_no_object():
     tree.kept = lambda value: value.copy() if isinstance(value, (list, dict)) else value
 
 
-@mutant("test_late_flags.py::test_a_forward_given_to_a_class_of_torch")
+@mutant("patching/test_late_flags.py::test_a_forward_given_to_a_class_of_torch")
 def trusts_the_classes_of_submodules():
     call.method_replaced = lambda plan: None
 
 
-@mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[FunctionalNorm]")
+@mutant("patching/test_patching.py::test_look_alikes_are_left_alone_with_their_code[FunctionalNorm]")
 def takes_the_owner_of_a_weight_for_the_norm():
     owners.bn_owner = lambda module, flow, bn: owners.owner(bn.args[1].name, "weight")
 
 
-@mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[FunctionalConvolution]")
+@mutant("patching/test_patching.py::test_look_alikes_are_left_alone_with_their_code[FunctionalConvolution]")
 def takes_the_owner_of_a_weight_for_the_convolution():
     owners.conv_owner = lambda flow, conv: owners.owner(conv.args[1].name, "weight")
     owners.parameter = lambda node: node and node.name
 
 
-@mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[CountsInBuffer]")
+@mutant("patching/test_patching.py::test_look_alikes_are_left_alone_with_their_code[CountsInBuffer]")
 def loses_writes_to_buffers():
     grammar.check_effects = lambda flow, named, paths: None
 
 
-@mutant("test_patching.py::test_patch_has_no_effects_of_a_forward[CountsOnObject]")
+@mutant("patching/test_patching.py::test_patch_has_no_effects_of_a_forward[CountsOnObject]")
 def leaves_the_effects_of_dry_runs():
     dry_run.Snapshot.restore = lambda self: False
 
 
-@mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtWidth]")
+@mutant("patching/test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtWidth]")
 def reads_one_size():
     every_path.OTHERS = ()
     own_sizes.numbers_named = lambda modules: set()
 
 
-@mutant("test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtGradient]")
+@mutant("patching/test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtGradient]")
 def reads_with_gradients_only():
     def make(right):
         return lambda *args, gradients=True, inference=False, **context: right(*args, **context)
@@ -182,37 +184,37 @@ def reads_with_gradients_only():
     wrap(every_path, "trace", make)
 
 
-@mutant("test_late_changes.py::test_a_change_is_seen[parameters_replaced-separate]")
+@mutant("patching/test_late_changes.py::test_a_change_is_seen[parameters_replaced-separate]")
 def caches_the_weights():
     wrap(residual_block, "read_conv_bn", remembering(lambda unit: id(unit.conv)))
 
 
-@mutant("test_late_changes.py::test_a_change_is_seen[dilation-separate]")
+@mutant("patching/test_late_changes.py::test_a_change_is_seen[dilation-separate]")
 def keeps_the_dilation():
     wrap(residual_block, "read_conv_bn", on_config(dilation=(1, 1), padding=(1, 1)))
 
 
-@mutant("test_late_changes.py::test_a_change_is_seen[eps-separate]")
+@mutant("patching/test_late_changes.py::test_a_change_is_seen[eps-separate]")
 def keeps_eps():
     wrap(residual_block, "read_conv_bn", on_config(eps=1e-5))
 
 
-@mutant("test_late_changes.py::test_a_change_is_seen[norm_eval-separate]")
+@mutant("patching/test_late_changes.py::test_a_change_is_seen[norm_eval-separate]")
 def keeps_batch_statistics_in_norm_eval():
     wrap(residual_block, "read_conv_bn", on_config(training=True))
 
 
-@mutant("test_late_changes.py::test_momentum[0.9-separate]")
+@mutant("patching/test_late_changes.py::test_momentum[0.9-separate]")
 def forgets_the_unbiased_variance():
     wrap(residual_block, "update_running_stats", on_statistics(lambda s: s._replace(rows=10**12)))
 
 
-@mutant("test_late_changes.py::test_momentum[None-separate]")
+@mutant("patching/test_late_changes.py::test_momentum[None-separate]")
 def ignores_momentum_none():
     running_stats.momentum = lambda bn: 0.1 if bn.momentum is None else bn.momentum
 
 
-@mutant("test_late_changes.py::test_momentum[0.0-gram]")
+@mutant("patching/test_late_changes.py::test_momentum[0.0-gram]")
 def forgets_to_count_batches():
     def uncounted(s):
         s.bn.num_batches_tracked.sub_(1)
@@ -221,7 +223,7 @@ def forgets_to_count_batches():
     wrap(residual_block, "update_running_stats", on_statistics(uncounted))
 
 
-@mutant("test_late_changes.py::test_statistics_no_longer_tracked[train]")
+@mutant("patching/test_late_changes.py::test_statistics_no_longer_tracked[train]")
 def moves_untracked_statistics():
     def tracked(s):
         s.bn.track_running_stats = True
@@ -230,24 +232,24 @@ def moves_untracked_statistics():
     wrap(residual_block, "update_running_stats", on_statistics(tracked))
 
 
-@mutant("test_late_changes.py::test_one_value_per_channel_raises_as_unpatched")
+@mutant("patching/test_late_changes.py::test_one_value_per_channel_raises_as_unpatched")
 def normalises_one_value_per_channel():
     guards.unfit_sizes = lambda call: None
     running_stats.update_running_stats = residual_block.update_running_stats = lambda seen: None
 
 
-@mutant("test_same_as_eager.py::test_every_change_made_after_patching[short_running_mean-separate]")
+@mutant("ops/test_same_as_eager.py::test_every_change_made_after_patching[short_running_mean-separate]")
 def trusts_the_shapes_of_parameters():
     guards.norm_vectors = lambda t, bn: []
     residual_block.update_running_stats = lambda seen: None
 
 
-@mutant("test_blocks.py::test_only_wanted_gradients_are_made[separate]")
+@mutant("blocks/test_blocks.py::test_only_wanted_gradients_are_made[separate]")
 def wants_gradients_for_the_input_only():
     residual_block.wants_gradient = call.wants_gradient = lambda call: call.x.requires_grad
 
 
-@mutant("test_blocks.py::test_gradients_own_their_storage_and_dy_is_untouched[separate-basic]")
+@mutant("blocks/test_blocks.py::test_gradients_own_their_storage_and_dy_is_untouched[separate-basic]")
 def writes_into_the_incoming_gradient():
     def change(grads, dy):
         dy.zero_()
@@ -256,37 +258,37 @@ def writes_into_the_incoming_gradient():
     wrap(separate, "backward", on_gradients(change))
 
 
-@mutant("test_copies.py::test_gradients_through_an_inner_step[separate]")
+@mutant("patching/test_copies.py::test_gradients_through_an_inner_step[separate]")
 def differentiates_saved_tensors_twice():
     autograd.wants_differentiable = lambda dy: False
 
 
-@mutant("test_copies.py::test_a_batch_of_gradients[gram]")
+@mutant("patching/test_copies.py::test_a_batch_of_gradients[gram]")
 def takes_no_batch_of_gradients():
     autograd.wants_differentiable = lambda dy: torch.is_grad_enabled()
 
 
-@mutant("test_asked_gradients.py::test_gradients_asked_for_and_no_other[x]")
+@mutant("autograd/test_asked_gradients.py::test_gradients_asked_for_and_no_other[x]")
 def makes_gradients_that_nobody_asked_for():
     autograd.taken = lambda ctx, wanted, *rest: wanted
 
 
-@mutant("test_asked_gradients.py::test_gradients_asked_for_and_no_other[all-parameters]")
+@mutant("autograd/test_asked_gradients.py::test_gradients_asked_for_and_no_other[all-parameters]")
 def drops_gradients_that_torch_does_not_speak_of():
     graph_task.will_run = lambda node: node.next_functions != ()
 
 
-@mutant("test_asked_gradients.py::test_a_gradient_penalty_alone[x-separate]")
+@mutant("autograd/test_asked_gradients.py::test_a_gradient_penalty_alone[x-separate]")
 def forgets_that_the_mask_is_a_function_of_the_parameters():
     wrap(autograd, "through_relu", lambda right: lambda dy, mask, graph: right(dy, mask, []))
 
 
-@mutant("test_fake_mode.py::test_a_real_model[real-identity-separate]")
+@mutant("ops/test_fake_mode.py::test_a_real_model[real-identity-separate]")
 def runs_kernels_under_fake_tensor_mode():
     guards.transformed = lambda: None
 
 
-@mutant("test_flops.py::test_separate_counts_what_eager_counts[bottleneck-eval-auto]")
+@mutant("ops/test_flops.py::test_separate_counts_what_eager_counts[bottleneck-eval-auto]")
 def counts_products_of_torch_alone():
     flops.hand_over = lambda counter: None
     registry = importlib.import_module(flops.COUNTER).flop_registry
@@ -294,7 +296,7 @@ def counts_products_of_torch_alone():
         del registry[op]
 
 
-@mutant("test_copies.py::test_a_copy_trains_the_same_and_apart[pickle-separate]")
+@mutant("patching/test_copies.py::test_a_copy_trains_the_same_and_apart[pickle-separate]")
 def loses_reduce():
     def change(cls):
         if "__reduce_ex__" in vars(cls):
@@ -304,7 +306,7 @@ def loses_reduce():
     wrap(patched_class, "subclass", on_result(change))
 
 
-@mutant("test_patching.py::test_patch_returns_the_same_model_and_changes_nothing_visible")
+@mutant("patching/test_patching.py::test_patch_returns_the_same_model_and_changes_nothing_visible")
 def adds_a_buffer():
     def make(right):
         def wrong(block, state):
@@ -316,43 +318,43 @@ def adds_a_buffer():
     wrap(install, "install", make)
 
 
-@mutant("test_transforms.py::test_an_in_place_operation_on_the_output_is_legal")
+@mutant("autograd/test_transforms.py::test_an_in_place_operation_on_the_output_is_legal")
 def returns_a_view():
     wrap(separate, "forward", on_output(lambda y: y[:]))
 
 
-@mutant("test_dtypes_and_layouts.py::test_half_weights_with_float32_norms[separate-basic-bf16]")
+@mutant("blocks/test_dtypes_and_layouts.py::test_half_weights_with_float32_norms[separate-basic-bf16]")
 def returns_float32():
     wrap(separate, "forward", on_output(lambda y: y.float()))
 
 
-@mutant("test_dtypes_and_layouts.py::test_memory_formats[InPlaceAdd-channels_last]")
+@mutant("blocks/test_dtypes_and_layouts.py::test_memory_formats[InPlaceAdd-channels_last]")
 def returns_nchw():
     wrap(separate, "forward", on_output(lambda y: y.contiguous()))
 
 
-@mutant("test_dtypes_and_layouts.py::test_memory_formats[FunctionalReLU-channels_last]")
+@mutant("blocks/test_dtypes_and_layouts.py::test_memory_formats[FunctionalReLU-channels_last]")
 def ignores_mixed_layouts():
     guards.is_nchw = lambda weight: True
 
 
-@mutant("test_guards.py::TestPerCallGuards::test_autocast_with_float32_input_keeps_the_result_type")
+@mutant("patching/test_guards.py::TestPerCallGuards::test_autocast_with_float32_input_keeps_the_result_type")
 def ignores_autocast():
     for module in (residual_block, guards, install):
         module.compute_dtype = lambda x: x.dtype
 
 
-@mutant("test_instance_attributes.py::test_set_after_patching[circular-separate]")
+@mutant("patching/test_instance_attributes.py::test_set_after_patching[circular-separate]")
 def sees_no_new_attributes():
     shadows.new_attribute = lambda *args: None
 
 
-@mutant("test_instance_attributes.py::test_set_before_patching[doubled]")
+@mutant("patching/test_instance_attributes.py::test_set_before_patching[doubled]")
 def reads_the_class_alone():
     shadows.shadowing = lambda module: None
 
 
-@mutant("test_instance_attributes.py::test_in_a_compiled_graph[bottleneck]")
+@mutant("patching/test_instance_attributes.py::test_in_a_compiled_graph[bottleneck]")
 def compiles_past_attributes():
     wrap(
         shadows,
@@ -361,62 +363,64 @@ def compiles_past_attributes():
     )
 
 
-@mutant("test_instance_attributes.py::test_the_stem_of_a_model[before]")
+@mutant("patching/test_instance_attributes.py::test_the_stem_of_a_model[before]")
 def trusts_the_instances_of_a_stem():
     shadows.shadowing = lambda module: None
 
 
-@mutant("test_thread_state.py::test_the_original_runs[Decorated]")
+@mutant("autograd/test_thread_state.py::test_the_original_runs[Decorated]")
 def sees_no_state_of_torch():
     ambient.state = lambda: ()
 
 
-@mutant("test_thread_state.py::test_the_original_runs[OnDeterminism]")
+@mutant("autograd/test_thread_state.py::test_the_original_runs[OnDeterminism]")
 def hears_no_question_about_state():
     ambient.question = lambda functions: None
 
 
-@mutant("test_thread_state.py::test_verify_compares_layouts")
+@mutant("autograd/test_thread_state.py::test_verify_compares_layouts")
 def verifies_values_alone():
     verify.differing = lambda actual, expected: 0.0
 
 
-@mutant("test_input_checks.py::test_a_blocks_own_checks_of_its_input[EvenWidth-separate]")
+@mutant("patching/test_input_checks.py::test_a_blocks_own_checks_of_its_input[EvenWidth-separate]")
 def takes_a_blocks_own_errors_for_torchs():
     every_path.FAILS_AS_FUSED = {*every_path.FAILS_AS_FUSED, None}
 
 
-@mutant("test_input_checks.py::test_a_blocks_own_checks_of_its_input[AtMost-separate]")
+@mutant("patching/test_input_checks.py::test_a_blocks_own_checks_of_its_input[AtMost-separate]")
 def tries_no_sizes_of_the_code():
     own_sizes.numbers_named = lambda modules: set()
 
 
-@mutant("test_kinds_of_tensors.py::test_other_paths_for_other_kinds_of_tensors[GivesFloat64]")
+@mutant("patching/test_kinds_of_tensors.py::test_other_paths_for_other_kinds_of_tensors[GivesFloat64]")
 def tries_one_kind_of_tensor():
     every_path.check_kinds_of_tensors = lambda paths, first, training: None
 
 
-@mutant("test_classes_around.py::test_modules_around_that_ask_for_the_type[AsksTypeOfBlock-False]")
+@mutant("patching/test_classes_around.py::test_modules_around_that_ask_for_the_type[AsksTypeOfBlock-False]")
 def overlooks_modules_around():
     own_code.types_asked_for = lambda cls: frozenset()
 
 
-@mutant("test_forwards_put_back.py::test_every_forward_of_a_model_wrapped_and_put_back[hook, unhook, patch]")
+@mutant(
+    "patching/test_forwards_put_back.py::test_every_forward_of_a_model_wrapped_and_put_back[hook, unhook, patch]"
+)
 def leaves_a_forward_in_the_way():
     shadows.has_own_forward = lambda module: False
 
 
-@mutant("test_instance_attributes.py::test_what_hides_a_parameter_a_buffer_or_a_submodule[weight]")
+@mutant("patching/test_instance_attributes.py::test_what_hides_a_parameter_a_buffer_or_a_submodule[weight]")
 def looks_at_the_class_alone():
     shadows.hidden = lambda cls, module, name: getattr(cls, name, shadows.MISSING)
 
 
-@mutant("test_patched_classes.py::test_classes_that_act_when_subclassed[InRegistry]")
+@mutant("patching/test_patched_classes.py::test_classes_that_act_when_subclassed[InRegistry]")
 def subclasses_as_anybody_would():
     patched_class.derive = lambda base, namespace: type(base.__name__, (base,), namespace)
 
 
-@mutant("test_patched_classes.py::test_an_error_while_installing_leaves_the_model_as_it_was")
+@mutant("patching/test_patched_classes.py::test_an_error_while_installing_leaves_the_model_as_it_was")
 def stops_half_way():
     def half(modules):
         for module, wanted in modules:
@@ -426,12 +430,12 @@ def stops_half_way():
     install.install_all = half
 
 
-@mutant("test_patched_classes.py::test_another_module_made_from_the_class[False]")
+@mutant("patching/test_patched_classes.py::test_another_module_made_from_the_class[False]")
 def makes_patched_modules():
     del derived_class.PatchedType.__call__
 
 
-@mutant("test_patched_classes.py::test_the_method_of_the_class_called_with_another_module")
+@mutant("patching/test_patched_classes.py::test_the_method_of_the_class_called_with_another_module")
 def takes_every_module_for_a_patched_one():
     wrap(
         install,
@@ -443,51 +447,51 @@ def takes_every_module_for_a_patched_one():
     install.BEHAVIOUR = install.BEHAVIOUR._replace(call=install.call)
 
 
-@mutant("test_patched_classes.py::test_forwards_that_ask_for_their_class[TrainsBySuperOfType-False]")
+@mutant("patching/test_patched_classes.py::test_forwards_that_ask_for_their_class[TrainsBySuperOfType-False]")
 def overlooks_super_of_the_own_type():
     own_code.skips_own_class = lambda cls: False
 
 
-@mutant("test_patched_classes.py::test_forwards_that_ask_for_their_class[AsksClass-False]")
+@mutant("patching/test_patched_classes.py::test_forwards_that_ask_for_their_class[AsksClass-False]")
 def runs_dry_under_the_own_class_alone():
     wrap(
         every_path, "trace", lambda right: lambda *args, subclassed=False, **context: right(*args, **context)
     )
 
 
-@mutant("test_patched_classes.py::test_a_pickle_is_loaded_with_weights_only")
+@mutant("patching/test_patched_classes.py::test_a_pickle_is_loaded_with_weights_only")
 def pickles_the_plan():
     del state.BlockState.__reduce__
 
 
-@mutant("test_numbers.py::test_a_number_that_is_left_to_torch[momentum]")
+@mutant("patching/test_numbers.py::test_a_number_that_is_left_to_torch[momentum]")
 def takes_any_number():
     running_stats.momentum = lambda bn: bn.momentum
     residual_block.real = residual_block.whole = lambda value, name: value
     residual_block.pair = lambda value, name: value if isinstance(value, tuple) else (value, value)
 
 
-@mutant("test_numbers.py::test_norms_that_share_a_buffer[mean]")
+@mutant("patching/test_numbers.py::test_norms_that_share_a_buffer[mean]")
 def moves_shared_statistics_together():
     call.shared_statistics = lambda call, others: None
 
 
-@mutant("test_lazy_modules.py::test_a_lazy_head_hides_no_block[head1]")
+@mutant("matching/test_lazy_modules.py::test_a_lazy_head_hides_no_block[head1]")
 def looks_into_uninitialised_modules():
     dry_run.is_uninitialised = lambda module: False
 
 
-@mutant("test_stem_reach.py::test_a_forward_that_passes_the_method_by[Encoder]")
+@mutant("matching/test_stem_reach.py::test_a_forward_that_passes_the_method_by[Encoder]")
 def trusts_that_the_stem_is_called():
     stems.reaches = lambda base, method: True
 
 
-@mutant("test_stem_reach.py::test_a_caller_that_passes_the_method_by")
+@mutant("matching/test_stem_reach.py::test_a_caller_that_passes_the_method_by")
 def trusts_the_callers_of_a_stem():
     api.is_passed_by = lambda found: False
 
 
-@mutant("test_profiler_labels.py::test_a_label_is_kept[KeptLabel]")
+@mutant("matching/test_profiler_labels.py::test_a_label_is_kept[KeptLabel]")
 def loses_labels():
     grammar.check_no_labels = lambda stand_in, channels: None
 

@@ -2,7 +2,7 @@
 
 The table `triton_resources.json` is checked in. Rows whose source changed are compiled again;
 FUSEDRES_RECOMPILE=1 compiles all of them. A row that differs from the table fails:
-`python tests/triton_resources.py` writes it anew.
+`python tests/support/triton_resources.py` writes it anew.
 """
 
 import os
@@ -27,7 +27,7 @@ SUMS_OF_PRODUCTS = (conv1x1_backward_weight.conv1x1_backward_weight_kernel, gram
 
 def row_of(version, entry_id, architecture):
     key = f"{entry_id} sm_{architecture}"
-    assert key in TABLE[version], f"{key} is not in the table: python tests/triton_resources.py"
+    assert key in TABLE[version], f"{key} is not in the table: python tests/support/triton_resources.py"
     return TABLE[version][key]
 
 
@@ -43,7 +43,7 @@ def test_two_versions_of_triton_are_in_the_table():
 def test_row(version, entry_id, architecture):
     entry, row = ENTRIES[entry_id], row_of(version, entry_id, architecture)
     assert row["hash"] == entry.hash(), (
-        f"the source changed: run tests/triton_resources.py with Triton {version}"
+        f"the source changed: run tests/support/triton_resources.py with Triton {version}"
     )
     assert row["spills"] == 0
     assert row["warnings"] == []

@@ -17,7 +17,7 @@ from stages.ops import library_product
 
 from fusedres.ops.cases import SMALL, cases
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MAY_BE_MISSING = {"cuda", "sm_90", "nvcc", "nvidia-smi", "ncu", "compute-sanitizer", "module:triton"}
 
 

@@ -16,7 +16,7 @@ import simde_py
 
 import fusedres
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "avx512_emulation"
 
 
@@ -29,7 +29,7 @@ def native_build() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclass looks itself up
     spec.loader.exec_module(module)
-    emulation = ROOT / "tests" / "avx512_emulation"
+    emulation = ROOT / "tests" / "support" / "avx512_emulation"
     emulated = (
         "-O1",
         "-mavx2",

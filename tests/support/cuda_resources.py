@@ -1,6 +1,6 @@
 """What nvcc makes of each CUDA kernel: registers, shared memory, spills, and wide loads in the machine code.
 
-python tests/cuda_resources.py        rewrites tests/cuda_resources.csv, which CI compares with a fresh build
+python tests/support/cuda_resources.py        rewrites cuda_resources.csv, which CI compares with a fresh build
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda_resources"
 TABLE = Path(__file__).with_suffix(".csv")
 ARCHITECTURES = ("80", "90", "100")

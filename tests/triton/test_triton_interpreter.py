@@ -13,7 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-FILES = sorted(Path(__file__).parent.glob("triton_interpreted_*.py"))
+SUPPORT = Path(__file__).parents[1] / "support"
+FILES = sorted(SUPPORT.glob("triton_interpreted_*.py"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])

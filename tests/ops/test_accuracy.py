@@ -24,7 +24,7 @@ from fusedres.ops.contract import (
 from fusedres.ops.reference import REFERENCE
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MEASURED = Path(__file__).parents[1] / "bench" / "results" / "cpu" / "accuracy_slack.json"
+MEASURED = Path(__file__).parents[2] / "bench" / "results" / "cpu" / "accuracy_slack.json"
 WIDE = 8.0  # the slack of float32: what each fault here is small enough to pass with
 
 each_half = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)

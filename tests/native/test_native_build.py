@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "native_build.py"
+SOURCE = Path(__file__).resolve().parents[2] / "csrc" / "native_build.py"
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from types import ModuleType
 
 import pybind11
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+SOURCE = Path(__file__).with_name("cuda_host_binding.cpp")
 BUILDS = ROOT / "build" / "cuda_host"
 MODULE = "fusedres_cuda_host"
 FLAGS = {
@@ -73,7 +74,11 @@ def build(variant: str, sources: Path = ROOT / "csrc", name: str | None = None, 
 
 def build_binding() -> Path:
     """The binding's object file, the same for all variants."""
-    run_ninja(BUILDS, "-O0", [f"build binding.o: compile {escape(ROOT / 'tests' / 'cuda_host_binding.cpp')}"])
+    run_ninja(
+        BUILDS,
+        "-O0",
+        [f"build binding.o: compile {escape(SOURCE)}"],
+    )
     return BUILDS / "binding.o"
 
 
