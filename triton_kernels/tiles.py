@@ -2,7 +2,7 @@
 
 A tile is chosen from channel counts alone, so a shape always runs the same program. Numbers that enter a
 result (rows of a statistics tile, rows summed before a flush) are constants of their own, apart from tuning.
-Registers, shared memory and spills of each entry on each architecture: tests/triton_resources.json.
+Registers, shared memory and spills of each entry on each architecture: tests/support/triton_resources.json.
 """
 
 from typing import NamedTuple

@@ -100,7 +100,7 @@ def choose(
 def never_fused(requested: str, x: Tensor, channels: int | None, compiled: bool) -> bool:
     """Whether a call would be given `unfused` whatever its dtype and backend: known before the block is read.
 
-    What this costs is what the patch costs a small model, so it asks for nothing that it can do without.
+    Every call of a small model pays for this function, so it asks for nothing that it can do without.
 
     Args:
         channels: those out of the first convolution, or None where they do not count.
