@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache, reduce
+from functools import lru_cache, reduce
 from operator import add
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ from fusedres.patching.state import BlockState
 logger = logging.getLogger("fusedres")
 
 
-@cache
+@lru_cache(maxsize=1024)  # a detail may name a size of the input
 def log_once(base: type, recipe: str, code: str) -> None:
     """One line per class, recipe and code in a process; `report` has them per block."""
     logger.info("%s runs %s: %s: %s", base.__qualname__, recipe, code.partition(":")[0], describe(code))
@@ -121,7 +121,7 @@ def attempt(
     if isinstance(modules, str):
         return Outcome(UNFUSED, modules)
     units = [unit(modules, names) for names in plan.units]
-    if (reason := guards.unreadable(units)) is not None:
+    if (reason := guards.unreadable(units, plan)) is not None:
         return Outcome(UNFUSED, reason)
     return fused(plan, state.recipe, ops, modules, units, x if x.dtype is dtype else x.to(dtype))
 
@@ -136,11 +136,11 @@ def fused(
     except UnusualNumberError as error:
         return Outcome(UNFUSED, error.code)
     others = modules.values() if isinstance(plan, BlockPlan) and plan.shortcut_paths else ()
-    if (reason := guards.unfit_block(data) or shared_statistics(data, others)) is not None:
+    if (reason := guards.unfit_block(data, plan) or shared_statistics(data, others, plan)) is not None:
         return Outcome(UNFUSED, reason)
     if isinstance(plan, StemPlan) and plan.pool is not None:
         pool = modules[plan.pool] if isinstance(plan.pool, str) else nn.MaxPool2d(*plan.pool)
-        if (reason := guards.unfit_pool(data, pool)) is not None:
+        if (reason := guards.unfit_pool(data, pool, plan)) is not None:
             return Outcome(UNFUSED, reason)
         recipe, reason = choose_stem(requested, x, ops, wants_gradient(data), data.tensors[0].weight.shape[0])
         if recipe == UNFUSED:

@@ -17,11 +17,13 @@ from torch._C import _get_tracing_state
 
 from fusedres.blocks.config import ConvBNConfig, ConvBNTensors, Shortcut, unit_sizes
 from fusedres.matching.norms import FrozenNorm
+from fusedres.matching.plan import Plan
 from fusedres.nn.attributes import tensor
 from fusedres.nn.numbers import UnusualNumberError
 from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype
 from fusedres.nn.stem import square_window
 from fusedres.ops.contract import ACTIVATION_DTYPES
+from fusedres.patching import details
 
 DISABLED: ContextVar[bool] = ContextVar("fusedres_disabled", default=False)
 DISABLED_SCOPES: list[object] = []  # entered now, in any thread: what a graph being compiled goes by
@@ -33,11 +35,13 @@ FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
 
 def transformed() -> str | None:
     """A reason if torch is exporting, transforming or only working out shapes: those want the original operations."""
-    if torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
-        return "tracing"
+    if torch.compiler.is_exporting():
+        return "tracing:torch.export"
+    if torch._C._are_functorch_transforms_active():
+        return "tracing:torch.func"
     if not torch.compiler.is_dynamo_compiling():  # a graph being compiled has operators that they know
         if torch._C._get_dispatch_mode(PROXY_MODE) is not None:
-            return "tracing"
+            return "tracing:make_fx"
         if torch._C._get_dispatch_mode(FAKE_MODE) is not None:
             return "fake_mode"
     return "forward_ad" if torch.autograd.forward_ad._current_level >= 0 else None
@@ -48,10 +52,11 @@ def unfit_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     if DISABLED_SCOPES and (torch.compiler.is_compiling() or DISABLED.get()):
         return "disabled"
     if len(args) != 1 or kwargs:
-        return "signature"
+        return details.signature(args, kwargs)
     if type(args[0]) not in PLAIN_TENSORS:
-        return "tensor_subclass" if isinstance(args[0], Tensor) else "signature"
-    return "tracing" if _get_tracing_state() is not None else None  # sizes are tensors there
+        is_tensor = isinstance(args[0], Tensor)
+        return details.of_input("tensor_subclass", args[0]) if is_tensor else details.signature(args, kwargs)
+    return "tracing:torch.jit" if _get_tracing_state() is not None else None  # sizes are tensors there
 
 
 def unfit_input(x: Tensor, casts: bool) -> str | None:
@@ -60,50 +65,55 @@ def unfit_input(x: Tensor, casts: bool) -> str | None:
     casts: x may be cast to the dtype of the convolutions first.
     """
     if x.layout is not torch.strided:
-        return "tensor_subclass"
+        return details.of_input("tensor_subclass", x)
     if x.dim() != 4:
-        return "input_rank"
+        return details.of_input("input_rank", x)
     if x.numel() == 0:
-        return "empty_batch"
+        return details.of_input("empty_batch", x)
     if x.device.type not in DEVICES:
-        return "device"
+        return details.of_input("device", x)
     dtype = compute_dtype(x)
     # a residual is added in x's own dtype: a block that autocast would feed two dtypes is left to torch
     if dtype not in ACTIVATION_DTYPES or not (casts or x.dtype is dtype):
-        return "dtype"
+        return details.of_input("dtype", x, dtype)
     if x.is_cuda and not x.is_contiguous(memory_format=torch.channels_last):
-        return "layout_nchw"
+        return details.of_input("layout_nchw", x)
     return None
 
 
-def unreadable(units: Sequence[ConvBN]) -> str | None:
+def unreadable(units: Sequence[ConvBN], plan: Plan) -> str | None:
     """A reason if the modules cannot be read as a block's data."""
     for conv, bn, _ in units:
         if conv.padding_mode != "zeros":
-            return "attribute_changed:padding_mode"
+            return details.of_module("attribute_changed", conv, units, plan, "padding_mode")
         weight = tensor(conv, "weight")
         if weight is not None and type(weight) not in PLAIN_TENSORS:
-            return "tensor_subclass"  # of a lazy module it has no dimensions to ask for
+            # of a lazy module it has no dimensions to ask for
+            return details.of_module("tensor_subclass", conv, units, plan, "weight")
         if weight is None or weight.dim() != 4:
-            return "parameter_shape"
+            return details.of_module("parameter_shape", conv, units, plan, "weight")
         if (tensor(bn, "running_mean") is None) != (tensor(bn, "running_var") is None):
-            return "parameter_shape"
-    return "shared_module" if len({id(bn) for _, bn, _ in units}) < len(units) else None
+            return details.of_module("parameter_shape", conv, units, plan, "running_mean")
+    return details.shared_norm(units, plan) if len({id(bn) for _, bn, _ in units}) < len(units) else None
 
 
 def unfit_tensors(
-    tensors: Sequence[Tensor], device: torch.device, dtypes: tuple[torch.dtype, ...]
+    tensors: Sequence[Tensor],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    call: BlockCall,
+    plan: Plan,
 ) -> str | None:
     """A reason unless all are plain, on that device, and of one and the same of the dtypes."""
     first = tensors[0].dtype if tensors else None
     for t in tensors:
         if type(t) not in PLAIN_TENSORS or t.layout is not torch.strided:
-            return "tensor_subclass"
+            return details.of_tensor("tensor_subclass", t, call, plan)
         if t.device != device:
-            return "device"
+            return details.of_tensor("device", t, call, plan, device)
         dtype = t.dtype
         if dtype is not first or dtype not in dtypes:
-            return "dtype"
+            return details.of_tensor("dtype", t, call, plan, first if first in dtypes else dtypes[0])
     return None
 
 
@@ -133,34 +143,35 @@ def norm_vectors(t: ConvBNTensors, bn: nn.BatchNorm2d) -> list[Tensor]:
     return [v for v in (t.bn_weight, t.bn_bias, mean, var) if v is not None]
 
 
-def unfit_frozen(call: BlockCall) -> str | None:
+def unfit_frozen(call: BlockCall, plan: Plan) -> str | None:
     """A reason if a frozen norm's constants would give another dtype, which its arithmetic promotes, or a gradient."""
     for t, bn in zip(call.tensors, call.norms, strict=True):
         if type(bn) is not FrozenNorm:
             continue
-        vectors = norm_vectors(t, bn)
-        if any(v.dtype is not call.config.dtype for v in vectors):
-            return "dtype"
-        if any(v is not None and v.requires_grad for v in (t.mean, t.var)):
-            return "trainable_statistics"
+        for v in norm_vectors(t, bn):
+            if v.dtype is not call.config.dtype:
+                return details.of_tensor("dtype", v, call, plan, call.config.dtype)
+        for v in (t.mean, t.var):
+            if v is not None and v.requires_grad:
+                return details.of_tensor("trainable_statistics", v, call, plan)
     return None
 
 
-def unfit_pool(call: BlockCall, pool: nn.MaxPool2d) -> str | None:
+def unfit_pool(call: BlockCall, pool: nn.MaxPool2d, plan: Plan) -> str | None:
     """A reason if a stem's pooling, rewritten since patching, is outside what is served or has no output at all."""
     try:
         window = square_window(pool)
     except UnusualNumberError as error:
         return error.code
     if window is None:
-        return "geometry_changed"
+        return details.pooling(pool, plan)
     kernel, stride, padding = window
     ((height, width),) = unit_sizes(call.config, call.tensors, call.x)
     fits = stride >= 1 and 0 <= 2 * padding <= kernel <= min(height, width) + 2 * padding
-    return None if fits else "geometry_changed"
+    return None if fits else details.pooling(pool, plan)
 
 
-def unfit_block(call: BlockCall) -> str | None:
+def unfit_block(call: BlockCall, plan: Plan) -> str | None:
     """A reason if what was read of the block does not fit x, or does not fit together."""
     config, x = call.config, call.x
     device = x.device
@@ -169,29 +180,30 @@ def unfit_block(call: BlockCall) -> str | None:
     castable = (config.dtype, torch.float32)
     casts = torch.is_autocast_enabled(device.type) and config.dtype is not torch.float64
     dtypes = castable if casts else castable[:1]
-    reason = unfit_tensors(convs, device, dtypes)
-    if (reason := reason or unfit_tensors([v for n in norms for v in n], device, castable)) is not None:
+    reason = unfit_tensors(convs, device, dtypes, call, plan)
+    vectors = [v for n in norms for v in n]
+    if (reason := reason or unfit_tensors(vectors, device, castable, call, plan)) is not None:
         return reason
-    if (reason := unfit_frozen(call)) is not None:
+    if (reason := unfit_frozen(call, plan)) is not None:
         return reason
-    for unit in config.units:
+    for i, unit in enumerate(config.units):
         if unfit_geometry(unit):
-            return "geometry_changed"
+            return details.geometry(unit, plan.units[i].conv)
         if not unit.eps > 0 and (unit.training or unit.eps != 0):
-            return "eps_not_positive"
-    if not x.is_contiguous(memory_format=torch.channels_last) and not all(
-        is_nchw(t.weight) for t in call.tensors
-    ):
-        return "layout_mixed"
-    for t, vectors in zip(call.tensors, norms, strict=True):
-        given, channels = vectors if t.conv_bias is None else (*vectors, t.conv_bias), t.weight.shape[0]
+            return details.detailed("eps_not_positive", f"{plan.units[i].bn}.eps", unit.eps)
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        for t in call.tensors:
+            if not is_nchw(t.weight):
+                return details.of_tensor("layout_mixed", t.weight, call, plan)
+    for t, own in zip(call.tensors, norms, strict=True):
+        given, channels = own if t.conv_bias is None else (*own, t.conv_bias), t.weight.shape[0]
         for v in given:
             if v.dim() != 1 or v.numel() != channels:
-                return "parameter_shape"
-    return unfit_channels(call) or unfit_sizes(call)
+                return details.of_tensor("parameter_shape", v, call, plan, [channels])
+    return unfit_channels(call, plan) or unfit_sizes(call, plan)
 
 
-def unfit_channels(call: BlockCall) -> str | None:
+def unfit_channels(call: BlockCall, plan: Plan) -> str | None:
     """A reason if a convolution's channels are not those that the one before, or x, gives."""
     config = call.config
     main = len(config.main)
@@ -199,29 +211,33 @@ def unfit_channels(call: BlockCall) -> str | None:
     for i, (unit, t) in enumerate(zip(config.units, call.tensors, strict=True)):
         shape = t.weight.shape
         if shape[1] * unit.groups != (channels if i < main else given):
-            return "input_channels" if i in (0, main) else "parameter_shape"
+            takes, name = shape[1] * unit.groups, plan.units[i].conv
+            if i in (0, main):
+                return details.counts("input_channels", f"input of {name}", given, takes)
+            return details.counts("parameter_shape", f"{name}.weight", takes, channels)
         if i < main:
             channels = shape[0]
         elif shape[0] != channels:
-            return "parameter_shape"
-    identity = config.shortcut is Shortcut.IDENTITY
-    return "parameter_shape" if identity and channels != given else None
+            return details.counts("parameter_shape", f"{plan.units[i].conv}.weight", shape[0], channels)
+    if config.shortcut is Shortcut.IDENTITY and channels != given:
+        return details.counts("parameter_shape", f"{plan.units[main - 1].conv}.weight", channels, given)
+    return None
 
 
-def unfit_sizes(call: BlockCall) -> str | None:
+def unfit_sizes(call: BlockCall, plan: Plan) -> str | None:
     """A reason if the paths do not meet, or a BN would see one value per channel."""
     config, x = call.config, call.x
     sizes = unit_sizes(config, call.tensors, x)
-    for h, w in sizes:
+    for i, (h, w) in enumerate(sizes):
         if h < 1 or w < 1:
-            return "geometry_changed"
+            return details.sizes(plan.units[i].conv, (h, w))
     end = sizes[len(config.main) - 1]
     if config.projection is not None and sizes[-1] != end:
-        return "geometry_changed"
+        return details.sizes(plan.main[-1].conv, end, sizes[-1])
     if config.shortcut is Shortcut.IDENTITY and end != tuple(x.shape[2:]):
-        return "geometry_changed"
+        return details.sizes(plan.main[-1].conv, end, x.shape[2:])
     n = x.shape[0]
-    for unit, (h, w) in zip(config.units, sizes, strict=True):
+    for i, (unit, (h, w)) in enumerate(zip(config.units, sizes, strict=True)):
         if n * h * w == 1 and unit.training:
-            return "single_value_per_channel"
+            return details.detailed("single_value_per_channel", plan.units[i].bn)
     return None

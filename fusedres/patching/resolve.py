@@ -75,8 +75,10 @@ def resolve(
     call is traced by Dynamo, which watches names that it is asked for.
     """
     # a non-full backward hook is given the gradients of the block's last operation, whatever that is
-    if has_global_hooks() or (block._backward_hooks and not block._is_full_backward_hook):
-        return "hooks"
+    if has_global_hooks():
+        return "hooks:on all modules"
+    if block._backward_hooks and not block._is_full_backward_hook:
+        return "hooks:register_backward_hook of the block"
     modules: dict[str, Any] = {}
     queue: list[Any] = [block]
     for found, module in zip(expected, queue, strict=False):  # the queue grows
@@ -115,7 +117,7 @@ def resolve_stem(
 ) -> dict[str, Any] | str:
     """The same for the submodules that a model's own stem calls."""
     if has_global_hooks():
-        return "hooks"
+        return "hooks:on all modules"
     modules: dict[str, Any] = {}
     for found in plan.parts:
         module = model._modules.get(found.path)

@@ -11,11 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from fusedres.matching.plan import Plan
 from fusedres.nn.residual_block import BlockCall
 from fusedres.nn.running_stats import BUFFERS
+from fusedres.patching import details
 
 
-def shared_statistics(call: BlockCall, others: Iterable[nn.Module]) -> str | None:
+def shared_statistics(call: BlockCall, others: Iterable[nn.Module], plan: Plan) -> str | None:
     """A reason if what the call moves has the memory of another buffer, or of a norm's or convolution's vector.
 
     others: modules that a fused call calls too; those of the call itself may be among them.
@@ -37,7 +39,9 @@ def shared_statistics(call: BlockCall, others: Iterable[nn.Module]) -> str | Non
     if others:
         read.extend(buffers_of(call, others))
     shared = same_tensor if is_dynamo_compiling() else same_memory
-    return "shared_statistics" if shared(moved, read) else None
+    if not shared(moved, read):
+        return None
+    return details.shared_tensors(call, plan, buffers_of(call, others))
 
 
 def elsewhere(bn: nn.Module) -> list[tuple[str, Any]]:

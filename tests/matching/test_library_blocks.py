@@ -74,7 +74,7 @@ def test_a_frozen_norm_keeps_the_dtype_rules_of_arithmetic():
     x = torch.randn(2, CIN, 8, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert fused(x).dtype == plain(x).dtype == torch.float32
-    assert fusedres.report(fused).matched[0].code == "dtype"
+    assert fusedres.report(fused).matched[0].code.partition(":")[0] == "dtype"
     fused(x.float())
     assert ran_as(fused, "separate")
 
@@ -84,7 +84,7 @@ def test_constants_that_want_a_gradient_run_unfused():
     fused.bn1.running_var.requires_grad_()
     fused(torch.randn(2, CIN, 8, 8)).sum().backward()
     assert fused.bn1.running_var.grad is not None
-    assert fusedres.report(fused).matched[0].code == "trainable_statistics"
+    assert fusedres.report(fused).matched[0].code == "trainable_statistics:bn1.running_var"
 
 
 def test_one_value_per_channel_is_enough_for_a_frozen_norm():

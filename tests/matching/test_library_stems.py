@@ -152,7 +152,7 @@ def test_a_pooling_rewritten_later_runs_unfused(attribute, value):
     for pool in (plain.pool, fused[0].pool):
         setattr(pool, attribute, value)
     assert torch.equal(fused(x), plain(x))
-    assert fusedres.report(fused).blocks[0].code == "geometry_changed"
+    assert fusedres.report(fused).blocks[0].code.partition(":")[0] == "geometry_changed"
 
 
 def test_report_leaves_the_outcome_of_the_last_call_alone():

@@ -49,7 +49,10 @@ class TestPerCallGuards:
 
     def test_rewritten_stride(self, block):
         block.conv2.stride = (2, 2)
-        assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "geometry_changed"
+        assert (
+            self.outcome(block, torch.randn(2, 16, 6, 6))
+            == "geometry_changed:conv2, gives 3x3, the shortcut 6x6"
+        )
 
     def test_late_hook(self, block):
         seen = []
@@ -63,7 +66,7 @@ class TestPerCallGuards:
     def test_global_hook(self, block):
         handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
         try:
-            assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "hooks"
+            assert self.outcome(block, torch.randn(2, 16, 6, 6)) == "hooks:on all modules"
         finally:
             handle.remove()
 
@@ -74,12 +77,12 @@ class TestPerCallGuards:
     @pytest.mark.parametrize(
         ("x", "code"),
         [
-            (torch.randn(2, 8, 6, 6), "input_channels"),
-            (torch.randn(16, 6, 6), "input_rank"),
-            (torch.randn(2, 16, 6, 6).double(), "dtype"),
-            (torch.randn(0, 16, 6, 6), "empty_batch"),
-            (torch.randn(1, 16, 1, 1), "single_value_per_channel"),
-            (torch.randn(2, 16, 6, 6, device="meta"), "device"),
+            (torch.randn(2, 8, 6, 6), "input_channels:input of conv1, 8 channels, needed 16"),
+            (torch.randn(16, 6, 6), "input_rank:input, [16, 6, 6]"),
+            (torch.randn(2, 16, 6, 6).double(), "dtype:conv1.weight, float32, needed float64"),
+            (torch.randn(0, 16, 6, 6), "empty_batch:input, [0, 16, 6, 6]"),
+            (torch.randn(1, 16, 1, 1), "single_value_per_channel:bn1"),
+            (torch.randn(2, 16, 6, 6, device="meta"), "device:input, meta"),
         ],
         ids=["channels", "rank", "dtype", "empty", "one-row", "device"],
     )
@@ -96,12 +99,12 @@ class TestPerCallGuards:
             assert errors[0] == errors[1]
 
     def test_keyword_call(self, block):
-        assert self.outcome(block, x=torch.randn(2, 16, 6, 6)) == "signature"
+        assert self.outcome(block, x=torch.randn(2, 16, 6, 6)) == "signature:x="
 
     def test_vmap_and_forward_mode(self, block):
         block.eval()
         torch.func.vmap(block)(torch.randn(3, 2, 16, 6, 6))
-        assert fusedres.report(block).blocks[0].code == "tracing"
+        assert fusedres.report(block).blocks[0].code == "tracing:torch.func"
         x = torch.randn(2, 16, 6, 6)
         with torch.autograd.forward_ad.dual_level():
             block(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
@@ -112,6 +115,6 @@ class TestPerCallGuards:
         x = torch.randn(2, 16, 6, 6)
         with torch.autocast("cpu", torch.bfloat16):
             assert block(x).dtype == plain(x).dtype
-            assert fusedres.report(block).blocks[0].code == "dtype"
+            assert fusedres.report(block).blocks[0].code == "dtype:input, float32, needed bfloat16"
             assert block(x.bfloat16()).dtype == plain(x.bfloat16()).dtype
             assert ran_as(block, "separate")

@@ -121,7 +121,7 @@ def ignores_forwards_set_on_submodules():
 
 @mutant("patching/test_late_changes.py::test_a_change_that_no_recipe_covers_runs_the_original[padding_mode]")
 def ignores_the_padding_mode():
-    guards.unreadable = lambda units: None
+    guards.unreadable = lambda *_: None
 
 
 @mutant("patching/test_late_changes.py::test_an_attribute_of_a_submodule")
@@ -234,7 +234,7 @@ def moves_untracked_statistics():
 
 @mutant("patching/test_late_changes.py::test_one_value_per_channel_raises_as_unpatched")
 def normalises_one_value_per_channel():
-    guards.unfit_sizes = lambda call: None
+    guards.unfit_sizes = lambda *_: None
     running_stats.update_running_stats = residual_block.update_running_stats = lambda seen: None
 
 
@@ -473,7 +473,7 @@ def takes_any_number():
 
 @mutant("patching/test_numbers.py::test_norms_that_share_a_buffer[mean]")
 def moves_shared_statistics_together():
-    call.shared_statistics = lambda call, others: None
+    call.shared_statistics = lambda *_: None
 
 
 @mutant("matching/test_lazy_modules.py::test_a_lazy_head_hides_no_block[head1]")
