@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))  # the checks
+sys.path += [str(Path(__file__).resolve().parents[1] / "tests" / name) for name in ("support", "zoo")]
 import block_accuracy
 import raw_op_harness
 from block_forms import FORMS, BlockForm
