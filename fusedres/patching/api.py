@@ -19,8 +19,7 @@ from fusedres.patching import install
 from fusedres.patching.install import BlockState
 from fusedres.patching.reasons import describe as reason
 from fusedres.patching.report import BlockReport, PatchReport
-from fusedres.patching.search import Found, find
-from fusedres.patching.selection import Patterns, choose
+from fusedres.patching.search import Found, Patterns, choose, find
 
 Model = TypeVar("Model", bound=nn.Module)
 

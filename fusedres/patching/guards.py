@@ -1,7 +1,7 @@
 """Whether one call of a patched block may run fused: cheap checks, each with its reason code.
 
 What a recipe cannot reproduce exactly goes to the original forward. Nothing is cached between calls. In the order of
-their cost: `unfit_call`, `transformed`, `unfit_input`, then the modules (`structure.resolve`), `unreadable` on them,
+their cost: `unfit_call`, `transformed`, `unfit_input`, then the modules (`resolve`), `unreadable` on them,
 and `unfit_block` on what was read from them.
 """
 

@@ -15,6 +15,7 @@ from torch import nn
 from fusedres.errors import UnsupportedModelError
 from fusedres.modules import shadows
 from fusedres.modules.derived_class import BASE, STATE, base_class, set_class
+from fusedres.patching import older_pickles as older_pickles  # gives the names in older pickles their meaning
 from fusedres.patching.call import call
 from fusedres.patching.patched_class import Behaviour, patched_class
 from fusedres.patching.reasons import describe

@@ -1,12 +1,16 @@
-"""The names under which pickles of fusedres 0.1 keep a plan.
+"""Pickles of patched modules that hold a plan, as older code wrote them.
 
-A plan names classes and functions of the code that it was found in. The plan in a pickle is therefore dropped, and
-`install.complete` finds it again.
+A plan names classes and functions of the code that it was found in. The plan in a pickle is therefore dropped on
+loading, and `install.complete` finds it again. A pickle names the classes of a plan by the modules they had then:
+Python is given this module under the names of those.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+
+FORMER_MODULES = ("contents", "plan", "structure")
 
 
 class Dropped:
@@ -19,7 +23,9 @@ class Dropped:
         """Nothing of it is kept."""
 
 
-def __getattr__(name: str) -> type[Dropped]:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return Dropped
+BlockPlan = ConvBNNames = Forwards = Methods = ModuleAttributes = PoolWindow = StemPlan = Submodule = (
+    Watched
+) = Dropped
+
+for name in FORMER_MODULES:
+    sys.modules[f"fusedres.patching.{name}"] = sys.modules[__name__]

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedres
 from fusedres.models import Bottleneck, cifar_resnet
 from fusedres.modules.derived_class import STATE
-from fusedres.patching import plan
+from fusedres.patching.older_pickles import Dropped
 from fusedres.patching.state import BlockState
 
 
@@ -212,11 +212,15 @@ def reduced(*made):
     return type("Reduced", (), {"__reduce__": lambda self: made})()
 
 
-def test_a_pickle_in_which_older_code_kept_its_plan():
+@pytest.mark.parametrize("name", ["plan\nBlockPlan", "contents\nWatched", "structure\nModuleAttributes"])
+def test_a_pickle_in_which_older_code_kept_its_plan(name):
     block = fusedres.patch(Bottleneck(16, 4).double(), recipe="separate")
-    old_plan = reduced(plan.BlockPlan, ("conv1", plan.Submodule))
-    options = {"plan": old_plan, "recipe": "separate", "backend": "auto", "runs_as": None, "reason": None}
+    options = {"plan": reduced(Dropped, ("conv1",)), "recipe": "separate", "backend": "auto"}
+    options |= {"runs_as": None, "reason": None}
     vars(block)[STATE] = reduced(copyreg._reconstructor, (BlockState, object, None), options)
-    loaded = pickle.loads(pickle.dumps(block))
+    written = pickle.dumps(block, protocol=2)  # of those with the names of classes as text
+    stand_in = b"cfusedres.patching.older_pickles\nDropped\n"
+    assert written.count(stand_in) == 1
+    loaded = pickle.loads(written.replace(stand_in, f"cfusedres.patching.{name}\n".encode()))
     loaded(images())
     assert fusedres.report(loaded).blocks[0].runs_as == "separate"
