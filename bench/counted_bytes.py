@@ -29,10 +29,10 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import jit
 
 from fusedres import models
-from fusedres.blocks import RECIPES, stem
+from fusedres.blocks import RECIPES, separate
 from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNNeeds, ConvBNTensors, Shortcut
 from fusedres.blocks.gram_form import unsuitable
-from fusedres.blocks.stem import StemConfig
+from fusedres.nn.numbers import square_window
 from fusedres.nn.residual_block import ConvBN, read_conv_bn
 from fusedres.ops import triton
 from fusedres.ops.dispatch import Dispatcher
@@ -172,18 +172,20 @@ class Chain:
 
     def stem(self, x: Tensor) -> Tensor:
         self.enter("stem", "forward")
-        unit, tensors = read_conv_bn(ConvBN(self.model.conv1, self.model.bn1, True))
-        pool = self.model.maxpool
-        config = StemConfig(unit, pool.kernel_size, pool.stride, pool.padding)
-        y, saved = stem.forward(self.ops, config, x, tensors)
+        window = square_window(self.model.maxpool)
+        unit = ConvBN(self.model.conv1, self.model.bn1, True)
+        unit_config, tensors = read_conv_bn(unit)
+        config, units = BlockConfig((unit_config,), Shortcut.NONE, None, torch.bfloat16, window), (tensors,)
+        out = separate.forward(self.ops, config, x, None, units, True)
 
         def backward(dy: Tensor) -> Tensor:
             self.enter("stem", "backward")
-            stem.backward(self.ops, config, x, tensors, saved, dy, *all_needs((tensors,)), False)
+            needs = BlockNeeds(False, False, all_needs(units))
+            separate.backward(self.ops, config, x, units, out.saved, dy, needs)
             return dy
 
         self.backwards.append(backward)
-        return y
+        return out.y
 
     def block(self, name: str, block: nn.Module, x: Tensor) -> Tensor:
         self.enter(name, "forward")

@@ -1,4 +1,4 @@
-"""How often the operators of blocks and the stem multiply, see `fusedres.ops.flops`: `separate` as often as eager."""
+"""How often the operators of blocks and stems multiply, see `fusedres.ops.flops`: `separate` as often as eager."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fusedres.autograd.operator import PARAMETERS, BlockConstants
-from fusedres.autograd.stem_operator import tensors_of
 from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNConfig, ConvBNNeeds, output_size
 from fusedres.ops import flops
 from fusedres.ops.flops import (
@@ -85,28 +84,8 @@ def expansion_gradients(x: Shape, weight: Shape, y: Shape, training: bool, dx: b
     return total + (conv1x1_gram_backward_input(y, x, training) if dx else 0)
 
 
-def stem_forward(x: Shape, tensors: list[Any], present: list[bool], *rest: Any, out_shape: Any) -> int:
-    weight: Any = tensors_of(tensors, present).weight
-    return convolution(x, weight, out_shape[1])
-
-
-def stem_backward(
-    dy: Shape,
-    x: Shape,
-    tensors: list[Any],
-    saved: list[Any],
-    needs: list[bool],
-    channels_last: bool,
-    present: list[bool],
-    *rest: Any,
-    out_shape: Any,
-) -> int:
-    weight: Any = tensors_of(tensors, present).weight
-    return convolution_gradients(x, weight, saved[0], needs[0], needs[1])
-
-
 def register() -> None:
     """Those of the operators above, and of the native library's, which are loaded with the backends."""
-    of_blocks = residual_block_forward, residual_block_backward, stem_forward, stem_backward
+    of_blocks = residual_block_forward, residual_block_backward
     flops.register("fusedres", {formula.__name__: formula for formula in of_blocks})
     flops.register("fusedres_native", flops.NATIVE)

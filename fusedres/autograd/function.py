@@ -1,4 +1,4 @@
-"""The torch autograd Functions of a residual block and of the stem: the only place that touches `ctx`.
+"""The torch autograd Function of a residual block or a stem: the only place that touches `ctx`.
 
 Forward calls a recipe and saves; backward unpacks and calls it. Under `create_graph=True` backward goes through
 `fusedres.blocks.eager` instead, from the inputs, so that second derivatives are right.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedres.autograd.graph_task import taken
-from fusedres.blocks import RECIPES, eager, stem
+from fusedres.blocks import RECIPES, eager
 from fusedres.blocks.config import (
     BlockConfig,
     BlockNeeds,
@@ -24,7 +24,6 @@ from fusedres.blocks.config import (
     Shortcut,
     own_statistics,
 )
-from fusedres.blocks.stem import StemConfig, StemSaved
 from fusedres.ops.contract import BatchNormVectors
 from fusedres.ops.dispatch import Dispatcher
 from fusedres.ops.reference import unpack_mask
@@ -34,7 +33,6 @@ PARAMETERS = len(ConvBNNeeds._fields)  # of FIELDS, those that can want a gradie
 FIXED = 6  # config, recipe, ops, observe, x, residual come before the units' tensors
 # places of BN's weight and bias among the arguments, of as many units as any block has
 NORMS = frozenset(FIXED + unit * FIELDS + field for unit in range(64) for field in (2, 3))
-STEM_X = 3  # config, ops, observe come before x
 FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
 Observer = Callable[[tuple[BatchNormVectors, ...]], None]
 
@@ -80,7 +78,7 @@ def without_elements(residual: Tensor | None) -> Tensor | None:
 
 
 class ResidualBlock(torch.autograd.Function):
-    """One residual block.
+    """One residual block, or one stem.
 
     apply(config, recipe, ops, observe, x, residual, *tensors) -> y
 
@@ -177,7 +175,8 @@ def differentiable_backward(
 ) -> tuple[Any, ...]:
     """The same gradients as a graph: the block once more by torch's own operations, from its inputs.
 
-    The mask of y is the one of forward, so a residual computed elsewhere is not needed again: its gradient is dz.
+    The mask of y is the one of forward, so a residual computed elsewhere is not needed again: its gradient is dz. A
+    stem is computed again through its pooling.
     """
     result: list[Tensor | None] = [None] * len(asked)
     inputs = {FIXED - 2: x, **dict(enumerate(flat, FIXED))}
@@ -187,7 +186,7 @@ def differentiable_backward(
         if indices or (graph and any(ctx.needs_input_grad[i] for i in inputs)):
             z = eager.preactivation(ctx.config, x, as_units(flat))
             y_of += [z] if graph else []
-    dz = through_relu(dy, mask, y_of, ctx.memory_format)
+    dz = dy if ctx.config.pool else through_relu(dy, mask, y_of, ctx.memory_format)
     if indices:
         chosen = [inputs[i] for i in indices]
         grads = torch.autograd.grad(z, chosen, dz, create_graph=graph)  # type: ignore[arg-type]
@@ -196,56 +195,3 @@ def differentiable_backward(
     if asked[FIXED - 1]:
         result[FIXED - 1] = dz
     return tuple(result)
-
-
-class ConvBNReLUMaxPool(torch.autograd.Function):
-    """The stem of a ResNet.
-
-    apply(config, ops, observe, x, *tensors) -> y
-
-    config: a StemConfig; observe: as for `ResidualBlock`; x [N, Cin, H, W]; tensors: the fields of one
-    ConvBNTensors.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, config: StemConfig, ops: Dispatcher, observe: Observer, x: Tensor, *flat: Tensor | None
-    ) -> Tensor:
-        t = own_statistics(ConvBNTensors(*flat))  # type: ignore[arg-type]
-        with without_autocast(x.device.type):
-            y, saved = stem.forward(ops, config, x, t)
-        observe((saved.vectors,))
-        ctx.save_for_backward(x, *t, saved.c, *saved.vectors, saved.indices)
-        ctx.config, ctx.ops, ctx.memory_format = config, ops, memory_format(y)
-        ctx.set_materialize_grads(False)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
-        if dy is None:
-            return (None,) * len(ctx.needs_input_grad)
-        x, *rest = ctx.saved_tensors
-        t, (c, *vectors, indices) = ConvBNTensors(*rest[:FIELDS]), rest[FIELDS:]
-        inputs = dict(enumerate((x, *t), STEM_X))
-        wanted = taken(ctx, ctx.needs_input_grad, (i for i, given in inputs.items() if given is not None))
-        if wants_differentiable(dy):
-            chosen, graph = [i for i in inputs if wanted[i]], torch.is_grad_enabled()
-            with torch.enable_grad(), without_autocast(x.device.type):
-                y = stem.differentiable(ctx.config, x, t)
-                grads = torch.autograd.grad(y, [inputs[i] for i in chosen], dy, create_graph=graph)
-            by_index = dict(zip(chosen, grads, strict=True))
-            return tuple(by_index.get(i) for i in range(len(wanted)))
-        saved = StemSaved(c, BatchNormVectors(*vectors), indices)
-        dy = dy.contiguous(memory_format=ctx.memory_format)
-        with without_autocast(x.device.type):
-            dx, unit = stem.backward(
-                ctx.ops,
-                ctx.config,
-                x,
-                t,
-                saved,
-                dy,
-                ConvBNNeeds(*wanted[STEM_X + 1 :][:PARAMETERS]),
-                wanted[STEM_X],
-            )
-        return None, None, None, dx, *unit, None, None

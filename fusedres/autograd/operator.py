@@ -1,4 +1,4 @@
-"""A residual block as operators of torch with an autograd formula: how a compiled graph runs it.
+"""A residual block, or a stem, as operators of torch with an autograd formula: how a compiled graph runs it.
 
     outputs = torch.ops.fusedres.residual_block_forward(x, residual, tensors, ...)
     grads = torch.ops.fusedres.residual_block_backward(dy, x, tensors, saved, ...)
@@ -27,6 +27,7 @@ from fusedres.blocks.config import (
     ConvBNTensors,
     Saved,
     Shortcut,
+    Window,
     own_statistics,
 )
 from fusedres.ops import fake
@@ -38,7 +39,8 @@ PARAMETERS = len(ConvBNNeeds._fields)
 ABSENT = (0, 0, 0)  # the shape that stands for no tensor: none that is kept has three dimensions
 UNIT_INTS = 9  # stride, padding, dilation: two each; groups; training; relu
 CONSTANTS = (
-    "bool[] present, SymInt[] units, float[] eps, str shortcut, ScalarType dtype, str recipe, str backend"
+    "bool[] present, SymInt[] units, float[] eps, SymInt[]? pool, str shortcut, ScalarType dtype, str recipe, "
+    "str backend"
 )
 
 
@@ -57,12 +59,14 @@ def unit_config(ints: list[int], eps: float) -> ConvBNConfig:
 class BlockConstants(NamedTuple):
     """What is constant in a call, as an operator's arguments.
 
-    present: for each field of each unit's ConvBNTensors, whether it is given; units: UNIT_INTS numbers each.
+    present: for each field of each unit's ConvBNTensors, whether it is given; units: UNIT_INTS numbers each; pool: a
+    stem's Window, else None.
     """
 
     present: list[bool]
     units: list[int]
     eps: list[float]
+    pool: list[int] | None
     shortcut: str
     dtype: torch.dtype
     recipe: str
@@ -75,7 +79,8 @@ class BlockConstants(NamedTuple):
             units.append(unit_config(self.units[i * UNIT_INTS : (i + 1) * UNIT_INTS], eps))
         shortcut = Shortcut(self.shortcut)
         projection = units.pop() if shortcut is Shortcut.PROJECTION else None
-        return BlockConfig(tuple(units), shortcut, projection, self.dtype)
+        pool = None if self.pool is None else Window(*self.pool)
+        return BlockConfig(tuple(units), shortcut, projection, self.dtype, pool)
 
     def tensors(self, given: list[Tensor]) -> tuple[ConvBNTensors, ...]:
         """The units' tensors, from those that are present."""
@@ -90,7 +95,8 @@ def block_constants(
     units = [n for unit in config.units for n in unit_ints(unit)]
     present = [t is not None for unit in tensors for t in unit]
     eps = [unit.eps for unit in config.units]
-    return BlockConstants(present, units, eps, config.shortcut.value, config.dtype, recipe, backend)
+    pool = None if config.pool is None else list(config.pool)
+    return BlockConstants(present, units, eps, pool, config.shortcut.value, config.dtype, recipe, backend)
 
 
 class Kept(NamedTuple):

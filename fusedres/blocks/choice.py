@@ -124,17 +124,6 @@ def never_fused(requested: str, x: Tensor, channels: int | None, compiled: bool)
     return True
 
 
-def choose_stem(requested: str, x: Tensor, ops: Ops, gradients: bool, channels: int) -> Choice:
-    """The same for a stem, to `channels`, which has one fused form: `separate`."""
-    wanted: str | None = requested
-    if requested == AUTO:
-        wanted = user_table.stem_recipe(x, ops, gradients) if is_eager(ops) else None
-        wanted = wanted or measured(x, x.dtype, ops, gradients, channels)
-    if wanted is None or (requested == AUTO and wanted == UNFUSED):
-        return Choice(UNFUSED, "no_faster_recipe")
-    return Choice("separate", "no_1x1_expansion") if wanted == "gram" else Choice(wanted, None)
-
-
 def is_eager(ops: Ops) -> TypeGuard[Dispatcher]:
     """Whether the call runs now, and is not traced into a compiled graph."""
     return isinstance(ops, Dispatcher)

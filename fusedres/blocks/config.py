@@ -3,7 +3,8 @@
     y = relu(BN(conv(... relu(BN(conv(x))) ...)) + shortcut)
 
 `BlockConfig` describes it; `main` runs from the input to the output. The shortcut is absent (a plain block), the
-input itself, a projection (one convolution and its BN), or a tensor computed elsewhere.
+input itself, a projection (one convolution and its BN), or a tensor computed elsewhere. A stem is a plain block of one
+convolution that ends in a max-pooling: y = maxpool(relu(BN(conv(x)))).
 """
 
 from __future__ import annotations
@@ -92,13 +93,23 @@ class ConvBNGrads(NamedTuple):
     bn_bias: Tensor | None
 
 
+class Window(NamedTuple):
+    """A max-pooling's square window, without dilation, in floor mode: one number each for height and width."""
+
+    kernel_size: int
+    stride: int
+    padding: int
+
+
 class BlockConfig(NamedTuple):
-    """One block: constants of a call. `projection` is given with Shortcut.PROJECTION only."""
+    """One block: constants of a call. `projection` is given with Shortcut.PROJECTION only, `pool` with a main path of
+    one convolution and Shortcut.NONE only."""
 
     main: tuple[ConvBNConfig, ...]
     shortcut: Shortcut
     projection: ConvBNConfig | None
     dtype: torch.dtype  # of activations; convolution parameters are cast to it
+    pool: Window | None = None
 
     @property
     def units(self) -> tuple[ConvBNConfig, ...]:
@@ -139,7 +150,8 @@ class Saved(NamedTuple):
     """What forward keeps for backward, besides the inputs.
 
     activations: inputs of main[1:] (recipe separate); convs: raw convolution outputs, as `units` (recipe gram
-    has none for the last of main); vectors: as `units`; moments: m, S and center (recipe gram, batch statistics).
+    has none for the last of main); vectors: as `units`; mask: packed, of the ReLU of y, or of a block that ends in a
+    pool the pool's indices; moments: m, S and center (recipe gram, batch statistics).
     """
 
     activations: tuple[Tensor, ...]

@@ -19,7 +19,7 @@ def conv_bn(x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
 
 
 def preactivation(config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ...]) -> Tensor:
-    """What enters the block's last ReLU [N, Cout, H', W'], less a residual computed elsewhere.
+    """What enters the block's last ReLU [N, Cout, H', W'], less a residual computed elsewhere; of a stem its y.
 
     Differentiable in x and every parameter; running statistics are left alone.
     """
@@ -29,6 +29,8 @@ def preactivation(config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ..
         a = conv_bn(a, unit, t)
         if i < last and unit.relu:
             a = F.relu(a)
+    if config.pool is not None:
+        return F.max_pool2d(F.relu(a), *config.pool)
     if config.projection is not None:
         return a + conv_bn(x, config.projection, units[-1])
     return a + x if config.shortcut is Shortcut.IDENTITY else a

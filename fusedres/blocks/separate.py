@@ -1,7 +1,9 @@
 """Recipe `separate`: library convolutions, with each BN, addition and ReLU between them in one pass.
 
 Keeps, besides the block's input x: every raw convolution output c, every inner activation a, and one mask bit per
-element of y. An identity bottleneck in a chain keeps x4 c1 a1 c2 a2 c3(4) mask = 12.25 narrow tensors in bf16.
+element of y. An identity bottleneck in a chain keeps x4 c1 a1 c2 a2 c3(4) mask = 12.25 narrow tensors in bf16. A stem's
+BN, ReLU and pooling are one pass over c, the largest tensor of the network: it keeps c and one byte per pooled element,
+where eager keeps c, the activation and eight bytes.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ from fusedres.ops.contract import (
     BnAddReluBackwardInput,
     BnAddReluBackwardReduce,
     BnAddReluForward,
+    BnReluMaxpoolBackwardInput,
+    BnReluMaxpoolBackwardReduce,
+    BnReluMaxpoolForward,
 )
 from fusedres.ops.dispatch import Dispatcher
 
@@ -48,6 +53,8 @@ def forward(
     save: bool,
 ) -> BlockOutput:
     """y [N, Cout, H', W'] from x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None."""
+    if config.pool is not None:
+        return pooled_forward(ops, config, x, units[0], save)
     last = len(config.main) - 1
     activations: list[Tensor] = []
     convs: list[Tensor] = []
@@ -93,6 +100,8 @@ def backward(
     needs: BlockNeeds,
 ) -> BlockGrads:
     """Gradients of everything that `needs` names, from dy like y."""
+    if config.pool is not None:
+        return pooled_backward(ops, config, x, units[0], saved, dy, needs)
     last = len(config.main) - 1
     unit, c, v = config.main[last], saved.convs[last], saved.vectors[last]
     projection, shortcut = config.projection, config.shortcut
@@ -156,3 +165,36 @@ def backward(
         parameter_grads = bn_parameter_grads(grads_shortcut, units[-1], needs.units[-1], shared=True)
         unit_grads.append(ConvBNGrads(dweight, dbias, *parameter_grads))
     return BlockGrads(dx, dresidual, tuple(unit_grads))
+
+
+def pooled_forward(
+    ops: Dispatcher, config: BlockConfig, x: Tensor, t: ConvBNTensors, save: bool
+) -> BlockOutput:
+    """`forward` of a stem: y [N, Cout, H'', W'']."""
+    assert config.pool is not None
+    (unit,) = config.main
+    c, v = conv_bn_forward(ops, x, unit, t, frozen_vectors(ops, unit, t, x))
+    y, indices = ops(BnReluMaxpoolForward(c, v.scale, v.shift, *config.pool, save))
+    return BlockOutput(y, (v,), Saved((), (c,), (v,), indices, None) if save else None)
+
+
+def pooled_backward(
+    ops: Dispatcher,
+    config: BlockConfig,
+    x: Tensor,
+    t: ConvBNTensors,
+    saved: Saved,
+    dy: Tensor,
+    needs: BlockNeeds,
+) -> BlockGrads:
+    """`backward` of a stem."""
+    (unit,), (wanted,), (c,), (v,), indices = config.main, needs.units, saved.convs, saved.vectors, saved.mask
+    assert config.pool is not None and c is not None and indices is not None
+    sums = ops(BnReluMaxpoolBackwardReduce(dy, indices, c, v, *config.pool))
+    grads = grads_of_batch(ops, unit, v, c, *sums)
+    parameters = bn_parameter_grads(grads, t, wanted)
+    if not (needs.x or wanted.weight or wanted.conv_bias):
+        return BlockGrads(None, None, (ConvBNGrads(None, None, *parameters),))
+    dc = ops(BnReluMaxpoolBackwardInput(dy, indices, c, grads, *config.pool))
+    dx, dweight, dbias = convolution_backward(ops, dc, x, unit, t, wanted, needs.x)
+    return BlockGrads(dx, None, (ConvBNGrads(dweight, dbias, *parameters),))

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -113,13 +113,12 @@ def block_class(config: BlockConfig, weights: tuple[torch.Size, ...], x: torch.S
             if value != usual:
                 numbers += letter + ("x".join(map(str, value)) if isinstance(value, tuple) else str(value))
         parts.append(numbers + ("" if unit.training else "f") + ("" if unit.relu else "n"))
+    if config.pool is not None:
+        parts.append("maxpool" + "x".join(map(str, config.pool)))
     shortcut = "" if config.shortcut is Shortcut.NONE else f" + {config.shortcut.value}"
-    return f"{size_class(x)}: {' '.join(parts)}{shortcut}"
-
-
-def size_class(x: torch.Size) -> str:
     batch, *rest = x
-    return "x".join(map(str, (1 << (batch.bit_length() - 1), *rest)))
+    size = "x".join(map(str, (1 << (batch.bit_length() - 1), *rest)))
+    return f"{size}: {' '.join(parts)}{shortcut}"
 
 
 def read(file: Path, is_expected: bool = False) -> dict[Key, Entry]:
@@ -202,36 +201,16 @@ def is_consulted() -> bool:
     return bool(table()) or _recorded.get() is not None
 
 
-def look_up(
-    x: Tensor, ops: Dispatcher, dtype: torch.dtype, gradients: bool, call: Callable[[], str]
+def block_recipe(
+    x: Tensor, config: BlockConfig, units: tuple[ConvBNTensors, ...], ops: Dispatcher, gradients: bool
 ) -> str | None:
-    """The recipe that the table names for a call on x, or None.
-
-    Args:
-        dtype: of activations; gradients: whether any is wanted.
-        call: names the class of the call, where it is needed.
-    """
+    """What the table names for this call of a block, or None. gradients: whether any is wanted."""
     if not is_consulted():
         return None
-    backend, name = ops.backend_on(x), str(dtype).removeprefix("torch.")
-    key = Key(device_name(x.device), versions(), backend, name, gradients, call())
+    backend, name = ops.backend_on(x), str(config.dtype).removeprefix("torch.")
+    call = block_class(config, tuple(t.weight.shape for t in units), x.shape)
+    key = Key(device_name(x.device), versions(), backend, name, gradients, call)
     if (keys := _recorded.get()) is not None:
         keys.append(key)
     entry = table().get(key)
     return None if entry is None else entry.recipe
-
-
-def block_recipe(
-    x: Tensor, config: BlockConfig, units: tuple[ConvBNTensors, ...], ops: Dispatcher, gradients: bool
-) -> str | None:
-    """What the table names for this call of a block, or None."""
-
-    def call() -> str:
-        return block_class(config, tuple(t.weight.shape for t in units), x.shape)
-
-    return look_up(x, ops, config.dtype, gradients, call)
-
-
-def stem_recipe(x: Tensor, ops: Dispatcher, gradients: bool) -> str | None:
-    """The same for a stem."""
-    return look_up(x, ops, x.dtype, gradients, lambda: f"{size_class(x.shape)}: stem")

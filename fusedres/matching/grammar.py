@@ -23,7 +23,7 @@ from fusedres.matching.dry_run import EPS_PROBE, DryRunError, StandIn
 from fusedres.matching.labels import check_no_labels
 from fusedres.matching.norms import BN, read_norm
 from fusedres.matching.owners import NoMatch, Unit, check_called, names
-from fusedres.matching.plan import BlockPlan, ConvBNNames
+from fusedres.matching.plan import ConvBNNames, Plan
 from fusedres.modules import tree
 
 CONV, RELU, ADD = "Convolution", "Relu", "Add"
@@ -199,7 +199,7 @@ class Reading:
             raise NoMatch(error.code) from error
 
 
-def plan(module: nn.Module) -> BlockPlan:
+def plan(module: nn.Module) -> Plan:
     """The plan of a residual block.
 
     Raises:
@@ -217,7 +217,7 @@ def plan(module: nn.Module) -> BlockPlan:
     main_names = (*named[: main - 1], named[main - 1]._replace(relu=True))
     projection = named[-1] if shortcut is Shortcut.PROJECTION else None
     found = tree.describe(module)
-    return BlockPlan(main_names, shortcut, projection, paths, found, tree.methods(found))
+    return Plan(main_names, shortcut, projection, paths, found, tree.methods(found))
 
 
 def looks_residual(module: nn.Module) -> bool:

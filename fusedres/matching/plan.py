@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fusedres.blocks.config import Shortcut
+from fusedres.blocks.config import Shortcut, Window
 from fusedres.modules.tree import Methods, Submodule
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]  # stride, padding, dilation, groups
@@ -27,11 +27,14 @@ class ConvBNNames(NamedTuple):
     eps: float | None = None
 
 
-class BlockPlan(NamedTuple):
-    """One matched block.
+class Plan(NamedTuple):
+    """One matched block or stem.
 
-    shortcut_paths: the submodules to call for Shortcut.TENSOR, whose outputs are added; structure: the block and
-    every module below it, as found; methods: of their classes.
+    projection: with Shortcut.PROJECTION; shortcut_paths: the submodules to call for Shortcut.TENSOR, whose outputs are
+    added; pool: a stem's pooling, by its path, or by its numbers where no module does it. structure: the block and
+    every module below it, as found; of a stem in a model's own method the submodules that it calls, in their order.
+    methods: of their classes. method: the one of the class that is replaced; goes_on: it runs the rest of the model
+    too.
     """
 
     main: tuple[ConvBNNames, ...]
@@ -40,74 +43,27 @@ class BlockPlan(NamedTuple):
     shortcut_paths: tuple[str, ...]
     structure: tuple[Submodule, ...]
     methods: Methods
-
-    @property
-    def method(self) -> str:
-        """The method of the class that is replaced."""
-        return "forward"
+    pool: str | Window | None = None
+    method: str = "forward"
+    goes_on: bool = False
 
     @property
     def whole(self) -> bool:
-        """Whether the plan is for all of the module."""
-        return True
+        """Whether the plan is for all of the module, and not for a model's stem."""
+        return self.method == "forward"
+
+    @property
+    def is_stem(self) -> bool:
+        return self.pool is not None or not self.whole
 
     @property
     def units(self) -> tuple[ConvBNNames, ...]:
+        """main, then the projection."""
         return self.main if self.projection is None else (*self.main, self.projection)
 
     @property
     def form(self) -> str:
         """A short description, for the report: kernel count and shortcut."""
+        if self.is_stem:
+            return "stem: conv-bn-relu" + ("" if self.pool is None else "-maxpool")
         return f"{len(self.main)} conv-bn, {self.shortcut.value} shortcut"
-
-
-class PoolWindow(NamedTuple):
-    """A max-pooling without a module: height and width of its window, its stride and padding."""
-
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-
-
-class StemPlan(NamedTuple):
-    """A stem: the method that computes it, its convolution and BN, its pooling if it has one, by path or numbers.
-
-    parts: of a model's own stem, the submodules that it calls, in their order; structure: of a module that is a stem,
-    as of a block. goes_on: the method runs the rest of the model too.
-    """
-
-    method: str
-    unit: ConvBNNames
-    pool: str | PoolWindow | None
-    parts: tuple[Submodule, ...]
-    structure: tuple[Submodule, ...]
-    methods: Methods
-    goes_on: bool
-
-    @property
-    def whole(self) -> bool:
-        """Whether the module is a stem and nothing else."""
-        return bool(self.structure)
-
-    @property
-    def shortcut(self) -> Shortcut:
-        return Shortcut.NONE
-
-    @property
-    def projection(self) -> None:
-        return None
-
-    @property
-    def main(self) -> tuple[ConvBNNames, ...]:
-        return (self.unit,)
-
-    @property
-    def units(self) -> tuple[ConvBNNames, ...]:
-        return (self.unit,)
-
-    @property
-    def form(self) -> str:
-        return "stem: conv-bn-relu" + ("" if self.pool is None else "-maxpool")
-
-
-Plan = BlockPlan | StemPlan

@@ -10,16 +10,16 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fusedres.blocks.config import Shortcut, Window
 from fusedres.matching.dataflow import Dataflow
 from fusedres.matching.grammar import CONTAINERS, RELU, Reading, chain, refusal
 from fusedres.matching.owners import NoMatch, geometry, names
-from fusedres.matching.plan import ConvBNNames, PoolWindow, StemPlan
+from fusedres.matching.plan import ConvBNNames, Plan
 from fusedres.matching.stem_reach import reaches
 from fusedres.matching.stem_source import begins_with
 from fusedres.modules import own_code, shadows, tree
 from fusedres.modules.lazy import is_uninitialised
-from fusedres.nn.numbers import UnusualNumberError
-from fusedres.nn.stem import single, square_window
+from fusedres.nn.numbers import UnusualNumberError, pair, square_window
 
 MAX_POOL = "MaxPool2DWithIndices"
 
@@ -61,7 +61,7 @@ def has_stem(base: type) -> bool:
     return listed(base) is not None
 
 
-def plan_stem(model: nn.Module, base: type) -> StemPlan:
+def plan_stem(model: nn.Module, base: type) -> Plan:
     """The plan of a listed model's stem; `base` is its class as the user knows it.
 
     Raises:
@@ -100,17 +100,22 @@ def plan_stem(model: nn.Module, base: type) -> StemPlan:
     for path in form.parts:
         if (name := shadows.shadowing(model.get_submodule(path))) is not None:
             raise NoMatch(f"instance_shadows:{path}.{name}")
-    return StemPlan(form.method, unit, form.pool, described, (), tree.methods(described), form.goes_on)
+    return stem_plan(unit, form.pool, described)._replace(method=form.method, goes_on=form.goes_on)
 
 
-def check_pool(pool: nn.MaxPool2d) -> None:
-    """Raises NoMatch where the pooling is none that is served."""
+def stem_plan(unit: ConvBNNames, pool: str | Window | None, structure: tuple[tree.Submodule, ...]) -> Plan:
+    return Plan((unit,), Shortcut.NONE, None, (), structure, tree.methods(structure), pool)
+
+
+def check_pool(pool: nn.MaxPool2d) -> Window:
+    """The pooling's window. Raises NoMatch where it is none that is served."""
     try:
         window = square_window(pool)
     except UnusualNumberError as error:
         raise NoMatch(error.code) from error
     if window is None:
         raise NoMatch("unsupported_module:MaxPool2d")
+    return window
 
 
 def looks_like_stem(module: nn.Module) -> bool:
@@ -130,7 +135,7 @@ def was_meant_as_one(module: nn.Module, code: str) -> bool:
     return code.startswith("activation_not_relu")
 
 
-def match_stem(module: nn.Module, flow: Dataflow) -> tuple[ConvBNNames, str | PoolWindow]:
+def match_stem(module: nn.Module, flow: Dataflow) -> tuple[ConvBNNames, str | Window]:
     """The convolution with its BN, and the pooling: by its path, or by its numbers where no module does it."""
     root = flow.root
     if root.op != MAX_POOL or root.args[0] is None:
@@ -141,19 +146,19 @@ def match_stem(module: nn.Module, flow: Dataflow) -> tuple[ConvBNNames, str | Po
         raise NoMatch(refusal(relu))
     path = flow.calls.get(id(root))
     if path is not None and type(module.get_submodule(path)) is nn.MaxPool2d:
-        pool: str | PoolWindow = path
+        check_pool(module.get_submodule(path))  # type: ignore[arg-type]
+        pool: str | Window = path
     elif path is not None and isinstance(module.get_submodule(path), nn.MaxPool2d):
         raise NoMatch(f"unsupported_module:{type(module.get_submodule(path)).__name__}")
     else:
-        if single(root.attributes["dilation"], "dilation") != 1 or root.attributes["ceil_mode"]:
+        numbers = root.attributes
+        if pair(numbers["dilation"], "dilation") != (1, 1) or numbers["ceil_mode"]:
             raise NoMatch("unsupported_op:max_pool2d")
-        pool = PoolWindow(*(root.attributes[k] for k in ("kernel_size", "stride", "padding")))
-    made = module.get_submodule(pool) if isinstance(pool, str) else nn.MaxPool2d(*pool)
-    check_pool(made)  # type: ignore[arg-type]
+        pool = check_pool(nn.MaxPool2d(*(numbers[name] for name in Window._fields)))
     return names(module, flow, units[0])._replace(relu=True), pool
 
 
-def plan_stem_module(module: nn.Module) -> StemPlan:
+def plan_stem_module(module: nn.Module) -> Plan:
     """The plan of a module that is a stem.
 
     Raises:
@@ -165,5 +170,4 @@ def plan_stem_module(module: nn.Module) -> StemPlan:
         raise NoMatch("mode_dependent")
     unit, pool = found.pop()
     reading.check((unit,))
-    described = tree.describe(module)
-    return StemPlan("forward", unit, pool, (), described, tree.methods(described), False)
+    return stem_plan(unit, pool, tree.describe(module))

@@ -21,7 +21,6 @@ from fusedres.blocks import RECIPES, user_table
 from fusedres.blocks.choice import AUTO, UNFUSED
 from fusedres.blocks.user_table import Entry, Key
 from fusedres.errors import UnsupportedModelError
-from fusedres.matching.plan import StemPlan
 from fusedres.measuring.timing import bootstrap_interval, median, paired_ratios, seconds
 from fusedres.measuring.verify import error
 from fusedres.modules.lazy import initialised_copy
@@ -114,7 +113,7 @@ def find_places(model: nn.Module, example: tuple[Any, ...]) -> list[Place]:
     with torch.no_grad(), recorded_inputs([(f.module, f.plan.method) for f in found if f.plan]) as inputs:
         plain(*example)
     return [
-        Place(f.name, f.module, f.plan.method, inputs[id(f.module)].normal_(), isinstance(f.plan, StemPlan))
+        Place(f.name, f.module, f.plan.method, inputs[id(f.module)].normal_(), f.plan.is_stem)
         for f in found
         if f.plan is not None and id(f.module) in inputs
     ]

@@ -1,6 +1,5 @@
 """Public functional operations over torch's own modules."""
 
-from fusedres.nn.residual_block import ConvBN, residual_block
-from fusedres.nn.stem import stem_block
+from fusedres.nn.residual_block import ConvBN, residual_block, stem_block
 
 __all__ = ["ConvBN", "residual_block", "stem_block"]

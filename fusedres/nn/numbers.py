@@ -10,7 +10,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from fusedres.blocks.config import Size
+from torch import nn
+
+from fusedres.blocks.config import Size, Window
 
 
 class UnusualNumberError(ValueError):
@@ -73,3 +75,25 @@ def pair(value: Any, name: str) -> Size:
         return whole(value[0], name), whole(value[-1], name)
     number = whole(value, name)
     return number, number
+
+
+def single(value: Any, name: str) -> int | None:
+    """The one number of a square window's parameter, or None. Raises UnusualNumberError."""
+    height, width = pair(value, name)
+    return height if height == width else None
+
+
+def square_window(pool: nn.MaxPool2d) -> Window | None:
+    """The pooling's window; None where it is outside what `BnReluMaxpoolForward` serves.
+
+    Raises:
+        UnusualNumberError: one of its numbers is none that a recipe takes.
+    """
+    numbers = [single(getattr(pool, name), name) for name in Window._fields]
+    # a flag of another type is left to torch
+    if pool.ceil_mode is not False or pool.return_indices is not False:
+        return None
+    if None in numbers or single(pool.dilation, "dilation") != 1:
+        return None
+    window = Window(*numbers)  # type: ignore[arg-type]
+    return window if 1 <= window.kernel_size <= 15 else None

@@ -1,4 +1,4 @@
-"""A residual block over torch's own modules: reads them, runs a recipe, moves the running statistics.
+"""A residual block, or a stem, over torch's own modules: reads them, runs a recipe, moves the running statistics.
 
 The modules are read anew in every call: their parameters, modes and attributes may change between calls.
 """
@@ -15,9 +15,9 @@ from fusedres.autograd.function import ResidualBlock, without_autocast
 from fusedres.autograd.operator import block_constants, residual_block_operator
 from fusedres.blocks import RECIPES
 from fusedres.blocks.choice import UNFUSED, Choice, choose
-from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, Shortcut, unit_sizes
+from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, Shortcut, Window, unit_sizes
 from fusedres.nn.attributes import tensor
-from fusedres.nn.numbers import pair, real, whole
+from fusedres.nn.numbers import pair, real, square_window, whole
 from fusedres.nn.running_stats import BatchStatistics, update_running_stats
 from fusedres.ops.contract import BatchNormVectors
 from fusedres.ops.dispatch import AUTO, OpaqueBackend, Ops, operators
@@ -79,6 +79,7 @@ def read_block(
     main: Sequence[ConvBN],
     shortcut: ConvBN | Tensor | None,
     identity: bool,
+    pool: Window | None = None,
 ) -> BlockCall:
     """One call's data from the block's modules; under autocast in its dtype."""
     dtype = compute_dtype(x)
@@ -92,7 +93,7 @@ def read_block(
         kind = Shortcut.PROJECTION
         projection, shortcut_tensors = read_conv_bn(shortcut)
         tensors, norms = (*tensors, shortcut_tensors), (*norms, shortcut.bn)
-    return BlockCall(BlockConfig(configs, kind, projection, dtype), tensors, norms, x, residual)
+    return BlockCall(BlockConfig(configs, kind, projection, dtype, pool), tensors, norms, x, residual)
 
 
 def wants_gradient(call: BlockCall) -> bool:
@@ -191,3 +192,27 @@ def residual_block(
             "module has; ask for 'separate' or 'gram'"
         )
     return run(call, choice.recipe, ops)
+
+
+def stem_block(x: Tensor, unit: ConvBN, pool: nn.MaxPool2d, *, backend: str = AUTO) -> Tensor:
+    """`maxpool(relu(BN(conv(x))))` with a hand-written backward.
+
+    Args:
+        x: [N, Cin, H, W], floating; channels_last is fastest.
+        unit: the convolution and its BN, with ReLU.
+        pool: a square window of at most 15, without dilation, in floor mode.
+        backend: a name of `fusedres.ops.dispatch.backend_names()`.
+
+    Returns:
+        y [N, Cout, H'', W''], freshly allocated, in x's dtype (under autocast: in its dtype).
+
+    Raises:
+        ValueError: a pooling outside of that; a number of a module is a tensor, a string or of another type that no
+            recipe takes (UnusualNumberError).
+        BackendUnavailableError: unknown backend.
+    """
+    window = square_window(pool)
+    if window is None:
+        raise ValueError(f"stem_block: needs a square window of at most 15 without dilation, found {pool}")
+    ops = operators(backend)
+    return run(read_block(x.to(compute_dtype(x)), [unit], None, False, window), "separate", ops)

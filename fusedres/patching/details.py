@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from fusedres.blocks.config import ConvBNConfig
+from fusedres.blocks.config import ConvBNConfig, Window
 from fusedres.matching.plan import ConvBNNames, Plan
 from fusedres.nn.attributes import tensor
 from fusedres.nn.residual_block import BlockCall, ConvBN
@@ -161,12 +161,15 @@ def counts(code: str, path: str, found: int, needed: int) -> str:
     return f"{code}:{path}, {found} channels, needed {needed}"
 
 
-def pooling(pool: nn.MaxPool2d, plan: Plan) -> str:
+def pooling(pool: nn.MaxPool2d | Window, plan: Plan) -> str:
     """The code for a stem's pooling, with its path and numbers."""
     if is_dynamo_compiling():
         return "geometry_changed"
-    path = getattr(plan, "pool", None)
-    return detailed("geometry_changed", path if isinstance(path, str) else "pooling", pool.extra_repr())
+    if isinstance(pool, Window):
+        pool = nn.MaxPool2d(*pool)
+    return detailed(
+        "geometry_changed", plan.pool if isinstance(plan.pool, str) else "pooling", pool.extra_repr()
+    )
 
 
 def shared_tensors(call: BlockCall, plan: Plan, others: Iterable[Tensor]) -> str:

@@ -19,9 +19,7 @@ from fusedres.blocks.config import ConvBNConfig, ConvBNTensors, Shortcut, unit_s
 from fusedres.matching.norms import FrozenNorm
 from fusedres.matching.plan import Plan
 from fusedres.nn.attributes import tensor
-from fusedres.nn.numbers import UnusualNumberError
 from fusedres.nn.residual_block import BlockCall, ConvBN, compute_dtype
-from fusedres.nn.stem import square_window
 from fusedres.ops.contract import ACTIVATION_DTYPES
 from fusedres.patching import details
 
@@ -157,20 +155,6 @@ def unfit_frozen(call: BlockCall, plan: Plan) -> str | None:
     return None
 
 
-def unfit_pool(call: BlockCall, pool: nn.MaxPool2d, plan: Plan) -> str | None:
-    """A reason if a stem's pooling, rewritten since patching, is outside what is served or has no output at all."""
-    try:
-        window = square_window(pool)
-    except UnusualNumberError as error:
-        return error.code
-    if window is None:
-        return details.pooling(pool, plan)
-    kernel, stride, padding = window
-    ((height, width),) = unit_sizes(call.config, call.tensors, call.x)
-    fits = stride >= 1 and 0 <= 2 * padding <= kernel <= min(height, width) + 2 * padding
-    return None if fits else details.pooling(pool, plan)
-
-
 def unfit_block(call: BlockCall, plan: Plan) -> str | None:
     """A reason if what was read of the block does not fit x, or does not fit together."""
     config, x = call.config, call.x
@@ -236,6 +220,10 @@ def unfit_sizes(call: BlockCall, plan: Plan) -> str | None:
         return details.sizes(plan.main[-1].conv, end, sizes[-1])
     if config.shortcut is Shortcut.IDENTITY and end != tuple(x.shape[2:]):
         return details.sizes(plan.main[-1].conv, end, x.shape[2:])
+    if config.pool is not None:
+        kernel, stride, padding = config.pool
+        if not (stride >= 1 and 0 <= 2 * padding <= kernel <= min(end) + 2 * padding):
+            return details.pooling(config.pool, plan)
     n = x.shape[0]
     for i, (unit, (h, w)) in enumerate(zip(config.units, sizes, strict=True)):
         if n * h * w == 1 and unit.training:

@@ -10,16 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from fusedres.matching.plan import Plan, StemPlan
+from fusedres.matching.plan import Plan
 from fusedres.modules import shadows
 from fusedres.modules.contents import MISSING, same
-from fusedres.modules.tree import Submodule
 
 
 def first_channels(block: nn.Module, plan: Plan) -> int | None:
-    """Out of the block's first convolution; None for a stem, or where there is none such now."""
-    if isinstance(plan, StemPlan):
-        return None
+    """Out of the block's first convolution; None where there is none such now."""
     module: Any = block
     for name in plan.main[0].conv.split("."):
         module = module._modules.get(name)
@@ -67,21 +64,28 @@ def intervenes(module: nn.Module, state: dict[str, Any]) -> str | None:
 
 
 def resolve(
-    block: nn.Module, expected: tuple[Submodule, ...], harmless: dict[str, tuple[str, int]], compiling: bool
+    block: nn.Module, plan: Plan, harmless: dict[str, tuple[str, int]], compiling: bool
 ) -> dict[str, Any] | str:
-    """Every module of the block by path, or the reason why it is not what was found at patching.
+    """Every module of the plan's structure by path, or the reason why it is not what was found at patching.
 
     harmless: by path, the newest attribute and the number of them once they were found to hide nothing; compiling: the
     call is traced by Dynamo, which watches names that it is asked for.
     """
-    # a non-full backward hook is given the gradients of the block's last operation, whatever that is
     if has_global_hooks():
         return "hooks:on all modules"
-    if block._backward_hooks and not block._is_full_backward_hook:
-        return "hooks:register_backward_hook of the block"
     modules: dict[str, Any] = {}
-    queue: list[Any] = [block]
-    for found, module in zip(expected, queue, strict=False):  # the queue grows
+    queue: list[Any]
+    if plan.whole:
+        # a non-full backward hook is given the gradients of the block's last operation, whatever that is
+        if block._backward_hooks and not block._is_full_backward_hook:
+            return "hooks:register_backward_hook of the block"
+        queue = [block]
+    else:
+        for part in plan.structure:
+            if part.path in block.__dict__:
+                return f"instance_shadows:{part.path}"
+        queue = [block._modules.get(part.path) for part in plan.structure]
+    for found, module in zip(plan.structure, queue, strict=False):  # the queue grows
         path, cls, children, values, of_class, newest, _, _ = found
         if path:
             if type(module) is not cls:
@@ -109,28 +113,4 @@ def resolve(
                 if not same(getattr(module, name, MISSING), value):
                     return f"attribute_changed:{inside(path, name)}"
         modules[path] = module
-    return modules
-
-
-def resolve_stem(
-    model: nn.Module, plan: StemPlan, harmless: dict[str, tuple[str, int]], compiling: bool
-) -> dict[str, Any] | str:
-    """The same for the submodules that a model's own stem calls."""
-    if has_global_hooks():
-        return "hooks:on all modules"
-    modules: dict[str, Any] = {}
-    for found in plan.parts:
-        module = model._modules.get(found.path)
-        if module is None or type(module) is not found.cls:
-            return f"module_replaced:{found.path}"
-        state = module.__dict__
-        if found.path in model.__dict__:
-            return f"instance_shadows:{found.path}"
-        if (reason := intervenes(module, state)) is not None:
-            return f"{reason}:{found.path}"
-        if (compiling or next(reversed(state)) != found.newest) and (
-            reason := shadows.new_attribute(module, found, harmless, compiling)
-        ) is not None:
-            return reason
-        modules[found.path] = module
     return modules

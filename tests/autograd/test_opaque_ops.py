@@ -11,10 +11,11 @@ from raw_op_harness import assert_like_fake, poisoned_memory
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fusedres.autograd.operator import block_constants, unit_ints
+from fusedres.autograd.operator import block_constants
 from fusedres.models import resnet18
 from fusedres.nn import ConvBN
-from fusedres.nn.residual_block import read_block, read_conv_bn
+from fusedres.nn.numbers import square_window
+from fusedres.nn.residual_block import read_block
 from fusedres.ops import fake
 from fusedres.ops.contract import RAW_OPS, BnAddReluForward, op_name
 from fusedres.ops.dispatch import AUTO
@@ -140,14 +141,18 @@ def test_a_block_operator_writes_all_that_it_returns(name, save, recipe):
     assert all(torch.isfinite(t).all() for t in outputs)
 
 
-def test_stem_operators():
+def test_the_operators_of_a_stem():
     model = resnet18(4).double()
     x = torch.randn(2, 3, 12, 10, dtype=torch.float64, requires_grad=True)
-    config, tensors = read_conv_bn(ConvBN(model.conv1, model.bn1, True))
-    given = [t for t in tensors if t is not None]
-    present = [t is not None for t in tensors]
-    constants = (present, unit_ints(config), config.eps, [3, 2, 1], AUTO)
-    torch.library.opcheck(torch.ops.fusedres.stem_forward.default, (x, given, *constants))
-    with torch.no_grad(), poisoned_memory():
-        outputs = torch.ops.fusedres.stem_forward(x, given, *constants)
-    assert all(torch.isfinite(t).all() for t in outputs)
+    data = read_block(x, [ConvBN(model.conv1, model.bn1, True)], None, False, square_window(model.maxpool))
+    constants = block_constants(data.config, data.tensors, "separate", AUTO)
+    given = [t for t in data.tensors[0] if t is not None]
+    forward = torch.ops.fusedres.residual_block_forward.default
+    torch.library.opcheck(forward, (x, None, given, *constants, True))
+    torch.library.opcheck(
+        forward, (x, None, given, *constants, False), test_utils=("test_schema", "test_faketensor")
+    )
+    for save in (True, False):
+        with torch.no_grad(), poisoned_memory():
+            outputs = forward(x, None, given, *constants, save)
+        assert all(torch.isfinite(t).all() for t in outputs)

@@ -58,7 +58,7 @@ def test_a_blocks_operators_count_what_runs_inside(recipe, form, monkeypatch):
     assert steps(patched(block, recipe), x, dy) == expected
 
 
-def test_the_stems_operators(monkeypatch):
+def test_the_operators_of_a_net_with_a_stem(monkeypatch):
     plain, fused = pair(net)
     monkeypatch.setattr(call, "dispatcher", opaque_backend)
     for model in (plain, fused):
@@ -66,7 +66,7 @@ def test_the_stems_operators(monkeypatch):
             model(picture()).sum().backward()
         model.total = counted.total
     assert fused.total == plain.total
-    assert {"fusedres.stem_forward", "fusedres.stem_backward"} <= counted.operators
+    assert {"fusedres.residual_block_forward", "fusedres.residual_block_backward"} <= counted.operators
 
 
 @pytest.mark.skipif(not library.is_built(), reason="the native library is not built")
@@ -122,7 +122,7 @@ REGISTERED = """
 from torch.utils.flop_counter import flop_registry
 import torch, fusedres
 names = {str(op) for op in flop_registry if str(op).startswith("fusedres")}
-assert {"fusedres.residual_block_backward", "fusedres.stem_forward"} <= names, names
+assert {"fusedres.residual_block_backward", "fusedres.residual_block_forward"} <= names, names
 """
 
 
