@@ -173,7 +173,7 @@ def leaves_the_effects_of_dry_runs():
 @mutant("patching/test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtWidth]")
 def reads_one_size():
     every_path.OTHERS = ()
-    own_sizes.numbers_named = lambda modules: set()
+    own_sizes.probes = lambda modules, channels: ()
 
 
 @mutant("patching/test_patching.py::test_look_alikes_are_left_alone_with_their_code[LooksAtGradient]")
@@ -452,7 +452,7 @@ def overlooks_super_of_the_own_type():
     own_code.skips_own_class = lambda cls: False
 
 
-@mutant("patching/test_patched_classes.py::test_forwards_that_ask_for_their_class[AsksClass-False]")
+@mutant("patching/test_patched_classes.py::test_forwards_that_ask_for_their_class[AsksDunderClass-False]")
 def runs_dry_under_the_own_class_alone():
     wrap(
         every_path, "trace", lambda right: lambda *args, subclassed=False, **context: right(*args, **context)
