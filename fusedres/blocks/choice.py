@@ -12,8 +12,9 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, is_grad_enabled
 
-from fusedres.blocks import RECIPES, gram_form, user_table
+from fusedres.blocks import RECIPES, gram_form, unfused, user_table
 from fusedres.blocks.config import BlockConfig, ConvBNTensors
+from fusedres.blocks.unfused import Measured, Table
 from fusedres.ops.dispatch import Dispatcher, Ops
 from fusedres.ops.native import library
 
@@ -22,22 +23,8 @@ UNFUSED = user_table.UNFUSED
 RECIPE_NAMES = (AUTO, UNFUSED, *RECIPES)
 
 
-class Measured(NamedTuple):
-    """A recipe, from which size and width on, and where it was found to be the fastest."""
-
-    recipe: str
-    least_elements: int  # of x; below, what a call costs outweighs what it saves
-    least_channels: int  # out of the first convolution; narrower ones leave too little to save
-    where: str
-
-    def holds(self, elements: int, channels: int) -> bool:
-        return elements >= self.least_elements and channels >= self.least_channels
-
-
 ZEN4 = "2 cores of an AMD Zen 4, AVX-512, torch 2.13: bench/results/cpu_avx512/README.md"  # and its _intel, _zen5
 ZEN3 = "2 cores of an AMD Zen 3, AVX2, torch 2.13: bench/results/cpu/README.md"
-# (device type, backend, dtype, gradients wanted) -> entries, of which the first that holds is taken
-Table = dict[tuple[str, str, torch.dtype, bool], tuple[Measured, ...]]
 AVX2: Table = {  # against eager
     ("cpu", "native", torch.float32, True): (Measured("separate", 400_000, 64, ZEN3),),
     ("cpu", "native", torch.float32, False): (Measured("separate", 1_500_000, 64, ZEN3),),
@@ -88,17 +75,22 @@ def choose(
     """The recipe for one call, from what was requested and the block's form."""
     wanted: str | None = requested
     if requested == AUTO:
+        channels = units[0].weight.shape[0]
         wanted = user_table.block_recipe(x, config, units, ops, gradients) if is_eager(ops) else None
-        wanted = wanted or measured(x, config.dtype, ops, gradients, units[0].weight.shape[0])
-    if wanted is None or (requested == AUTO and wanted == UNFUSED):
-        return Choice(UNFUSED, "no_faster_recipe")
+        if wanted == UNFUSED:
+            return Choice(UNFUSED, "no_faster_recipe")
+        wanted = wanted or measured(x, config.dtype, ops, gradients, channels)
+    if wanted is None:
+        if not is_eager(ops):
+            return Choice(UNFUSED, "compiled")
+        return Choice(UNFUSED, unfused.cause(TABLE, x, config.dtype, ops, gradients, channels))
     if wanted == "gram" and (reason := gram_form.unsuitable(config, units, x)) is not None:
         return Choice("separate", reason)
     return Choice(wanted, None)
 
 
-def never_fused(requested: str, x: Tensor, channels: int | None, compiled: bool) -> bool:
-    """Whether a call would be given `unfused` whatever its dtype and backend: known before the block is read.
+def cause_before_reading(x: Tensor, channels: int | None, compiled: bool) -> str | None:
+    """Why a call under "auto" would be given `unfused` whatever its dtype and backend: known before the block is read.
 
     Every call of a small model pays for this function, so it asks for nothing that it can do without.
 
@@ -106,22 +98,26 @@ def never_fused(requested: str, x: Tensor, channels: int | None, compiled: bool)
         channels: those out of the first convolution, or None where they do not count.
         compiled: whether the call is traced into a compiled graph.
     """
-    if requested != AUTO:
-        return requested == UNFUSED
     if not compiled and user_table.is_consulted():
-        return False
+        return None
     table = COMPILED if compiled else TABLE
     if not table:
-        return True
-    elements, with_gradients = x.numel(), is_grad_enabled()
-    for (device, _, _, gradients), entries in table.items():
+        return "compiled" if compiled else unfused.without_table()
+    device, elements, with_gradients = x.device.type, x.numel(), is_grad_enabled()
+    smaller: tuple[Measured, ...] = ()
+    for (of_device, _, dtype, gradients), entries in table.items():
+        if of_device != device or gradients > with_gradients:
+            continue
         for entry in entries:
-            large = elements >= entry.least_elements and (
-                channels is None or channels >= entry.least_channels
-            )
-            if large and gradients <= with_gradients and x.device.type == device:
-                return False
-    return True
+            if elements >= entry.least_elements and (channels is None or channels >= entry.least_channels):
+                return None
+        if gradients == with_gradients and (dtype is x.dtype or not smaller):
+            smaller = entries
+    if compiled:
+        return "compiled"
+    if smaller:
+        return unfused.too_small(smaller, elements, channels)
+    return unfused.other_kinds(table, device, x.dtype, with_gradients)
 
 
 def is_eager(ops: Ops) -> TypeGuard[Dispatcher]:

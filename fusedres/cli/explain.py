@@ -36,7 +36,7 @@ def outcome(block: BlockReport) -> str:
 
 
 def text(title: str, report: PatchReport, calls: Calls) -> str:
-    """One line a block, its name first; below, what the codes in it mean."""
+    """One line a block, its name first; below, once, what each code in it means."""
     rows = [("block", "class", "form", *(calls or ("patched",)))]
     codes = [block.code for block in report.skipped]
     for place, block in enumerate(report.blocks):
@@ -47,5 +47,6 @@ def text(title: str, report: PatchReport, calls: Calls) -> str:
             cells = [outcome(c) for c in called] or ["yes"]
             codes += [c.code for c in called]
         rows.append((block.name, block.class_name, block.form, *cells))
-    meanings = [f"{code}: {describe(code)}" for code in dict.fromkeys(codes) if code]
+    heads = dict.fromkeys(code.partition(":")[0] for code in codes if code)
+    meanings = [f"{head}: {describe(head)}" for head in heads]
     return section(title, rows, f"matched {len(report.matched)} of {len(report.blocks)} blocks", *meanings)

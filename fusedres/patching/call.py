@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from fusedres.blocks.choice import UNFUSED, choose, never_fused
+from fusedres.blocks.choice import AUTO, UNFUSED, cause_before_reading, choose
 from fusedres.blocks.config import Shortcut
 from fusedres.matching.norms import FrozenNorm
 from fusedres.matching.plan import ConvBNNames, Plan
@@ -57,7 +57,6 @@ class Decision(NamedTuple):
 
 
 AS_ASKED = Decision(UNFUSED, None)
-NO_FASTER_RECIPE = Decision(UNFUSED, "no_faster_recipe")
 
 
 class AfterStem:
@@ -109,8 +108,8 @@ def decide(
     if (reason := guards.unfit_call(args, kwargs)) is not None:
         return Decision(UNFUSED, reason)
     x, plan, compiling = args[0], state.plan, ops_for is opaque_backend
-    if never_fused(state.recipe, x, state.channels, compiling):
-        return NO_FASTER_RECIPE
+    if state.recipe == AUTO and (reason := cause_before_reading(x, state.channels, compiling)) is not None:
+        return Decision(UNFUSED, reason)
     if (reason := guards.transformed() or guards.unfit_input(x, plan.is_stem)) is not None:
         return Decision(UNFUSED, reason)
     ops, base = ops_for(state.backend), base_class(module)

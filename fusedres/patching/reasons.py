@@ -39,7 +39,11 @@ REASONS: dict[str, str] = {
     "excluded": "left out by include or exclude",
     # found when it is called
     "disabled": "inside fusedres.disabled()",
-    "no_faster_recipe": "nothing measured is faster here; force one with recipe=",
+    "native_missing": "this installation has no compiled kernels; `fusedres doctor` says how to install them",
+    "not_measured_here": "nothing is known to be faster here; `fusedres tune` measures it",
+    "too_small": "it is too small for a fused call to be known to be faster",
+    "compiled": "nothing is known to be faster than torch.compile's own code",
+    "no_faster_recipe": "the original forward was the fastest that `fusedres tune` measured",
     "no_1x1_expansion": "gram needs a last 1x1 convolution that expands at least twofold; runs separate",
     "float32_product": "gram fuses products of float16 and bfloat16 on a GPU: use autocast; runs separate",
     "few_values_per_channel": "gram's batch statistics need at least six values per channel; runs separate",
@@ -66,7 +70,7 @@ REASONS: dict[str, str] = {
     "trainable_statistics": "the constants of a frozen norm want a gradient",
     "device": "input and parameters are on different devices, or on an unsupported one",
     "layout_mixed": "NCHW input under channels_last weights: the layout that comes out depends on the spelling",
-    "layout_nchw": "NCHW on CUDA is slower fused: model.to(memory_format=torch.channels_last), inputs too",
+    "layout_nchw": "the kernels serve channels_last: model.to(memory_format=torch.channels_last), and inputs too",
 }
 
 

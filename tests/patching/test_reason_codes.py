@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -47,9 +48,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusedres
-from fusedres.blocks import gram_form
+from fusedres.blocks import choice, gram_form, user_table
+from fusedres.blocks.choice import cause_before_reading
+from fusedres.blocks.unfused import Measured
 from fusedres.models import Bottleneck, resnet18
 from fusedres.nn.residual_block import read_block
+from fusedres.ops.native import library
 from fusedres.patching import guards
 from fusedres.patching.reasons import REASONS, describe
 from fusedres.patching.search import plan_again
@@ -214,9 +218,52 @@ def float32_gram() -> str:
     return gram_form.unsuitable(data.config, data.tensors, OnGPU()) or ""  # type: ignore[arg-type]
 
 
+FLOAT32 = "cpu", "native", torch.float32, True
+BFLOAT16 = "cpu", "native", torch.bfloat16, True
+SMALL, LARGE = Measured("separate", 1, 16, ""), Measured("separate", 9000, 16, "")
+
+
+def auto(
+    table, backend: str = "auto", built: bool = True, gradients: bool = True, double: bool = False
+) -> str:
+    """The code of a call under "auto" with that table."""
+    with (
+        mock.patch.object(choice, "TABLE", table),
+        mock.patch.object(library, "is_built", lambda: built),
+        mock.patch.object(library, "instruction_set", lambda: "avx1"),
+        torch.set_grad_enabled(gradients),
+    ):
+        block, x = fusedres.patch(InPlaceAdd(), backend=backend), images()
+        block.double()(x.double()) if double else block(x)
+        return code_of(block)
+
+
+def measured_unfused() -> str:
+    """The code of a call for which the user's table names the original forward."""
+    block, x = fusedres.patch(InPlaceAdd()), images()
+    with user_table.recorded_keys() as keys:
+        block(x)
+    with mock.patch.object(user_table, "table", lambda: {keys[-1]: user_table.Entry("unfused", 1.0)}):
+        block(x)
+    return code_of(block)
+
+
 CALLED: dict[str, Callable[[], str]] = {
     "disabled": called(call=disabled),
-    "no_faster_recipe": called(recipe="auto"),
+    "native_missing": lambda: auto({}, built=False),
+    "not_measured_here:kernels for avx1": lambda: auto({}),
+    "not_measured_here:cpu, float32": lambda: auto({FLOAT32: (LARGE,)}, gradients=False),
+    "not_measured_here:backend reference": lambda: auto({FLOAT32: (SMALL,)}, backend="reference"),
+    "not_measured_here:triton, device_cpu": lambda: auto(
+        {("cpu", "triton", *FLOAT32[2:]): (SMALL,)}, "triton"
+    ),
+    "too_small:1,152 elements of x, needed 9,000": lambda: auto({FLOAT32: (LARGE,)}),
+    "too_small:16 channels, needed 64": lambda: auto({FLOAT32: (LARGE._replace(least_channels=64),)}),
+    "dtype:input, float64, needed bfloat16 or float32": lambda: auto(
+        {FLOAT32: (SMALL,), BFLOAT16: (SMALL,)}, double=True
+    ),
+    "compiled": lambda: cause_before_reading(images(), 16, True) or "",
+    "no_faster_recipe": measured_unfused,
     "no_1x1_expansion": called(recipe="gram"),
     "float32_product": float32_gram,
     "few_values_per_channel": called(
@@ -278,6 +325,8 @@ CALLED: dict[str, Callable[[], str]] = {
     "layout_mixed:conv1.weight, channels_last": called(lambda b: b.to(memory_format=torch.channels_last)),
     "layout_nchw:input, strides (8, 4, 2, 1)": on_cuda,
 }
+if library.is_built():
+    CALLED["layout_nchw:input, strides (576, 36, 6, 1)"] = lambda: auto({FLOAT32: (SMALL,)})
 CASES = MATCHING | CALLED
 
 
