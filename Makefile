@@ -34,6 +34,7 @@ lint: $(STAMP)
 test: $(STAMP) lint
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
 	$(MAKE) check-package
+	$(MAKE) test-install QUICK=1
 
 # wrong patchers, each of which its named test must catch
 mutants: $(STAMP)
@@ -52,6 +53,12 @@ sanitize: $(STAMP)
 
 check-package: $(STAMP)
 	$(BIN)/python tests/support/check_package.py
+
+# a new user's ways of installing this checkout, in fresh environments; QUICK=1: with pip alone. uv may download torch.
+.PHONY: test-install
+test-install: $(STAMP)
+	$(if $(QUICK),,$(BIN)/python -m pip install --quiet uv)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/support/check_install.py $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info

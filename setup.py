@@ -14,6 +14,7 @@ from pathlib import Path
 from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
@@ -31,6 +32,15 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         native_build.build(PLAN, Path(self.build_temp), Path(self.get_ext_fullpath(ext.name)))
+
+
+class BuildPackage(build_py):
+    """Puts into a package without kernels why it has none: `fusedres.ops.native.library` says it to the user."""
+
+    def run(self) -> None:
+        super().run()
+        if not (PLAN.native or self.editable_mode):
+            (Path(self.build_lib) / "fusedres" / "without_kernels.txt").write_text(PLAN.reason)
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -56,5 +66,5 @@ if PLAN.reason:
 setup(
     distclass=NativeDistribution,
     ext_modules=[Extension("fusedres.libfusedres_native", sources=[])] if PLAN.native else [],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+    cmdclass={"build_py": BuildPackage, "build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
 )

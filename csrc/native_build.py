@@ -11,8 +11,10 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import older_glibc
@@ -35,6 +37,7 @@ CPU_SOURCES = (
     "front/pool.cpp",
 )
 DEFAULT_ARCHS = "80;86;89;90;100;120"
+NO_TORCH = "torch (install it first, then use --no-build-isolation)"
 TORCH_FLOOR = "0x020a000000000000"  # 2.10
 HIDDEN = ("-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden")
 COMMON = ("-std=c++17", "-O3", *HIDDEN, "-Wall", "-Wextra")
@@ -78,15 +81,27 @@ def plan(build: str, archs: str | None) -> Plan:
     missing = missing_for_cuda()
     if build == "cuda" and missing:
         raise SystemExit(f"fusedres: FUSEDRES_BUILD=cuda needs {missing}.")
-    if build == "auto" and (missing or not torch_has_cuda()):
-        why = f"{missing} not found" if missing else "torch is a CPU build, use FUSEDRES_BUILD=cuda for them"
-        return Plan(native=True, reason=f"no CUDA kernels: {why}")
     if build == "cpu":
         return Plan(native=True)
+    if build == "auto" and (why := against_cuda(missing)):
+        return Plan(
+            native=True, reason=f"no CUDA kernels: {why}; FUSEDRES_BUILD=cuda builds them all the same"
+        )
+    if build == "auto" and not archs:  # six architectures take minutes: those of this machine serve it
+        archs = ";".join(gpu_archs())
     chosen = tuple(re.split(r"[;, ]+", (archs or DEFAULT_ARCHS).strip()))
     if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in chosen):
         raise SystemExit(f"fusedres: FUSEDRES_CUDA_ARCHS is {archs!r}, needed numbers such as '80;90'.")
     return Plan(native=True, cuda=True, archs=chosen, slim=bool(archs))
+
+
+def against_cuda(missing: str) -> str:
+    """Why CUDA kernels are not built unasked, "" where they are. missing: what they cannot be built without."""
+    if missing:
+        return f"{missing} not found"
+    if not gpu_archs():
+        return "no GPU found"
+    return "" if torch_has_cuda() else "torch is a CPU build"
 
 
 def missing_for_cpu() -> str:
@@ -94,7 +109,7 @@ def missing_for_cpu() -> str:
         return "Linux on x86-64"
     if shutil.which(compiler()) is None:
         return f"a C++ compiler ({compiler()})"
-    return "" if torch_folder() else "torch (install it first, then use --no-build-isolation)"
+    return "" if torch_folder() else NO_TORCH
 
 
 def missing_for_cuda() -> str:
@@ -145,9 +160,50 @@ def cuda_sources() -> tuple[str, ...]:
     return tuple(sorted(str(p.relative_to(SOURCES)) for p in files))
 
 
+def gpu_archs() -> list[str]:
+    """Compute capabilities of this machine's GPUs, such as ["80", "90"]."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    return sorted(
+        {f"{major}{minor}" for major, minor in re.findall(r"^(\d+)\.(\d)\s*$", found, re.MULTILINE)}
+    )
+
+
+@cache
 def torch_folder() -> Path | None:
+    """The torch to build against, 2.10 or newer: this process's, else that of the environment installed into."""
     spec = importlib.util.find_spec("torch")
-    return Path(spec.origin).parent if spec is not None and spec.origin else None
+    if spec is not None and spec.origin:
+        return Path(spec.origin).parent
+    return next((folder / "torch" for folder in site_packages() if is_recent(folder / "torch")), None)
+
+
+def site_packages() -> list[Path]:
+    """Where the environment that is installed into has its packages: pip hides them from a build, but runs it with
+    that environment's Python; other front ends leave its name, or have it beside the sources."""
+    named = (os.environ.get(name) for name in ("VIRTUAL_ENV", "CONDA_PREFIX"))
+    prefixes = [Path(name) for name in named if name] + [SOURCES.parent / ".venv"]
+    own = [Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")]
+    return [
+        *own,
+        *(folder for prefix in prefixes for folder in sorted(prefix.glob("lib/python3*/site-packages"))),
+    ]
+
+
+def is_recent(torch: Path) -> bool:
+    """Whether a torch of at least 2.10 is there."""
+    file = torch / "version.py"
+    found = re.search(r"__version__ = ['\"](\d+)\.(\d+)", file.read_text()) if file.is_file() else None
+    return found is not None and (int(found[1]), int(found[2])) >= (2, 10)
+
+
+def requirements() -> list[str]:
+    """What an isolated build needs besides setuptools: torch, where it is all that is missing."""
+    wanted = os.environ.get("FUSEDRES_BUILD", "auto") != "none"
+    return ["torch>=2.10"] if wanted and torch_folder() is None and missing_for_cpu() == NO_TORCH else []
 
 
 def torch_has_cuda() -> bool:
@@ -194,11 +250,16 @@ def build(plan: Plan, folder: Path, target: Path) -> None:
     ninja = shutil.which("ninja")
     if ninja is None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda command: subprocess.run(command, check=True), compiles.values()))
+            for source, _ in zip(objects.values(), pool.map(run, compiles.values()), strict=True):
+                print(f"fusedres: compile {source}", flush=True)
         subprocess.run(link, check=True)
         return
     (folder / "build.ninja").write_text(ninja_file(compiles, objects, link, target))
     subprocess.run([ninja, "-C", str(folder)], check=True)
+
+
+def run(command: list[str]) -> None:
+    subprocess.run(command, check=True)
 
 
 def escaped(path: object) -> str:
@@ -214,9 +275,9 @@ def ninja_file(
     compiles: dict[Path, list[str]], sources: dict[Path, str], link: list[str], target: Path
 ) -> str:
     lines = ["rule run", "  command = $line", "rule compile", "  command = $line -MMD -MF $out.d"]
-    lines += ["  depfile = $out.d", "  deps = gcc"]
+    lines += ["  depfile = $out.d", "  deps = gcc", "  description = fusedres: compile $source"]
     for output, command in compiles.items():
         lines += [f"build {escaped(output)}: compile {escaped(SOURCES / sources[output])}"]
-        lines += [f"  line = {shell(command)}"]
+        lines += [f"  line = {shell(command)}", f"  source = {sources[output]}"]
     lines += [f"build {escaped(target)}: run {' '.join(map(escaped, compiles))}", f"  line = {shell(link)}"]
     return "\n".join(lines) + "\n"

@@ -157,7 +157,7 @@ def install_line() -> str:
     """The command that builds and installs, in a checkout, what this machine can use."""
     archs = own_archs()
     build = f'FUSEDRES_BUILD=cuda FUSEDRES_CUDA_ARCHS="{";".join(archs)}"' if archs else "FUSEDRES_BUILD=cpu"
-    return f"{build} pip install --no-build-isolation ."
+    return f"{build} pip install ."
 
 
 def wheel_name() -> str:

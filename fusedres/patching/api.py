@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
+from functools import cache
 from typing import TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -15,6 +16,7 @@ from fusedres.blocks.choice import AUTO, check_recipe
 from fusedres.errors import UnsupportedModelError
 from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
 from fusedres.ops.dispatch import check_backend
+from fusedres.ops.native import library
 from fusedres.patching import install
 from fusedres.patching.install import BlockState
 from fusedres.patching.reasons import describe as reason
@@ -134,6 +136,8 @@ def patch(
     check_model(model, "patch")
     check_recipe(recipe)
     check_backend(backend)
+    if recipe == AUTO and not library.is_built() and library.could_be_built():
+        warn_without_kernels()
     found = choose(find(model, renew=True), include, exclude)
     if not found:
         raise UnsupportedModelError(
@@ -161,6 +165,12 @@ def patch(
         warn_of_none(model, left)
     logger.info("patched %d of %d residual blocks of %s", matched, len(found), type(model).__name__)
     return model
+
+
+@cache
+def warn_without_kernels() -> None:
+    """Warns, once in a process and in the name of patch's caller, that nothing will run fused for want of kernels."""
+    warnings.warn(f"{library.without_kernels()} Until then a patched model runs as unpatched.", stacklevel=3)
 
 
 def warn_of_none(model: nn.Module, left: list[Found]) -> None:

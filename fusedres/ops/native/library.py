@@ -1,9 +1,13 @@
 """The library of the compiled kernels of `csrc/`, `libfusedres_native.so` beside the package: whether it is there, and
 what it says of this processor. `load` brings it in; `fusedres.ops.native.functions` calls its operators.
+
+In a checkout's own folder Python takes the sources for the package; the library is then that of the package installed.
 """
 
 from __future__ import annotations
 
+import platform
+import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -14,7 +18,10 @@ from fusedres.errors import BackendUnavailableError
 from fusedres.ops.native import file
 
 NAME = "native"
-LIBRARY = Path(__file__).resolve().parent.parent.parent / "libfusedres_native.so"
+PACKAGE = Path(__file__).resolve().parents[2]
+FILE = "libfusedres_native.so"
+NOTE = "without_kernels.txt"  # of a build that made none: why
+SOURCES = PACKAGE.parent / "csrc"  # in a checkout
 LIBRARY_OPS = (
     "bn_stats",
     "bn_scale_shift",
@@ -39,6 +46,19 @@ LIBRARY_OPS = (
 )
 
 
+def find(package: Path, path: list[str]) -> Path:
+    """The library's place beside the package; in a checkout without it, of a package installed elsewhere on path."""
+    if not (package / FILE).is_file() and SOURCES.is_dir():
+        for folder in path:
+            installed = Path(folder) / package.name
+            if (installed / FILE).is_file() or (installed / NOTE).is_file():
+                return installed / FILE
+    return package / FILE
+
+
+LIBRARY = find(PACKAGE, sys.path)
+
+
 def is_built() -> bool:
     """Whether this installation has the compiled library, loadable or not."""
     return LIBRARY.is_file()
@@ -53,11 +73,7 @@ def load() -> None:
             this processor.
     """
     if not is_built():
-        raise BackendUnavailableError(
-            f"fusedres: the native backend needs {LIBRARY}, which is not there. "
-            "Install a wheel that has it, or build from source with g++: "
-            "FUSEDRES_BUILD=cpu pip install --no-build-isolation ."
-        )
+        raise BackendUnavailableError(without_kernels())
     if (problem := file.problem(LIBRARY)) is not None:
         raise BackendUnavailableError(f"fusedres: {LIBRARY} is not loaded: {problem}")
     try:
@@ -71,12 +87,38 @@ def load() -> None:
     if missing:
         raise BackendUnavailableError(
             f"fusedres: {LIBRARY} was built from other sources, it lacks {', '.join(missing)}. "
-            "Build it again with the package: pip install --no-build-isolation ."
+            "Build it again with the package: pip install ."
         )
     if torch.ops.fusedres_native.cpu_capability() == "none":
         raise BackendUnavailableError(
             "fusedres: the native backend needs a processor with AVX2 and FMA. Use backend='reference'."
         )
+
+
+def without_kernels() -> str:
+    """What is said where the library is not there: why it was not built, if the build noted it, and what mends it."""
+    note = LIBRARY.with_name(NOTE)
+    why = f" ({note.read_text()})" if note.is_file() else ""
+    return (
+        f"fusedres: this package has no compiled kernels{why}: the native backend needs {LIBRARY}, which is not "
+        "there. Install a wheel that has it, or build from source with g++: "
+        "FUSEDRES_BUILD=cpu pip install ."
+    )
+
+
+def could_be_built() -> bool:
+    """Whether the kernels are for machines like this one."""
+    return (platform.system(), platform.machine()) == ("Linux", "x86_64")
+
+
+def is_older_than_its_sources() -> bool:
+    """Whether a library that was built elsewhere is older than the sources of the checkout that uses it."""
+    if LIBRARY.parent == PACKAGE:
+        return False
+    built = LIBRARY.stat().st_mtime
+    return any(
+        path.stat().st_mtime > built for path in SOURCES.rglob("*") if path.suffix in (".h", ".cpp", ".cu")
+    )
 
 
 def is_usable() -> bool:
@@ -88,6 +130,13 @@ def is_usable() -> bool:
     except BackendUnavailableError as error:
         warnings.warn(str(error), RuntimeWarning, stacklevel=2)
         return False
+    if is_older_than_its_sources():
+        warnings.warn(
+            f"fusedres: {PACKAGE} is a checkout without a library of its own, and {LIBRARY}, which is used, is older "
+            "than its sources. Build it again: pip install .",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return True
 
 
