@@ -10,6 +10,7 @@ a reason code.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ from fusedres.matching.labels import check_no_labels
 from fusedres.matching.norms import BN, read_norm
 from fusedres.matching.owners import NoMatch, Unit, check_called, names
 from fusedres.matching.plan import ConvBNNames, Plan
-from fusedres.modules import tree
+from fusedres.modules import own_code, tree
+from fusedres.modules.derived_class import base_class
 
 CONV, RELU, ADD = "Convolution", "Relu", "Add"
 ACTIVATIONS = {
@@ -43,6 +45,8 @@ ACTIVATIONS = {
 KNOWN = {CONV, BN, RELU, ADD, INPUT, PARAMETER}
 MAX_CONVS = 4  # of a main path
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+COLLECTIONS = ("dict", "list", "tuple", "sequence", "mapping")
+KEYED = {"keys", "values", "items"}
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)
 
 
@@ -134,10 +138,23 @@ def refusal(root: Node) -> str:
     ops = {node.op for node in root.walk()}
     unknown = ops - KNOWN
     if unknown - ACTIVATIONS:
-        return f"unsupported_op:{', '.join(sorted(unknown))}"
+        return f"unsupported_op:{', '.join(sorted(unknown))}" if joins_paths(root) else "not_residual"
     if unknown:
         return f"activation_not_relu:{', '.join(sorted(unknown))}"
     return "no_final_relu" if root.op == ADD else "not_residual"
+
+
+def joins_paths(root: Node) -> bool:
+    """Whether a sum of two terms that come from the input stands in the expression, or may stand in an operation of
+    the user's own: without one it is a decoder, a pyramid or a pooling of branches, and nobody's residual block."""
+    nodes = root.walk()
+    sums = [node.args for node in nodes if node.op == ADD and None not in node.args]
+    own = any(node.op.endswith("Backward") for node in nodes)  # torch's own are numbered
+    return own or any(all(comes_from_input(term) for term in terms) for terms in sums)
+
+
+def comes_from_input(node: Node | None) -> bool:
+    return node is not None and any(below.op == INPUT for below in node.walk())
 
 
 def by_name(form: Form, module: nn.Module, flow: Dataflow) -> tuple:
@@ -226,3 +243,29 @@ def looks_residual(module: nn.Module) -> bool:
         return False
     convs = sum(isinstance(m, nn.Conv2d) for m in module.modules())
     return 2 <= convs <= 2 * MAX_CONVS
+
+
+def was_meant_as_one(module: nn.Module, code: str) -> bool:
+    """Whether a module with a few convolutions, refused with that code, is worth a line in the report.
+
+    One whose forward cannot run takes no image but several tensors, a list or a dictionary, if its signature says so:
+    a pyramid, a head, a decoder.
+    """
+    if not looks_residual(module):
+        return False
+    return not code.startswith("dry_run_failed") or takes_one_tensor(base_class(module))
+
+
+def takes_one_tensor(cls: type) -> bool:
+    """Whether the signature of its forward is one for a single tensor, and its code asks the input for no keys."""
+    forward = own_code.plain_function(own_code.named(cls, "forward"))
+    if forward is None:
+        return True
+    _, *parameters = inspect.signature(forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(required) != 1:
+        return not required
+    annotated = str(required[0].annotation).lower()
+    return (
+        not any(kind in annotated for kind in COLLECTIONS) and not own_code.attributes_named(forward) & KEYED
+    )

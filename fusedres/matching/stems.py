@@ -87,6 +87,8 @@ def plan_stem(model: nn.Module, base: type) -> Plan:
     expected = {form.conv: nn.Conv2d, form.bn: nn.BatchNorm2d}
     if form.pool is not None:
         expected[form.pool] = nn.MaxPool2d
+    if isinstance(part := getattr(model, form.conv, None), nn.Sequential) and len(part) > 1:
+        raise NoMatch("deep_stem")
     for path, part in expected.items():
         if type(getattr(model, path, None)) is not part:
             raise NoMatch(f"unsupported_module:{type(getattr(model, path, None)).__name__}")

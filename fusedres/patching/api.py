@@ -120,7 +120,7 @@ def patch(
         backend: "auto", or a name of `fusedres.ops.dispatch.backend_names()`.
         recipe: "auto" (per call, the fastest one measured), "separate", "gram" or "unfused".
         include, exclude: names of blocks, as fnmatch patterns ("layer1.*"); all by default.
-        strict: raise if any residual block cannot be patched.
+        strict: raise if any residual block cannot be patched; a stem may be left alone.
         dry_run: change nothing; `report(model)` then tells what would be.
 
     Returns:
@@ -145,10 +145,12 @@ def patch(
             "relu(BN(conv(...)) + shortcut) from one tensor."
         )
     left = [f for f in found if f.plan is None and f.code != "excluded"]
-    if strict and left:
-        listed = ", ".join(f"{f.name or 'the model'} [{f.code}]" for f in left)
+    refused = [f for f in left if not f.is_stem]
+    if strict and refused:
+        listed = ", ".join(f"{f.name or 'the model'} [{f.code}]" for f in refused)
+        blocks = sum(not f.is_stem for f in found)
         raise UnsupportedModelError(
-            f"fusedres.patch(strict=True): {len(left)} of {len(found)} blocks cannot be patched: {listed}. "
+            f"fusedres.patch(strict=True): {len(refused)} of {blocks} blocks cannot be patched: {listed}. "
             "Exclude them by name, or patch without strict."
         )
     if dry_run:

@@ -31,6 +31,7 @@ REASONS: dict[str, str] = {
     "shared_module": "a convolution or BN of it is used elsewhere too",
     "unsupported_module": "a convolution or BN of it is of a class with behaviour of its own",
     "shortcut_not_a_module": "its shortcut is computed inline and cannot be called by itself",
+    "deep_stem": "its stem is several convolutions, as in ResNet-C and -D; its blocks are fused all the same",
     "stem_differs": "the method with its stem is not the one known for its class",
     "stem_not_called": "the forward of its class, or what was called last, computes the stem without its method",
     "instance_forward": "a forward was set on an instance",

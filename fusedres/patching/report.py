@@ -9,7 +9,7 @@ from fusedres.patching.reasons import describe
 from fusedres.text_table import aligned
 
 PENDING = "no eager call yet"
-COLUMNS = ("block", "class", "form", "matched", "runs as", "reason")
+COLUMNS = ("block", "class", "form", "matched", "runs as", "code")
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ STEM = "stem"  # the name under which a model's own stem is reported
 
 
 class Found(NamedTuple):
-    """A module that looks like a residual block: its plan, or why it has none."""
+    """A module that looks like a residual block, or a stem: its plan, or why it has none."""
 
     name: str
     module: nn.Module
     plan: Plan | None
     code: str | None
+    is_stem: bool = False
 
 
 def shared_modules(model: nn.Module) -> set[int]:
@@ -84,13 +85,13 @@ def plan_again(module: nn.Module, method: str) -> Plan | str:
 
 def find_stem(name: str, model: nn.Module) -> Found:
     if is_patched_block(model):
-        return Found(name, model, vars(model)[STATE].plan, None)
+        return Found(name, model, vars(model)[STATE].plan, None, True)
     try:
         plan = stems.plan_stem(model, base_class(model))
         check_class(model, plan)
-        return Found(name, model, plan, None)
+        return Found(name, model, plan, None, True)
     except NoMatch as refusal:
-        return Found(name, model, None, refusal.code)
+        return Found(name, model, None, refusal.code, True)
 
 
 def find(model: nn.Module, renew: bool = False) -> list[Found]:
@@ -105,17 +106,19 @@ def find(model: nn.Module, renew: bool = False) -> list[Found]:
         if id(module) in seen:
             return
         seen.add(id(module))
-        code = None
+        code, is_stem = None, not grammar.looks_residual(module)
         if stems.has_stem(base_class(module)):
             yield find_stem(f"{name}.{STEM}" if name else STEM, module)
         try:
             if (plan := find_plan(module, shared, renew)) is not None:
                 if base_class(module) in asked:
                     raise NoMatch("asks_own_class")
-                yield Found(name, module, plan, None)
+                yield Found(name, module, plan, None, is_stem)
                 return
         except NoMatch as refusal:
-            is_meant = grammar.looks_residual(module) or stems.was_meant_as_one(module, refusal.code)
+            is_meant = grammar.was_meant_as_one(module, refusal.code) or (
+                is_stem and stems.was_meant_as_one(module, refusal.code)
+            )
             code = refusal.code if is_meant else None
         asked |= own_code.types_asked_for(base_class(module))
         below = [
@@ -124,7 +127,7 @@ def find(model: nn.Module, renew: bool = False) -> list[Found]:
             for found in visit(f"{name}.{child_name}" if name else child_name, child, asked)
         ]
         if code not in (None, "not_residual") and not below:
-            yield Found(name, module, None, code)
+            yield Found(name, module, None, code, is_stem)
         yield from below
 
     with _disable_current_modes():  # dry runs are on meta tensors, inside FakeTensorMode too

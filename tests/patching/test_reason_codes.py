@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from impure_blocks import FunctionalNorm, LooksAtGradient, LooksAtGradMode, LooksAtWidth, WritesThroughData
-from library_models import KeepsTheImage
+from library_models import KeepsTheImage, TimmResNet, deep
 from look_alikes import BranchOff, Checkpointed, LeakyReLUs
 from refused_blocks import (
     AsksDevice,
@@ -109,6 +109,7 @@ MATCHING: dict[str, Callable[[], str]] = {
     "shared_module": matched(SharedNorm),
     "unsupported_module:Unregistered": matched(subclassed_norm),
     "shortcut_not_a_module": matched(InlineShortcut),
+    "deep_stem": lambda: code_of(fusedres.patch(deep(TimmResNet()), dry_run=True)),
     "stem_differs": lambda: code_of(fusedres.patch(KeepsTheImage(), dry_run=True)),
     "stem_not_called": stem_passed_by,
     "instance_forward": matched(with_forward),

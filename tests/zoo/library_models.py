@@ -166,3 +166,12 @@ DIFFERENT_STEMS = [
     Decorated,
     WithoutSource,
 ]
+
+
+def deep(model: nn.Module) -> nn.Module:
+    """The model with the stem of ResNet-C and -D."""
+    units = [(3, 32, 2), (32, 32, 1), (32, 32, 1)]
+    convs = [nn.Conv2d(cin, cout, 3, stride, 1, bias=False) for cin, cout, stride in units]
+    between = [layer for conv in convs[:2] for layer in (conv, nn.BatchNorm2d(32), nn.ReLU())]
+    model.conv1 = nn.Sequential(*between, convs[2])
+    return model
