@@ -6,13 +6,13 @@ import logging
 import warnings
 from collections import Counter
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 
-from fusedres.blocks.choice import AUTO, check_recipe
+from fusedres.blocks.choice import AUTO, TABLE, check_recipe
 from fusedres.errors import UnsupportedModelError
 from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
 from fusedres.ops.dispatch import check_backend
@@ -107,6 +107,7 @@ def patch(
     exclude: Patterns = None,
     strict: bool = False,
     dry_run: bool = False,
+    channels_last: bool = False,
 ) -> Model:
     """Makes every residual block of the model run fused, in place.
 
@@ -122,6 +123,8 @@ def patch(
         include, exclude: names of blocks, as fnmatch patterns ("layer1.*"); all by default.
         strict: raise if any residual block cannot be patched; a stem may be left alone.
         dry_run: change nothing; `report(model)` then tells what would be.
+        channels_last: bring the model's parameters into the layout that the kernels serve, as
+            `model.to(memory_format=torch.channels_last)` does. Inputs may stay NCHW: a stem converts them.
 
     Returns:
         The same model.
@@ -159,6 +162,10 @@ def patch(
         )
         return model
     install.install_all([(f.module, f.plan and BlockState(f.plan, recipe, backend)) for f in found])
+    if channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    elif recipe == AUTO and is_nchw(found):
+        warn_of_nchw(model)
     _dry_runs.pop(model, None)
     for f in found:
         (_excluded.add if f.code == "excluded" else _excluded.discard)(f.module)
@@ -173,6 +180,27 @@ def patch(
 def warn_without_kernels() -> None:
     """Warns, once in a process and in the name of patch's caller, that nothing will run fused for want of kernels."""
     warnings.warn(f"{library.without_kernels()} Until then a patched model runs as unpatched.", stacklevel=3)
+
+
+def is_nchw(found: list[Found]) -> bool:
+    """Whether fused calls of these blocks are known to be faster on this machine, but for their layout."""
+    least = min((entry.least_channels for entries in TABLE.values() for entry in entries), default=None)
+    if least is None:
+        return False
+    plans = [(f.module, f.plan) for f in found if f.plan is not None]
+    weights: list[Any] = [m.get_submodule(unit.conv).weight for m, plan in plans for unit in plan.units]
+    spatial = [w for w in weights if w.dim() == 4 and w.shape[1] > 1 and w.shape[2:] != (1, 1)]
+    wide = any(len(w) >= least for w in spatial)
+    return wide and all(w.is_cpu and w.is_contiguous() for w in spatial)
+
+
+def warn_of_nchw(model: nn.Module) -> None:
+    """Warns, in the name of patch's caller, of a model that no fused call will serve as it lies."""
+    warnings.warn(
+        f"fusedres.patch: the weights of {type(model).__name__} are NCHW, and fused calls are faster in channels_last: "
+        "fusedres.patch(model, channels_last=True), or model.to(memory_format=torch.channels_last).",
+        stacklevel=3,
+    )
 
 
 def warn_of_none(model: nn.Module, left: list[Found]) -> None:

@@ -11,6 +11,7 @@ from functools import lru_cache, reduce
 from operator import add
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
@@ -137,6 +138,8 @@ def read(plan: Plan, modules: dict[str, Any], x: Tensor) -> BlockCall | str:
     main, projection = (units, None) if plan.projection is None else (units[:-1], units[-1])
     dtype = compute_dtype(x)
     x = x if x.dtype is dtype else x.to(dtype)
+    if plan.is_stem and guards.gives_channels_last(x, units):
+        x = x.contiguous(memory_format=torch.channels_last)
     try:
         window = pool = modules[plan.pool] if isinstance(plan.pool, str) else plan.pool
         if isinstance(pool, nn.MaxPool2d) and (window := square_window(pool)) is None:

@@ -133,6 +133,17 @@ def is_nchw(weight: Tensor) -> bool:
     return weight.stride() == (cin * height * width, height * width, width, 1)
 
 
+def gives_channels_last(x: Tensor, units: Sequence[ConvBN]) -> bool:
+    """Whether a stem's output is channels_last though its images are not: by its weight, whatever way it is spelled.
+
+    Images that want a gradient are left as they are: theirs would come in another layout.
+    """
+    if x.requires_grad or x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    weight = units[0].conv.weight
+    return weight.is_contiguous(memory_format=torch.channels_last) and not is_nchw(weight)
+
+
 def norm_vectors(t: ConvBNTensors, bn: nn.BatchNorm2d) -> list[Tensor]:
     """Every vector that the BN has, whether the call reads it or moves it."""
     mean, var = t.mean, t.var

@@ -21,7 +21,7 @@ def patched(model: Model, **options: Any) -> Iterator[Model]:
 
     Args:
         model: as for `fusedres.patch`.
-        options: as for `fusedres.patch`.
+        options: as for `fusedres.patch`; the layout that channels_last=True gives the parameters stays.
 
     Raises:
         As `fusedres.patch` and, on leaving, `fusedres.unpatch`.
