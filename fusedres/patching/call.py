@@ -41,10 +41,19 @@ from fusedres.patching.state import BlockState
 logger = logging.getLogger("fusedres")
 
 
-@lru_cache(maxsize=1024)  # a detail may name a size of the input
+@lru_cache(maxsize=1024)
+def lines_of(base: type, recipe: str, head: str) -> list[str]:
+    """What was logged of a class, a recipe and a code without its detail, which may name a size of the input."""
+    return []
+
+
 def log_once(base: type, recipe: str, code: str) -> None:
     """One line per class, recipe and code in a process; `report` has them per block."""
-    logger.info("%s runs %s: %s: %s", base.__qualname__, recipe, code.partition(":")[0], describe(code))
+    head = code.partition(":")[0]
+    lines = lines_of(base, recipe, head)
+    if not lines:
+        lines.append(f"{base.__qualname__} runs {recipe}: {head}: {describe(code)}")
+        logger.info(lines[0])
 
 
 class Decision(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import pytest
@@ -54,3 +55,18 @@ def test_a_fallback_is_logged_once_per_reason(caplog):
         model(X)
     lines = [r.message for r in caplog.records if "OnlyHere runs" in r.message]
     assert len(lines) == 1 and "unfused: disabled" in lines[0]
+
+
+def test_a_fallback_is_logged_once_whatever_its_detail(caplog):
+    class OfManySizes(InPlaceAdd):
+        pass
+
+    model = fusedres.patch(OfManySizes(), recipe="separate")
+    with caplog.at_level(logging.INFO, logger="fusedres"):
+        for channels in (3, 4, 5):
+            with contextlib.suppress(RuntimeError):  # the original forward rejects them
+                model(torch.randn(2, channels, 6, 6))
+            assert fusedres.report(model).blocks[0].code == (
+                f"input_channels:input of conv1, {channels} channels, needed 16"
+            )
+    assert sum("OfManySizes runs" in r.message for r in caplog.records) == 1
