@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint check-package mutants sanitize bench bench-check clean
+.PHONY: demo test lint docs check-package mutants sanitize bench bench-check clean
 
 # Relative paths only, so that a checkout whose path has spaces works. The pinned torch comes first: an
 # unpinned one pulls a different build with gigabytes of CUDA libraries. What the package needs is built apart from
@@ -35,6 +35,10 @@ test: $(STAMP) lint
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
 	$(MAKE) check-package
 	$(MAKE) test-install QUICK=1
+
+# the documentation, into build/site; broken links, anchors and references are errors
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict --quiet -f docs/mkdocs.yml
 
 # wrong patchers, each of which its named test must catch
 mutants: $(STAMP)

@@ -121,7 +121,8 @@ def compare(
     Args:
         model: patched or not; it is left alone. Dtype, device and memory format are measured as they are.
         example: an input tensor, or a tuple of positional arguments, of the batch size that matters.
-        recipe, backend: as for `fusedres.patch`.
+        recipe: as for `fusedres.patch`.
+        backend: as for `fusedres.patch`.
         rounds: timed steps of each, at least 2; fewer than 6 give ratios without intervals.
 
     Returns:

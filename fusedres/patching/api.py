@@ -120,11 +120,15 @@ def patch(
         model: any module; residual blocks are found by what they compute, not by name.
         backend: "auto", or a name of `fusedres.ops.dispatch.backend_names()`.
         recipe: "auto" (per call, the fastest one measured), "separate", "gram" or "unfused".
-        include, exclude: names of blocks, as fnmatch patterns ("layer1.*"); all by default.
+        include: names of blocks, as fnmatch patterns ("layer1.*"); all by default.
+        exclude: the same, of blocks to leave alone; none by default.
         strict: raise if any residual block cannot be patched; a stem may be left alone.
         dry_run: change nothing; `report(model)` then tells what would be.
         channels_last: bring the model's parameters into the layout that the kernels serve, as
             `model.to(memory_format=torch.channels_last)` does. Inputs may stay NCHW: a stem converts them.
+
+    The model is unchanged after any exception. Where every block is left alone for another reason than its name, a
+    warning says so.
 
     Returns:
         The same model.
@@ -133,8 +137,6 @@ def patch(
         TypeError: not a module; `include` or `exclude` is no pattern.
         UnsupportedModelError: a wrapped model, no residual block at all, or, with `strict`, one left alone.
         ValueError, BackendUnavailableError: unknown recipe or backend; `include` names no block.
-        The model is unchanged after any of them. Where every block is left alone for another reason than its name,
-        a warning says so.
     """
     check_model(model, "patch")
     check_recipe(recipe)

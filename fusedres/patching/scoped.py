@@ -19,12 +19,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def patched(model: Model, **options: Any) -> Iterator[Model]:
     """Within the context the model is patched; after it, also after an exception, it is as it was before.
 
+    It raises what `fusedres.patch` raises and, on leaving, `fusedres.unpatch`.
+
     Args:
         model: as for `fusedres.patch`.
         options: as for `fusedres.patch`; the layout that channels_last=True gives the parameters stays.
-
-    Raises:
-        As `fusedres.patch` and, on leaving, `fusedres.unpatch`.
     """
     check_model(model, "patched")
     before = [(block, copy.copy(vars(block)[install.STATE])) for _, block in patched_blocks(model)]
