@@ -27,10 +27,6 @@ def shard(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def replicate(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model.to(memory_format=torch.channels_last))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="resnet18", choices=("resnet18", "resnet34", "resnet50"))
@@ -42,8 +38,9 @@ def main() -> None:
 
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model = fusedres.patch(fusedres.models.create(options.model, num_classes=10), recipe=options.recipe)
-    parallel = shard if options.fsdp else replicate
+    model = fusedres.models.create(options.model, num_classes=10)
+    fusedres.patch(model, recipe=options.recipe, channels_last=not options.fsdp)
+    parallel = shard if options.fsdp else DistributedDataParallel
     wrapped = parallel(model)
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
 
