@@ -7,7 +7,7 @@ nothing is known to be faster.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -48,6 +48,9 @@ def table_of(instructions: str | None, bfloat16: bool) -> Table:
 
 
 TABLE: Table = table_of(library.instruction_set(), library.multiplies_bfloat16())
+MOST_KNOWN = 4096
+_known: dict[tuple[Any, ...], str | None] = {}  # what `cause_before_reading` found by the table `_known_of`
+_known_of: Table | None = None
 COMPILED: Table = {}  # inside torch.compile, against what it makes of the original forward
 
 
@@ -92,32 +95,26 @@ def choose(
 def cause_before_reading(x: Tensor, channels: int | None, compiled: bool) -> str | None:
     """Why a call under "auto" would be given `unfused` whatever its dtype and backend: known before the block is read.
 
-    Every call of a small model pays for this function, so it asks for nothing that it can do without.
+    Every call of a small model pays for this function, so it asks for nothing that it can do without, and remembers.
 
     Args:
         channels: those out of the first convolution, or None where they do not count.
         compiled: whether the call is traced into a compiled graph.
     """
-    if not compiled and user_table.is_consulted():
-        return None
-    table = COMPILED if compiled else TABLE
-    if not table:
-        return "compiled" if compiled else unfused.without_table()
-    device, elements, with_gradients = x.device.type, x.numel(), is_grad_enabled()
-    smaller: tuple[Measured, ...] = ()
-    for (of_device, _, dtype, gradients), entries in table.items():
-        if of_device != device or gradients > with_gradients:
-            continue
-        for entry in entries:
-            if elements >= entry.least_elements and (channels is None or channels >= entry.least_channels):
-                return None
-        if gradients == with_gradients and (dtype is x.dtype or not smaller):
-            smaller = entries
     if compiled:
-        return "compiled"
-    if smaller:
-        return unfused.too_small(smaller, elements, channels)
-    return unfused.other_kinds(table, device, x.dtype, with_gradients)
+        large = COMPILED and unfused.cause_of_size(COMPILED, x, channels, is_grad_enabled()) is None
+        return None if large else "compiled"
+    if user_table.is_consulted():
+        return None
+    global _known_of
+    if _known_of is not TABLE or len(_known) > MOST_KNOWN:
+        _known.clear()
+        _known_of = TABLE
+    key = x.numel(), channels, is_grad_enabled(), x.is_cpu or x.device.type, x.dtype
+    try:
+        return _known[key]
+    except KeyError:
+        return _known.setdefault(key, unfused.cause_of_size(TABLE, x, channels, key[2]))
 
 
 def is_eager(ops: Ops) -> TypeGuard[Dispatcher]:

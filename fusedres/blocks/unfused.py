@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -43,7 +42,6 @@ def without_table() -> str:
     return "native_missing"
 
 
-@lru_cache(maxsize=1024)
 def too_small(entries: tuple[Measured, ...], elements: int, channels: int | None) -> str:
     """Where entries are for such a call, but none for so few elements of x or channels of the first convolution."""
     wide = [e.least_elements for e in entries if channels is None or channels >= e.least_channels]
@@ -69,6 +67,27 @@ def other_backend(x: Tensor, backend: str, ops: Dispatcher) -> str:
     if reason == "not_channels_last":
         return f"layout_nchw:input, strides {x.stride()}"
     return f"not_measured_here:{backend}, {reason}"
+
+
+def cause_of_size(table: Table, x: Tensor, channels: int | None, with_gradients: bool) -> str | None:
+    """The code where no entry holds for so few elements or channels, of whatever dtype and backend; else None."""
+    if not table:
+        return without_table()
+    device, elements = x.device.type, x.numel()
+    smaller: tuple[Measured, ...] = ()
+    for (of_device, _, dtype, gradients), entries in table.items():
+        if of_device != device or gradients > with_gradients:
+            continue
+        for entry in entries:
+            if elements >= entry.least_elements and (channels is None or channels >= entry.least_channels):
+                return None
+        if gradients == with_gradients and (dtype is x.dtype or not smaller):
+            smaller = entries
+    return (
+        too_small(smaller, elements, channels)
+        if smaller
+        else other_kinds(table, device, x.dtype, with_gradients)
+    )
 
 
 def cause(

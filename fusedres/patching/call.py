@@ -92,9 +92,9 @@ def call(module: nn.Module, base: type, method: str, args: tuple[Any, ...], kwar
         recipe, _, block, ops, shortcut = decide(module, state, args, kwargs, opaque_backend)
     else:
         recipe, reason, block, ops, shortcut = decide(module, state, args, kwargs, dispatcher)
-        state.runs_as, state.reason = recipe, reason
-        if reason is not None:
+        if reason is not None and reason is not state.reason:
             log_once(base, recipe, reason)
+        state.runs_as, state.reason = recipe, reason
     if block is None or ops is None:
         return original(module, *args, **kwargs)
     if shortcut:
