@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fusedres import models
 DEPTHS = {"18": (2, 2, 2, 2), "26": (2, 2, 2, 2), "34": (3, 4, 6, 3), "50": (3, 4, 6, 3)}
 DEPTHS |= {"101": (3, 4, 23, 3), "152": (3, 8, 36, 3)}
 BASIC = ("18", "34")
+BACKBONE = "weights_backbone"  # the argument of torchvision's builders
 CONFIGS: dict[str, dict[str, Any]] = {
     "resnet": {},  # transformers' own default
     **{
@@ -67,10 +69,20 @@ def transformers_model(name: str) -> nn.Module:
 
 
 def torchvision_model(name: str) -> nn.Module:
-    return library("torchvision.models").get_model(name, weights=None)
+    builder = library("torchvision.models").get_model_builder(name)
+    options = {"weights": None}
+    # detection and segmentation models would fetch weights for their backbone; others take no such argument
+    if BACKBONE in signature(builder).parameters:
+        options[BACKBONE] = None
+    return builder(**options)
 
 
 def timm_model(name: str) -> nn.Module:
+    if ":" in name or name.startswith("hf_hub"):
+        raise ValueError(
+            f"timm:{name} names a model of a hub, whose configuration would be fetched; needed a name of timm's "
+            "own, which nothing is fetched for: for example timm:resnet50"
+        )
     try:
         return library("timm").create_model(name, pretrained=False)
     except RuntimeError as error:

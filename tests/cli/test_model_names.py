@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import socket
 import sys
 from types import ModuleType
 
@@ -40,19 +42,90 @@ def standin(name: str, **members: object) -> ModuleType:
     return module
 
 
-def test_torchvision_and_timm_are_asked_for_random_weights(monkeypatch):
+FETCHED = "the default of torchvision's own builders: weights to fetch"
+
+
+def fetching(weights: object, weights_backbone: object = None) -> nn.Module:
+    assert weights is None and weights_backbone is None, "it would reach for the network"
+    return nn.Linear(1, 1)
+
+
+def legacy(builder):
+    """As torchvision wraps its builders to take the arguments of older versions."""
+
+    @functools.wraps(builder)
+    def inner(*args, **options):
+        return builder(*args, **options)
+
+    return inner
+
+
+@legacy
+def resnet50(*, weights=None, progress=True, **options):
+    assert not options, f"ResNet takes no {options}"
+    return fetching(weights)
+
+
+@legacy
+def fcn_resnet50(*, weights=None, progress=True, aux_loss=None, weights_backbone=FETCHED, **options):
+    return fetching(weights, weights_backbone)
+
+
+@legacy
+def fasterrcnn_resnet50_fpn(*, weights=FETCHED, progress=True, weights_backbone=FETCHED, **options):
+    return fetching(weights, weights_backbone)
+
+
+REGISTRY = {builder.__name__: builder for builder in (resnet50, fcn_resnet50, fasterrcnn_resnet50_fpn)}
+
+
+def get_model_builder(name: str):
+    """As torchvision looks up a builder."""
+    if name.lower() not in REGISTRY:
+        raise ValueError(f"Unknown model {name.lower()}")
+    return REGISTRY[name.lower()]
+
+
+@pytest.fixture
+def torchvision(monkeypatch):
+    models = standin("torchvision.models", get_model_builder=get_model_builder)
+    monkeypatch.setitem(sys.modules, "torchvision", standin("torchvision", models=models))
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_torchvision_builds_from_nothing_that_is_fetched(torchvision, name):
+    assert model_names.build(f"torchvision:{name}").training
+
+
+def test_an_unknown_name_of_torchvision_is_an_error_of_the_name(torchvision):
+    with pytest.raises(ModelNameError, match="Unknown model resnet51"):
+        model_names.build("torchvision:resnet51")
+
+
+def test_timm_is_asked_for_random_weights_and_for_no_hub(monkeypatch):
     asked = []
 
-    def get_model(name, **options):
+    def create_model(name, **options):
         asked.append((name, options))
         return nn.Linear(1, 1)
 
-    monkeypatch.setitem(sys.modules, "torchvision", standin("torchvision"))
-    monkeypatch.setitem(sys.modules, "torchvision.models", standin("torchvision.models", get_model=get_model))
-    monkeypatch.setitem(sys.modules, "timm", standin("timm", create_model=get_model))
-    assert model_names.build("torchvision:resnet18").training
-    model_names.build("timm:resnet50d")
-    assert asked == [("resnet18", {"weights": None}), ("resnet50d", {"pretrained": False})]
+    monkeypatch.setitem(sys.modules, "timm", standin("timm", create_model=create_model))
+    model_names.build("timm:resnet50d.ra2_in1k")
+    for name in ("hf-hub:timm/resnet50", "hf_hub:timm/resnet50", "local-dir:/tmp/model"):
+        with pytest.raises(ModelNameError, match=r"would be fetched; needed a name of timm's own"):
+            model_names.build(f"timm:{name}")
+    assert asked == [("resnet50d.ra2_in1k", {"pretrained": False})]
+
+
+def test_transformers_models_reach_for_no_network(monkeypatch):
+    def reached(*arguments, **options):
+        raise AssertionError("it reached for the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", reached)
+    monkeypatch.setattr(socket.socket, "connect", reached)
+    for name in ("hf:resnet-18", "hf:microsoft/resnet-18"):
+        assert model_names.build(name).training
 
 
 def test_an_unknown_name_of_a_library_is_an_error_of_the_name(monkeypatch):
