@@ -1,4 +1,4 @@
-"""`fusedres` and `python -m fusedres`: the command line; where its library is not installed, `doctor` alone."""
+"""`fusedres` and `python -m fusedres`: the command line; without its library `doctor` and `--version` alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ LIBRARY = "typer"
 
 
 def without_library(arguments: list[str]) -> int | str:
-    """The exit code of `doctor`, or what to install for any other command."""
+    """The exit code of `doctor` and `--version`, or what to install for any other command."""
+    if arguments == ["--version"]:
+        print(f"fusedres {doctor.package_version('fusedres')}")
+        return 0
     if arguments[:1] == ["doctor"] and set(arguments[1:]) <= {"--json"}:
         return doctor.run(as_json="--json" in arguments)
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -14,16 +15,14 @@ from torch import nn
 
 from fusedres import errors
 from fusedres.blocks import RECIPES
+from fusedres.cli import devices, model_names
 from fusedres.cli import doctor as examination
 from fusedres.cli import explain as explain_command
-from fusedres.cli import model_names
 from fusedres.cli import tune as tune_command
 from fusedres.measuring import compare as comparison
 from fusedres.measuring import verify as verification
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Fused residual blocks for PyTorch ResNets."
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 MODEL_HELP = "fusedres:NAME, hf:NAME, torchvision:NAME or timm:NAME, for example hf:resnet-50"
 DEMO_LIBRARIES = ("matplotlib", "rich", "sklearn")
@@ -32,34 +31,46 @@ Recipe = Annotated[str, typer.Option(help="the recipe to ask for")]
 Batch = Annotated[int, typer.Option(min=1, help="images")]
 Size = Annotated[int, typer.Option(min=0, help="height and width of the images; 0: 32 for CIFAR, else 224")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-Device = Annotated[str, typer.Option(help="cpu or cuda; auto: a GPU if there is one")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: a GPU if there is one")]
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """What the package refuses, as an error of the command line."""
+    """What the package refuses, as one line and the exit code of wrong usage.
+
+    Not typer's BadParameter, which draws a box around it: a command in a message could not be copied out of that.
+    """
     try:
         yield
     except (ValueError, OSError, errors.FusedresError) as error:
-        raise typer.BadParameter(str(error)) from error
+        typer.echo(f"fusedres: {str(error).removeprefix('fusedres: ')}", err=True)
+        raise typer.Exit(2) from error
 
 
-def on_device(network: nn.Module, device: str, batch: int, size: int) -> tuple[nn.Module, torch.Tensor]:
-    """The model and its example [batch, 3, size, size], channels_last, on the device."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = model_names.images(batch, size)
-    try:
-        network.to(device)
-        images = images.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"device {device!r}: {error}") from error
-    channels_last = torch.channels_last
-    return network.to(memory_format=channels_last), images.to(memory_format=channels_last)  # type: ignore[call-overload]
+def prepared(model: str, batch: int, size: int, device: str) -> tuple[nn.Module, torch.Tensor]:
+    """The model of that name and its example [batch, 3, size, size], channels_last, on the device."""
+    where = devices.find(device)
+    images = model_names.images(batch, size or model_names.image_size(model))
+    return devices.put(model_names.build(model), images, where)
 
 
 def show(result: verification.VerifyReport | comparison.Comparison, as_json: bool) -> None:
     typer.echo(json.dumps(result.as_dict(), indent=2) if as_json else str(result))
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fusedres {version('fusedres')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Fused residual blocks for PyTorch ResNets."""
 
 
 @app.command()
@@ -71,24 +82,29 @@ def explain(
     ] = 0,
     size: Size = 0,
     device: Device = "auto",
+    ops: Annotated[bool, typer.Option("--ops", help="also print which backend serves each op")] = False,
     as_json: AsJson = False,
 ) -> None:
     """What patch does to a model: its residual blocks, matched or not, and why; with --batch what each runs as."""
-    size = size or model_names.image_size(model)
     with explained():
-        network = model_names.build(model)
+        network, images = prepared(model, batch, size, device)
+        title = explain_command.title(model, network, images)
         report = explain_command.dry_report(network, recipe)
-        calls = explain_command.call(*on_device(network, device, batch, size), recipe) if batch else {}
-        serving, recipes = examination.serving(), examination.recipe_table()
+        calls = explain_command.call(network, images, recipe) if batch else {}
+        serving, recipes = examination.serving() if ops or as_json else [], examination.recipe_table()
     if as_json:
         ran = {phase: found.as_dict()["blocks"] for phase, found in calls.items()}
-        found = {**report.as_dict(), "calls": ran, "serving": serving, "recipe_table": recipes}
+        found = {
+            "title": title,
+            **report.as_dict(),
+            "calls": ran,
+            "serving": serving,
+            "recipe_table": recipes,
+        }
         typer.echo(json.dumps(found, indent=2))
         return
-    title = f"{model}, {batch} x 3 x {size} x {size}" if batch else model
-    parts = [explain_command.text(title, report, calls)]
-    parts += [examination.recipe_table_text(recipes), examination.serving_text(serving)]
-    typer.echo("\n\n".join(parts))
+    parts = [explain_command.text(title, report, calls), examination.recipe_table_text(recipes)]
+    typer.echo("\n\n".join([*parts, *([examination.serving_text(serving)] if ops else [])]))
 
 
 @app.command()
@@ -102,7 +118,7 @@ def verify(
 ) -> None:
     """Compares outputs, gradients and running statistics, patched and unpatched; fails if they differ."""
     with explained():
-        network, images = on_device(model_names.build(model), device, batch, size)
+        network, images = prepared(model, batch, size, device)
         result = verification.verify(network, images, recipes=tuple(recipe) or tuple(RECIPES))
     show(result, as_json)
     raise typer.Exit(0 if result else 1)
@@ -120,8 +136,7 @@ def compare(
 ) -> None:
     """Times the patched model against the unpatched one, in turns, once both compute the same."""
     with explained():
-        size = size or model_names.image_size(model)
-        network, images = on_device(model_names.build(model), device, batch, size)
+        network, images = prepared(model, batch, size, device)
         result = comparison.compare(network, images, recipe=recipe, rounds=rounds)
     show(result, as_json)
 
@@ -139,8 +154,7 @@ def tune(
 ) -> None:
     """Measures which recipe is fastest for each block on this machine, and keeps it for recipe "auto"."""
     with explained():
-        size = size or model_names.image_size(model)
-        network, images = on_device(model_names.build(model), device, batch, size)
+        network, images = prepared(model, batch, size, device)
         network.train(not evaluation)
         tune_command.measure_and_keep(
             model, network, images, dtype=dtype, backend=backend, rounds=rounds, say=typer.echo

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fusedres.cli.devices import layout_name
+from fusedres.ops.dispatch import dispatcher
 from fusedres.patching import api
 from fusedres.patching.reasons import describe
 from fusedres.patching.report import BlockReport, PatchReport
@@ -14,8 +16,17 @@ PHASES = {"training": True, "inference": False}
 Calls = dict[str, PatchReport]  # by phase
 
 
+def title(name: str, network: nn.Module, images: Tensor) -> str:
+    """What is explained: the model, its input [N, 3, H, W] if there is any, the memory layout of each."""
+    model = f"{name}, model {layout_name(list(network.parameters()))}"
+    if not len(images):
+        return model
+    return f"{model}, input {' x '.join(map(str, images.shape))} {layout_name([images])}"
+
+
 def dry_report(network: nn.Module, recipe: str) -> PatchReport:
-    """What patch would do to the model. Raises as `fusedres.patch`."""
+    """What patch would do to the model. Raises as `fusedres.patch`, and for an absent backend as a call would."""
+    dispatcher()
     return api.report(api.patch(network, recipe=recipe, dry_run=True))
 
 

@@ -8,11 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from called_ops import change_results
 from torch import nn
 from typer.testing import CliRunner
 
+import fusedres
 from fusedres import __main__ as entry
+from fusedres.cli import explain
 from fusedres.cli.app import app
 from fusedres.models import MODELS, BasicBlock
 from fusedres.ops import selftest
@@ -62,6 +65,14 @@ def test_without_its_library_a_command_says_what_to_install(monkeypatch, capsys,
     assert "pip install 'fusedres[cli]'" in code
 
 
+def test_the_version(monkeypatch, capsys):
+    assert command(monkeypatch, capsys, "--version") == (0, f"fusedres {fusedres.__version__}\n", "")
+
+
+def test_without_its_library_the_version_is_still_told(monkeypatch, capsys, without_typer):
+    assert command(monkeypatch, capsys, "--version") == (0, f"fusedres {fusedres.__version__}\n", "")
+
+
 def test_without_its_library_doctor_works(monkeypatch, capsys, without_typer):
     code, out, _ = command(monkeypatch, capsys, "doctor")
     assert code == 0 and out.endswith("the self-test passed\n")
@@ -93,7 +104,8 @@ def test_explain_shows_names_whole_however_narrow_the_terminal():
 def test_explain_says_what_each_block_runs_as_on_a_batch():
     arguments = ["explain", "fusedres:cifar_resnet20", "--batch", "2", "--size", "8"]
     result = run(app, arguments)
-    assert "fusedres:cifar_resnet20, 2 x 3 x 8 x 8" in result.output
+    title = "fusedres:cifar_resnet20, model channels_last, input 2 x 3 x 8 x 8 channels_last"
+    assert result.output.startswith(f"{title}\n")
     rows = [line for line in result.output.splitlines() if " BasicBlock " in line]
     code = "too_small" if library.is_built() else "native_missing"
     assert len(rows) == 9 and all(row.count(f"unfused [{code}") == 2 for row in rows)
@@ -142,9 +154,19 @@ def test_compare_ends_with_a_sentence():
     assert [phase["phase"] for phase in data["phases"]] == ["training", "inference"]
 
 
-def test_an_absent_device_is_explained():
-    result = run(app, ["verify", "fusedres:cifar_resnet20", "--device", "nonsense"], env={"COLUMNS": "200"})
-    assert result.exit_code == 2 and "nonsense" in result.output
+def test_the_title_says_the_layouts_that_are_there():
+    model, images = nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8)
+    assert explain.title("m", model, images) == "m, model NCHW, input 2 x 3 x 8 x 8 NCHW"
+    images = images.to(memory_format=torch.channels_last)
+    assert explain.title("m", model, images) == "m, model NCHW, input 2 x 3 x 8 x 8 channels_last"
+    assert explain.title("m", model, images[:0]) == "m, model NCHW"
+
+
+def test_explain_shows_the_table_of_ops_on_request():
+    arguments = ["explain", "fusedres:cifar_resnet20"]
+    table = "which backend serves an op"
+    assert table not in run(app, arguments).output
+    assert table in run(app, [*arguments, "--ops"]).output
 
 
 def test_bad_names_are_explained():
@@ -156,6 +178,13 @@ def test_bad_names_are_explained():
     ):
         result = run(app, arguments, env={"COLUMNS": "200"})
         assert result.exit_code == 2 and message in result.output
+
+
+def test_what_is_refused_is_one_line_that_can_be_copied(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    result = run(app, ["explain", "timm:resnet50"], env={"COLUMNS": "40"})
+    assert result.exit_code == 2 and not result.stdout
+    assert result.stderr == "fusedres: timm is not installed: pip install timm\n"
 
 
 @pytest.mark.parametrize(
