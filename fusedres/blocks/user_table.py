@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,17 +121,26 @@ def block_class(config: BlockConfig, weights: tuple[torch.Size, ...], x: torch.S
     return f"{size}: {' '.join(parts)}{shortcut}"
 
 
+def parse(file: Path) -> dict[Key, Entry]:
+    """The table in a file.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError: it is not there, or something else.
+    """
+    data = json.loads(file.read_text())
+    if data["kind"] != KIND:
+        raise ValueError(f"its kind is {data['kind']!r}")
+    found = {Key(**entry["key"]): Entry(**entry["found"]) for entry in data["entries"]}
+    unknown = {entry.recipe for entry in found.values()} - {UNFUSED, *RECIPES}
+    if unknown:
+        raise ValueError(f"its recipes {sorted(unknown)} are unknown")
+    return found
+
+
 def read(file: Path, is_expected: bool = False) -> dict[Key, Entry]:
     """The table in a file; {} where there is none, with a warning if one is expected or it is something else."""
     try:
-        data = json.loads(file.read_text())
-        if data["kind"] != KIND:
-            raise ValueError(f"its kind is {data['kind']!r}")
-        found = {Key(**entry["key"]): Entry(**entry["found"]) for entry in data["entries"]}
-        unknown = {entry.recipe for entry in found.values()} - {UNFUSED, *RECIPES}
-        if unknown:
-            raise ValueError(f"its recipes {sorted(unknown)} are unknown")
-        return found
+        return parse(file)
     except FileNotFoundError:
         if is_expected:
             warnings.warn(
@@ -158,6 +167,11 @@ def table() -> Mapping[Key, Entry]:
     return read(path(), is_expected=bool(os.environ.get(ENVIRONMENT_VARIABLE)) and _recorded.get() is None)
 
 
+def plain(entries: Mapping[Key, Entry]) -> list[dict[str, Any]]:
+    """The entries as a file holds them."""
+    return [{"key": key._asdict(), "found": asdict(entry)} for key, entry in entries.items()]
+
+
 def write(entries: Mapping[Key, Entry]) -> Path:
     """Puts entries into the user's table, beside those of other keys; returns its path.
 
@@ -168,11 +182,7 @@ def write(entries: Mapping[Key, Entry]) -> Path:
     """
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
-    merged = {**read(file), **entries}
-    data = {
-        "kind": KIND,
-        "entries": [{"key": k._asdict(), "found": asdict(entry)} for k, entry in merged.items()],
-    }
+    data = {"kind": KIND, "entries": plain({**read(file), **entries})}
     descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
     try:
         with os.fdopen(descriptor, "w") as stream:

@@ -15,7 +15,7 @@ from torch import nn
 
 from fusedres import errors
 from fusedres.blocks import RECIPES
-from fusedres.cli import devices, model_names
+from fusedres.cli import devices, model_names, progress
 from fusedres.cli import doctor as examination
 from fusedres.cli import explain as explain_command
 from fusedres.cli import tune as tune_command
@@ -25,6 +25,7 @@ from fusedres.measuring import verify as verification
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 MODEL_HELP = "fusedres:NAME, hf:NAME, torchvision:NAME or timm:NAME, for example hf:resnet-50"
+NOTHING_COMPARED = 3  # exit code of verify
 DEMO_LIBRARIES = ("matplotlib", "rich", "sklearn")
 ModelName = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Recipe = Annotated[str, typer.Option(help="the recipe to ask for")]
@@ -43,7 +44,8 @@ def explained() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, errors.FusedresError) as error:
-        typer.echo(f"fusedres: {str(error).removeprefix('fusedres: ')}", err=True)
+        said = str(error)
+        typer.echo(said if said.startswith("fusedres") else f"fusedres: {said}", err=True)
         raise typer.Exit(2) from error
 
 
@@ -116,12 +118,17 @@ def verify(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Compares outputs, gradients and running statistics, patched and unpatched; fails if they differ."""
-    with explained():
+    """Compares outputs, gradients and running statistics, patched and unpatched.
+
+    Exit code 0: they agree; 1: they differ; 2: wrong usage; 3: nothing was compared, for no block ran fused.
+    """
+    with explained(), progress.shown("verify") as told:
         network, images = prepared(model, batch, size, device)
-        result = verification.verify(network, images, recipes=tuple(recipe) or tuple(RECIPES))
+        result = verification.verify(network, images, recipes=tuple(recipe) or tuple(RECIPES), progress=told)
     show(result, as_json)
-    raise typer.Exit(0 if result else 1)
+    if all(check.passed for check in result.checks):
+        raise typer.Exit(NOTHING_COMPARED if result.nothing_ran_fused else 0)
+    raise typer.Exit(1)
 
 
 @app.command()
@@ -135,30 +142,54 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Times the patched model against the unpatched one, in turns, once both compute the same."""
-    with explained():
+    with explained(), progress.shown("compare") as told:
         network, images = prepared(model, batch, size, device)
-        result = comparison.compare(network, images, recipe=recipe, rounds=rounds)
+        result = comparison.compare(network, images, recipe=recipe, rounds=rounds, progress=told)
     show(result, as_json)
 
 
 @app.command()
 def tune(
-    model: ModelName,
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
     batch: Batch = 32,
     size: Size = 0,
     dtype: Annotated[str, typer.Option(help="float32, or autocast to bfloat16 or float16")] = "float32",
     device: Device = "auto",
     evaluation: Annotated[bool, typer.Option("--eval", help="inference instead of training")] = False,
     backend: Annotated[str, typer.Option(help="as for fusedres.patch")] = "auto",
-    rounds: Annotated[int, typer.Option(min=3, help="interleaved rounds a class of block")] = 9,
+    rounds: Annotated[int, typer.Option(help="interleaved rounds a class of block, at least 5")] = 9,
+    show: Annotated[bool, typer.Option("--show", help="instead: print the table that is kept")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="instead: remove the table that is kept")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Measures which recipe is fastest for each block on this machine, and keeps it for recipe "auto"."""
+    """Measures which recipe is fastest for each block on this machine, and keeps it for recipe "auto".
+
+    `fusedres tune MODEL` measures, `fusedres tune --show` prints what is kept, `fusedres tune --clear` removes it.
+    """
+    if (model is not None) + show + clear != 1:
+        raise typer.BadParameter("give one of MODEL, --show and --clear")
     with explained():
+        if show:
+            typer.echo(tune_command.shown_table(as_json))
+            return
+        if clear:
+            tune_command.clear_table(typer.echo)
+            return
+    assert model is not None
+    with explained(), progress.shown("tune") as told:
         network, images = prepared(model, batch, size, device)
         network.train(not evaluation)
-        tune_command.measure_and_keep(
-            model, network, images, dtype=dtype, backend=backend, rounds=rounds, say=typer.echo
+        found = tune_command.measure_and_keep(
+            model,
+            network,
+            images,
+            dtype=dtype,
+            backend=backend,
+            rounds=rounds,
+            as_json=as_json,
+            progress=told,
         )
+    typer.echo(found)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fusedres.blocks import RECIPES
 from fusedres.blocks.choice import AUTO
 from fusedres.errors import VerificationError
+from fusedres.measuring.progress import Progress, untold
 from fusedres.measuring.timing import bootstrap_interval, interleave, median, paired_ratios
 from fusedres.measuring.verify import VerifyReport, check_blocks, tensors, verify
 from fusedres.measuring.warmup import cuda_devices
@@ -113,6 +115,7 @@ def compare(
     recipe: str = AUTO,
     backend: str = AUTO_BACKEND,
     rounds: int = ROUNDS,
+    progress: Progress = untold,
 ) -> Comparison:
     """Times copies of the model, patched and unpatched, in turns, in a training step and in inference.
 
@@ -124,6 +127,7 @@ def compare(
         recipe: as for `fusedres.patch`.
         backend: as for `fusedres.patch`.
         rounds: timed steps of each, at least 2; fewer than 6 give ratios without intervals.
+        progress: called between steps with what is done now, how many steps of that are over, and out of how many.
 
     Returns:
         The comparison; times in seconds. A model whose output needs no gradient has no training step.
@@ -145,12 +149,14 @@ def compare(
     )
     phases = []
     with torch.random.fork_rng(devices=devices):
-        checks = gate(plain, fused, example, backend)
+        checks = gate(plain, fused, example, backend, progress)
         for phase, steps_of in (("training", training_step), ("inference", inference)):
             steps = [steps_of(m, example) for m in (plain, fused)]
             if steps[0] is None or steps[1] is None:
                 continue
-            unpatched, patched = interleave(steps[0], steps[1], device, rounds)
+            told = partial(progress, f"timing {phase}")
+            told(0, rounds)
+            unpatched, patched = interleave(steps[0], steps[1], device, rounds, after_round=told)
             phases.append(summarise(phase, unpatched, patched, runs_as(fused)))
     return Comparison(tuple(phases), checks)
 
@@ -169,7 +175,9 @@ def runs_as(model: nn.Module) -> dict[str, int]:
     return dict(Counter(block.runs_as or "not called" for block in report(model).matched))
 
 
-def gate(plain: nn.Module, fused: nn.Module, example: tuple[Any, ...], backend: str) -> VerifyReport | None:
+def gate(
+    plain: nn.Module, fused: nn.Module, example: tuple[Any, ...], backend: str, progress: Progress
+) -> VerifyReport | None:
     """Raises VerificationError if a recipe that runs in the patched model computes something else."""
     ran: set[str] = set()
     for training in (True, False):
@@ -179,7 +187,7 @@ def gate(plain: nn.Module, fused: nn.Module, example: tuple[Any, ...], backend: 
         ran |= set(runs_as(trial)) & set(RECIPES)
     if not ran:
         return None
-    checks = verify(plain, example, recipes=tuple(sorted(ran)), backend=backend)
+    checks = verify(plain, example, recipes=tuple(sorted(ran)), backend=backend, progress=progress)
     if not checks:
         raise VerificationError(
             f"fusedres.compare: the patched model computes something else than the unpatched one, so speed means "

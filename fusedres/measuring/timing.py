@@ -31,11 +31,13 @@ def interleave(
     device: torch.device,
     rounds: int,
     before: Callable[[], object] | None = None,
+    after_round: Callable[[int, int], object] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Times of both, in rounds, after two calls each to warm up. Who goes first alternates, so that it favours neither.
 
     Args:
         before: called ahead of each call that is timed.
+        after_round: called after each round with how many are over, out of how many.
     """
     for run in (baseline, target) * 2:
         run()
@@ -47,6 +49,8 @@ def interleave(
             if before is not None:
                 before()
             times.append(seconds(run, device))
+        if after_round is not None:
+            after_round(turn + 1, rounds)
     return first, second
 
 

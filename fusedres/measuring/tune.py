@@ -21,6 +21,7 @@ from fusedres.blocks import RECIPES, user_table
 from fusedres.blocks.choice import AUTO, UNFUSED
 from fusedres.blocks.user_table import Entry, Key
 from fusedres.errors import UnsupportedModelError
+from fusedres.measuring.progress import Progress, untold
 from fusedres.measuring.timing import bootstrap_interval, median, paired_ratios, seconds
 from fusedres.measuring.verify import error
 from fusedres.modules.lazy import initialised_copy
@@ -28,6 +29,9 @@ from fusedres.ops.accuracy import error_limit
 from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
 from fusedres.patching.api import check_model, find, patch, report, unpatch
 
+# n rounds all favour one side by chance with probability 2**-n: below 0.05 from 5 on, so fewer have no interval that
+# says whether a recipe is faster
+LEAST_ROUNDS = 5
 GATE_BATCH = 8  # images that the output is held against float64 on
 
 
@@ -164,7 +168,7 @@ def key_of(place: Place, backend: str, gradients: bool) -> Key | None:
 
 
 def measure(
-    place: Place, backend: str, gradients: bool, rounds: int
+    place: Place, backend: str, gradients: bool, rounds: int, after_round: Callable[[int], object]
 ) -> tuple[tuple[Timing, ...], dict[str, str]]:
     """Times of every recipe that passes, and the reasons of those that do not."""
     steps, rejected = {}, {}
@@ -182,11 +186,12 @@ def measure(
             steps[recipe] = step
     steps[UNFUSED] = step_of(place, place.variant(UNFUSED, backend), gradients)
     times: dict[str, list[float]] = {recipe: [] for recipe in steps}
-    for warm in (True, True, *(False,) * rounds):
+    for turn in range(-2, rounds):  # two to warm up
         for recipe, step in steps.items():
             elapsed = seconds(step, place.x.device)
-            if not warm:
+            if turn >= 0:
                 times[recipe].append(elapsed)
+        after_round(max(turn + 1, 0))
     timings = []
     for recipe in steps:
         ratios = paired_ratios(times[UNFUSED], times[recipe])
@@ -201,7 +206,7 @@ def tune(
     gradients: bool = True,
     backend: str = AUTO_BACKEND,
     rounds: int = 9,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Progress = untold,
 ) -> list[Tuned]:
     """Measures every class of block of a model; `fusedres.blocks.user_table.write` keeps the result.
 
@@ -212,22 +217,34 @@ def tune(
         example: an input tensor, or a tuple of positional arguments: it sets batch, size, dtype and device.
         gradients: whether a backward belongs to the step.
         backend: as for `fusedres.patch`.
-        rounds: interleaved rounds of each class.
-        progress: called with the name of each block that is about to be measured.
+        rounds: interleaved rounds of each class, at least LEAST_ROUNDS.
+        progress: called between rounds with the block that is measured, how many rounds are over, out of how many.
 
     Raises:
+        ValueError: too few rounds.
         TypeError, UnsupportedModelError: as `fusedres.patch`.
     """
     check_model(model, "tune")
+    if rounds < LEAST_ROUNDS:
+        raise ValueError(
+            f"fusedres tune: found {rounds} rounds, needed at least {LEAST_ROUNDS}: in fewer one recipe can be ahead "
+            "in every round by chance alone, so the 95 % interval that decides needs them; more rounds narrow it"
+        )
     places = find_places(model, example if isinstance(example, tuple) else (example,))
     classes: dict[Key, list[Place]] = {}
     for place in places:
         key = key_of(place, backend, gradients)
         if key is not None:
             classes.setdefault(key, []).append(place)
-    found = []
+    found: list[Tuned] = []
+    total = len(classes) * rounds
+
+    def told(name: str, before: int, turn: int) -> None:
+        progress(f"measuring {name}", before + turn, total)
+
     for key, members in classes.items():
-        progress(members[0].name)
-        timings, rejected = measure(members[0], backend, gradients, rounds)
+        after_round = partial(told, members[0].name, len(found) * rounds)
+        after_round(0)
+        timings, rejected = measure(members[0], backend, gradients, rounds, after_round)
         found.append(Tuned(key, tuple(m.name for m in members), timings, rejected))
     return found

@@ -9,8 +9,11 @@ the caller's autocast, grad mode and default dtype.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,12 +21,15 @@ from torch import Tensor, nn
 
 from fusedres.blocks import RECIPES
 from fusedres.errors import UnsupportedModelError
+from fusedres.measuring.progress import Progress, untold
 from fusedres.modules.lazy import initialised_copy
 from fusedres.ops.accuracy import error_limit
 from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
 from fusedres.patching.api import check_model, find, patch, report, unpatch
+from fusedres.patching.report import PatchReport
 
 FLOAT64_LIMIT = 1e-10
+MODES = {True: "training", False: "evaluation"}  # by nn.Module.training
 SEED = 0
 
 
@@ -43,19 +49,47 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Every comparison. True if all passed and some block ran fused."""
+    """Every comparison. True if all passed and some block ran fused.
+
+    fused_blocks: by the recipe asked for, how many blocks ran fused. reasons: by the code of the reason, how many
+    blocks did not run as asked, under any recipe.
+    """
 
     checks: tuple[Check, ...]
-    fused_blocks: dict[str, int]  # recipe asked for -> blocks that ran fused
+    fused_blocks: dict[str, int]
+    reasons: dict[str, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return all(check.passed for check in self.checks) and any(self.fused_blocks.values())
+        return all(check.passed for check in self.checks) and not self.nothing_ran_fused
+
+    @property
+    def nothing_ran_fused(self) -> bool:
+        """Whether the unpatched model was held against itself alone."""
+        return not any(self.fused_blocks.values())
+
+    @property
+    def sentence(self) -> str:
+        """The outcome in plain words."""
+        if any(not check.passed for check in self.checks):
+            return "the patched model computes something else than the unpatched one"
+        if self.nothing_ran_fused:
+            counted = ", ".join(f"{code}: {count}" for code, count in self.reasons.items())
+            return f"nothing was compared, for no block ran fused ({counted or 'none was asked to'})"
+        return "the patched model computes what the unpatched one computes"
 
     def as_dict(self) -> dict[str, Any]:
         checks = [{**vars(check), "passed": check.passed} for check in self.checks]
-        return {"passed": bool(self), "fused_blocks": self.fused_blocks, "checks": checks}
+        return {
+            "passed": bool(self),
+            "fused_blocks": self.fused_blocks,
+            "reasons": self.reasons,
+            "checks": checks,
+            "sentence": self.sentence,
+        }
 
     def __str__(self) -> str:
+        if self.nothing_ran_fused and all(check.passed for check in self.checks):
+            return self.sentence
         lines = [
             f"{'ok  ' if c.passed else 'FAIL'} {c.recipe:9} {c.what:34} error {c.error:.1e}, limit {c.limit:.1e}"
             for c in self.checks
@@ -143,12 +177,69 @@ def check_blocks(model: nn.Module, caller: str) -> None:
         )
 
 
+@dataclass
+class Trials:
+    """Runs of copies of one unpatched model, patched and not, and what they gave when held against each other.
+
+    reasons: names of blocks that did not run fused, each with the code of the reason.
+    """
+
+    plain: nn.Module
+    example: tuple[Any, ...]
+    dtype: torch.dtype
+    backend: str
+    exact: dict[bool, Run] = field(default_factory=dict)  # in float64, by the mode
+    checks: list[Check] = field(default_factory=list)
+    fused: dict[str, int] = field(default_factory=dict)
+    reasons: set[tuple[str, str]] = field(default_factory=set)
+
+    def run_exactly(self, training: bool) -> None:
+        """The unpatched model in float64: what the others are held against."""
+        example = cast(self.example, torch.float64)
+        self.exact[training] = run(copy.deepcopy(self.plain).double(), example, training, True)
+
+    def hold(self, recipe: str, training: bool) -> None:
+        """The patched model in one mode against the unpatched one, in float64 and in its own dtype."""
+        exact, mode = self.exact[training], MODES[training]
+
+        def check(what: str, value: float, limit: float) -> None:
+            self.checks.append(Check(f"{mode}: {what}", recipe, value, limit))
+
+        patched = patch(copy.deepcopy(self.plain).double(), recipe=recipe, backend=self.backend)
+        found = run(patched, cast(self.example, torch.float64), training, True)
+        self.note(recipe, report(patched))
+        for what in ("outputs", "gradients", "buffers"):
+            if what == "gradients" and not found.gradients and not exact.gradients:
+                continue
+            check(f"{what}, float64", error(getattr(found, what), getattr(exact, what)), FLOAT64_LIMIT)
+        kinds = differing([*found.outputs, *found.gradients], [*exact.outputs, *exact.gradients])
+        check("dtype, layout, float64", kinds, 0.0)
+        patched = patch(copy.deepcopy(self.plain), recipe=recipe, backend=self.backend)
+        low = run(patched, self.example, training, False)
+        eager = run(copy.deepcopy(self.plain), self.example, training, False)
+        value, own = (error(r.outputs, exact.outputs) for r in (low, eager))
+        dtypes = (out.dtype for out in eager.outputs)
+        coarsest = max(dtypes, key=lambda d: torch.finfo(d).eps, default=self.dtype)
+        name = str(self.dtype).removeprefix("torch.")
+        check(f"outputs, {name}", value, error_limit(own, coarsest))
+        check(f"dtype, layout, {name}", differing(low.outputs, eager.outputs), 0.0)
+
+    def note(self, recipe: str, ran: PatchReport) -> None:
+        """Which blocks ran fused in either mode, and why the others did not."""
+        fused = sum(block.runs_as in RECIPES for block in ran.matched)
+        self.fused[recipe] = max(self.fused.get(recipe, 0), fused)
+        for block in ran.blocks:
+            if block.runs_as not in RECIPES and block.code is not None:
+                self.reasons.add((block.name, block.code.partition(":")[0]))
+
+
 def verify(
     model: nn.Module,
     example: Any,
     *,
     recipes: str | Iterable[str] = tuple(RECIPES),
     backend: str = AUTO_BACKEND,
+    progress: Progress = untold,
 ) -> VerifyReport:
     """Compares copies of the model, patched with each recipe and unpatched.
 
@@ -157,6 +248,7 @@ def verify(
         example: an input tensor, or a tuple of positional arguments.
         recipes: which to force, one or several.
         backend: as for `fusedres.patch`.
+        progress: called between steps with what is done now, how many steps are over, and out of how many.
 
     Returns:
         A report that is true if everything agrees. A model whose outputs need no gradient has no gradients to compare.
@@ -169,35 +261,16 @@ def verify(
     plain = unpatch(initialised_copy(model, example))
     plain.zero_grad(set_to_none=True)
     dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
-    exact_example = cast(example, torch.float64)
-    exact = {
-        training: run(copy.deepcopy(plain).double(), exact_example, training, True)
-        for training in (True, False)
-    }
-    checks: list[Check] = []
-    fused: dict[str, int] = {}
-    for recipe in (recipes,) if isinstance(recipes, str) else recipes:
-        for training, mode in ((True, "training"), (False, "evaluation")):
-            patched = patch(copy.deepcopy(plain).double(), recipe=recipe, backend=backend)
-            found = run(patched, exact_example, training, True)
-            fused[recipe] = sum(block.runs_as in RECIPES for block in report(patched).matched)
-            for what in ("outputs", "gradients", "buffers"):
-                if what == "gradients" and not found.gradients and not exact[training].gradients:
-                    continue
-                value = error(getattr(found, what), getattr(exact[training], what))
-                checks.append(Check(f"{mode}: {what}, float64", recipe, value, FLOAT64_LIMIT))
-            kinds = differing(
-                [*found.outputs, *found.gradients], [*exact[training].outputs, *exact[training].gradients]
-            )
-            checks.append(Check(f"{mode}: dtype, layout, float64", recipe, kinds, 0.0))
-            low = run(patch(copy.deepcopy(plain), recipe=recipe, backend=backend), example, training, False)
-            eager = run(copy.deepcopy(plain), example, training, False)
-            value, own = (error(r.outputs, exact[training].outputs) for r in (low, eager))
-            coarsest = max(
-                (out.dtype for out in eager.outputs), key=lambda d: torch.finfo(d).eps, default=dtype
-            )
-            name = str(dtype).removeprefix("torch.")
-            checks.append(Check(f"{mode}: outputs, {name}", recipe, value, error_limit(own, coarsest)))
-            kinds = differing(low.outputs, eager.outputs)
-            checks.append(Check(f"{mode}: dtype, layout, {name}", recipe, kinds, 0.0))
-    return VerifyReport(tuple(checks), fused)
+    trials = Trials(plain, example, dtype, backend)
+    asked = (recipes,) if isinstance(recipes, str) else tuple(recipes)
+    told = partial(progress, "checking")
+    total = len(MODES) * (1 + len(asked))
+    for done, training in enumerate(MODES):
+        told(done, total)
+        trials.run_exactly(training)
+    for done, (recipe, training) in enumerate(product(asked, MODES), len(MODES)):
+        told(done, total)
+        trials.hold(recipe, training)
+    told(total, total)
+    reasons = Counter(code for _, code in sorted(trials.reasons))
+    return VerifyReport(tuple(trials.checks), trials.fused, dict(reasons.most_common()))

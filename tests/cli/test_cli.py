@@ -140,17 +140,29 @@ def test_explain_takes_models_of_other_libraries():
 def test_verify_shows_checks_and_exits_by_them(monkeypatch):
     arguments = ["verify", "fusedres:cifar_resnet20", "--size", "8", "--recipe", "separate"]
     result = run(app, [*arguments, "--json"])
-    assert result.exit_code == 0 and json.loads(result.output)["passed"]
+    assert result.exit_code == 0 and json.loads(result.stdout)["passed"]
     change_results(monkeypatch, BnScaleShift, lambda v: v._replace(scale=v.scale * 1.01))
     result = run(app, arguments)
     assert result.exit_code == 1 and "FAIL" in result.output
+
+
+def test_verify_says_that_nothing_was_compared():
+    arguments = ["verify", "fusedres:cifar_resnet20", "--size", "8", "--recipe", "auto"]
+    code = "too_small" if library.is_built() else "native_missing"
+    sentence = f"nothing was compared, for no block ran fused ({code}: 10)"
+    result = run(app, arguments)
+    assert result.exit_code == 3 and result.stdout == f"{sentence}\n"
+    result = run(app, [*arguments, "--json"])
+    found = json.loads(result.stdout)
+    assert result.exit_code == 3 and found["sentence"] == sentence and not found["passed"]
+    assert found["reasons"] == {code: 10}
 
 
 def test_compare_ends_with_a_sentence():
     arguments = ["compare", "fusedres:cifar_resnet20", "--size", "8", "--batch", "2", "--rounds", "2"]
     result = run(app, [*arguments, "--recipe", "separate"])
     assert result.exit_code == 0 and result.output.splitlines()[-1].startswith("patched trains ")
-    data = json.loads(run(app, [*arguments, "--recipe", "unfused", "--json"]).output)
+    data = json.loads(run(app, [*arguments, "--recipe", "unfused", "--json"]).stdout)
     assert [phase["phase"] for phase in data["phases"]] == ["training", "inference"]
 
 

@@ -121,7 +121,7 @@ def test_what_runs_the_model_leaves_it_uninitialised(name):
     assert comparison.phases[0].runs_as == {"separate": 2}
     fusedres.warmup(fusedres.patch(model), images().float())
     assert torch.equal(torch.get_rng_state(), before)
-    assert tune(model, images().float(), rounds=2)
+    assert tune(model, images().float(), rounds=5)
     assert rows(model) == {"first": "matched", "second": "uninitialised"}
     assert one_step(model, images().float(), torch.ones(3, 3)).y.shape == (3, 3)
 

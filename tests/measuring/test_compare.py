@@ -52,7 +52,7 @@ def test_the_steps_are_whole_ones(monkeypatch):
     """Each timed step of training runs a backward, none of inference does; both models take turns."""
     steps = []
 
-    def interleave(unpatched, patched, device, rounds):
+    def interleave(unpatched, patched, device, rounds, after_round):
         steps.append((unpatched, patched))
         return [1.0] * rounds, [1.0] * rounds
 
@@ -98,6 +98,14 @@ def test_a_frozen_model_has_no_training_step(recipe):
     found = fusedres.compare(frozen, (EXAMPLE,), recipe=recipe, rounds=2)
     assert [phase.phase for phase in found.phases] == ["inference"]
     assert found.phases[0].runs_as == {recipe: 1}
+
+
+def test_progress_is_told_between_steps():
+    told = []
+    options = {"recipe": "separate", "rounds": 2, "progress": lambda *step: told.append(step)}
+    fusedres.compare(model(), EXAMPLE, **options)
+    assert told[:5] == [("checking", done, 4) for done in range(5)]
+    assert told[5:] == [(f"timing {phase}", n, 2) for phase in ("training", "inference") for n in range(3)]
 
 
 def test_the_callers_mode_does_not_count():

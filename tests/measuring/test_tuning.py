@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from block_forms import basic, bottleneck, projection
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 
 import fusedres
 from fusedres.blocks import user_table
+from fusedres.cli import progress
 from fusedres.cli import tune as tune_command
 from fusedres.cli.app import app
 from fusedres.measuring import tune as tuning
@@ -74,7 +77,7 @@ def test_the_fastest_recipe_is_taken_and_auto_follows(monkeypatch, table_file, f
     state = {k: v.clone() for k, v in model.state_dict().items()}
     with monkeypatch.context() as patching:
         fake_clock(patching, times)
-        found = tune(model, x, gradients=gradients, backend="reference", rounds=3)
+        found = tune(model, x, gradients=gradients, backend="reference", rounds=5)
     assert not fusedres.is_patched(model) and model.training is gradients
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert [tuned.blocks for tuned in found] == [("0", "1"), ("2",)]
@@ -88,7 +91,7 @@ def test_the_fastest_recipe_is_taken_and_auto_follows(monkeypatch, table_file, f
 def test_a_wrong_recipe_is_rejected(monkeypatch):
     change_results(monkeypatch, BnAddReluForward, lambda result: (result[0] * 1.01, result[1]))
     monkeypatch.setattr(tuning, "seconds", lambda run, device: 1.0)
-    found = tune(one_basic(), features(16), backend="reference", rounds=3)
+    found = tune(one_basic(), features(16), backend="reference", rounds=5)
     for tuned in found:
         assert "eager has" in tuned.rejected["separate"]
         assert tuned.rejected["gram"] == "no_1x1_expansion"
@@ -98,7 +101,7 @@ def test_a_wrong_recipe_is_rejected(monkeypatch):
 def test_a_recipe_with_infinite_gradients_is_rejected(monkeypatch):
     change_results(monkeypatch, BnAddReluBackwardInput, lambda result: (result[0] / 0, result[1]))
     monkeypatch.setattr(tuning, "seconds", lambda run, device: 1.0)
-    found = tune(one_basic(), features(16), backend="reference", rounds=3)
+    found = tune(one_basic(), features(16), backend="reference", rounds=5)
     assert {tuned.rejected["separate"] for tuned in found} == {"a gradient is not finite"}
 
 
@@ -115,12 +118,73 @@ def test_a_model_without_blocks_is_refused():
         tune(nn.Sequential(nn.Conv2d(16, 16, 1)), features(16))
 
 
-def test_command_writes_the_table(table_file):
-    arguments = ["tune", "fusedres:cifar_resnet20", "--batch", "2", "--size", "8", "--rounds", "3"]
-    result = CliRunner().invoke(app, [*arguments, "--backend", "reference"], env={"COLUMNS": "200"})
+@pytest.mark.parametrize("rounds", [0, 4])
+def test_too_few_rounds_are_refused(rounds):
+    with pytest.raises(ValueError, match=rf"found {rounds} rounds, needed at least 5: .* interval"):
+        tune(one_basic(), features(16), rounds=rounds)
+
+
+def test_progress_is_told_between_rounds():
+    told = []
+    found = tune(one_basic(), features(16), rounds=5, progress=lambda *step: told.append(step))
+    assert len(found) == 1 and {what for what, _, _ in told} == {"measuring 0"}
+    assert sorted({done for _, done, _ in told}) == [0, 1, 2, 3, 4, 5] and {n for *_, n in told} == {5}
+
+
+SMALL = ["tune", "fusedres:cifar_resnet20", "--batch", "2", "--size", "8", "--rounds", "5"]
+SMALL += ["--backend", "reference"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+
+def test_command_writes_shows_and_clears_the_table(table_file):
+    result = invoke(*SMALL)
     assert result.exit_code == 0, result.output
-    assert "6 classes of block" in result.output and str(table_file.name) in result.output
-    assert len(user_table.read(table_file)) == 6
+    assert "6 classes of block" in result.stdout and str(table_file) in result.stdout
+    kept = user_table.read(table_file)
+    assert len(kept) == 6
+    title, heads, *rows = invoke("tune", "--show").stdout.splitlines()
+    assert title == f"{table_file}, 6 classes of block" and len(rows) == 6
+    for row, (key, entry) in zip(rows, kept.items(), strict=True):
+        assert row.index(key.call) == heads.index("call")
+        assert row[heads.index("recipe") :].startswith(entry.recipe)
+    shown = json.loads(invoke("tune", "--show", "--json").stdout)
+    assert shown["path"] == str(table_file) and shown["exists"]
+    assert [user_table.Key(**entry["key"]) for entry in shown["entries"]] == list(kept)
+    result = invoke("tune", "--clear")
+    assert result.exit_code == 0 and result.stdout == f"removing {table_file}, 6 classes of block\n"
+    assert not table_file.exists()
+
+
+def test_command_prints_json_and_nothing_else(table_file, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_APART", 0.0)
+    result = invoke(*SMALL, "--json")
+    found = json.loads(result.stdout)
+    assert found["path"] == str(table_file) and len(found["classes"]) == 6
+    assert found["classes"][0]["blocks"] == ["stem"]
+    assert "tune: measuring stem, 5 of 30, " in result.stderr
+
+
+def test_no_table_is_said_plainly(table_file):
+    for option in ("--show", "--clear"):
+        result = invoke("tune", option)
+        assert result.exit_code == 0 and f"there is no table: {table_file} does not exist" in result.stdout
+    assert json.loads(invoke("tune", "--show", "--json").stdout) == {
+        "path": str(table_file),
+        "exists": False,
+        "entries": [],
+    }
+
+
+@pytest.mark.parametrize("option", ["--show", "--clear"])
+@pytest.mark.parametrize("content", ["a thesis", '{"kind": "another"}', "[]"])
+def test_what_is_no_table_is_neither_shown_nor_removed(table_file, option, content):
+    table_file.write_text(content)
+    result = invoke("tune", option)
+    assert result.exit_code == 2 and f"{table_file} is no table of recipes" in result.stderr
+    assert table_file.read_text() == content
 
 
 def test_command_explains_a_table_that_cannot_be_written(monkeypatch, tmp_path):
@@ -134,6 +198,10 @@ def test_command_explains_a_table_that_cannot_be_written(monkeypatch, tmp_path):
 def test_command_explains_bad_options():
     for arguments, message in (
         (["tune", "resnet50"], "fusedres:resnet50"),
+        (["tune"], "one of MODEL, --show and --clear"),
+        (["tune", "--show", "--clear"], "one of MODEL, --show and --clear"),
+        (["tune", "fusedres:cifar_resnet20", "--clear"], "one of MODEL, --show and --clear"),
+        (["tune", "fusedres:cifar_resnet20", "--rounds", "4"], "found 4 rounds, needed at least 5"),
         (["tune", "fusedres:cifar_resnet20", "--dtype", "int8"], "bfloat16"),
         (["tune", "fusedres:cifar_resnet20", "--backend", "abacus"], "'abacus' is not available"),
         (["tune", "fusedres:cifar_resnet20", "--device", "nonsense"], "nonsense"),

@@ -21,6 +21,23 @@ class DictOutput(nn.Module):
         return {"logits": self.net(x), "extra": (self.net.fc.bias, "text")}
 
 
+class FusedInTraining(nn.Module):
+    """In evaluation mode its blocks have hooks, and so run unfused."""
+
+    def __init__(self, hooked: nn.Module) -> None:
+        super().__init__()
+        self.hooked = hooked
+
+    def train(self, mode: bool = True):
+        if mode:
+            for module in self.modules():
+                module._forward_pre_hooks.clear()
+        return super().train(mode)
+
+    def forward(self, x):
+        return self.hooked(x)
+
+
 def test_a_right_model_passes_and_is_left_alone():
     model = DictOutput()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
@@ -46,6 +63,23 @@ def test_a_model_where_nothing_runs_fused_does_not_pass():
         block.conv1.register_forward_hook(lambda *args: None)
     report = fusedres.verify(model, torch.randn(2, 3, 8, 8), recipes=("separate",))
     assert not report and all(check.passed for check in report.checks)
+    assert report.nothing_ran_fused and report.reasons == {"hooks": 10}
+    assert str(report) == "nothing was compared, for no block ran fused (hooks: 10)"
+
+
+def test_a_block_that_runs_fused_in_one_mode_was_compared():
+    model = cifar_resnet(20)
+    for block in [*model.layer1, *model.layer2, *model.layer3, model]:
+        block.conv1.register_forward_pre_hook(lambda *args: None)
+    report = fusedres.verify(FusedInTraining(model), torch.randn(2, 3, 8, 8), recipes=("separate",))
+    assert report and report.fused_blocks == {"separate": 10} and report.reasons == {"hooks": 10}
+
+
+def test_progress_is_told_between_steps():
+    told = []
+    model, x = cifar_resnet(20), torch.randn(2, 3, 8, 8)
+    fusedres.verify(model, x, recipes="separate", progress=lambda *step: told.append(step))
+    assert told == [("checking", done, 4) for done in range(5)]
 
 
 def test_a_frozen_model_has_no_gradients_to_compare():
