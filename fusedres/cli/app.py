@@ -194,12 +194,16 @@ def tune(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="folder for curves.png and results.json")] = Path(
+    output: Annotated[Path, typer.Option(help="folder for the pictures and results.json")] = Path(
         "demo-output"
     ),
     epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 8,
+    speed: Annotated[bool, typer.Option(help="time ResNet-50 and ResNet-18 at full size too")] = True,
+    device: Device = "auto",
 ) -> None:
-    """Trains two ResNets on handwritten digits, each unpatched and patched, and compares the runs."""
+    """Trains two ResNets on handwritten digits, each unpatched and patched, and compares the runs; then times larger
+    ones on the device, unpatched and patched by default.
+    """
     try:
         from fusedres.cli.demo.main import run_demo
     except ModuleNotFoundError as error:
@@ -211,7 +215,10 @@ def demo(
             err=True,
         )
         raise typer.Exit(1) from error
-    run_demo(output, epochs)
+    with explained():
+        where = devices.find(device)
+        with progress.shown("demo") as told:
+            run_demo(output, epochs, speed, where, told)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The demo's picture: loss curves of the runs of each model, and how far apart they are."""
+"""The demo's pictures: loss curves of the runs and how far apart they are; what patching gains, with intervals."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from fusedres.cli.demo.speed import Line
 from fusedres.cli.demo.training import Run
 
 STYLES = (("#1f77b4", "-", 2.6), ("#2ca02c", "--", 1.6), ("#d62728", ":", 1.8))
@@ -34,6 +35,23 @@ def plot_curves(results: dict[str, list[Run]], path: Path) -> None:
         for axis in (top, bottom):
             axis.grid(alpha=0.3)
             axis.legend(fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_gains(lines: list[Line], title: str, path: Path) -> None:
+    """A bar for each line, with its interval, from the first on top; 1.0 is marked. Writes a PNG."""
+    figure, axis = plt.subplots(figsize=(9, 0.6 * len(lines) + 1.6))
+    shown = lines[::-1]
+    names, gains = [line.what for line in shown], [line.gain for line in shown]
+    reach = [[line.gain - line.low for line in shown], [line.high - line.gain for line in shown]]
+    colors = ["#d62728" if line.is_below else "#1f77b4" for line in shown]
+    axis.barh(names, gains, xerr=reach, color=colors, capsize=4)
+    axis.axvline(1.0, color="black", linewidth=1)
+    axis.set_xlabel("unpatched / patched: above 1 the patched model is better")
+    axis.set_title(title, fontsize=9, wrap=True)
+    axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -71,18 +69,22 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, lab
 
 
 def train(
-    label: str, model: nn.Module, digits: Digits, epochs: int, seed: int, advance: Callable[[], None]
+    label: str,
+    model: nn.Module,
+    digits: Digits,
+    epochs: int,
+    seed: int,
+    after_step: Callable[[int, int], object],
 ) -> Run:
-    """Trains by SGD with a one-cycle learning rate; `advance` is called after every step."""
+    """Trains by SGD with a one-cycle learning rate; after every step says how many are over, out of how many."""
     run, optimizer = Run(label), optimizer_for(model)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, total_steps=epochs * steps_per_epoch(digits)
-    )
+    total = epochs * steps_per_epoch(digits)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=total)
     model.train()
     for images, labels in batches(digits, epochs, seed):
         run.losses.append(step(model, optimizer, images, labels))
         schedule.step()
-        advance()
+        after_step(len(run.losses), total)
     run.accuracy = accuracy(model, digits)
     return run
 
@@ -125,18 +127,3 @@ def float64_distance(plain: nn.Module, patched: nn.Module, digits: Digits, steps
         first, second = (step(model, opt, images.double(), labels) for model, opt in pairs)
         worst = max(worst, abs(first - second))
     return worst
-
-
-def time_ratio(plain: nn.Module, patched: nn.Module, digits: Digits, rounds: int) -> float:
-    """Median over interleaved rounds of (time of a patched step) / (time of an unpatched one)."""
-    pairs = [(model.train(), optimizer_for(model)) for model in (plain, patched)]
-    images, labels = next(batches(digits, 1, 0))
-    ratios = []
-    for _ in range(rounds):
-        seconds = []
-        for model, optimizer in pairs:
-            start = time.perf_counter()
-            step(model, optimizer, images, labels)
-            seconds.append(time.perf_counter() - start)
-        ratios.append(seconds[1] / seconds[0])
-    return median(ratios)
