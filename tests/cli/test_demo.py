@@ -30,7 +30,7 @@ def few_images(monkeypatch):
 
 @pytest.fixture
 def small_models(monkeypatch):
-    monkeypatch.setattr(speed, "CASES", (("Small", "fusedres:cifar_resnet8", 6),))
+    monkeypatch.setattr(speed, "CASES", (("Small", "fusedres:cifar_resnet20", 6),))
     monkeypatch.setattr(speed, "BATCH", 2)
     monkeypatch.setattr(speed, "SIZE", 16)
 
