@@ -197,7 +197,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="folder for the pictures and results.json")] = Path(
         "demo-output"
     ),
-    epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="passes over the training images")] = 5,
     speed: Annotated[bool, typer.Option(help="time ResNet-50 and ResNet-18 at full size too")] = True,
     device: Device = "auto",
 ) -> None:
