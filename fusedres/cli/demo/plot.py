@@ -50,7 +50,7 @@ def plot_gains(lines: list[Line], title: str, path: Path) -> None:
     axis.barh(names, gains, xerr=reach, color=colors, capsize=4)
     axis.axvline(1.0, color="black", linewidth=1)
     axis.set_xlabel("unpatched / patched: above 1 the patched model is better")
-    axis.set_title(title, fontsize=9, wrap=True)
+    axis.set_title(title.replace(", on ", ",\non "), fontsize=9)  # one line is wider than the picture
     axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
