@@ -1,13 +1,15 @@
 # `make demo` and `make test` set up everything they need in .venv, once, and run.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-VENV := .venv
+# Inductor hands torch's path to g++ unquoted: the environment of a checkout whose path has a space lies elsewhere.
+VENV := $(if $(word 2,$(CURDIR)),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fusedres/venv-$(shell pwd | cksum | cut -d' ' -f1),.venv)
 BIN := $(VENV)/bin
+PROGRAMS := $(if $(filter /%,$(VENV)),$(BIN),$(CURDIR)/$(BIN))
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test lint docs check-package mutants sanitize bench bench-check clean
 
-# Relative paths only, so that a checkout whose path has spaces works. The pinned torch comes first: an
+# Relative paths only, for a checkout's path may have spaces. The pinned torch comes first: an
 # unpinned one pulls a different build with gigabytes of CUDA libraries. What the package needs is built apart from
 # this environment, where it has to be built; the library itself is built against the torch in it.
 $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/* csrc/front/*)
@@ -62,7 +64,7 @@ check-package: $(STAMP)
 .PHONY: test-install
 test-install: $(STAMP)
 	$(if $(QUICK),,$(BIN)/python -m pip install --quiet uv)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/support/check_install.py $(if $(QUICK),--quick)
+	PATH="$(PROGRAMS):$$PATH" $(BIN)/python tests/support/check_install.py $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info
@@ -83,7 +85,7 @@ wheel: $(STAMP)
 	rm -rf build/wheel
 	FUSEDRES_BUILD=$(if $(shell command -v nvcc),cuda,cpu) $(if $(ARCHS),FUSEDRES_CUDA_ARCHS="$(ARCHS)") \
 		$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so \
+	PATH="$(PROGRAMS):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so \
 		--wheel-dir $(WHEELS) build/wheel/*.whl
 
 # One wheel, built here once, under other Pythons and other torches. Downloads gigabytes for each.
