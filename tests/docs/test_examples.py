@@ -24,7 +24,7 @@ RUNS: dict[
     "finetune_transformers.py": ((), ("--steps", "1"), "step 0: loss"),
     "is_it_faster.py": (
         (),
-        ("--rounds", "3", "--tune", "--model", "cifar_resnet20"),
+        ("--rounds", "5", "--tune", "--model", "cifar_resnet20"),
         "blocks that ran fused",
     ),
 }
