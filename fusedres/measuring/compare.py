@@ -115,6 +115,7 @@ def compare(
     recipe: str = AUTO,
     backend: str = AUTO_BACKEND,
     rounds: int = ROUNDS,
+    check_with: Any = None,
     progress: Progress = untold,
 ) -> Comparison:
     """Times copies of the model, patched and unpatched, in turns, in a training step and in inference.
@@ -127,6 +128,8 @@ def compare(
         recipe: as for `fusedres.patch`.
         backend: as for `fusedres.patch`.
         rounds: timed steps of each, at least 2; fewer than 6 give ratios without intervals.
+        check_with: what `verify` is given in place of the example, such as fewer images: its float64 runs take longer
+            and more memory than a step.
         progress: called between steps with what is done now, how many steps of that are over, and out of how many.
 
     Returns:
@@ -140,7 +143,9 @@ def compare(
     check_blocks(model, "compare")
     if rounds < 2:
         raise ValueError(f"fusedres.compare: an interval needs at least 2 rounds, found {rounds}")
-    example = example if isinstance(example, tuple) else (example,)
+    example, check_with = (
+        e if isinstance(e, tuple) else (e,) for e in (example, example if check_with is None else check_with)
+    )
     plain = unpatch(initialised_copy(model, example))
     fused = patch(copy.deepcopy(plain), recipe=recipe, backend=backend)
     device = next((a.device for a in example if isinstance(a, Tensor)), torch.device("cpu"))
@@ -149,7 +154,7 @@ def compare(
     )
     phases = []
     with torch.random.fork_rng(devices=devices):
-        checks = gate(plain, fused, example, backend, progress)
+        checks = gate(plain, fused, example, check_with, backend, progress)
         for phase, steps_of in (("training", training_step), ("inference", inference)):
             steps = [steps_of(m, example) for m in (plain, fused)]
             if steps[0] is None or steps[1] is None:
@@ -176,9 +181,14 @@ def runs_as(model: nn.Module) -> dict[str, int]:
 
 
 def gate(
-    plain: nn.Module, fused: nn.Module, example: tuple[Any, ...], backend: str, progress: Progress
+    plain: nn.Module,
+    fused: nn.Module,
+    example: tuple[Any, ...],
+    check_with: tuple[Any, ...],
+    backend: str,
+    progress: Progress,
 ) -> VerifyReport | None:
-    """Raises VerificationError if a recipe that runs in the patched model computes something else."""
+    """Raises VerificationError if a recipe that the example runs by computes something else of `check_with`."""
     ran: set[str] = set()
     for training in (True, False):
         with torch.set_grad_enabled(training):
@@ -187,7 +197,7 @@ def gate(
         ran |= set(runs_as(trial)) & set(RECIPES)
     if not ran:
         return None
-    checks = verify(plain, example, recipes=tuple(sorted(ran)), backend=backend, progress=progress)
+    checks = verify(plain, check_with, recipes=tuple(sorted(ran)), backend=backend, progress=progress)
     if not checks:
         raise VerificationError(
             f"fusedres.compare: the patched model computes something else than the unpatched one, so speed means "

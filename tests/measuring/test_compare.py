@@ -87,6 +87,14 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         fusedres.compare(model(), EXAMPLE, recipe="separate", backend="reference", rounds=2)
 
 
+def test_the_check_is_of_fewer_images_where_asked():
+    seen, plain = set(), model()
+    plain.register_forward_pre_hook(lambda _, args: seen.add((args[0].dtype, len(args[0]))))
+    found = fusedres.compare(plain, EXAMPLE, recipe="separate", rounds=2, check_with=EXAMPLE[:1])
+    assert seen == {(torch.float64, 1), (torch.float32, 1), (torch.float32, 2)}
+    assert found.checks and found.checks.fused_blocks == FUSED
+
+
 def test_nothing_fused_says_so():
     found = fusedres.compare(model(), EXAMPLE, recipe="unfused", rounds=2)
     assert found.checks is None and found.sentence == str(found).splitlines()[-1] == "no block runs fused"
