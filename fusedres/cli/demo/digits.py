@@ -23,7 +23,7 @@ from fusedres.models import cifar_resnet
 from fusedres.patching import api
 
 SEED = 0
-FLOAT64_STEPS = 20
+FLOAT64_STEPS = 10
 CASES = (("ResNet-20", 20, "separate"), ("bottleneck ResNet-29", 29, "gram"))
 
 
