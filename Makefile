@@ -31,10 +31,10 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
-# A file at a time to each of two processes: most tests keep one core busy. Each has two threads, which must not spin
-# while they wait for one another.
+# A file at a time to each of two processes, in the order that tests/conftest.py gives: most tests keep one core busy.
+# Each has two threads, which must not spin while they wait for one another.
 test: $(STAMP) lint
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90
 	$(MAKE) check-package
 	$(MAKE) test-install QUICK=1
 

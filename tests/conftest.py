@@ -1,4 +1,7 @@
-"""For every test: neither the table of recipes measured on this machine nor a terminal's width has a say."""
+"""For every test: neither the table of recipes measured on this machine nor a terminal's width has a say.
+
+And which files come first: of two processes, one would else be left with a minute's test of a file that comes last.
+"""
 
 import json
 import os
@@ -9,6 +12,27 @@ from fusedres.blocks.user_table import KIND
 
 # pytest's worker processes are given a width that Rich, once imported, would keep
 os.environ.pop("COLUMNS", None)
+
+# the files that take a minute and more, the longest first
+FIRST = (
+    "test_triton_interpreter",
+    "test_cuda_sanitizers",
+    "test_raw_ops",
+    "test_native_ops",
+    "test_cuda_host",
+    "test_bench_report",
+    "test_patching",
+    "test_compile",
+    "test_examples",
+    "test_docs",
+    "test_demo",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """A file of tests goes to whichever process is free, in this order."""
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(FIRST)))
 
 
 @pytest.fixture(autouse=True, scope="session")
