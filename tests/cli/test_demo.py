@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,52 +21,73 @@ from fusedres.models import cifar_resnet
 from fusedres.ops.contract import BnAddReluForward
 
 
-@pytest.fixture
-def few_images(monkeypatch):
-    all_of_them = data.load()
-    few = data.Digits(*(part[:n] for part, n in zip(all_of_them, (128, 128, 64, 64), strict=True)))
-    monkeypatch.setattr(data, "load", lambda seed: few)
-    monkeypatch.setattr(digits, "FLOAT64_STEPS", 2)
+class Shown(NamedTuple):
+    """A run of the command: what it printed, its results.json, and what the training of the digits gave."""
+
+    stdout: str
+    results: dict[str, Any]
+    outcomes: list[digits.Outcome]
 
 
-@pytest.fixture
-def small_models(monkeypatch):
-    monkeypatch.setattr(speed, "CASES", (("Small", "fusedres:cifar_resnet20", 6),))
-    monkeypatch.setattr(speed, "BATCH", 2)
-    monkeypatch.setattr(speed, "SIZE", 16)
+def use_small_models(patching):
+    patching.setattr(speed, "CASES", (("Small", "fusedres:cifar_resnet20", 6),))
+    patching.setattr(speed, "BATCH", 2)
+    patching.setattr(speed, "SIZE", 16)
 
 
-def demo(tmp_path, *options):
-    arguments = ["demo", "--output", str(tmp_path), "--epochs", "1", *options]
+def demo(output, patching, *options):
+    """The command, with what `digits.run` returned in it."""
+    outcomes, run = [], digits.run
+    patching.setattr(digits, "run", lambda *args: outcomes.extend(run(*args)) or outcomes)
+    arguments = ["demo", "--output", str(output), "--epochs", "1", *options]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"}, catch_exceptions=False)
     assert result.exit_code == 0
-    return result, json.loads((tmp_path / "results.json").read_text())
+    return Shown(result.stdout, json.loads((output / "results.json").read_text()), outcomes)
 
 
-def test_demo_runs_end_to_end(tmp_path, few_images, small_models):
-    result, found = demo(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The whole command, on few images and a small model."""
+    all_of_them = data.load()
+    few = data.Digits(*(part[:n] for part, n in zip(all_of_them, (128, 128, 64, 64), strict=True)))
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(data, "load", lambda seed: few)
+        patching.setattr(digits, "FLOAT64_STEPS", 2)
+        use_small_models(patching)
+        return demo(folder, patching)
+
+
+def test_demo_runs_end_to_end(whole, folder):
+    found = whole.results
     for name in ("curves.png", "speed.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
     outcomes = found["digits"]
     assert [o["recipe"] for o in outcomes] == ["separate", "gram"]
     for outcome in outcomes:
         assert outcome["matched"] == outcome["blocks"] == outcome["fused"] == 10
         assert [len(run["losses"]) for run in outcome["runs"]] == [2, 2, 2]
         assert outcome["float64_distance"] <= 1e-9
-    assert "time per step" not in result.stdout, "forced recipes at tiny sizes show equality, not speed"
+    assert "time per step" not in whole.stdout, "forced recipes at tiny sizes show equality, not speed"
     assert found["speed"]["machine"] == user_table.device_name(torch.device("cpu"))
     (model,) = found["speed"]["models"]
     assert [phase["phase"] for phase in model["phases"]] == ["training", "inference"]
     assert model["unpatched_bytes"] == model["patched_bytes"] > 0, "nothing runs fused at this size"
-    (title,) = [line for line in result.stdout.splitlines() if line.startswith("unpatched against patched")]
+    (title,) = [line for line in whole.stdout.splitlines() if line.startswith("unpatched against patched")]
     assert title.endswith(f"16 x 16, batch 2, float32, channels_last, on {found['speed']['machine']}")
     for line in ("training step", "inference", "kept for backward"):
-        assert f"  Small, {line}" in result.stdout
+        assert f"  Small, {line}" in whole.stdout
 
 
-def test_the_large_models_can_be_left_out(tmp_path, few_images):
-    _, found = demo(tmp_path, "--no-speed")
-    assert found["speed"] is None and not (tmp_path / "speed.png").exists()
+def test_the_large_models_can_be_left_out(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "run", lambda epochs, progress: whole.outcomes)
+    shown = demo(tmp_path, monkeypatch, "--no-speed")
+    assert shown.results == {**whole.results, "speed": None} and "Small" not in shown.stdout
+    assert (tmp_path / "curves.png").exists() and not (tmp_path / "speed.png").exists()
 
 
 def test_the_large_models_are_those_of_the_first_lines():
@@ -74,7 +96,8 @@ def test_the_large_models_are_those_of_the_first_lines():
     assert all(rounds >= DECISIVE_ROUNDS for *_, rounds in speed.CASES)
 
 
-def test_a_wrong_kernel_is_not_timed(monkeypatch, small_models):
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    use_small_models(monkeypatch)
     monkeypatch.setattr(speed, "compare", partial(speed.compare, recipe="separate", backend="reference"))
     change_results(monkeypatch, BnAddReluForward, lambda result: (result[0] * 1.001, result[1]))
     with pytest.raises(fusedres.VerificationError, match="FAIL"):
