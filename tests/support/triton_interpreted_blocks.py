@@ -38,6 +38,11 @@ SEPARATE = ("basic-projection", "bottleneck", "bottleneck-bias-before-1000")
 CASES = [
     *((recipe, name) for recipe, names in (("gram", TRAPS), ("separate", SEPARATE)) for name in names),
 ]
+# traps of 16 bits, in a third of this file's time
+IN_16_BITS = ("bottleneck-dy-mean-1-many-rows", "bottleneck-frozen-dy-mean-1")
+IN_DTYPES = [
+    (*case, dtype) for case in CASES for dtype in DTYPES if dtype == "fp16" or case[1] not in IN_16_BITS
+]
 
 BN = {"bn_scale_shift", "bn_stats", "bn_add_relu_forward", "bn_backward_coefficients"}
 BN |= {"bn_add_relu_backward_reduce", "bn_add_relu_backward_input"}
@@ -57,8 +62,7 @@ def traced_ops() -> tuple[Dispatcher, list[tuple[str, str]]]:
     return Dispatcher((traced(triton.backend(), trace), traced(REFERENCE, trace))), trace
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("recipe", "name"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(("recipe", "name", "dtype"), IN_DTYPES, ids=["-".join(case) for case in IN_DTYPES])
 def test_block_is_as_accurate_as_eager(recipe, name, dtype):
     block, x, dy = inputs(BY_NAME[name], DTYPES[dtype])
     config, units = read(block, x)
