@@ -79,6 +79,18 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def("conv_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask) -> Tensor");
   // for a convolution with stride; adds to dx
   m.def("conv_backward_input_(Tensor(a!) dx, Tensor dy, Tensor weight, int stride_height, int stride_width) -> ()");
+  // 3x3 convolutions by Winograd's algorithm. `finite`: whether every result of the convolution is; else the results
+  // are to be thrown away.
+  m.def(
+      "conv3x3_forward(Tensor x, Tensor weight, Tensor? in_scale, Tensor? in_shift, Tensor? scale, Tensor? shift,"
+      " Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, bool relu, bool save_stats, int tile)"
+      " -> (Tensor y, Tensor? mean, Tensor? var, bool finite)");
+  m.def(
+      "conv3x3_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask, int tile)"
+      " -> (Tensor dx, bool finite)");
+  m.def(
+      "conv3x3_backward_weight(Tensor dy, Tensor x, Tensor? in_scale, Tensor? in_shift, int tile)"
+      " -> (Tensor dw, bool finite)");
   // the instruction set in use; "none" below AVX2
   m.def("cpu_capability() -> str");
   // whether the processor has instructions for products of bfloat16

@@ -32,8 +32,12 @@ CPU_SOURCES = (
     "cpu/kernels_avx512.cpp",
     "cpu/kernels_avx512_bf16.cpp",
     "cpu/pool.cpp",
+    "cpu/scratch.cpp",
+    "cpu/winograd.cpp",
+    "cpu/winograd_weight.cpp",
     "front/bn.cpp",
     "front/conv.cpp",
+    "front/conv3x3.cpp",
     "front/pool.cpp",
 )
 DEFAULT_ARCHS = "80;86;89;90;100;120"

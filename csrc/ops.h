@@ -216,4 +216,45 @@ struct Conv1x1Forward {
   void* y;  // [P, out_channels]
 };
 
+// 3x3 convolutions without stride, with padding 1, in float32, by Winograd's algorithm F(tile x tile, 3x3): tile is 2
+// or
+// 4. Where an input or a sum is not finite, the results are not those of a direct convolution: the launchers return
+// whether every result of the convolution is finite.
+struct Conv3x3 {
+  int64_t batch, height, width, in_channels, out_channels;
+  int64_t tile;
+};
+
+struct Conv3x3Forward : Conv3x3 {
+  const float* x;               // [N, H, W, in_channels]
+  const float* weight;          // [out_channels, 3, 3, in_channels]
+  const float* in_scale;        // [in_channels], null with in_shift: x itself, else relu(in_scale*x + in_shift)
+  const float* in_shift;        // [in_channels]
+  const float* scale;           // [out_channels], null with shift: no epilogue
+  const float* shift;           // [out_channels]
+  const float* residual;        // like y, or null
+  const float* residual_scale;  // [out_channels], null with residual_shift: the residual as it is
+  const float* residual_shift;  // [out_channels]
+  bool relu;
+  float* y;     // [N, H, W, out_channels]
+  float* mean;  // [out_channels] of y, null with var: not wanted
+  float* var;   // [out_channels] biased
+};
+
+struct Conv3x3BackwardInput : Conv3x3 {
+  const float* dy;           // [N, H, W, out_channels]
+  const float* weight;       // [out_channels, 3, 3, in_channels]
+  const float* shortcut_dy;  // like dx, added to the gradient, or null
+  const uint8_t* mask;       // one bit an element: where shortcut_dy is added; null: everywhere
+  float* dx;                 // [N, H, W, in_channels]; may be shortcut_dy
+};
+
+struct Conv3x3BackwardWeight : Conv3x3 {
+  const float* dy;        // [N, H, W, out_channels]
+  const float* x;         // [N, H, W, in_channels]
+  const float* in_scale;  // as in Conv3x3Forward
+  const float* in_shift;
+  float* dw;  // [out_channels, 3, 3, in_channels]
+};
+
 }  // namespace fusedres

@@ -170,6 +170,76 @@ struct Convolutions {
   void (*conv_backward_weight)(const ConvWeightArgs&);
 };
 
+// The images of a 3x3 convolution without stride, cut into tiles of results: down x across of them in each image.
+struct TiledImages {
+  int64_t batch, height, width, channels;
+  int64_t down, across;
+};
+
+struct TransformArgs {
+  TiledImages images;
+  const float* x;              // [batch, height, width, channels]
+  const float *scale, *shift;  // [channels] or null: x itself, or relu(scale*x + shift)
+  const float* zeros;          // [row]
+  float* transformed;          // [planes][tiles][row], from the first tile of the call on
+  int64_t plane, row;
+  int64_t padded;  // channels that are written to a row, 0 beyond the last of x
+};
+
+struct WinogradWeightArgs {
+  const float* weight;  // [out_channels, 3, 3, in_channels]
+  int64_t in_channels, out_channels;
+  int64_t first, last;  // the channels summed that the call is for
+  float* transformed;   // [planes][panels][last - first][kPanelIn], from the first panel of the call on
+  int64_t plane, panel;
+};
+
+// result[r, :] (+)= sum over k of a[r, k] * b[k, :] in each plane. All strides are in floats.
+struct PlaneProducts {
+  int64_t planes, rows, depth, panels;  // a panel: kPanelIn columns
+  const float* a;
+  int64_t a_plane, a_row, a_depth;
+  const float* b;
+  int64_t b_plane, b_panel, b_depth;
+  float* result;
+  int64_t result_plane, result_row;
+  bool add;
+};
+
+struct WinogradOutputArgs {
+  TiledImages images;     // of y
+  const float* products;  // [planes][tiles][products_row], from the first tile of the call and channel `first` on
+  int64_t plane, products_row;
+  int64_t first, last;                           // channels; first: a multiple of the vector width
+  float* y;                                      // [batch, height, width, channels]
+  const float *scale, *shift;                    // [channels] or null
+  const float* residual;                         // like y, or null
+  const float *residual_scale, *residual_shift;  // [channels] or null
+  const uint8_t* mask;                           // one bit an element of residual, if scale is null; or null
+  bool relu;
+  double* moments;  // [2, row]: += sum y, sum y*y; or null
+  int64_t row;      // channels, padded to the vector width
+};
+
+struct WinogradGradientArgs {
+  const float* products;  // [copies][planes][output channel][products_row], from channels `first_out` and `first` on
+  int64_t copies, copy, plane, products_row;
+  int64_t in_channels, first_out, first, last;  // input channels [first, last)
+  float* dw;                                    // [out_channels, 3, 3, in_channels]
+};
+
+// The transforms of one algorithm F(outputs x outputs, 3x3), float32. A range is of tiles, of panels of the results'
+// channels, or of output channels.
+struct WinogradKernels {
+  int64_t outputs, planes;
+  void (*transform_input)(const TransformArgs&, int64_t begin, int64_t end);
+  void (*transform_output_gradient)(const TransformArgs&, int64_t begin, int64_t end);
+  void (*transform_weight)(const WinogradWeightArgs&, int64_t begin, int64_t end);
+  void (*transform_weight_reversed)(const WinogradWeightArgs&, int64_t begin, int64_t end);
+  bool (*transform_output)(const WinogradOutputArgs&, int64_t begin, int64_t end);
+  bool (*transform_weight_gradient)(const WinogradGradientArgs&, int64_t begin, int64_t end);
+};
+
 // One set of kernels, compiled for one instruction set. A kernel walks rows [begin, end) of `period` elements. Pooling
 // walks rows of y in the forward and rows of c in the backward.
 struct Kernels {
@@ -184,6 +254,8 @@ struct Kernels {
   void (*bn_relu_maxpool_forward)(const PoolForwardArgs&, int64_t begin, int64_t end);
   void (*bn_relu_maxpool_backward)(const PoolBackwardArgs&, int64_t begin, int64_t end);
   Convolutions float32;
+  void (*multiply_planes)(const PlaneProducts&);
+  WinogradKernels small, large;  // F(2x2, 3x3) and F(4x4, 3x3)
 };
 
 extern const Kernels avx2_kernels;

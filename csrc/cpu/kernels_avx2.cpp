@@ -5,6 +5,7 @@
 #include "conv1x1_kernels.h"
 #include "conv_weight_kernels.h"
 #include "pool_kernels.h"
+#include "winograd_kernels.h"
 
 namespace fusedres::cpu {
 
@@ -21,6 +22,9 @@ const Kernels avx2_kernels = {
     ::bn_relu_maxpool_backward,
     {::pack_weight<float>, ::pack_weight_transposed<float>, ::conv1x1_backward_input<float>, ::conv1x1_forward<float>,
      ::conv_backward_weight<float>},
+    ::multiply_planes,
+    winograd_of<SmallTile>(),
+    winograd_of<LargeTile>(),
 };
 
 }  // namespace fusedres::cpu

@@ -24,4 +24,9 @@ void conv_backward_weight(const ConvBackwardWeight& args);
 void conv_backward_input(const ConvBackwardInput& args);
 void conv1x1_forward(const Conv1x1Forward& args);
 
+// These return whether every result of the convolution is finite.
+bool conv3x3_forward(const Conv3x3Forward& args);
+bool conv3x3_backward_input(const Conv3x3BackwardInput& args);
+bool conv3x3_backward_weight(const Conv3x3BackwardWeight& args);
+
 }  // namespace fusedres::cpu

@@ -17,6 +17,7 @@ using Keep = __m256;  // all ones or all zeros a lane
 constexpr int64_t kWidth = 8;
 
 inline Float zero() { return _mm256_setzero_ps(); }
+inline Float set(float v) { return _mm256_set1_ps(v); }
 inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 inline Float select(Keep keep, Float v) { return _mm256_and_ps(keep, v); }
 inline Float select(Keep keep, Float yes, Float no) { return _mm256_blendv_ps(no, yes, keep); }
@@ -29,6 +30,7 @@ inline Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }  // b if a
 inline Float smaller(Float a, Float b) { return _mm256_min_ps(a, b); }
 inline Keep positive_or_nan(Float v) { return _mm256_cmp_ps(v, zero(), _CMP_NLE_UQ); }
 inline Keep greater(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
+inline bool any(Keep keep) { return _mm256_movemask_ps(keep) != 0; }
 inline Keep is_nan(Float v) { return _mm256_cmp_ps(v, v, _CMP_UNORD_Q); }
 inline Keep equal(Int a, Int b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b)); }
 inline Int set_int(int v) { return _mm256_set1_epi32(v); }
@@ -94,12 +96,42 @@ inline void store_bytes(uint8_t* p, Int v) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
 
+// Lane j of v[i] and lane i of v[j] change places.
+inline void transpose(Float (&v)[kWidth]) {
+  Float pairs[kWidth], fours[kWidth];
+  for (int i = 0; i < 4; ++i) {
+    pairs[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+    pairs[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const Float *low = pairs + 4 * i, *high = low + 2;
+    fours[4 * i] = _mm256_shuffle_ps(low[0], high[0], 0x44);
+    fours[4 * i + 1] = _mm256_shuffle_ps(low[0], high[0], 0xee);
+    fours[4 * i + 2] = _mm256_shuffle_ps(low[1], high[1], 0x44);
+    fours[4 * i + 3] = _mm256_shuffle_ps(low[1], high[1], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
+    v[4 + i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
+  }
+}
+
 // sums[i] += v[i]
 inline void add_to_double(double* sums, Float v) {
   const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
   const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
   _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), low));
   _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
+}
+
+// sums[i] += factor * a[i] * b[i], in double
+inline void add_product_to_double(double* sums, double factor, Float a, Float b) {
+  const auto add = [&](double* at, __m128 x, __m128 y) {
+    const __m256d product = _mm256_mul_pd(_mm256_cvtps_pd(x), _mm256_cvtps_pd(y));
+    _mm256_storeu_pd(at, _mm256_fmadd_pd(_mm256_set1_pd(factor), product, _mm256_loadu_pd(at)));
+  };
+  add(sums, _mm256_castps256_ps128(a), _mm256_castps256_ps128(b));
+  add(sums + 4, _mm256_extractf128_ps(a, 1), _mm256_extractf128_ps(b, 1));
 }
 
 }  // namespace

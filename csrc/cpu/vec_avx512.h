@@ -17,6 +17,7 @@ using Keep = __mmask16;
 constexpr int64_t kWidth = 16;
 
 inline Float zero() { return _mm512_setzero_ps(); }
+inline Float set(float v) { return _mm512_set1_ps(v); }
 inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 inline Float select(Keep keep, Float v) { return _mm512_maskz_mov_ps(keep, v); }
 inline Float select(Keep keep, Float yes, Float no) { return _mm512_mask_blend_ps(keep, no, yes); }
@@ -29,6 +30,7 @@ inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b if a
 inline Float smaller(Float a, Float b) { return _mm512_min_ps(a, b); }
 inline Keep positive_or_nan(Float v) { return _mm512_cmp_ps_mask(v, zero(), _CMP_NLE_UQ); }
 inline Keep greater(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+inline bool any(Keep keep) { return keep != 0; }
 inline Keep is_nan(Float v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
 inline Keep equal(Int a, Int b) { return _mm512_cmpeq_epi32_mask(a, b); }
 inline Int set_int(int v) { return _mm512_set1_epi32(v); }
@@ -90,12 +92,49 @@ inline Int load_bytes(const uint8_t* p) {
 }
 inline void store_bytes(uint8_t* p, Int v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 
+// Lane j of v[i] and lane i of v[j] change places.
+inline void transpose(Float (&v)[kWidth]) {
+  Float pairs[kWidth], fours[kWidth];
+  for (int i = 0; i < 8; ++i) {
+    pairs[2 * i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+    pairs[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d low[] = {_mm512_castps_pd(pairs[4 * i]), _mm512_castps_pd(pairs[4 * i + 1])};
+    const __m512d high[] = {_mm512_castps_pd(pairs[4 * i + 2]), _mm512_castps_pd(pairs[4 * i + 3])};
+    for (int j = 0; j < 2; ++j) {
+      fours[4 * i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low[j], high[j]));
+      fours[4 * i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low[j], high[j]));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Float even_low = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0x88);
+    const Float odd_low = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0xdd);
+    const Float even_high = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0x88);
+    const Float odd_high = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0xdd);
+    v[i] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    v[4 + i] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    v[8 + i] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    v[12 + i] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+}
+
 // sums[i] += v[i]
 inline void add_to_double(double* sums, Float v) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
   const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
   _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
   _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+}
+
+// sums[i] += factor * a[i] * b[i], in double
+inline void add_product_to_double(double* sums, double factor, Float a, Float b) {
+  const auto add = [&](double* at, __m256 x, __m256 y) {
+    const __m512d product = _mm512_mul_pd(_mm512_cvtps_pd(x), _mm512_cvtps_pd(y));
+    _mm512_storeu_pd(at, _mm512_add_pd(_mm512_loadu_pd(at), _mm512_mul_pd(_mm512_set1_pd(factor), product)));
+  };
+  add(sums, _mm512_castps512_ps256(a), _mm512_castps512_ps256(b));
+  add(sums + 8, _mm512_extractf32x8_ps(a, 1), _mm512_extractf32x8_ps(b, 1));
 }
 
 }  // namespace
