@@ -22,6 +22,7 @@ from fusedres.ops.contract import (
     BnAddReluBackwardReduce,
     BnStats,
     Conv1x1Forward,
+    Conv3x3Forward,
     ConvBackwardInput,
     ConvBackwardWeight,
 )
@@ -46,29 +47,47 @@ def convolve(x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
     return F.conv2d(x, t.weight.to(x.dtype), bias, unit.stride, unit.padding, unit.dilation, unit.groups)
 
 
+def fused_convolution(
+    x: Tensor, unit: ConvBNConfig, t: ConvBNTensors
+) -> Conv1x1Forward | Conv3x3Forward | None:
+    """The raw op of this convolution, to which more can be fused; None: there is none of its form."""
+    bias = None if t.conv_bias is None else t.conv_bias.to(x.dtype)
+    if is_plain_1x1(unit, t):
+        return Conv1x1Forward(x, cast_later(t, x), bias)
+    if bias is None and is_plain_3x3(unit, t):
+        return Conv3x3Forward(x, cast_later(t, x), unit.stride[0])
+    return None
+
+
+def is_plain_3x3(unit: ConvBNConfig, t: ConvBNTensors) -> bool:
+    """A 3x3 convolution with padding 1, stride 1 or 2, without dilation or groups."""
+    square = t.weight.shape[2:] == (3, 3) and unit.padding == (1, 1) and unit.stride in ((1, 1), (2, 2))
+    return square and unit.dilation == (1, 1) and unit.groups == 1
+
+
 def conv_bn_forward(
     ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors, frozen: BatchNormVectors | None
 ) -> tuple[Tensor, BatchNormVectors]:
     """c and the vectors of its BN: `frozen`, or those of the batch."""
+    c, mean, var = convolve_fused(ops, x, unit, t, frozen is None)
     if frozen is not None:
-        return convolve(x, unit, t), frozen
-    c, mean, var = convolve_with_stats(ops, x, unit, t)
+        return c, frozen
+    if mean is None or var is None:
+        mean, var = ops(BnStats(c))
     return c, vectors_of_batch(ops, unit, t, mean, var)
 
 
-def convolve_with_stats(
-    ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors
-) -> tuple[Tensor, Tensor, Tensor]:
-    """c, and mean and var of the batch: in one product where a backend has that, else by a pass over c."""
-    if is_plain_1x1(unit, t):
-        bias = None if t.conv_bias is None else t.conv_bias.to(x.dtype)
-        op = Conv1x1Forward(x, cast_later(t, x), bias, save_stats=True)
-        backend = ops.serving(op)
+def convolve_fused(
+    ops: Dispatcher, x: Tensor, unit: ConvBNConfig, t: ConvBNTensors, stats: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """c by a backend that has this convolution, else by torch's own; its mean and var where those come with it."""
+    op = fused_convolution(x, unit, t)
+    if op is not None and (stats or isinstance(op, Conv3x3Forward)):
+        backend = ops.serving(op._replace(save_stats=stats))
         if not backend.is_plain:
-            out = backend(with_weight(op, t))
+            out = backend(with_weight(op._replace(save_stats=stats), t))
             return out.y, out.mean, out.var
-    c = convolve(x, unit, t)
-    return c, *ops(BnStats(c))
+    return convolve(x, unit, t), None, None
 
 
 def conv_bn_add_relu(
@@ -80,14 +99,22 @@ def conv_bn_add_relu(
     relu: bool,
     shortcut: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> Tensor | None:
-    """relu(BN(conv(x)) + shortcut) in one product, for a 1x1 convolution whose vectors are known, on a CPU; else None.
+    """relu(BN(conv(x)) + shortcut) at once, where a backend has that for the convolution, on a CPU; else None.
 
     shortcut: a tensor, and scale and shift of its BN or None.
     """
-    if not is_plain_1x1(unit, t) or not x.is_cpu:
+    op = fused_convolution(x, unit, t) if x.is_cpu else None
+    if op is None:
         return None
-    epilogue = vectors.scale, vectors.shift, *shortcut, relu
-    op = Conv1x1Forward(x, cast_later(t, x), t.conv_bias, 1, None, None, *epilogue)
+    residual, residual_scale, residual_shift = shortcut
+    op = op._replace(
+        scale=vectors.scale,
+        shift=vectors.shift,
+        residual=residual,
+        residual_scale=residual_scale,
+        residual_shift=residual_shift,
+        relu=relu,
+    )
     backend = ops.serving(op)
     if backend.is_plain:
         return None
@@ -99,7 +126,7 @@ def cast_later(t: ConvBNTensors, x: Tensor) -> Tensor:
     return t.weight if t.weight.dtype == x.dtype else torch.empty_like(t.weight, dtype=x.dtype)
 
 
-def with_weight(op: Conv1x1Forward, t: ConvBNTensors) -> Conv1x1Forward:
+def with_weight(op: Conv1x1Forward | Conv3x3Forward, t: ConvBNTensors) -> Conv1x1Forward | Conv3x3Forward:
     """The same call with the weight itself in the place of what stood for it."""
     return op if op.weight is t.weight else op._replace(weight=t.weight.to(op.x.dtype))
 

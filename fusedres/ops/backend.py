@@ -36,6 +36,7 @@ REASONS: dict[str, str] = {
     "stride_or_bias": "the kernel takes neither stride nor bias",
     "in_training": "the kernel is that of inference: no mask, no statistics, no prologue",
     "library_as_fast": "torch's own kernel was measured to be as fast at this size",
+    "winograd_off": "FUSEDRES_WINOGRAD=0 leaves 3x3 convolutions to torch",
     "too_many_threads": "a thread's share would be too small",
     "float32_product": "products of float32 on a GPU are the library's",
     "bfloat16_interpreted": "Triton's interpreter multiplies bfloat16 wrongly",

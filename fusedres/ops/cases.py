@@ -229,6 +229,7 @@ def convolution_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase
     same, pointwise = ((1, 1), (1, 1), (1, 1), 1), ((1, 1), (0, 0), (1, 1), 1)
     yield OpCase(ConvBackwardWeight(dy, c, (3, 3), *same), "3x3")
     yield OpCase(ConvBackwardWeight(dy_wide, c, (1, 1), *pointwise), "1x1")
+    yield OpCase(ConvBackwardInput(dy, c, t.weight(narrow, narrow, 3), *same, t.map(narrow)), "3x3")
     yield OpCase(ConvBackwardInput(dy, wide, reduce, *pointwise, dy_wide, mask), "masked")
     half = t.map(narrow, (side + 1) // 2)
     yield OpCase(ConvBackwardInput(half, wide, reduce, (2, 2), *pointwise[1:], dy_wide), "strided")

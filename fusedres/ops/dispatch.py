@@ -5,6 +5,8 @@ the op and no reason against the call. The reference comes last and takes everyt
 
     FUSEDRES_BACKEND=auto|native|triton|reference   the default for this process
     with use_backend("reference"): ...              for a block of code, in this thread
+
+A name may end in "/strict": the same backends, with no algorithm that has more error than a direct convolution.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from fusedres.ops.reference import REFERENCE
 
 ENVIRONMENT_VARIABLE = "FUSEDRES_BACKEND"
 AUTO = "auto"
+STRICT = "/strict"  # ends a name
+ACCURACIES = ("fast", "strict")
 
 
 def _load_triton() -> Backend:
@@ -54,6 +58,17 @@ _requested_by_any_thread: str | None = None
 def backend_names() -> tuple[str, ...]:
     """The names that `backend=` accepts: "auto" and every backend of this installation."""
     return (AUTO, *LOADERS)
+
+
+def with_accuracy(name: str, accuracy: str) -> str:
+    """The name under which a dispatcher for this backend has this accuracy.
+
+    Raises:
+        ValueError: it is none of ACCURACIES.
+    """
+    if accuracy not in ACCURACIES:
+        raise ValueError(f"fusedres: accuracy {accuracy!r} is unknown, choose from {', '.join(ACCURACIES)}")
+    return name + STRICT if accuracy == "strict" else name
 
 
 def check_backend(name: str) -> None:
@@ -121,9 +136,20 @@ class Dispatcher:
 
 @cache
 def _dispatcher(name: str) -> Dispatcher:
-    check_backend(name)
-    names = list(LOADERS) if name == AUTO else list(dict.fromkeys((name, REFERENCE.name)))
-    return Dispatcher(tuple(LOADERS[n]() for n in names))
+    base = name.removesuffix(STRICT)
+    check_backend(base)
+    names = list(LOADERS) if base == AUTO else list(dict.fromkeys((base, REFERENCE.name)))
+    backends = [LOADERS[n]() for n in names]
+    if base != name:
+        backends = [functions.backend(strict=True) if b.name == library.NAME else b for b in backends]
+    return Dispatcher(tuple(backends))
+
+
+def requested(name: str, here: str | None) -> str:
+    """The name itself, or for "auto" that of a context, then of the environment; with the accuracy that it ends in."""
+    if name not in (AUTO, AUTO + STRICT):
+        return name
+    return (here or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO) + name[len(AUTO) :]
 
 
 def dispatcher(name: str = AUTO) -> Dispatcher:
@@ -136,9 +162,7 @@ def dispatcher(name: str = AUTO) -> Dispatcher:
     Raises:
         BackendUnavailableError: the name is unknown or the backend is not installed.
     """
-    if name == AUTO:
-        name = _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
-    return _dispatcher(name)
+    return _dispatcher(requested(name, _requested.get()))
 
 
 class OpaqueBackend(NamedTuple):
@@ -171,9 +195,7 @@ def opaque_backend(name: str = AUTO) -> OpaqueBackend:
 
     `use_backend` counts here whatever thread entered it last; FUSEDRES_BACKEND is read when a graph is compiled.
     """
-    if name == AUTO:
-        name = _requested_by_any_thread or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
-    return OpaqueBackend(name)
+    return OpaqueBackend(requested(name, _requested_by_any_thread))
 
 
 Ops = Dispatcher | OpaqueBackend

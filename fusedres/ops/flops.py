@@ -91,11 +91,27 @@ def conv_backward_weight(dy: Shape, x: Shape, *rest: Any, out_shape: Shape) -> i
     return convolution_gradients(x, out_shape, dy, False, True)
 
 
+def conv3x3_forward(x: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Any]) -> int:
+    return convolution(x, weight, out_shape[0])
+
+
+def conv3x3_backward_input(dy: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Any]) -> int:
+    return convolution_gradients(out_shape[0], weight, dy, True, False)
+
+
+def conv3x3_backward_weight(dy: Shape, x: Shape, *rest: Any, out_shape: Sequence[Any]) -> int:
+    return convolution_gradients(x, out_shape[0], dy, False, True)
+
+
 NATIVE: dict[str, Callable[..., int]] = {
     "conv1x1_forward": conv1x1_forward,
     "conv_backward_input": conv_backward_input,
     "conv_backward_input_": conv_backward_input_onto,
     "conv_backward_weight": conv_backward_weight,
+    # as direct convolutions do: how much a model computes does not depend on the algorithm
+    "conv3x3_forward": conv3x3_forward,
+    "conv3x3_backward_input": conv3x3_backward_input,
+    "conv3x3_backward_weight": conv3x3_backward_weight,
 }
 
 # ---------------------------------------------------------------- torch's registry

@@ -12,11 +12,17 @@ from test_native_ops import Recorder
 
 from fusedres.ops.contract import Conv1x1Forward, ConvBackwardInput, ConvBackwardWeight
 from fusedres.ops.dispatch import dispatcher
-from fusedres.ops.native import functions, library, reasons
+from fusedres.ops.native import functions, library, reasons, winograd
 
 pytestmark = pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def direct(monkeypatch):
+    """3x3 convolutions by the kernels that sum all products, not by Winograd's algorithm."""
+    monkeypatch.setenv(winograd.ENVIRONMENT_VARIABLE, "0")
 
 
 def product_dtypes():

@@ -34,6 +34,8 @@ FORMS = {
         "prologue_stats",
         "stride2_stats",
         "stride2_prologue_projection_mask",
+        "prologue_projection",
+        "identity_no_relu",
         "affine",
         "raw",
     ),

@@ -3,22 +3,28 @@
 python native_kernels_run.py CAPABILITY    exit 0, or the first failure; CAPABILITY is what must be in use
 """
 
+import math
+import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import conv1x1_cases
 import conv1x1_checks
+import conv3x3_checks
 import torch
 from raw_op_cases import FORMS, Case, cases_of
 from raw_op_checks import CHECKS
 
 from fusedres.blocks import choice
 from fusedres.ops.backend import Backend
-from fusedres.ops.native import functions, library
+from fusedres.ops.native import functions, library, winograd
 
 # every remainder of a vector of 16, an unaligned start, NaN and Inf, sums over several threads, nothing at all
 CASES = ("C3", "C17", "C24", "offset", "nan_inf_C17", "rows8000", "N0")
 PRODUCTS = ("C3to17", "C17to24", "C40to136", "C130to33", "P1100", "nan_inf_C17")
+FUSED = ("prologue_stats", "prologue_projection", "identity_no_relu", "raw")
+GRADIENTS = {"conv_backward_weight": ("3x3",), "conv_backward_input": ("3x3_mask",)}
 SCALAR = ("bn_scale_shift", "bn_backward_coefficients")
 
 
@@ -27,11 +33,12 @@ def main(capability: str) -> None:
     assert library.instruction_set() == capability
     assert choice.table_of(capability, library.multiplies_bfloat16()) == choice.TABLE
     checked = 0
+    os.environ[winograd.ENVIRONMENT_VARIABLE] = "0"  # the direct kernels first
     for op in (op for op in CHECKS if op not in SCALAR):
         for case in cases_of(op):
             if case.id not in CASES or (case.id == "rows8000" and case.form != FORMS[op][0]):
                 continue
-            if not has_kernel(op, case):
+            if not has_kernel(op, case) or case.form == "3x3_mask":
                 continue
             for dtype in (torch.float32,) if "conv" in op else (torch.float32, torch.bfloat16):
                 check(ops, op, replace(case, dtype=dtype))
@@ -40,20 +47,39 @@ def main(capability: str) -> None:
         if case.id in PRODUCTS and case.form in ("projection", "affine"):
             conv1x1_checks.CHECKS["conv1x1_forward"](ops, case)
             checked += 1
+    del os.environ[winograd.ENVIRONMENT_VARIABLE]
+    winograd.FEWEST_CHANNELS = winograd.SHORTEST_SIDE = 1
+    winograd.MOST_PRODUCTS = winograd.MOST_PRODUCTS_OF_FEW = math.inf
+    for strict in (False, True):
+        for op, case in conv3x3_cases():
+            check(functions.backend(strict), op, case)
+            checked += 1
     print(f"{checked} passed, 0 failed")
+
+
+def conv3x3_cases() -> Iterator[tuple[str, Case]]:
+    """What runs by Winograd's algorithm, of any size."""
+    for case in conv3x3_checks.cases_of("conv3x3_forward"):
+        if case.form in FUSED and case.id not in ("N0", "P1") and case.layout in ("channels_last", "offset"):
+            yield "conv3x3_forward", case
+    for op, forms in GRADIENTS.items():
+        for case in cases_of(op):
+            if case.id in CASES and case.form in forms and has_kernel(op, case):
+                yield op, case
 
 
 def has_kernel(op: str, case: Case) -> bool:
     if op == "conv_backward_weight":
         return case.form != "groups"
     if op == "conv_backward_input":
-        return case.form.startswith("1x1") and (case.form != "1x1_mask" or case.shape[1] % 8 == 0)
+        plain = case.form.startswith("1x1") or case.form == "3x3_mask"
+        return plain and ("mask" not in case.form or case.shape[1] % 8 == 0)
     return True
 
 
 def check(ops: Backend, op: str, case: Case) -> None:
     try:
-        CHECKS[op](ops, case)
+        {**CHECKS, **conv3x3_checks.CHECKS}[op](ops, case)
     except AssertionError as error:
         raise AssertionError(f"{op} {case} {case.dtype}: {error}") from error
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # autograd does not see what a kernel of ours writes into
 
-from fusedres.ops.backend import Backend, Function
+from fusedres.ops.backend import Backend, Function, Reason
 from fusedres.ops.contract import (
     BatchNormGrads,
     BatchNormVectors,
@@ -20,13 +22,19 @@ from fusedres.ops.contract import (
     BnScaleShift,
     BnStats,
     Conv1x1Forward,
+    Conv3x3Forward,
     ConvBackwardInput,
     ConvBackwardWeight,
     ConvOutput,
     ReluBackward,
 )
-from fusedres.ops.native import library
-from fusedres.ops.native.reasons import REASONS
+from fusedres.ops.native import library, winograd
+from fusedres.ops.native.reasons import (
+    REASONS,
+    conv3x3_reason,
+    input_gradient_reason,
+    weight_gradient_reason,
+)
 
 LIBRARY = torch.ops.fusedres_native  # empty until the library is loaded
 
@@ -103,12 +111,16 @@ def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
     return ConvOutput(LIBRARY.conv1x1_forward(op.x, op.weight, *epilogue), None, None, None)
 
 
-def conv_backward_weight(op: ConvBackwardWeight) -> Tensor:
+def conv_backward_weight(op: ConvBackwardWeight, largest_tile: int = winograd.LARGE) -> Tensor:
+    if winograd.takes(op, largest_tile):
+        return winograd.conv_backward_weight(op, largest_tile)
     dy, x, kernel_size, stride, padding, dilation, _ = op
     return LIBRARY.conv_backward_weight(dy, x, *kernel_size, *stride, *padding, *dilation)
 
 
-def conv_backward_input(op: ConvBackwardInput) -> Tensor:
+def conv_backward_input(op: ConvBackwardInput, largest_tile: int = winograd.LARGE) -> Tensor:
+    if winograd.takes(op, largest_tile):
+        return winograd.conv_backward_input(op, largest_tile)
     dy, _, weight, stride, _, _, _, shortcut_dy, shortcut_mask, reuse_shortcut = op
     in_place = shortcut_dy is not None and shortcut_mask is None and reuse_shortcut
     if tuple(stride) == (1, 1) and not in_place:
@@ -132,17 +144,30 @@ FUNCTIONS: dict[type, Function] = {
     BnReluMaxpoolBackwardReduce: bn_relu_maxpool_backward_reduce,
     BnReluMaxpoolBackwardInput: bn_relu_maxpool_backward_input,
     Conv1x1Forward: conv1x1_forward,
+    Conv3x3Forward: winograd.conv3x3_forward,
     ConvBackwardWeight: conv_backward_weight,
     ConvBackwardInput: conv_backward_input,
 }
 NATIVE = Backend(library.NAME, FUNCTIONS, REASONS)
+# no convolution has more error than a direct one
+STRICT_FUNCTIONS: dict[type, Function] = {
+    Conv3x3Forward: partial(winograd.conv3x3_forward, largest=winograd.SMALL),
+    ConvBackwardWeight: partial(conv_backward_weight, largest_tile=winograd.SMALL),
+    ConvBackwardInput: partial(conv_backward_input, largest_tile=winograd.SMALL),
+}
+STRICT_REASONS: dict[type, Reason] = {
+    Conv3x3Forward: partial(conv3x3_reason, largest_tile=winograd.SMALL),
+    ConvBackwardWeight: partial(weight_gradient_reason, largest_tile=winograd.SMALL),
+    ConvBackwardInput: partial(input_gradient_reason, largest_tile=winograd.SMALL),
+}
+STRICT = Backend(library.NAME, {**FUNCTIONS, **STRICT_FUNCTIONS}, {**REASONS, **STRICT_REASONS})
 
 
-def backend() -> Backend:
-    """The native backend, its library loaded.
+def backend(strict: bool = False) -> Backend:
+    """The native backend, its library loaded. strict: as `accuracy="strict"` of `fusedres.patch`.
 
     Raises:
         BackendUnavailableError: the library is not there or does not load.
     """
     library.load()
-    return NATIVE
+    return STRICT if strict else NATIVE

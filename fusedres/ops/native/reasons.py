@@ -24,10 +24,12 @@ from fusedres.ops.contract import (
     BnScaleShift,
     BnStats,
     Conv1x1Forward,
+    Conv3x3Forward,
     ConvBackwardInput,
     ConvBackwardWeight,
     ReluBackward,
 )
+from fusedres.ops.native import winograd
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -111,13 +113,15 @@ def product_dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if half else (torch.float32,)
 
 
-def weight_gradient_reason(op: ConvBackwardWeight) -> str | None:
+def weight_gradient_reason(op: ConvBackwardWeight, largest_tile: int = winograd.LARGE) -> str | None:
     """oneDNN is left what it does as fast: few channels, pointwise convolutions without many, and many threads."""
     dy, x = op.dy, op.x
     if not x.is_cpu or x.dtype not in product_dtypes():
         return "no_kernel"
     if op.groups != 1:
         return "groups"
+    if winograd.takes(op, largest_tile):
+        return activations_reason(x, dy)
     cin, cout = x.shape[1], dy.shape[1]
     pointwise = tuple(op.kernel_size) == tuple(op.stride) == (1, 1)
     if min(cin, cout) < FEWEST_CHANNELS or (pointwise and cin * cout < FEWEST_WEIGHTS[x.dtype]):
@@ -156,9 +160,39 @@ def inference_reason(op: Conv1x1Forward) -> str | None:
     return vectors_reason(op.scale, op.shift, op.residual_scale, op.residual_shift)
 
 
-def input_gradient_reason(op: ConvBackwardInput) -> str | None:
+def conv3x3_reason(op: Conv3x3Forward, largest_tile: int = winograd.LARGE) -> str | None:
+    """By Winograd's algorithm, in float32 on a CPU, without stride; the mask is BN's to make."""
+    x, weight = op.x, op.weight
+    if not x.is_cpu or x.dtype != torch.float32:
+        return "no_kernel"
+    if op.stride != 1:
+        return "stride_or_bias"
+    if (
+        op.save_mask
+        or (op.residual is not None and op.scale is None)
+        or (op.save_stats and op.scale is not None)
+    ):
+        return "mask"
+    if weight.dtype != x.dtype:
+        return "mixed_dtypes"
+    if (reason := winograd.reason(x, x.shape[1], weight.shape[0], largest_tile)) is not None:
+        return reason
+    if (reason := activations_reason(x, op.residual)) is not None or x.numel() == 0:
+        return reason or "empty"
+    vectors = op.in_scale, op.in_shift, op.scale, op.shift, op.residual_scale, op.residual_shift
+    given = [v for v in vectors if v is not None]
+    return vectors_reason(*given) if given else None
+
+
+def input_gradient_reason(op: ConvBackwardInput, largest_tile: int = winograd.LARGE) -> str | None:
     """A 1x1 convolution's is a product, added where eager stores it and adds it in a pass of its own."""
     dy, x = op.dy, op.x
+    if winograd.takes(op, largest_tile):
+        if op.weight.dtype != x.dtype:
+            return "mixed_dtypes"
+        if op.shortcut_mask is not None and x.shape[1] % 8 != 0:
+            return "mask"
+        return activations_reason(x, dy, op.shortcut_dy)
     if tuple(op.padding) != (0, 0) or op.groups != 1:
         return "not_pointwise"
     if (reason := pointwise_reason(x, op.weight, dy.shape[1])) is not None:
@@ -183,6 +217,7 @@ REASONS: dict[type, Reason] = {
     BnReluMaxpoolBackwardReduce: lambda op: activations_reason(op.c, op.dy),
     BnReluMaxpoolBackwardInput: lambda op: activations_reason(op.c, op.dy),
     Conv1x1Forward: inference_reason,
+    Conv3x3Forward: conv3x3_reason,
     ConvBackwardWeight: weight_gradient_reason,
     ConvBackwardInput: input_gradient_reason,
 }

@@ -1,0 +1,100 @@
+"""3x3 convolutions of float32 on a CPU by Winograd's algorithm: which calls, with which tiles.
+
+F(4x4, 3x3) has a quarter of the products of a direct convolution, F(2x2, 3x3) four ninths and less error than one
+(csrc/cpu/winograd_tiles.h). A value that is not finite spreads over a tile: then the library computes the call again.
+
+    FUSEDRES_WINOGRAD=0              leaves these convolutions to torch's own
+    patch(model, accuracy="strict")  takes F(2x2, 3x3) alone
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fusedres.ops.contract import Conv3x3Forward, ConvBackwardInput, ConvBackwardWeight, ConvOutput
+from fusedres.ops.reference import REFERENCE
+
+ENVIRONMENT_VARIABLE = "FUSEDRES_WINOGRAD"
+LIBRARY = torch.ops.fusedres_native  # empty until the library is loaded
+
+LARGE, SMALL = 4, 2
+# against oneDNN 3.12 on two cores of Zen 3, bench/results/cpu/README.md: where a block of 16 channels or more pays
+FEWEST_CHANNELS = 16
+SHORTEST_SIDE = 4
+MANY_CHANNELS = 48  # with fewer the transforms cost more than the products, and most of those must be saved
+MOST_PRODUCTS, MOST_PRODUCTS_OF_FEW = 0.6, 0.4  # of those of a direct convolution
+LANES = {"avx2": 16, "avx512": 32}  # results are computed in groups of so many channels
+
+
+def is_on() -> bool:
+    return os.environ.get(ENVIRONMENT_VARIABLE) != "0"
+
+
+def products(height: int, width: int, tile: int) -> int:
+    """Of an image [height, width] for each pair of channels, with tiles of that side."""
+    return -(-height // tile) * -(-width // tile) * (tile + 2) ** 2
+
+
+def tile_of(image: Tensor, largest: int) -> int:
+    """The side of a tile of results, 4 or 2: that with fewer products, for images [N, C, H, W].
+
+    largest: 4, or 2 for a convolution that has no more error than a direct one.
+    """
+    height, width = image.shape[2:]
+    return largest if products(height, width, largest) < products(height, width, SMALL) else SMALL
+
+
+def reason(image: Tensor, summed: int, results: int, largest: int) -> str | None:
+    """Why a 3x3 convolution of images like this one is not taken, or None. summed, results: channels in and out."""
+    if not is_on():
+        return "winograd_off"
+    height, width = image.shape[2:]
+    if min(height, width) < SHORTEST_SIDE or min(summed, results) < FEWEST_CHANNELS:
+        return "library_as_fast"
+    lanes = LANES[instruction_set()]
+    computed = products(height, width, tile_of(image, largest)) * (-(-results // lanes) * lanes)
+    most = MOST_PRODUCTS if min(summed, results) >= MANY_CHANNELS else MOST_PRODUCTS_OF_FEW
+    return None if computed <= most * 9 * height * width * results else "library_as_fast"
+
+
+@cache
+def instruction_set() -> str:
+    return str(LIBRARY.cpu_capability())
+
+
+def takes(op: ConvBackwardInput | ConvBackwardWeight, largest: int = LARGE) -> bool:
+    """Whether this gradient of a convolution is one of a 3x3 convolution that is taken."""
+    kernel = op.kernel_size if isinstance(op, ConvBackwardWeight) else op.weight.shape[2:]
+    where = tuple(kernel), tuple(op.stride), tuple(op.padding), tuple(op.dilation)
+    if where != ((3, 3), (1, 1), (1, 1), (1, 1)) or op.groups != 1 or op.x.dtype != torch.float32:
+        return False
+    return op.x.is_cpu and reason(op.x, op.dy.shape[1], op.x.shape[1], largest) is None
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def conv3x3_forward(op: Conv3x3Forward, largest: int = LARGE) -> ConvOutput:
+    x, weight, _, in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift, relu, *_ = op
+    tile = tile_of(x, largest)
+    vectors = in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift
+    y, mean, var, finite = LIBRARY.conv3x3_forward(
+        x, channels_last(weight), *vectors, relu, op.save_stats, tile
+    )
+    return ConvOutput(y, None, mean, var) if finite else REFERENCE(op)
+
+
+def conv_backward_input(op: ConvBackwardInput, largest: int) -> Tensor:
+    args = op.dy, channels_last(op.weight), op.shortcut_dy, op.shortcut_mask
+    dx, finite = LIBRARY.conv3x3_backward_input(*args, tile_of(op.dy, largest))
+    return dx if finite else REFERENCE(op)
+
+
+def conv_backward_weight(op: ConvBackwardWeight, largest: int) -> Tensor:
+    dw, finite = LIBRARY.conv3x3_backward_weight(op.dy, op.x, None, None, tile_of(op.dy, largest))
+    return dw if finite else REFERENCE(op)
