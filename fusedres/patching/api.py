@@ -15,7 +15,7 @@ from torch import nn
 from fusedres.blocks.choice import AUTO, TABLE, check_recipe
 from fusedres.errors import UnsupportedModelError
 from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
-from fusedres.ops.dispatch import check_backend
+from fusedres.ops.dispatch import check_backend, with_accuracy
 from fusedres.ops.native import library
 from fusedres.patching import install
 from fusedres.patching.install import BlockState
@@ -108,6 +108,7 @@ def patch(
     strict: bool = False,
     dry_run: bool = False,
     channels_last: bool = False,
+    accuracy: str = "fast",
 ) -> Model:
     """Makes every residual block of the model run fused, in place.
 
@@ -126,6 +127,8 @@ def patch(
         dry_run: change nothing; `report(model)` then tells what would be.
         channels_last: bring the model's parameters into the layout that the kernels serve, as
             `model.to(memory_format=torch.channels_last)` does. Inputs may stay NCHW: a stem converts them.
+        accuracy: "fast" keeps the error of every op, against float64, within the limit of `fusedres.ops.accuracy`;
+            "strict" takes no algorithm of a convolution that has more error than a direct one.
 
     The model is unchanged after any exception. Where every block is left alone for another reason than its name, a
     warning says so.
@@ -136,11 +139,12 @@ def patch(
     Raises:
         TypeError: not a module; `include` or `exclude` is no pattern.
         UnsupportedModelError: a wrapped model, no residual block at all, or, with `strict`, one left alone.
-        ValueError, BackendUnavailableError: unknown recipe or backend; `include` names no block.
+        ValueError, BackendUnavailableError: unknown recipe, backend or accuracy; `include` names no block.
     """
     check_model(model, "patch")
     check_recipe(recipe)
     check_backend(backend)
+    backend = with_accuracy(backend, accuracy)
     if recipe == AUTO and not library.is_built() and library.could_be_built():
         warn_without_kernels()
     found = choose(find(model, renew=True), include, exclude)
