@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/* csr
 demo: $(STAMP)
 	$(BIN)/fusedres demo --output demo-output
 
-CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/support/*.cpp tests/support/*/*.h)
+CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/support/*.cpp tests/support/*/*.h tests/support/*/*.cpp)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,7 +46,8 @@ docs: $(STAMP)
 mutants: $(STAMP)
 	$(BIN)/python -P tests/support/mutants.py
 
-# the CPU kernels of the native library under AddressSanitizer and UBSan; minutes to build, apart from the installed one
+# the CPU kernels of the native library under AddressSanitizer and UBSan, and their launchers under ThreadSanitizer;
+# minutes to build, apart from the installed one
 SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 sanitize: $(STAMP)
 	CXX="$(CURDIR)/tests/support/sanitized_cxx.sh" FUSEDRES_BUILD=cpu $(BIN)/python -m pip install --quiet --no-build-isolation \
@@ -54,8 +55,10 @@ sanitize: $(STAMP)
 	set -e; for capability in "" avx2; do \
 		LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/sanitized \
 			$${capability:+env ATEN_CPU_CAPABILITY=$$capability} $(BIN)/pytest -q tests/native/test_native_ops.py \
-			tests/native/test_native_convolutions.py tests/native/test_native_statistics.py; \
+			tests/native/test_native_convolutions.py tests/native/test_native_statistics.py \
+			tests/native/test_native_winograd.py; \
 	done
+	$(BIN)/python tests/support/thread_sanitizer/run.py
 
 check-package: $(STAMP)
 	$(BIN)/python tests/support/check_package.py
@@ -72,6 +75,7 @@ clean:
 # throughput against eager and torch.compile on this machine; OPTIONS="--dtype bfloat16 --batch 16", or -k to choose
 bench: $(STAMP)
 	$(BIN)/pytest bench -q -m headline --rounds 5 --benchmark-quiet --benchmark-autosave $(OPTIONS)
+	$(BIN)/python bench/winograd.py --only-errors > /dev/null
 
 bench-check: $(STAMP)
 	$(BIN)/pytest tests/measuring/test_speedup.py -q -m speed
