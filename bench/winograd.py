@@ -81,8 +81,13 @@ def errors(backend: Backend, op: RawOp) -> Iterator[tuple[str, float]]:
     for name, change in HURTING.items():
         call = change(op)
         found = backend(call)
-        parts = zip(*(selftest.tensors(part) for part in (found, *selftest.expected(call, found))), strict=True)
-        yield name, max(relative_error(a, x) / error_limit(relative_error(e, x), a.dtype) for a, x, e in parts)
+        parts = zip(
+            *(selftest.tensors(part) for part in (found, *selftest.expected(call, found))), strict=True
+        )
+        yield (
+            name,
+            max(relative_error(a, x) / error_limit(relative_error(e, x), a.dtype) for a, x, e in parts),
+        )
 
 
 def multiply_limit() -> float:
