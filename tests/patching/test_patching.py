@@ -268,7 +268,7 @@ def test_options_of_unfused_and_auto():
     fusedres.patch(model, recipe="auto", backend="reference")
     model(torch.randn(2, 16, 6, 6))
     (row,) = fusedres.report(model).blocks
-    assert row.runs_as == "unfused" and row.code.startswith(("too_small:16 channels", "native_missing"))
+    assert row.runs_as == "unfused" and row.code.startswith(("too_small:", "native_missing"))
 
 
 def test_gram_falls_to_separate_without_an_expansion():

@@ -49,7 +49,8 @@ def test_a_warning_where_no_block_could_be_patched():
 def test_no_warning_where_blocks_are_left_out_by_name_or_nothing_is_patched(options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fusedres.patch(nn.Sequential(InPlaceAdd(), SqueezeExcite()), **options)
+        model = nn.Sequential(InPlaceAdd(), SqueezeExcite()).to(memory_format=torch.channels_last)
+        fusedres.patch(model, **options)
 
 
 def test_the_report_shows_what_is_excluded():
