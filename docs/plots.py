@@ -172,7 +172,7 @@ def recipes() -> Figure:
     labels, y = [], 0
     for title, model, phase in CASES:
         for implementation, name in names.items():
-            cell = throughput("cpu/headline_batch16", model, phase, implementation)
+            cell = throughput("cpu/recipes_batch16", model, phase, implementation)
             if cell is not None:
                 interval(axes, y, cell, FUSED if implementation.startswith("fusedres") else OTHER, "o")
                 labels.append((y, f"{title}: {name}"))
