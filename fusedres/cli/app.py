@@ -85,14 +85,16 @@ def explain(
     size: Size = 0,
     device: Device = "auto",
     ops: Annotated[bool, typer.Option("--ops", help="also print which backend serves each op")] = False,
+    accuracy: Annotated[str, typer.Option(help="fast, or strict: no algorithm with more error")] = "fast",
     as_json: AsJson = False,
 ) -> None:
     """What patch does to a model: its residual blocks, matched or not, and why; with --batch what each runs as."""
     with explained():
         network, images = prepared(model, batch, size, device)
         title = explain_command.title(model, network, images)
-        report = explain_command.dry_report(network, recipe)
-        calls = explain_command.call(network, images, recipe) if batch else {}
+        report = explain_command.dry_report(network, recipe, accuracy)
+        calls = explain_command.call(network, images, recipe, accuracy) if batch else {}
+        convolutions = explain_command.convolutions(accuracy)
         serving, recipes = examination.serving() if ops or as_json else [], examination.recipe_table()
     if as_json:
         ran = {phase: found.as_dict()["blocks"] for phase, found in calls.items()}
@@ -102,10 +104,11 @@ def explain(
             "calls": ran,
             "serving": serving,
             "recipe_table": recipes,
+            "convolutions": convolutions,
         }
         typer.echo(json.dumps(found, indent=2))
         return
-    parts = [explain_command.text(title, report, calls), examination.recipe_table_text(recipes)]
+    parts = [explain_command.text(title, report, calls, convolutions), examination.recipe_table_text(recipes)]
     typer.echo("\n\n".join([*parts, *([examination.serving_text(serving)] if ops else [])]))
 
 

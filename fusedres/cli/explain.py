@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fusedres.cli.devices import layout_name
 from fusedres.ops.dispatch import dispatcher
+from fusedres.ops.native import library, winograd
 from fusedres.patching import api
 from fusedres.patching.reasons import describe
 from fusedres.patching.report import BlockReport, PatchReport
@@ -24,15 +25,22 @@ def title(name: str, network: nn.Module, images: Tensor) -> str:
     return f"{model}, input {' x '.join(map(str, images.shape))} {layout_name([images])}"
 
 
-def dry_report(network: nn.Module, recipe: str) -> PatchReport:
+def dry_report(network: nn.Module, recipe: str, accuracy: str) -> PatchReport:
     """What patch would do to the model. Raises as `fusedres.patch`, and for an absent backend as a call would."""
     dispatcher()
-    return api.report(api.patch(network, recipe=recipe, dry_run=True))
+    return api.report(api.patch(network, recipe=recipe, accuracy=accuracy, dry_run=True))
 
 
-def call(network: nn.Module, images: Tensor, recipe: str) -> Calls:
+def convolutions(accuracy: str) -> str | None:
+    """How 3x3 convolutions run in a fused block on the CPU; None without the kernels for them."""
+    if not any(backend.name == library.NAME for backend in dispatcher().backends):
+        return None
+    return winograd.described(accuracy == "strict")
+
+
+def call(network: nn.Module, images: Tensor, recipe: str, accuracy: str) -> Calls:
     """Patches the model and runs one forward of each phase; what every block ran as. Raises as `fusedres.patch`."""
-    api.patch(network, recipe=recipe)
+    api.patch(network, recipe=recipe, accuracy=accuracy)
     reports = {}
     for phase, training in PHASES.items():
         with torch.set_grad_enabled(training):
@@ -46,8 +54,8 @@ def outcome(block: BlockReport) -> str:
     return f"{block.runs_as}" + (f" [{block.code}]" if block.code else "")
 
 
-def text(title: str, report: PatchReport, calls: Calls) -> str:
-    """One line a block, its name first; below, once, what each code in it means."""
+def text(title: str, report: PatchReport, calls: Calls, convolutions: str | None) -> str:
+    """One line a block, its name first; below, once, what each code in it means, and how convolutions run."""
     rows = [("block", "class", "form", *(calls or ("patched",)))]
     codes = [block.code for block in report.skipped]
     for place, block in enumerate(report.blocks):
@@ -60,4 +68,5 @@ def text(title: str, report: PatchReport, calls: Calls) -> str:
         rows.append((block.name, block.class_name, block.form, *cells))
     heads = dict.fromkeys(code.partition(":")[0] for code in codes if code)
     meanings = [f"{head}: {describe(head)}" for head in heads]
-    return section(title, rows, f"matched {len(report.matched)} of {len(report.blocks)} blocks", *meanings)
+    below = meanings if convolutions is None else [*meanings, convolutions]
+    return section(title, rows, f"matched {len(report.matched)} of {len(report.blocks)} blocks", *below)

@@ -123,6 +123,20 @@ def test_explain_says_why_a_block_is_left_alone(monkeypatch):
         assert "left alone [activation_not_relu" in result.output
 
 
+@pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
+def test_explain_says_how_convolutions_run():
+    arguments = ["explain", "fusedres:cifar_resnet20", "--accuracy"]
+    expected = {"fast": "Winograd F(4x4, 3x3)", "strict": "Winograd F(2x2, 3x3)"}
+    for accuracy, algorithm in expected.items():
+        assert f"3x3 convolutions of float32 without stride on this CPU: {algorithm}" in (
+            run(app, [*arguments, accuracy]).output
+        )
+    off = run(app, [*arguments, "fast", "--json"], env={"FUSEDRES_WINOGRAD": "0"}).output
+    assert "torch's own (FUSEDRES_WINOGRAD=0)" in json.loads(off)["convolutions"]
+    wrong = run(app, [*arguments, "exact"])
+    assert wrong.exit_code == 2 and "accuracy 'exact' is unknown" in wrong.output
+
+
 def test_explain_prints_json():
     result = run(app, ["explain", "fusedres:cifar_resnet29", "--recipe", "gram", "--json"])
     data = json.loads(result.output)

@@ -34,6 +34,21 @@ def is_on() -> bool:
     return os.environ.get(ENVIRONMENT_VARIABLE) != "0"
 
 
+def described(strict: bool) -> str:
+    """How these convolutions run, in a line. strict: with `accuracy="strict"`."""
+    head = "3x3 convolutions of float32 without stride on this CPU:"
+    if not is_on():
+        return f"{head} torch's own ({ENVIRONMENT_VARIABLE}=0)"
+    if strict:
+        return (
+            f'{head} Winograd F(2x2, 3x3), accuracy "strict"; {ENVIRONMENT_VARIABLE}=0 leaves them to torch'
+        )
+    return (
+        f"{head} Winograd F(4x4, 3x3), or F(2x2, 3x3) where that has fewer products, and torch's own where those "
+        f'are as fast; accuracy "strict" takes F(2x2, 3x3) alone, {ENVIRONMENT_VARIABLE}=0 leaves them to torch'
+    )
+
+
 def products(height: int, width: int, tile: int) -> int:
     """Of an image [height, width] for each pair of channels, with tiles of that side."""
     return -(-height // tile) * -(-width // tile) * (tile + 2) ** 2
