@@ -3,7 +3,6 @@
 python native_kernels_run.py CAPABILITY    exit 0, or the first failure; CAPABILITY is what must be in use
 """
 
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import conv3x3_checks
 import torch
 from raw_op_cases import FORMS, Case, cases_of
 from raw_op_checks import CHECKS
+from winograd_backends import with_tiles
 
 from fusedres.blocks import choice
 from fusedres.ops.backend import Backend
@@ -48,11 +48,9 @@ def main(capability: str) -> None:
             conv1x1_checks.CHECKS["conv1x1_forward"](ops, case)
             checked += 1
     del os.environ[winograd.ENVIRONMENT_VARIABLE]
-    winograd.FEWEST_CHANNELS = winograd.SHORTEST_SIDE = 1
-    winograd.MOST_PRODUCTS = winograd.MOST_PRODUCTS_OF_FEW = math.inf
-    for strict in (False, True):
+    for tile in (winograd.LARGE, winograd.SMALL):
         for op, case in conv3x3_cases():
-            check(functions.backend(strict), op, case)
+            check(with_tiles(tile), op, case)
             checked += 1
     print(f"{checked} passed, 0 failed")
 

@@ -4,7 +4,7 @@ F(4x4, 3x3) has a quarter of the products of a direct convolution, F(2x2, 3x3) f
 (csrc/cpu/winograd_tiles.h). A value that is not finite spreads over a tile: then the library computes the call again.
 
     FUSEDRES_WINOGRAD=0              leaves these convolutions to torch's own
-    patch(model, accuracy="strict")  takes F(2x2, 3x3) alone
+    patch(model, accuracy="strict")  takes F(2x2, 3x3) alone, and sums weight gradients directly
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusedres.ops.reference import REFERENCE
 ENVIRONMENT_VARIABLE = "FUSEDRES_WINOGRAD"
 LIBRARY = torch.ops.fusedres_native  # empty until the library is loaded
 
-LARGE, SMALL = 4, 2
+LARGE, SMALL, NONE = 4, 2, 0  # sides of a tile of results; 0: a direct convolution
 # against oneDNN 3.12 on two cores of Zen 3, bench/results/cpu/README.md: where a block of 16 channels or more pays
 FEWEST_CHANNELS = 16
 SHORTEST_SIDE = 4
@@ -40,9 +40,8 @@ def described(strict: bool) -> str:
     if not is_on():
         return f"{head} torch's own ({ENVIRONMENT_VARIABLE}=0)"
     if strict:
-        return (
-            f'{head} Winograd F(2x2, 3x3), accuracy "strict"; {ENVIRONMENT_VARIABLE}=0 leaves them to torch'
-        )
+        found = f"{head} Winograd F(2x2, 3x3) and direct weight gradients"
+        return f'{found}, accuracy "strict"; {ENVIRONMENT_VARIABLE}=0 leaves them to torch'
     return (
         f"{head} Winograd F(4x4, 3x3), or F(2x2, 3x3) where that has fewer products, and torch's own where those "
         f'are as fast; accuracy "strict" takes F(2x2, 3x3) alone, {ENVIRONMENT_VARIABLE}=0 leaves them to torch'
@@ -83,6 +82,8 @@ def instruction_set() -> str:
 
 def takes(op: ConvBackwardInput | ConvBackwardWeight, largest: int = LARGE) -> bool:
     """Whether this gradient of a convolution is one of a 3x3 convolution that is taken."""
+    if largest == NONE:
+        return False
     kernel = op.kernel_size if isinstance(op, ConvBackwardWeight) else op.weight.shape[2:]
     where = tuple(kernel), tuple(op.stride), tuple(op.padding), tuple(op.dilation)
     if where != ((3, 3), (1, 1), (1, 1), (1, 1)) or op.groups != 1 or op.x.dtype != torch.float32:
