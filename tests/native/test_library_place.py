@@ -6,6 +6,7 @@ import os
 import warnings
 
 import pytest
+import torch
 from spellings import InPlaceAdd
 
 import fusedres
@@ -70,7 +71,7 @@ def test_patch_says_once_that_there_are_no_kernels(checkout, monkeypatch, recipe
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            fusedres.patch(InPlaceAdd(), recipe=recipe)
+            fusedres.patch(InPlaceAdd().to(memory_format=torch.channels_last), recipe=recipe)
     api.warn_without_kernels.cache_clear()
     messages = [str(w.message) for w in caught]
     assert len(messages) == said and all(w.filename == __file__ for w in caught)
