@@ -9,8 +9,8 @@ namespace fusedres::cpu {
 // that calls an op is also one of those that work on it.
 enum class Scratch { kShared, kOwn };
 
-// At least `floats` floats, uninitialised, at the begin of a huge page, where the system has them. They are valid until
-// this thread's next call for the same use. Throws std::bad_alloc.
+// At least `floats` floats, uninitialised, at the beginning of a huge page, where the system has them. They are valid
+// until this thread's next call for the same use. Throws std::bad_alloc.
 float* scratch(Scratch use, int64_t floats);
 
 }  // namespace fusedres::cpu
