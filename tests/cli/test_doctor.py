@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fusedres.cli import doctor
 from fusedres.cli.app import app
-from fusedres.ops import selftest
+from fusedres.ops import dispatch, selftest
 from fusedres.ops.backend import Backend
 from fusedres.ops.cases import SMALL, cases
 from fusedres.ops.contract import (
@@ -24,7 +24,6 @@ from fusedres.ops.contract import (
     Gram,
     op_name,
 )
-from fusedres.ops.dispatch import LOADERS
 from fusedres.ops.native import functions, library
 from fusedres.ops.reference import REFERENCE
 
@@ -64,7 +63,7 @@ BROKEN = Backend(
 
 @pytest.fixture
 def with_broken_backend(monkeypatch):
-    monkeypatch.setitem(LOADERS, "broken", lambda: BROKEN)
+    monkeypatch.setitem(dispatch.LOADERS, "broken", lambda: BROKEN)
     monkeypatch.setattr(selftest, "SMALL", SMALL[:1])
 
 
@@ -158,7 +157,9 @@ def test_an_op_served_by_plain_pytorch_once_is_not_said_to_have_no_kernel():
 
 def test_an_installation_without_the_library(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "LIBRARY", tmp_path / "absent.so")
-    monkeypatch.delitem(LOADERS, "native", raising=False)
+    without = {name: load for name, load in dispatch.LOADERS.items() if name != "native"}
+    for module in (dispatch, selftest):
+        monkeypatch.setattr(module, "LOADERS", without)  # not delitem: taken back, it would come last
     library.load.cache_clear()
     try:
         found = doctor.native_library()

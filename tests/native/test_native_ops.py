@@ -38,13 +38,15 @@ class Recorder:
         return backend(op)
 
 
-def is_winograd(case):
-    """Whether this is a 3x3 convolution that Winograd's algorithm takes; "groups" may find one alone."""
-    channels, height, width = case.shape[1:]
+def is_winograd(op, case):
+    """Whether this is of a 3x3 convolution that Winograd's algorithm takes; "groups" may find one alone."""
+    n, channels, height, width = case.shape
     one = case.form.startswith("groups") and channels % 4 != 0 and channels % 3 != 0
     form = one or case.form in ("3x3", "3x3_mask")
-    image = torch.empty(1, 1, height, width, device="meta")
-    reason = winograd.reason(image, channels + 2, channels, winograd.LARGE)
+    image = torch.empty(n, 1, height, width, device="meta")
+    summed = None if op == "conv_backward_weight" else channels + 2
+    tile = winograd.tile_of(image, summed, winograd.LARGE)
+    reason = winograd.reason(image, channels + 2, channels, tile)
     return form and case.dtype == torch.float32 and reason is None
 
 
@@ -54,7 +56,7 @@ def expected_backend(op, case):
         return "reference" if case.form == "half_weight" else "native"
     if op == "conv_backward_weight":
         dense = case.dtype in reasons.product_dtypes() and case.layout in ("channels_last", "offset")
-        if is_winograd(case):
+        if is_winograd(op, case):
             return "native" if dense else "reference"
         many = case.shape[1] >= reasons.FEWEST_CHANNELS
         wide = case.form != "1x1" or case.shape[1] * (case.shape[1] + 2) >= reasons.FEWEST_WEIGHTS[case.dtype]
@@ -62,7 +64,7 @@ def expected_backend(op, case):
         return "native" if dense and many and wide and not grouped else "reference"
     if op == "conv_backward_input":
         exact, dense = case.dtype == torch.float32, case.layout in ("channels_last", "offset")
-        if is_winograd(case):
+        if is_winograd(op, case):
             masked = "mask" in case.form and case.shape[1] % 8 != 0
             return "native" if dense and not masked else "reference"
         summed = exact or (case.dtype in reasons.product_dtypes() and (case.shape[1] + 2) % 2 == 0)

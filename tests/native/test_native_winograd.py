@@ -1,5 +1,6 @@
 """3x3 convolutions by Winograd's algorithm: of any size, of inputs that hurt it, of NaN, by any number of threads."""
 
+import copy
 import multiprocessing
 import threading
 from dataclasses import replace
@@ -10,11 +11,11 @@ import torch
 from conv1x1_cases import ConvCase
 from raw_op_cases import bits, cases_of
 from raw_op_checks import CHECKS
-from torch import Tensor
+from torch import Tensor, nn
 from winograd_backends import with_tiles
 
 import fusedres
-from fusedres.models import BasicBlock
+from fusedres.models import BasicBlock, cifar_resnet
 from fusedres.ops import accuracy
 from fusedres.ops.contract import Conv3x3Forward, ConvBackwardInput, ConvBackwardWeight
 from fusedres.ops.dispatch import dispatcher
@@ -25,6 +26,15 @@ pytestmark = pytest.mark.skipif(not library.is_built(), reason="no compiled libr
 
 WINDOW = (1, 1), (1, 1), (1, 1), 1
 tiles = pytest.mark.parametrize("tile", [winograd.LARGE, winograd.SMALL], ids=["F4", "F2"])
+
+
+FEWEST_ROWS = winograd.FEWEST_ROWS
+
+
+@pytest.fixture(autouse=True)
+def over_few_rows_too(monkeypatch):
+    """The larger tile, for small and quick cases."""
+    monkeypatch.setattr(winograd, "FEWEST_ROWS", 0)
 
 
 @pytest.fixture
@@ -291,7 +301,38 @@ def test_an_unknown_accuracy_is_named():
     ("size", "side"), [((56, 56), 4), ((14, 14), 4), ((7, 7), 4), ((2, 2), 2), ((2, 9), 2), ((6, 6), 2)]
 )
 def test_the_tile_with_fewer_products(size, side):
-    assert winograd.tile_of(torch.empty(1, 1, *size), winograd.LARGE) == side
+    assert winograd.tile_of(torch.empty(1, 1, *size), 256, winograd.LARGE) == side
+
+
+@pytest.mark.parametrize(
+    ("batch", "summed", "side"), [(15, 255, 2), (16, 16, 4), (1, 256, 4), (1, None, 4), (15, None, 4)]
+)
+def test_the_tile_of_few_rows_and_channels(batch, summed, side, monkeypatch):
+    """A weight gradient, which is given to no other layer, sums any number of either."""
+    monkeypatch.setattr(winograd, "FEWEST_ROWS", FEWEST_ROWS)
+    assert winograd.tile_of(torch.empty(batch, 1, 8, 8), summed, winograd.LARGE) == side
+
+
+def trained_outputs(fused: bool, network: nn.Module, example: Tensor) -> Tensor:
+    network = copy.deepcopy(network).train()
+    if fused:
+        fusedres.patch(network, recipe="separate")
+    with torch.no_grad():
+        return network(example)
+
+
+@pytest.mark.parametrize(("size", "batch"), [(8, 2), (16, 4), (32, 2)])
+def test_a_small_network_passes_the_rule_with_any_weights(size, batch, monkeypatch):
+    """Over few rows eager's batch statistics have no error that would hide one of its convolutions."""
+    monkeypatch.setattr(winograd, "FEWEST_ROWS", FEWEST_ROWS)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        network = cifar_resnet(20).to(memory_format=torch.channels_last)
+        example = images(batch, 3, size, size)
+        found, own = (trained_outputs(fused, network, example) for fused in (True, False))
+        exact = trained_outputs(False, network.double(), example.double())
+        error, own_error = (accuracy.relative_error(y, exact) for y in (found, own))
+        assert error <= accuracy.error_limit(own_error, torch.float32), seed
 
 
 @pytest.mark.parametrize(

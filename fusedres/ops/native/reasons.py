@@ -175,7 +175,8 @@ def conv3x3_reason(op: Conv3x3Forward, largest_tile: int = winograd.LARGE) -> st
         return "mask"
     if weight.dtype != x.dtype:
         return "mixed_dtypes"
-    if (reason := winograd.reason(x, x.shape[1], weight.shape[0], largest_tile)) is not None:
+    tile = winograd.forward_tile(op, largest_tile)
+    if (reason := winograd.reason(x, x.shape[1], weight.shape[0], tile)) is not None:
         return reason
     if (reason := activations_reason(x, op.residual)) is not None or x.numel() == 0:
         return reason or "empty"

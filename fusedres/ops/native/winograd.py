@@ -28,6 +28,10 @@ SHORTEST_SIDE = 4
 MANY_CHANNELS = 48  # with fewer the transforms cost more than the products, and most of those must be saved
 MOST_PRODUCTS, MOST_PRODUCTS_OF_FEW = 0.6, 0.4  # of those of a direct convolution
 LANES = {"avx2": 16, "avx512": 32}  # results are computed in groups of so many channels
+# F(4x4, 3x3) has 2 to 3.5 times a direct convolution's error, less from so many summed channels on; over fewer rows
+# than this, eager's batch statistics are exact enough that a network's whole error would show it
+MANY_SUMMED = 256
+FEWEST_ROWS = 1024  # N * H * W
 
 
 def is_on() -> bool:
@@ -53,31 +57,48 @@ def products(height: int, width: int, tile: int) -> int:
     return -(-height // tile) * -(-width // tile) * (tile + 2) ** 2
 
 
-def tile_of(image: Tensor, largest: int) -> int:
-    """The side of a tile of results, 4 or 2: that with fewer products, for images [N, C, H, W].
+def tile_of(image: Tensor, summed: int | None, largest: int) -> int:
+    """The side of a tile of results for images [N, C, H, W]: 4 where that has fewer products, else 2.
 
+    summed: channels summed over; None for a weight gradient, which no further layer is computed from, and in
+    inference, where BN has no statistics of these rows.
     largest: 4, or 2 for a convolution that has no more error than a direct one.
     """
-    height, width = image.shape[2:]
+    n, _, height, width = image.shape
+    if summed is not None and summed < MANY_SUMMED and n * height * width < FEWEST_ROWS:
+        return SMALL
     return largest if products(height, width, largest) < products(height, width, SMALL) else SMALL
 
 
-def reason(image: Tensor, summed: int, results: int, largest: int) -> str | None:
-    """Why a 3x3 convolution of images like this one is not taken, or None. summed, results: channels in and out."""
+def reason(image: Tensor, channels: int, results: int, tile: int) -> str | None:
+    """Why a 3x3 convolution of images like this one is not taken with this tile, or None.
+
+    channels, results: how many channels it is given, and how many it has.
+    """
     if not is_on():
         return "winograd_off"
     height, width = image.shape[2:]
-    if min(height, width) < SHORTEST_SIDE or min(summed, results) < FEWEST_CHANNELS:
+    if min(height, width) < SHORTEST_SIDE or min(channels, results) < FEWEST_CHANNELS:
         return "library_as_fast"
     lanes = LANES[instruction_set()]
-    computed = products(height, width, tile_of(image, largest)) * (-(-results // lanes) * lanes)
-    most = MOST_PRODUCTS if min(summed, results) >= MANY_CHANNELS else MOST_PRODUCTS_OF_FEW
+    computed = products(height, width, tile) * (-(-results // lanes) * lanes)
+    most = MOST_PRODUCTS if min(channels, results) >= MANY_CHANNELS else MOST_PRODUCTS_OF_FEW
     return None if computed <= most * 9 * height * width * results else "library_as_fast"
 
 
 @cache
 def instruction_set() -> str:
     return str(LIBRARY.cpu_capability())
+
+
+def forward_tile(op: Conv3x3Forward, largest: int) -> int:
+    """As `tile_of`, for this convolution."""
+    return tile_of(op.x, op.x.shape[1] if op.scale is None else None, largest)
+
+
+def gradient_tile(op: ConvBackwardInput | ConvBackwardWeight, largest: int) -> int:
+    """As `tile_of`, for this gradient."""
+    return tile_of(op.dy, op.dy.shape[1] if isinstance(op, ConvBackwardInput) else None, largest)
 
 
 def takes(op: ConvBackwardInput | ConvBackwardWeight, largest: int = LARGE) -> bool:
@@ -88,7 +109,8 @@ def takes(op: ConvBackwardInput | ConvBackwardWeight, largest: int = LARGE) -> b
     where = tuple(kernel), tuple(op.stride), tuple(op.padding), tuple(op.dilation)
     if where != ((3, 3), (1, 1), (1, 1), (1, 1)) or op.groups != 1 or op.x.dtype != torch.float32:
         return False
-    return op.x.is_cpu and reason(op.x, op.dy.shape[1], op.x.shape[1], largest) is None
+    tile = gradient_tile(op, largest)
+    return op.x.is_cpu and reason(op.x, op.dy.shape[1], op.x.shape[1], tile) is None
 
 
 def channels_last(weight: Tensor) -> Tensor:
@@ -97,7 +119,7 @@ def channels_last(weight: Tensor) -> Tensor:
 
 def conv3x3_forward(op: Conv3x3Forward, largest: int = LARGE) -> ConvOutput:
     x, weight, _, in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift, relu, *_ = op
-    tile = tile_of(x, largest)
+    tile = forward_tile(op, largest)
     vectors = in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift
     y, mean, var, finite = LIBRARY.conv3x3_forward(
         x, channels_last(weight), *vectors, relu, op.save_stats, tile
@@ -107,10 +129,10 @@ def conv3x3_forward(op: Conv3x3Forward, largest: int = LARGE) -> ConvOutput:
 
 def conv_backward_input(op: ConvBackwardInput, largest: int) -> Tensor:
     args = op.dy, channels_last(op.weight), op.shortcut_dy, op.shortcut_mask
-    dx, finite = LIBRARY.conv3x3_backward_input(*args, tile_of(op.dy, largest))
+    dx, finite = LIBRARY.conv3x3_backward_input(*args, gradient_tile(op, largest))
     return dx if finite else REFERENCE(op)
 
 
 def conv_backward_weight(op: ConvBackwardWeight, largest: int) -> Tensor:
-    dw, finite = LIBRARY.conv3x3_backward_weight(op.dy, op.x, None, None, tile_of(op.dy, largest))
+    dw, finite = LIBRARY.conv3x3_backward_weight(op.dy, op.x, None, None, gradient_tile(op, largest))
     return dw if finite else REFERENCE(op)
