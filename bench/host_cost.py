@@ -1,9 +1,11 @@
 """What the host pays for a patched block: one training step at 1x1 spatial size, against the unpatched block.
 
-    python bench/host_cost.py [--rounds 60] [--model]
+    python bench/host_cost.py [--rounds 60] [--model] [--device gpu-stand-in]
 
 There is next to no arithmetic at 1x1, so the ratio is that of Python and dispatch alone. `--model` adds whole small
-models, which recipe "auto" must not make slower. Rounds are interleaved in one process; a ratio above 1 is a cost.
+models, which recipe "auto" must not make slower. `--device gpu-stand-in` takes the path of a GPU, with none: whole
+ResNets, for whose kernels Triton's compiler and launcher run. Rounds are interleaved in one process; a ratio above 1 is
+a cost.
 """
 
 from __future__ import annotations
@@ -112,7 +114,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--model", action="store_true", help="whole small models instead of blocks")
+    parser.add_argument("--device", choices=("cpu", "gpu-stand-in"), default="cpu")
     options = parser.parse_args()
+    if options.device != "cpu":
+        import gpu_stand_in
+        from gpu_stand_in import steps
+
+        steps.main(gpu_stand_in.install(), options.rounds)
+        return
     table = Table(title="Times as long as unpatched (median of paired ratios, 95 % interval)")
     for column in ("module", "recipe", "step", "unpatched us", "patched us", "ratio"):
         table.add_column(column)

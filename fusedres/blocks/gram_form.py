@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, unit_sizes
+from fusedres.ops.triton_reasons import has_full_float64
 
 # S of P values per channel has rank P - 1, so var = w S w^T cancels: rounding S costs var |w|^2 |S| / var units, where
 # eager, which squares deviations, loses the root of that number. Over the channels the number is distributed as
@@ -17,7 +18,8 @@ def unsuitable(config: BlockConfig, units: tuple[ConvBNTensors, ...], x: Tensor)
     """Why this block has no Gram form on x [N, Cin, H, W], as a reason code, or None.
 
     It must end BN, ReLU, conv1x1 expanding twofold, and batch statistics need enough values. On a GPU the products of
-    float32 are the library's, in TF32 by default: the statistics would be those of weights that it does not use.
+    float32 are the library's, in TF32 by default: the statistics would be those of weights that it does not use. Its
+    products of weights are in float64, which many GPUs have next to no arithmetic for.
     """
     if len(config.main) < 2 or not config.main[-2].relu:
         return "no_1x1_expansion"
@@ -25,8 +27,11 @@ def unsuitable(config: BlockConfig, units: tuple[ConvBNTensors, ...], x: Tensor)
     expands = is_plain_1x1(config.main[-1], units[len(config.main) - 1]) and cout >= 2 * cin
     if not expands:
         return "no_1x1_expansion"
-    if x.device.type == "cuda" and config.dtype == torch.float32:
-        return "float32_product"
+    if x.device.type == "cuda":
+        if config.dtype == torch.float32:
+            return "float32_product"
+        if not has_full_float64(x.device):
+            return "slow_float64"
     h, w = unit_sizes(config, units, x)[len(config.main) - 1]
     few = config.main[-1].training and x.shape[0] * h * w < FEWEST_ROWS
     return "few_values_per_channel" if few else None

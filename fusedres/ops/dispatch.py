@@ -34,10 +34,10 @@ STRICT = "/strict"  # ends a name
 ACCURACIES = ("fast", "strict")
 
 
-def _load_triton() -> Backend:
+def _load_triton(measured: bool = False) -> Backend:
     from fusedres.ops import triton
 
-    return triton.backend()
+    return triton.backend(measured=measured)
 
 
 # fastest first, the reference last; a backend that this installation or machine does not have is absent
@@ -46,6 +46,9 @@ LOADERS: dict[str, Callable[[], Backend]] = {
     **({"triton": _load_triton} if find_spec("triton") else {}),
     REFERENCE.name: lambda: REFERENCE,
 }
+
+# in place of its loader, where a caller named no backend: what is known to be no slower
+AUTO_LOADERS: dict[str, Callable[[], Backend]] = {"triton": lambda: _load_triton(measured=True)}
 
 # for a backend that is absent: raises BackendUnavailableError with the reason
 REQUIREMENTS: dict[str, Callable[[], None]] = {library.NAME: library.load}
@@ -138,8 +141,10 @@ class Dispatcher:
 def _dispatcher(name: str) -> Dispatcher:
     base = name.removesuffix(STRICT)
     check_backend(base)
-    names = list(LOADERS) if base == AUTO else list(dict.fromkeys((base, REFERENCE.name)))
-    backends = [LOADERS[n]() for n in names]
+    if base == AUTO:
+        backends = [AUTO_LOADERS.get(n, load)() for n, load in LOADERS.items()]
+    else:
+        backends = [LOADERS[n]() for n in dict.fromkeys((base, REFERENCE.name))]
     if base != name:
         backends = [functions.backend(strict=True) if b.name == library.NAME else b for b in backends]
     return Dispatcher(tuple(backends))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.ops import triton_reasons
+from fusedres.ops import set_aside, triton_reasons
 from fusedres.ops.backend import Backend, Function
 from fusedres.ops.contract import (
     BatchNormGrads,
@@ -41,9 +41,12 @@ from fusedres.ops.contract import (
     RawOp,
     ReluBackward,
 )
-from fusedres.ops.triton_reasons import DECIDING, DeviceReason
+from fusedres.ops.reference import REFERENCE
+from fusedres.ops.triton_reasons import DECIDING, NAME, DeviceReason
 
-NAME = "triton"
+
+def is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
@@ -55,14 +58,30 @@ def launchers() -> ModuleType:
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
 
 
 def launched(op: RawOp) -> Any:
-    """The op's result, its kernels launched on the device of its tensors."""
+    """The op's result, its kernels launched on the device of its tensors.
+
+    Kernels that cannot be compiled or loaded are set aside, and the reference computes this call. The interpreter has
+    no such excuse: what it raises is raised.
+    """
     kind = type(op)
-    with on_device_of(getattr(op, DECIDING[kind])):
-        return LAUNCHES[kind](op)
+    tensor = getattr(op, DECIDING[kind])
+    try:
+        with on_device_of(tensor):
+            return LAUNCHES[kind](op)
+    except Exception as error:
+        if is_interpreted():
+            raise
+        place = set_aside.Place(NAME, kind, tensor.device)
+        if not set_aside.is_of_toolchain(error):
+            set_aside.explain(error, place)
+            raise
+        set_aside.note(place, error)
+    return REFERENCE(op)
 
 
 def activation_vectors(
@@ -195,15 +214,15 @@ LAUNCHES: dict[type, Function] = {
 }
 
 
-def backend(device_reason: DeviceReason | None = None) -> Backend:
+def backend(device_reason: DeviceReason | None = None, measured: bool = False) -> Backend:
     """The Triton backend.
 
     Args:
         device_reason: why it does not serve a tensor's dtype and device, as a code; None: what Triton itself takes
             in this process, CPU tensors only under TRITON_INTERPRET=1.
+        measured: whether plain products are left to the library on GPUs where nobody has measured them.
     """
     if device_reason is None:
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        device_reason = partial(triton_reasons.device_reason, interpreted=interpreted)
-    reason = partial(triton_reasons.reason, device_reason=device_reason)
+        device_reason = partial(triton_reasons.device_reason, interpreted=is_interpreted())
+    reason = partial(triton_reasons.reason, device_reason=device_reason, measured=measured)
     return Backend(NAME, dict.fromkeys(LAUNCHES, launched), dict.fromkeys(LAUNCHES, reason))

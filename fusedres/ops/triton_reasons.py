@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
+from fusedres.ops import set_aside
 from fusedres.ops.contract import (
     BnAddReluBackwardInput,
     BnAddReluBackwardReduce,
@@ -29,6 +30,7 @@ from fusedres.ops.contract import (
     ReluBackward,
 )
 
+NAME = "triton"
 DeviceReason = Callable[[Tensor], str | None]  # of the tensor that decides
 
 # the argument of each op that decides: the output has its memory format, and the launch is on its device
@@ -56,6 +58,10 @@ PRODUCTS = {Conv1x1Forward, Gram, Conv1x1BackwardWeight, Conv1x1GramBackwardInpu
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_ROWS = 2**31 - 2**16  # row numbers are 32-bit, offsets 64-bit; the difference is room for the last tile
 OLDEST_CAPABILITY = (8, 0)  # bfloat16 products and asynchronous copies
+# names of the GPUs on which a plain product of these kernels was measured to be faster than the library's
+MEASURED_PRODUCTS: frozenset[str] = frozenset()
+# compute capabilities with half as many float64 operations as float32 ones; on others of 8 and more it is one in 64
+FULL_FLOAT64 = ((8, 0), (9, 0), (10, 0))
 
 
 def tensors(op: RawOp) -> Iterator[Tensor]:
@@ -86,11 +92,15 @@ def offsets_fit(kind: type, cin: int, widest: int) -> bool:
     return max(rows, 2 * widest) * widest < 2**31
 
 
-def reason(op: RawOp, device_reason: DeviceReason) -> str | None:
-    """Why the kernels do not take this call, or None."""
+def reason(op: RawOp, device_reason: DeviceReason, measured: bool = False) -> str | None:
+    """Why the kernels do not take this call, or None. measured: as for `fusedres.ops.triton.backend`."""
     tensor = getattr(op, DECIDING[type(op)])
     if (found := device_reason(tensor)) is not None:
         return found
+    if set_aside.is_aside(NAME, type(op), tensor.device):
+        return "set_aside"
+    if measured and tensor.is_cuda and isinstance(op, Conv1x1Forward) and not is_measured_product(op):
+        return "product_not_measured"
     given = list(tensors(op))
     # the kernels step through vectors and masks by 1: one of a strided or expanded parameter reads elsewhere
     if not all(t.is_contiguous() for t in given if t.dim() < 4):
@@ -117,6 +127,57 @@ def activations_reason(op: RawOp, tensor: Tensor, given: list[Tensor]) -> str | 
     return "float32_product" if tensor.is_cuda and tensor.dtype == torch.float32 else None
 
 
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def is_measured_product(op: Conv1x1Forward) -> bool:
+    """Whether this product does what the library's does not, or was measured to be faster than it on this device."""
+    return op.in_scale is not None or device_name(op.x.device) in MEASURED_PRODUCTS
+
+
+@cache
+def has_full_float64(device: torch.device) -> bool:
+    """Whether float64 arithmetic is at half of float32's rate on this GPU."""
+    return capability(device) in FULL_FLOAT64
+
+
+_usable: dict[torch.device, str | None] = {}
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why no kernel at all can be compiled and run on this GPU, or None; tried once, with the smallest kernel."""
+    if device in _usable:
+        return _usable[device]
+    if torch.cuda.is_current_stream_capturing():
+        return "not_warm"  # loading a kernel, and waiting for what it wrote, would end the capture
+    _usable[device] = found = probed(device)
+    return found
+
+
+def probed(device: torch.device) -> str | None:
+    try:
+        from fusedres.triton_kernels import probe
+
+        with torch.cuda.device(device):
+            written = probe.probe(device)
+    except Exception as error:
+        if not set_aside.is_of_toolchain(error):
+            raise
+        set_aside.warn_unusable(NAME, device, error)
+        return "triton_unusable"
+    if written == probe.WRITTEN:
+        return None
+    set_aside.warn_unusable(NAME, device, RuntimeError(f"a kernel wrote {written}, expected {probe.WRITTEN}"))
+    return "triton_unusable"
+
+
 def device_reason(tensor: Tensor, interpreted: bool) -> str | None:
     """Why Triton does not run on this tensor's device in its dtype, or None. interpreted: by Triton's interpreter."""
     if tensor.dtype not in DTYPES:
@@ -124,8 +185,8 @@ def device_reason(tensor: Tensor, interpreted: bool) -> str | None:
     if tensor.is_cuda:
         if torch.version.hip is not None:
             return "rocm"  # tiles, and the instruction that waits for a product, are NVIDIA's
-        old = torch.cuda.get_device_capability(tensor.device) < OLDEST_CAPABILITY
-        return "compute_capability_below_8" if old else None
+        old = capability(tensor.device) < OLDEST_CAPABILITY
+        return "compute_capability_below_8" if old else unusable(tensor.device)
     if not interpreted or tensor.device.type != "cpu":
         return f"device_{tensor.device.type}"
     # the interpreter multiplies bfloat16 as if its bits were integers

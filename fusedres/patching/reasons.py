@@ -47,6 +47,7 @@ REASONS: dict[str, str] = {
     "no_faster_recipe": "the original forward was the fastest that `fusedres tune` measured",
     "no_1x1_expansion": "gram needs a last 1x1 convolution that expands at least twofold; runs separate",
     "float32_product": "gram fuses products of float16 and bfloat16 on a GPU: use autocast; runs separate",
+    "slow_float64": "gram multiplies weights in float64, which this GPU has little arithmetic for; runs separate",
     "few_values_per_channel": "gram's batch statistics need at least six values per channel; runs separate",
     "signature": "called with more than one positional tensor",
     "tensor_subclass": "the input or a parameter is not a plain tensor",

@@ -29,6 +29,7 @@ from block_forms import (
 import fusedres
 from fusedres.blocks import RECIPES, gram_form
 from fusedres.models import Bottleneck
+from fusedres.ops import triton_reasons
 from fusedres.ops.backend import Backend
 from fusedres.ops.dispatch import Dispatcher
 from fusedres.ops.reference import REFERENCE
@@ -192,10 +193,21 @@ class OnGPU(NamedTuple):
     device: torch.device = torch.device("cuda")
 
 
-@pytest.mark.parametrize(("dtype", "reason"), [(torch.float32, "float32_product"), (torch.bfloat16, None)])
-def test_float32_products_on_a_gpu_are_not_the_gram_form_s(dtype, reason):
+@pytest.mark.parametrize(
+    ("dtype", "capability", "reason"),
+    [
+        (torch.float32, (9, 0), "float32_product"),
+        (torch.bfloat16, (9, 0), None),
+        (torch.bfloat16, (8, 6), "slow_float64"),
+        (torch.bfloat16, (12, 0), "slow_float64"),
+    ],
+)
+def test_what_is_slow_on_a_gpu_is_not_the_gram_form_s(dtype, capability, reason, monkeypatch):
+    monkeypatch.setattr(triton_reasons, "capability", lambda device: capability)
+    triton_reasons.has_full_float64.cache_clear()
     config, units = read(Bottleneck(32, 8), torch.randn(8, 32, 6, 6))
     assert gram_form.unsuitable(config._replace(dtype=dtype), units, OnGPU()) == reason
+    triton_reasons.has_full_float64.cache_clear()
 
 
 @every_form

@@ -53,6 +53,7 @@ from fusedres.blocks.choice import cause_before_reading
 from fusedres.blocks.unfused import Measured
 from fusedres.models import Bottleneck, resnet18
 from fusedres.nn.residual_block import read_block
+from fusedres.ops import triton_reasons
 from fusedres.ops.native import library
 from fusedres.patching import guards
 from fusedres.patching.reasons import REASONS, describe
@@ -205,8 +206,8 @@ def on_cuda() -> str:
     return guards.unfit_input(OnGPU(), False) or ""  # type: ignore[arg-type]
 
 
-def float32_gram() -> str:
-    """A block whose products would be float32 on a GPU, as far as `gram` asks: there need be none."""
+def gram_on_a_gpu(dtype: torch.dtype, capability: tuple[int, int]) -> str:
+    """Why `gram` leaves a block on a GPU of this capability, as far as it asks: there need be none."""
     block = Bottleneck(32, 8)
     units = [
         fusedres.nn.ConvBN(getattr(block, f"conv{i}"), getattr(block, f"bn{i}"), True) for i in (1, 2, 3)
@@ -216,7 +217,9 @@ def float32_gram() -> str:
     class OnGPU:
         device = torch.device("cuda")
 
-    return gram_form.unsuitable(data.config, data.tensors, OnGPU()) or ""  # type: ignore[arg-type]
+    found = {OnGPU.device: capability in triton_reasons.FULL_FLOAT64}
+    with mock.patch.object(gram_form, "has_full_float64", found.__getitem__):
+        return gram_form.unsuitable(data.config._replace(dtype=dtype), data.tensors, OnGPU()) or ""  # type: ignore[arg-type]
 
 
 FLOAT32 = "cpu", "native", torch.float32, True
@@ -266,7 +269,8 @@ CALLED: dict[str, Callable[[], str]] = {
     "compiled": lambda: cause_before_reading(images(), 16, True) or "",
     "no_faster_recipe": measured_unfused,
     "no_1x1_expansion": called(recipe="gram"),
-    "float32_product": float32_gram,
+    "float32_product": lambda: gram_on_a_gpu(torch.float32, (8, 0)),
+    "slow_float64": lambda: gram_on_a_gpu(torch.bfloat16, (8, 9)),
     "few_values_per_channel": called(
         build=lambda: Bottleneck(32, 8), call=lambda block: block(images(2, 32, 1, 1)), recipe="gram"
     ),

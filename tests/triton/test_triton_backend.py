@@ -155,7 +155,8 @@ REFUSAL = Backend("refusal", {Conv1x1Forward: refuse})
 
 def test_gpus_of_another_make_are_left_to_the_next_backend(monkeypatch):
     tensor = mock.MagicMock(dtype=torch.float16, is_cuda=True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(triton_reasons, "capability", lambda device: (9, 4))
+    monkeypatch.setattr(triton_reasons, "unusable", lambda device: None)
     assert triton_reasons.device_reason(tensor, interpreted=False) is None
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert triton_reasons.device_reason(tensor, interpreted=False) == "rocm"
@@ -205,8 +206,11 @@ def test_every_launch_is_on_the_device_of_its_tensors(op, monkeypatch):
 
 
 def test_the_guard_is_the_device_of_the_tensor(monkeypatch):
+    """There is none where that device is the current one, and for a tensor on the CPU."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: ("guard", device))
-    tensor = mock.MagicMock(is_cuda=True, device=torch.device("cuda", 1))
-    assert triton_backend.on_device_of(tensor) == ("guard", torch.device("cuda", 1))
-    with triton_backend.on_device_of(torch.zeros(1)) as nothing:
-        assert nothing is None
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    first, second = (mock.MagicMock(is_cuda=True, device=torch.device("cuda", i)) for i in (0, 1))
+    assert triton_backend.on_device_of(second) == ("guard", torch.device("cuda", 1))
+    for tensor in (first, torch.zeros(1)):
+        with triton_backend.on_device_of(tensor) as nothing:
+            assert nothing is None

@@ -1,0 +1,124 @@
+"""A stand-in for a GPU: Triton compiles for sm_90 and launches into a libcuda that runs nothing, on CPU tensors.
+
+Results are garbage. Decisions, launches, compiles, cubins and the host's time are those of a machine with a GPU, but
+for what torch itself spends on CUDA tensors. `install()` changes the process for good: use one of its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).parent / "libcuda.c"
+CAPABILITY = 9, 0
+SHARED_MEMORY = 232448  # of a block, in bytes
+
+
+class StandIn:
+    """The library, once it is loaded.
+
+    folder: where it lies, and where Triton keeps what it compiles: empty at first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        library = folder / "libcuda.so.1"
+        compiled = ["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-o", str(library)]
+        subprocess.run([*compiled, str(SOURCE)], check=True)
+        (folder / "libcuda.so").symlink_to(library.name)  # for the linker of Triton's launcher
+        self._library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # found by its soname from here on
+
+    @property
+    def launches(self) -> int:
+        return ctypes.c_ulong.in_dll(self._library, "stand_in_launches").value
+
+    @property
+    def cubins(self) -> int:
+        """How many kernels were compiled."""
+        return len(list((self.folder / "cache").glob("*/*.cubin")))
+
+    def fail(self, load: int = 0, launch: int = 0, shared_memory: int = SHARED_MEMORY) -> None:
+        """From now on loading a kernel, or launching one, gives this code of CUDA's; 0: success.
+
+        shared_memory: bytes that a block may have, read by Triton as it makes its driver.
+        """
+        for name, value in (("load_error", load), ("launch_error", launch), ("shared_memory", shared_memory)):
+            ctypes.c_int.in_dll(self._library, f"stand_in_{name}").value = value
+
+
+def device_reason(tensor: Tensor) -> str | None:
+    """As that of the Triton backend for a GPU, on CPU tensors: as many questions."""
+    from fusedres.ops import triton_reasons
+
+    if tensor.dtype not in triton_reasons.DTYPES:
+        return f"dtype_{tensor.dtype}"
+    old = triton_reasons.capability(tensor.device) < triton_reasons.OLDEST_CAPABILITY
+    return "compute_capability_below_8" if old else triton_reasons.unusable(tensor.device)
+
+
+def install(folder: str | None = None) -> StandIn:
+    """Puts the stand-in in the place of the GPU of this process.
+
+    Args:
+        folder: an empty one to work in; None: a temporary one.
+    """
+    work = Path(folder or tempfile.mkdtemp(prefix="gpu_stand_in"))
+    if folder is None:
+        atexit.register(shutil.rmtree, work)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(work)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(work / "cache"))
+    found = StandIn(work)
+    stand_in_for_torch()
+    stand_in_for_triton()
+    stand_in_for_backends()
+    return found
+
+
+def stand_in_for_torch() -> None:
+    """The questions about devices that the package and Triton ask of torch, at the price that they have there."""
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: 0
+    cuda.set_device = lambda device: None
+    cuda.get_device_capability = lambda device=None: CAPABILITY
+    cuda.get_device_name = lambda device=None: "stand-in"
+    cuda.get_device_properties = lambda device=None: SimpleNamespace(name="stand-in", major=9, minor=0)
+    cuda.is_current_stream_capturing = lambda: False
+
+    class Device:
+        def __init__(self, device: Any) -> None: ...
+        def __enter__(self) -> None: ...
+        def __exit__(self, *error: object) -> None: ...
+
+    cuda.device = Device
+
+
+def stand_in_for_triton() -> None:
+    """Its driver for CUDA is the one there is; Triton makes it as the first kernel is launched, as on a GPU."""
+    from triton.backends.nvidia.driver import CudaDriver
+
+    CudaDriver.is_active = staticmethod(lambda: True)
+    torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
+
+
+def stand_in_for_backends() -> None:
+    """Triton serves CPU tensors as it would a GPU's, and native kernels of convolutions, which no GPU has, none."""
+    from fusedres.ops import dispatch, triton
+    from fusedres.ops.native import reasons, winograd
+    from fusedres.triton_kernels import layout
+
+    layout.capability = lambda x: CAPABILITY[0]  # type: ignore[assignment]
+    reasons.product_dtypes = lambda: ()  # type: ignore[assignment]
+    winograd.is_on = lambda: False  # type: ignore[assignment]
+    dispatch.LOADERS["triton"] = lambda: triton.backend(device_reason)
+    dispatch.AUTO_LOADERS.clear()
+    dispatch._dispatcher.cache_clear()

@@ -1,0 +1,168 @@
+"""Host time, launches and compiles of whole training steps on the stand-in GPU, beside eager.
+
+The networks are as deep as the real ones and a few channels wide: as many operations, next to no arithmetic. Only this
+thread's time counts, so that autograd is made to run backward in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedres
+from fusedres.measuring.timing import bootstrap_interval, median
+from fusedres.models import resnet
+from fusedres.ops.contract import RawOp, op_name
+from fusedres.ops.dispatch import Dispatcher
+from gpu_stand_in import StandIn
+
+WIDTHS = 8, 16, 32, 64  # of the stages
+SHAPE = 8, 3, 16, 16  # 1 x 1 in the last two stages
+WARM_STEPS = 4
+EAGER = "eager"
+
+
+class Case(NamedTuple):
+    """How a network is run: eager, or patched with a recipe and a backend."""
+
+    recipe: str
+    backend: str = "auto"
+
+    @property
+    def name(self) -> str:
+        return self.recipe if self.recipe == EAGER else f"{self.recipe}, {self.backend}"
+
+
+CASES = {
+    "resnet18": (Case(EAGER), Case("separate", "native"), Case("separate")),
+    "resnet50": (Case(EAGER), Case("separate", "native"), Case("separate"), Case("gram")),
+}
+
+
+class Counts(NamedTuple):
+    """Of one step. operators: torch's own that are not views, each of which launches a kernel or more on a GPU."""
+
+    raw_ops: dict[str, int]
+    triton_launches: int
+    operators: int
+
+
+class Step:
+    """A training step of one network: forward under autocast to bfloat16, and backward."""
+
+    def __init__(self, network: nn.Module, case: Case) -> None:
+        self.model = copy.deepcopy(network)
+        if case.recipe != EAGER:
+            fusedres.patch(self.model, recipe=case.recipe, backend=case.backend)
+        self.images = torch.randn(SHAPE).contiguous(memory_format=torch.channels_last)
+        self.labels = torch.arange(SHAPE[0])
+
+    def forward(self) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.model(self.images)
+        return F.cross_entropy(logits.float(), self.labels)
+
+    def __call__(self) -> tuple[float, float]:
+        """Seconds of this thread: of the forward and of the backward."""
+        for p in self.model.parameters():
+            p.grad = None
+        start = time.thread_time()
+        loss = self.forward()
+        middle = time.thread_time()
+        with torch.autograd.set_multithreading_enabled(False):
+            loss.backward()
+        return middle - start, time.thread_time() - middle
+
+
+class Operators(TorchDispatchMode):
+    """Counts torch's operators, without views and without those that make an empty tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        schema = func._schema
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+        self.count += not is_view and "empty" not in schema.name and "fusedres" not in schema.name
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_raw_ops() -> Iterator[dict[str, int]]:
+    """Calls of each raw op, wherever they are served."""
+    counts: dict[str, int] = {}
+    call, serving = Dispatcher.__call__, Dispatcher.serving
+
+    def counted(self: Dispatcher, op: RawOp) -> object:
+        counts[op_name(type(op))] = counts.get(op_name(type(op)), 0) + 1
+        return call(self, op)
+
+    Dispatcher.__call__ = counted  # type: ignore[method-assign]
+    try:
+        yield counts
+    finally:
+        Dispatcher.__call__, Dispatcher.serving = call, serving  # type: ignore[method-assign]
+
+
+def count(step: Step, stand_in: StandIn) -> Counts:
+    before = stand_in.launches
+    with counted_raw_ops() as raw_ops, Operators() as operators:
+        step()
+    return Counts(raw_ops, stand_in.launches - before, operators.count)
+
+
+def network(name: str) -> nn.Module:
+    """The reference network of that name with narrow stages."""
+    torch.manual_seed(0)
+    widths, resnet.STAGE_WIDTHS = resnet.STAGE_WIDTHS, WIDTHS
+    try:
+        return getattr(resnet, name)().to(memory_format=torch.channels_last).train()
+    finally:
+        resnet.STAGE_WIDTHS = widths
+
+
+def main(stand_in: StandIn, rounds: int) -> None:
+    """Prints a table of every network and way to run it."""
+    torch.set_num_threads(1)
+    table = Table(title="A training step's host time on the stand-in GPU, bfloat16 autocast")
+    for column in ("network", "runs as", "forward ms", "backward ms", "of eager's", "cubins"):
+        table.add_column(column)
+    for columns in ("raw ops", "Triton launches", "operators"):
+        table.add_column(columns, justify="right")
+    for name, cases in CASES.items():
+        plain, steps, cubins = network(name), {}, {}
+        for case in cases:
+            before = stand_in.cubins
+            steps[case] = Step(plain, case)
+            for _ in range(WARM_STEPS):
+                steps[case]()
+            cubins[case] = stand_in.cubins - before
+        seconds: dict[Case, list[tuple[float, float]]] = {case: [] for case in cases}
+        for _ in track(range(rounds), name):
+            for case in cases:
+                seconds[case].append(steps[case]())
+        eager = [sum(s) for s in seconds[cases[0]]]
+        for case in cases:
+            forward, backward = (median([s[i] for s in seconds[case]]) * 1e3 for i in (0, 1))
+            ratios = [sum(s) / e for s, e in zip(seconds[case], eager, strict=True)]
+            low, high = bootstrap_interval(ratios)
+            counts = count(steps[case], stand_in)
+            table.add_row(
+                *(name, case.name, f"{forward:.2f}", f"{backward:.2f}"),
+                f"{median(ratios):.2f} [{low:.2f} {high:.2f}]",
+                *map(str, (cubins[case], sum(counts.raw_ops.values()), counts.triton_launches)),
+                str(counts.operators),
+            )
+    Console(width=140).print(table)
