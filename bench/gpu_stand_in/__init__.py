@@ -21,6 +21,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).parent / "libcuda.c"
 CAPABILITY = 9, 0
+NAME = "stand-in"
 SHARED_MEMORY = 232448  # of a block, in bytes
 
 
@@ -78,10 +79,15 @@ def install(folder: str | None = None) -> StandIn:
     os.environ["TRITON_LIBCUDA_PATH"] = str(work)
     os.environ.setdefault("TRITON_CACHE_DIR", str(work / "cache"))
     found = StandIn(work)
-    stand_in_for_torch()
+    stand_in_for_decisions()
     stand_in_for_triton()
-    stand_in_for_backends()
     return found
+
+
+def stand_in_for_decisions() -> None:
+    """What is decided by questions alone is as on a GPU; kernels can be counted, and not launched."""
+    stand_in_for_torch()
+    stand_in_for_backends()
 
 
 def stand_in_for_torch() -> None:
@@ -90,8 +96,8 @@ def stand_in_for_torch() -> None:
     cuda.current_device = lambda: 0
     cuda.set_device = lambda device: None
     cuda.get_device_capability = lambda device=None: CAPABILITY
-    cuda.get_device_name = lambda device=None: "stand-in"
-    cuda.get_device_properties = lambda device=None: SimpleNamespace(name="stand-in", major=9, minor=0)
+    cuda.get_device_name = lambda device=None: NAME
+    cuda.get_device_properties = lambda device=None: SimpleNamespace(name=NAME, major=9, minor=0)
     cuda.is_current_stream_capturing = lambda: False
 
     class Device:
@@ -112,7 +118,7 @@ def stand_in_for_triton() -> None:
 
 def stand_in_for_backends() -> None:
     """Triton serves CPU tensors as it would a GPU's, and native kernels of convolutions, which no GPU has, none."""
-    from fusedres.ops import dispatch, triton
+    from fusedres.ops import dispatch, triton, triton_reasons
     from fusedres.ops.native import reasons, winograd
     from fusedres.triton_kernels import layout
 
@@ -120,5 +126,8 @@ def stand_in_for_backends() -> None:
     reasons.product_dtypes = lambda: ()  # type: ignore[assignment]
     winograd.is_on = lambda: False  # type: ignore[assignment]
     dispatch.LOADERS["triton"] = lambda: triton.backend(device_reason)
-    dispatch.AUTO_LOADERS.clear()
+    measured = triton_reasons.MEASURED_PRODUCTS
+    dispatch.AUTO_LOADERS["triton"] = lambda: triton.backend(
+        device_reason, lambda op: op.in_scale is not None or NAME in measured
+    )
     dispatch._dispatcher.cache_clear()

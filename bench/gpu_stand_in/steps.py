@@ -10,7 +10,8 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
 
 import fusedres
 from fusedres.measuring.timing import bootstrap_interval, median
@@ -41,12 +43,12 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.recipe if self.recipe == EAGER else f"{self.recipe}, {self.backend}"
+        return self.recipe if self.backend == "auto" else f"{self.recipe}, {self.backend}"
 
 
 CASES = {
-    "resnet18": (Case(EAGER), Case("separate", "native"), Case("separate")),
-    "resnet50": (Case(EAGER), Case("separate", "native"), Case("separate"), Case("gram")),
+    "resnet18": (Case(EAGER), Case("separate")),
+    "resnet50": (Case(EAGER), Case("separate"), Case("gram")),
 }
 
 
@@ -54,7 +56,7 @@ class Counts(NamedTuple):
     """Of one step. operators: torch's own that are not views, each of which launches a kernel or more on a GPU."""
 
     raw_ops: dict[str, int]
-    triton_launches: int
+    triton_launches: dict[str, int]
     operators: int
 
 
@@ -101,26 +103,44 @@ class Operators(TorchDispatchMode):
 
 @contextmanager
 def counted_raw_ops() -> Iterator[dict[str, int]]:
-    """Calls of each raw op, wherever they are served."""
+    """Calls of each raw op, but for those of a backend that was asked for by itself."""
     counts: dict[str, int] = {}
-    call, serving = Dispatcher.__call__, Dispatcher.serving
+    call = Dispatcher.__call__
 
     def counted(self: Dispatcher, op: RawOp) -> object:
         counts[op_name(type(op))] = counts.get(op_name(type(op)), 0) + 1
         return call(self, op)
 
-    Dispatcher.__call__ = counted  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(Dispatcher, "__call__", counted):
         yield counts
-    finally:
-        Dispatcher.__call__, Dispatcher.serving = call, serving  # type: ignore[method-assign]
 
 
-def count(step: Step, stand_in: StandIn) -> Counts:
-    before = stand_in.launches
-    with counted_raw_ops() as raw_ops, Operators() as operators:
+@contextmanager
+def counted_launches() -> Iterator[dict[str, int]]:
+    """Launches of each Triton kernel, of which none is compiled."""
+    counts: dict[str, int] = {}
+
+    def run(kernel: JITFunction, *args: Any, **options: Any) -> None:
+        counts[kernel.__name__] = counts.get(kernel.__name__, 0) + 1
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield counts
+
+
+def count(step: Step) -> Counts:
+    """Of one step, without compiling or launching anything."""
+    with counted_raw_ops() as raw_ops, counted_launches() as launches, Operators() as operators:
         step()
-    return Counts(raw_ops, stand_in.launches - before, operators.count)
+    return Counts(raw_ops, launches, operators.count)
+
+
+def count_all() -> dict[str, dict[str, Counts]]:
+    """By network and case."""
+    found = {}
+    for name, cases in CASES.items():
+        plain = network(name)
+        found[name] = {case.name: count(Step(plain, case)) for case in cases}
+    return found
 
 
 def network(name: str) -> nn.Module:
@@ -158,11 +178,11 @@ def main(stand_in: StandIn, rounds: int) -> None:
             forward, backward = (median([s[i] for s in seconds[case]]) * 1e3 for i in (0, 1))
             ratios = [sum(s) / e for s, e in zip(seconds[case], eager, strict=True)]
             low, high = bootstrap_interval(ratios)
-            counts = count(steps[case], stand_in)
+            counts = count(steps[case])
             table.add_row(
                 *(name, case.name, f"{forward:.2f}", f"{backward:.2f}"),
                 f"{median(ratios):.2f} [{low:.2f} {high:.2f}]",
-                *map(str, (cubins[case], sum(counts.raw_ops.values()), counts.triton_launches)),
+                *map(str, (cubins[case], sum(counts.raw_ops.values()), sum(counts.triton_launches.values()))),
                 str(counts.operators),
             )
     Console(width=140).print(table)

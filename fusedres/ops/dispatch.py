@@ -34,10 +34,16 @@ STRICT = "/strict"  # ends a name
 ACCURACIES = ("fast", "strict")
 
 
-def _load_triton(measured: bool = False) -> Backend:
+def _load_triton() -> Backend:
     from fusedres.ops import triton
 
-    return triton.backend(measured=measured)
+    return triton.backend()
+
+
+def _load_measured_triton() -> Backend:
+    from fusedres.ops import triton, triton_reasons
+
+    return triton.backend(measured=triton_reasons.is_measured_product)
 
 
 # fastest first, the reference last; a backend that this installation or machine does not have is absent
@@ -48,7 +54,7 @@ LOADERS: dict[str, Callable[[], Backend]] = {
 }
 
 # in place of its loader, where a caller named no backend: what is known to be no slower
-AUTO_LOADERS: dict[str, Callable[[], Backend]] = {"triton": lambda: _load_triton(measured=True)}
+AUTO_LOADERS: dict[str, Callable[[], Backend]] = {"triton": _load_measured_triton}
 
 # for a backend that is absent: raises BackendUnavailableError with the reason
 REQUIREMENTS: dict[str, Callable[[], None]] = {library.NAME: library.load}

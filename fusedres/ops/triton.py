@@ -42,7 +42,7 @@ from fusedres.ops.contract import (
     ReluBackward,
 )
 from fusedres.ops.reference import REFERENCE
-from fusedres.ops.triton_reasons import DECIDING, NAME, DeviceReason
+from fusedres.ops.triton_reasons import DECIDING, NAME, DeviceReason, Measured
 
 
 def is_interpreted() -> bool:
@@ -214,13 +214,13 @@ LAUNCHES: dict[type, Function] = {
 }
 
 
-def backend(device_reason: DeviceReason | None = None, measured: bool = False) -> Backend:
+def backend(device_reason: DeviceReason | None = None, measured: Measured | None = None) -> Backend:
     """The Triton backend.
 
     Args:
         device_reason: why it does not serve a tensor's dtype and device, as a code; None: what Triton itself takes
             in this process, CPU tensors only under TRITON_INTERPRET=1.
-        measured: whether plain products are left to the library on GPUs where nobody has measured them.
+        measured: which plain products are served; None: all. Others are left to the library.
     """
     if device_reason is None:
         device_reason = partial(triton_reasons.device_reason, interpreted=is_interpreted())

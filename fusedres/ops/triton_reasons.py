@@ -32,6 +32,7 @@ from fusedres.ops.contract import (
 
 NAME = "triton"
 DeviceReason = Callable[[Tensor], str | None]  # of the tensor that decides
+Measured = Callable[[Conv1x1Forward], bool]  # whether the product is known to be no slower than the library's
 
 # the argument of each op that decides: the output has its memory format, and the launch is on its device
 DECIDING: dict[type, str] = {
@@ -92,14 +93,14 @@ def offsets_fit(kind: type, cin: int, widest: int) -> bool:
     return max(rows, 2 * widest) * widest < 2**31
 
 
-def reason(op: RawOp, device_reason: DeviceReason, measured: bool = False) -> str | None:
+def reason(op: RawOp, device_reason: DeviceReason, measured: Measured | None = None) -> str | None:
     """Why the kernels do not take this call, or None. measured: as for `fusedres.ops.triton.backend`."""
     tensor = getattr(op, DECIDING[type(op)])
     if (found := device_reason(tensor)) is not None:
         return found
     if set_aside.is_aside(NAME, type(op), tensor.device):
         return "set_aside"
-    if measured and tensor.is_cuda and isinstance(op, Conv1x1Forward) and not is_measured_product(op):
+    if measured is not None and isinstance(op, Conv1x1Forward) and not measured(op):
         return "product_not_measured"
     given = list(tensors(op))
     # the kernels step through vectors and masks by 1: one of a strided or expanded parameter reads elsewhere
@@ -138,8 +139,8 @@ def device_name(device: torch.device) -> str:
 
 
 def is_measured_product(op: Conv1x1Forward) -> bool:
-    """Whether this product does what the library's does not, or was measured to be faster than it on this device."""
-    return op.in_scale is not None or device_name(op.x.device) in MEASURED_PRODUCTS
+    """Whether this product does what the library's does not, or was measured to be faster than it on this GPU."""
+    return not op.x.is_cuda or op.in_scale is not None or device_name(op.x.device) in MEASURED_PRODUCTS
 
 
 @cache
