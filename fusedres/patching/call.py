@@ -30,8 +30,8 @@ from fusedres.nn.residual_block import (
     wants_gradient,
     with_residual,
 )
-from fusedres.ops.dispatch import Ops, dispatcher, opaque_backend
-from fusedres.patching import details, guards
+from fusedres.ops.dispatch import Dispatcher, Ops, dispatcher, opaque_backend
+from fusedres.patching import details, guards, warm
 from fusedres.patching.patched_class import ORIGINAL
 from fusedres.patching.reasons import describe
 from fusedres.patching.resolve import method_replaced, resolve
@@ -136,7 +136,15 @@ def decide(
     if (reason := guards.unfit_block(block, plan) or shared_statistics(block, others, plan)) is not None:
         return Decision(UNFUSED, reason)
     recipe, reason = choose(state.recipe, block.config, block.tensors, block.x, ops, wants_gradient(block))
-    return Decision(recipe, reason) if recipe == UNFUSED else Decision(recipe, reason, block, ops, shortcut)
+    if recipe == UNFUSED:
+        return Decision(recipe, reason)
+    if (
+        warm.on_gpu(x)
+        and isinstance(ops, Dispatcher)
+        and (cold := warm.not_warm(state, block, recipe, ops)) is not None
+    ):
+        return Decision(UNFUSED, cold)
+    return Decision(recipe, reason, block, ops, shortcut)
 
 
 def read(plan: Plan, modules: dict[str, Any], x: Tensor) -> BlockCall | str:

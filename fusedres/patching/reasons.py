@@ -45,6 +45,7 @@ REASONS: dict[str, str] = {
     "too_small": "it is too small for a fused call to be known to be faster",
     "compiled": "nothing is known to be faster than torch.compile's own code",
     "no_faster_recipe": "the original forward was the fastest that `fusedres tune` measured",
+    "not_warm": "a CUDA graph is being captured, and no such call has run before: fusedres.warmup, then capture",
     "no_1x1_expansion": "gram needs a last 1x1 convolution that expands at least twofold; runs separate",
     "float32_product": "gram fuses products of float16 and bfloat16 on a GPU: use autocast; runs separate",
     "slow_float64": "gram multiplies weights in float64, which this GPU has little arithmetic for; runs separate",

@@ -25,12 +25,16 @@ class BlockState:
     runs_as: str | None = None  # a recipe, once called
     reason: str | None = None  # why runs_as is not what was asked for
     harmless: dict[str, tuple[str, int]] = field(default_factory=dict)  # of `resolve`
+    warm: set[tuple[Any, ...]] = field(
+        default_factory=set
+    )  # of `not_warm`: the kinds of calls that ran on a GPU
 
     def __copy__(self) -> BlockState:
         return BlockState(**vars(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockState:
-        return BlockState(**copy.deepcopy(vars(self), memo))
+        values = {name: value for name, value in vars(self).items() if name != "warm"}  # it holds backends
+        return BlockState(**copy.deepcopy(values, memo), warm=set(self.warm))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Plain values alone: a pickle is to load under other versions, and with `weights_only=True`."""

@@ -185,7 +185,7 @@ def test_leaving_the_context_of_disabled():
 
 
 def test_every_code_has_its_advice_or_none_to_give():
-    elsewhere = {"disabled", "layout_nchw"}  # above, and in test_layouts.py
+    elsewhere = {"disabled", "layout_nchw", "not_warm"}  # above, in test_layouts.py and in test_warm_calls.py
     parts = (set(ADVICE), NOTHING_TO_DO, OTHER_FORWARD, elsewhere)
     assert sum(map(len, parts)) == len(REASONS) and set().union(*parts) == set(REASONS)
 

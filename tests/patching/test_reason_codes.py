@@ -55,7 +55,7 @@ from fusedres.models import Bottleneck, resnet18
 from fusedres.nn.residual_block import read_block
 from fusedres.ops import triton_reasons
 from fusedres.ops.native import library
-from fusedres.patching import guards
+from fusedres.patching import guards, warm
 from fusedres.patching.reasons import REASONS, describe
 from fusedres.patching.search import plan_again
 
@@ -222,6 +222,15 @@ def gram_on_a_gpu(dtype: torch.dtype, capability: tuple[int, int]) -> str:
         return gram_form.unsuitable(data.config._replace(dtype=dtype), data.tensors, OnGPU()) or ""  # type: ignore[arg-type]
 
 
+def captured_cold(block: nn.Module) -> None:
+    """A call as a CUDA graph's capture has it, as far as is asked: there need be no GPU."""
+    with (
+        mock.patch.object(warm, "on_gpu", lambda x: True),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+    ):
+        block(images())
+
+
 FLOAT32 = "cpu", "native", torch.float32, True
 BFLOAT16 = "cpu", "native", torch.bfloat16, True
 SMALL, LARGE = Measured("separate", 1, 16, ""), Measured("separate", 9000, 16, "")
@@ -268,6 +277,7 @@ CALLED: dict[str, Callable[[], str]] = {
     ),
     "compiled": lambda: cause_before_reading(images(), 16, True) or "",
     "no_faster_recipe": measured_unfused,
+    "not_warm:input, [2, 16, 6, 6]": called(call=captured_cold),
     "no_1x1_expansion": called(recipe="gram"),
     "float32_product": lambda: gram_on_a_gpu(torch.float32, (8, 0)),
     "slow_float64": lambda: gram_on_a_gpu(torch.bfloat16, (8, 9)),
