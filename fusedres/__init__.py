@@ -11,8 +11,15 @@ from importlib.metadata import version
 
 from fusedres import models
 from fusedres.autograd import flops
-from fusedres.errors import BackendUnavailableError, FusedresError, UnsupportedModelError, VerificationError
+from fusedres.errors import (
+    BackendUnavailableError,
+    CaptureError,
+    FusedresError,
+    UnsupportedModelError,
+    VerificationError,
+)
 from fusedres.measuring.compare import Comparison, compare
+from fusedres.measuring.graphed import graphed
 from fusedres.measuring.verify import VerifyReport, verify
 from fusedres.measuring.warmup import warmup
 from fusedres.ops.dispatch import use_backend
@@ -27,6 +34,7 @@ __version__ = version("fusedres")
 __all__ = [
     "BackendUnavailableError",
     "BlockReport",
+    "CaptureError",
     "Comparison",
     "FusedresError",
     "PatchReport",
@@ -35,6 +43,7 @@ __all__ = [
     "VerifyReport",
     "compare",
     "disabled",
+    "graphed",
     "is_patched",
     "models",
     "patch",

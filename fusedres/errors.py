@@ -13,5 +13,9 @@ class BackendUnavailableError(FusedresError):
     """A backend was asked for by name that this installation or machine does not have."""
 
 
+class CaptureError(FusedresError):
+    """A CUDA graph cannot hold what a model does, or does not hold what is asked of it now."""
+
+
 class VerificationError(FusedresError):
     """A patched model computes something else than the unpatched one."""

@@ -15,7 +15,7 @@ from report import Cell, Settings
 from fusedres.ops.dispatch import AUTO, ENVIRONMENT_VARIABLE, LOADERS
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU_TESTS = ("tests/native/test_gpu_ops.py", "tests/native/test_gpu_blocks.py")
+GPU_TESTS = tuple(f"tests/native/test_gpu_{what}.py" for what in ("ops", "blocks", "graphed"))
 # the report's own test would start this stage again
 SUITE = ("tests", *(f"--ignore={file}" for file in (*GPU_TESTS, "tests/bench/test_bench_report.py")))
 DTYPES = ("bfloat16", "float16", "float32")  # in float32 a GPU's 1x1 products are left to the reference

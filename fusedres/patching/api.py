@@ -34,6 +34,8 @@ WRAPPERS = {
     "DistributedDataParallel": "patch the inner module before wrapping, or model.module",
     "FullyShardedDataParallel": "call fusedres.patch(model) before wrapping it",
     "OptimizedModule": "call fusedres.patch(model) first, then torch.compile(model)",
+    "FSDPModule": "call fusedres.patch(model) before fully_shard",
+    "Graphed": "patch the model before fusedres.graphed captures it; the model itself is .module",
 }
 
 
@@ -44,22 +46,24 @@ def check_module(model: object, caller: str) -> None:
         )
 
 
+def wrapper_of(model: object) -> str | None:
+    """The name in WRAPPERS of the class that the model is wrapped by, or was given by fully_shard."""
+    for cls in type(model).__mro__:
+        if cls.__name__ in WRAPPERS and cls.__module__.startswith(("torch.", "fusedres.")):
+            return cls.__name__
+    return None
+
+
 def check_model(model: object, caller: str) -> None:
     """Raises TypeError for what is no module, UnsupportedModelError for a wrapper, naming the right order.
 
     What fully_shard was called on is still the model itself: its report can be read.
     """
     check_module(model, caller)
-    for cls in type(model).__mro__:
-        advice = WRAPPERS.get(cls.__name__)
-        if advice is not None and cls.__module__.startswith("torch."):
-            raise UnsupportedModelError(
-                f"fusedres.{caller}: the model is wrapped by {cls.__name__}; {advice}."
-            )
-        if cls.__name__ == "FSDPModule" and caller != "report":
-            raise UnsupportedModelError(
-                f"fusedres.{caller}: the model is sharded by fully_shard; call fusedres.patch(model) before it."
-            )
+    wrapper = wrapper_of(model)
+    if wrapper is not None and (wrapper, caller) != ("FSDPModule", "report"):
+        how = "sharded by fully_shard" if wrapper == "FSDPModule" else f"wrapped by {wrapper}"
+        raise UnsupportedModelError(f"fusedres.{caller}: the model is {how}; {WRAPPERS[wrapper]}.")
     if isinstance(model, (torch.jit.ScriptModule, torch.fx.GraphModule)):
         raise UnsupportedModelError(
             f"fusedres.{caller}: the model is a {type(model).__name__}; patch the Python model before converting it."
