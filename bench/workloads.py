@@ -1,5 +1,9 @@
 """What is measured: blocks and models, a training step or inference, under one implementation or another.
 
+Three endings of a name stand for CUDA graphs: `_graph` is the whole step as one graph, loss and optimiser included;
+`_graphed` is `fusedres.graphed`, the model's forward and backward as a graph each; `_compile_graph`, and compilers' own
+`_graph`, are torch.compile's graphs (`reduce-overhead`).
+
 `Workload` says what, an implementation's name says how, `build` makes the `Step` that does it once. Weights
 and inputs are equal in all implementations of a workload. Half precision is autocast with float32 weights.
 """
@@ -22,6 +26,7 @@ from torch._dynamo import OptimizedModule
 
 import fusedres
 from fusedres import models
+from fusedres.measuring.graphed import Graphed
 from fusedres.models.blocks import BasicBlock, Bottleneck, conv1x1
 
 BASELINE = "eager_channels_last"
@@ -35,12 +40,23 @@ COMPILE_OPTIONS: dict[str, dict[str, object]] = {
 }
 EAGER = ("eager_nchw", BASELINE, "eager_channels_last_graph")
 FUSEDRES = ("fusedres_auto", "fusedres_separate", "fusedres_gram")
-IMPLEMENTATIONS = (*EAGER, *COMPILE_OPTIONS, *FUSEDRES, *(f"{name}_graph" for name in FUSEDRES))
+RECIPES = FUSEDRES[1:]  # what runs fused wherever it is asked to
+GRAPHED = ("eager_channels_last_graphed", *(f"{name}_graphed" for name in FUSEDRES))
+COMPILED_RECIPES = {f"{name}_compile_graph": COMPILE_OPTIONS["torch_compile_graph"] for name in RECIPES}
+COMPILED = {**COMPILE_OPTIONS, **COMPILED_RECIPES}
+IMPLEMENTATIONS = (*EAGER, *COMPILED, *FUSEDRES, *(f"{name}_graph" for name in FUSEDRES), *GRAPHED)
+GRAPH_DEVICE = "cuda"  # the kind that has graphs
 
 
 def needs_graph(implementation: str) -> bool:
     """Whether it replays a CUDA graph, and so needs a GPU."""
-    return implementation.endswith("_graph")
+    return implementation.endswith(("_graph", "_graphed"))
+
+
+def recipe_of(implementation: str) -> str | None:
+    """The recipe that a model is patched with, None for an unpatched one."""
+    name = implementation.removesuffix("_graphed").removesuffix("_graph").removesuffix("_compile")
+    return name.removeprefix("fusedres_") if name in FUSEDRES else None
 
 
 def make_block(block: type[BasicBlock] | type[Bottleneck], stage: int, projection: bool) -> nn.Module:
@@ -111,7 +127,8 @@ class Step:
         """How many blocks ran as which recipe in their last call; empty for an unpatched model."""
         if isinstance(self.model, OptimizedModule) or not fusedres.is_patched(self.model):
             return {}
-        blocks = fusedres.report(self.model).blocks
+        model = self.model.module if isinstance(self.model, Graphed) else self.model
+        blocks = fusedres.report(model).blocks
         return dict(Counter(block.runs_as or block.code or "" for block in blocks))
 
 
@@ -138,11 +155,11 @@ def make_input(workload: Workload) -> Tensor:
 
 
 def implement(model: nn.Module, implementation: str, backend: str) -> nn.Module:
-    name = implementation.removesuffix("_graph")
-    if implementation in COMPILE_OPTIONS:
-        return torch.compile(model, **COMPILE_OPTIONS[implementation])  # type: ignore[call-overload]
-    if name in FUSEDRES:
-        fusedres.patch(model, recipe=name.removeprefix("fusedres_"), backend=backend)
+    recipe = recipe_of(implementation)
+    if recipe is not None:
+        fusedres.patch(model, recipe=recipe, backend=backend)
+    if implementation in COMPILED:
+        return torch.compile(model, **COMPILED[implementation])  # type: ignore[call-overload]
     return model
 
 
@@ -154,16 +171,21 @@ def build(workload: Workload, implementation: str, backend: str = "auto") -> Ste
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"build: no implementation {implementation!r}, choose from {IMPLEMENTATIONS}")
-    if needs_graph(implementation) and workload.device.type != "cuda":
+    if needs_graph(implementation) and workload.device.type != GRAPH_DEVICE:
         raise ValueError(f"build: {implementation} replays a CUDA graph, found device {workload.device}")
     torch.backends.cudnn.benchmark = True
     memory_format = torch.contiguous_format if implementation == "eager_nchw" else torch.channels_last
     model = implement(make_model(workload, memory_format), implementation, backend)
     x = make_input(workload).contiguous(memory_format=memory_format)
+    if implementation in GRAPHED:
+        if workload.phase == "train" and not ARCHITECTURES[workload.architecture].classifies:
+            x.requires_grad_()
+        with autocast(workload):
+            model = fusedres.graphed(model, x)
     step = training_step(workload, model, x) if workload.phase == "train" else inference(workload, model, x)
-    if implementation in COMPILE_OPTIONS and needs_graph(implementation):
-        return marked(step)
-    return captured(step) if needs_graph(implementation) else step
+    if not needs_graph(implementation) or implementation in GRAPHED:
+        return step
+    return marked(step) if implementation in COMPILED else captured(step)
 
 
 def training_step(workload: Workload, model: nn.Module, x: Tensor) -> Step:
@@ -173,7 +195,7 @@ def training_step(workload: Workload, model: nn.Module, x: Tensor) -> Step:
 
     if not ARCHITECTURES[workload.architecture].classifies:
         with torch.no_grad(), autocast(workload):
-            like = copy.deepcopy(model).train(False)(x)
+            like = copy.deepcopy(model.module if isinstance(model, Graphed) else model).train(False)(x)
         dy = torch.randn(like.shape, generator=torch.Generator().manual_seed(2)).to(x)
         x.requires_grad_()
 
@@ -221,7 +243,7 @@ def marked(step: Step) -> Step:
 
 
 def captured(step: Step) -> Step:
-    """The step as one CUDA graph, captured after three warm-up runs on a side stream."""
+    """The step, with its loss and optimiser, as one CUDA graph, captured after three warm-up runs on a side stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

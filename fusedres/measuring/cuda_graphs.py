@@ -2,7 +2,7 @@
 
 What `torch.cuda.make_graphed_callables` does, and three things more. Gradients are handed out as copies: autograd keeps
 the first gradient that it is given as `grad`, and the next replay would write over it, so that gradients could not be
-accumulated (pytorch/pytorch#181723). A backward whose activations were replaced by another forward is an error. And
+accumulated. A backward whose activations were replaced by another forward is an error. And
 warm-up and capture share one stream, so that a library's handle of that stream exists before the capture.
 """
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import cpu_convolutions
 import cpu_ops
+import cuda_graph_stand_in
 import pytest
 import torch
+import workloads
 from layers import Conv
 from torch import nn
-from workloads import BASELINE, CorrectnessGate, Step, Workload, build
+from workloads import BASELINE, COMPILED_RECIPES, GRAPHED, CorrectnessGate, Step, Workload, build, recipe_of
 
 from fusedres.measuring import timing
 from fusedres.measuring.timing import bootstrap_interval, comparison, interleave
@@ -69,6 +71,43 @@ def test_gate_passes_what_is_right(implementation, dtype):
     step = build(block, implementation)
     CorrectnessGate().check(block, step, implementation)
     assert step.runs_as() == {implementation.removeprefix("fusedres_"): 1}
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setattr(workloads, "GRAPH_DEVICE", "cpu")
+    return cuda_graph_stand_in.install(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "phase"), [*((name, "infer") for name in GRAPHED), ("fusedres_gram_graphed", "train")]
+)
+def test_gate_passes_what_is_graphed(implementation, phase, cuda):
+    workload = replace(BLOCK, phase=phase)
+    step = build(workload, implementation, "reference")
+    captures = cuda.captures
+    assert captures == {"train": 2, "infer": 1}[phase]
+    CorrectnessGate().check(workload, step, implementation)
+    assert cuda.captures == captures, "it is replayed, with the input's gradient"
+    recipe = recipe_of(implementation)
+    assert step.runs_as() == ({} if recipe is None else {{"auto": "unfused"}.get(recipe, recipe): 1})
+
+
+@pytest.mark.parametrize("implementation", COMPILED_RECIPES)
+def test_a_patched_model_is_what_is_compiled_into_graphs(implementation, cuda, monkeypatch):
+    seen, steps = [], []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: seen.append(options) or model)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: steps.append(1))
+    step = build(BLOCK, implementation)
+    step.run()
+    assert seen == [{"mode": "reduce-overhead"}] and len(steps) == 1
+    assert step.runs_as() == {recipe_of(implementation): 1}
+
+
+@pytest.mark.parametrize("implementation", [*GRAPHED, *COMPILED_RECIPES, "fusedres_gram_graph"])
+def test_graphs_need_a_gpu(implementation):
+    with pytest.raises(ValueError, match="replays a CUDA graph, found device cpu"):
+        build(BLOCK, implementation)
 
 
 def test_gate_stops_a_wrong_output():
