@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Turns a GPU into evidence: runs each stage for at most 9 minutes and writes DIR/<stage>.json as it goes.
+# Turns a GPU into evidence, and writes DIR/<stage>.json as it goes.
 #
-#   bench/gpu_report.sh [--output DIR] [--total SECONDS] [STAGE...] [option of bench/report.py and its value...]
+#   bench/gpu_report.sh [--output DIR] [--budget SECONDS] [STAGE...] [option of bench/report.py and its value...]
 #
-# Stages: environment baselines probes correctness ops blocks models (all by default). Run it again to go on. They share
-# the total, if one is given; what one leaves goes to the next. Where a cell has lost the device, the rest of its stage
-# runs in a new process.
+# Without stages: what is worth most, within the budget, 15 minutes by default (bench/short_report.py); cells that it has
+# no room for are skipped by name. With stages, of: environment baselines probes correctness ops blocks models, or all:
+# each for at most 9 minutes; they share the budget, if one is given, and what one leaves goes to the next. Run it again
+# to go on. Where a cell has lost the device, the rest of its stage runs in a new process.
 # Needs python3 with torch; no network, no make, no virtual environment. PYTHON names another interpreter.
 # fusedres is used as installed; else a wheel in dist/ is unpacked, else the checkout is built, beside DIR never.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 output=${FUSEDRES_REPORT:-$root/bench/results/report}
-total=86400
+budget=
 stages=()
 options=()
 usage() { sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; }
@@ -21,12 +22,12 @@ while (($#)); do
     -h | --help) usage; exit ;;
     -*) if (($# < 2)); then echo "bench/gpu_report.sh: $1 needs a value" >&2; usage >&2; exit 2; fi ;;&
     --output) output=$2; shift 2 ;;
-    --total) total=$2; shift 2 ;;
+    --budget) budget=$2; shift 2 ;;
     -*) options+=("$1" "$2"); shift 2 ;;
     *) stages+=("$1"); shift ;;
   esac
 done
-((${#stages[@]})) || stages=(environment baselines probes correctness ops blocks models)
+if [[ ${stages[*]:-} == all ]]; then stages=(environment baselines probes correctness ops blocks models); fi
 
 export PYTHONUNBUFFERED=1
 if ! "$python" -P -c "import fusedres.triton_kernels" 2>/dev/null; then
@@ -42,9 +43,13 @@ if ! "$python" -P -c "import fusedres.triton_kernels" 2>/dev/null; then
   export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 
+if ((${#stages[@]} == 0)); then
+  exec "$python" "$root/bench/short_report.py" --output "$output" --budget "$((${budget:-900} - SECONDS))" "${options[@]}"
+fi
+
 declare -A weight=([correctness]=4 [ops]=2 [blocks]=2 [models]=2) # of a stage's share; 1 for the others
 device_lost=3                                                     # bench/report.py's exit status
-end=$((SECONDS + total))
+end=$((SECONDS + ${budget:-86400}))
 status=0
 for place in "${!stages[@]}"; do
   stage=${stages[place]}

@@ -56,9 +56,13 @@ def main() -> None:
     parser.add_argument("--stage", type=int, choices=(1, 2, 3, 4))
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--shapes", type=int, default=len(SMALL), help="so many of the small shapes, the last"
+    )
+    parser.add_argument("--without", choices=tuple(LOADERS), help="a backend to leave out")
     args = parser.parse_args()
-    shapes = [resnet_shape(args.stage, args.batch)] if args.stage else SMALL
-    backends = list(LOADERS) if args.backend == AUTO else [args.backend]
+    shapes = [resnet_shape(args.stage, args.batch)] if args.stage else SMALL[-args.shapes :]
+    backends = [name for name in LOADERS if name != args.without] if args.backend == AUTO else [args.backend]
     for shape in shapes:
         for case in cases(shape, getattr(torch, args.dtype), torch.device(args.device)):
             for backend in (LOADERS[b]() for b in backends):

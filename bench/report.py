@@ -1,10 +1,11 @@
 """Runs stages of the report and keeps what they find: `<output>/<stage>.json`, written after every cell.
 
-    python bench/report.py STAGE... [--output DIR] [--size small|full] [--seconds 520] [--only REGEX]
+    python bench/report.py STAGE... [--output DIR] [--size small|full] [--seconds 520] [--only REGEX] [--cell-seconds N]
 
 A cell that was measured on this machine is not run again; a failed, skipped or unfinished one is. A cell that failed
 or was cut comes last in the next run, so that one that hangs cannot hold up the others. Exit status: 1 where a cell
-failed, 3 where one left the device unusable, as an illegal access does: the rest needs a new process.
+failed, 3 where one left the device unusable, as an illegal access does, or took longer than a cell may: the rest needs
+a new process.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import platform
 import re
 import shutil
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,7 +92,38 @@ class Results:
         os.replace(temporary, self.path)
 
 
-def run_stage(stage: str, settings: Settings, only: str, deadline: float) -> tuple[int, int]:
+def end_process() -> None:
+    os._exit(DEVICE_LOST)
+
+
+@contextmanager
+def at_most(seconds: float, results: Results, name: str) -> Iterator[None]:
+    """Ends the process where a cell takes longer, for nothing else stops one that waits for a kernel."""
+    over, lock = False, threading.Lock()
+
+    def cut() -> None:
+        with lock:
+            if not over:
+                results.write(
+                    name, FAILED, error=f"cut after {seconds:.0f} s, the longest that a cell may take"
+                )
+                print(f"{results.stage:12} {name:56} cut after {seconds:.0f} s", flush=True)
+                end_process()
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            over = True
+        timer.cancel()
+
+
+def run_stage(
+    stage: str, settings: Settings, only: str, deadline: float, cell_seconds: float = threading.TIMEOUT_MAX
+) -> tuple[int, int]:
     """Runs what is not measured yet until the deadline. Returns how many failed and how many are left."""
     results = Results(stage, settings)
     cells = importlib.import_module(f"stages.{stage}").cells(settings)
@@ -107,7 +141,8 @@ def run_stage(stage: str, settings: Settings, only: str, deadline: float) -> tup
         results.write(cell.name, RUNNING)
         start = time.monotonic()
         try:
-            result = cell.run()
+            with at_most(cell_seconds, results, cell.name):
+                result = cell.run()
             json.dumps(result, allow_nan=False)
             outcome = {"status": MEASURED, "result": result}
         except Exception:
@@ -142,18 +177,30 @@ def headline(outcome: dict[str, Any]) -> str:
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in short.items())
 
 
-def parse() -> argparse.Namespace:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `settings_of` reads."""
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default all")
     parser.add_argument(
         "--output", type=Path, default=os.environ.get("FUSEDRES_REPORT", "bench/results/report")
     )
     parser.add_argument("--device", default=found)
     parser.add_argument("--size", choices=("small", "full"), default="full" if found == "cuda" else "small")
+    parser.add_argument("--backend", default="auto", help="the backend of fusedres")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    return Settings(torch.device(args.device), args.size == "full", Path(args.output), args.backend)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; default all")
+    add_options(parser)
     parser.add_argument("--seconds", type=float, default=520, help="no cell starts after this time")
     parser.add_argument("--only", default="", help="regular expression on cell names")
-    parser.add_argument("--backend", default="auto", help="the backend of fusedres")
+    parser.add_argument(
+        "--cell-seconds", type=float, default=threading.TIMEOUT_MAX, help="no cell takes longer"
+    )
     args = parser.parse_args()
     unknown = sorted(set(args.stages) - set(STAGES))
     if unknown:
@@ -164,11 +211,11 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))  # the rule of accuracy
     args = parse()
-    settings = Settings(torch.device(args.device), args.size == "full", Path(args.output), args.backend)
+    settings = settings_of(args)
     deadline = time.monotonic() + args.seconds
     failed = left = 0
     for stage in args.stages or STAGES:
-        stage_failed, stage_left = run_stage(stage, settings, args.only, deadline)
+        stage_failed, stage_left = run_stage(stage, settings, args.only, deadline, args.cell_seconds)
         failed, left = failed + stage_failed, left + stage_left
     if left:
         print(f"{left} cells left: run the same command again")

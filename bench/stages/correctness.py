@@ -6,13 +6,19 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from report import Cell, Settings
 
+from fusedres.ops.cases import SMALL
+from fusedres.ops.cases import cases as cases_of
 from fusedres.ops.dispatch import AUTO, ENVIRONMENT_VARIABLE, LOADERS
+from fusedres.ops.reference import REFERENCE
+from fusedres.ops.selftest import outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_TESTS = tuple(f"tests/native/test_gpu_{what}.py" for what in ("ops", "blocks", "graphed"))
@@ -20,6 +26,7 @@ GPU_TESTS = tuple(f"tests/native/test_gpu_{what}.py" for what in ("ops", "blocks
 SUITE = ("tests", *(f"--ignore={file}" for file in (*GPU_TESTS, "tests/bench/test_bench_report.py")))
 DTYPES = ("bfloat16", "float16", "float32")  # in float32 a GPU's 1x1 products are left to the reference
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FEW = ("--shapes", "2", "--without", "reference")  # those whose tensors have several tiles
 KEPT_OUTPUT = 4000  # characters from the end of a failed command's output
 SECONDS = 480
 
@@ -62,21 +69,52 @@ def every_op(settings: Settings, dtype: str) -> dict[str, Any]:
     return {"calls": len(run(driver(settings, dtype)).strip().splitlines())}
 
 
-def sanitize(settings: Settings, dtype: str, tool: str) -> dict[str, Any]:
+def accuracy(settings: Settings, dtype: str) -> dict[str, Any]:
+    """Every op of every backend at small shapes, by the rule of accuracy; how many passed, or were left to another.
+
+    Raises:
+        AssertionError: some are wrong, each with what is.
+    """
+    backends = [load() for name, load in LOADERS.items() if name != REFERENCE.name]
+    found = [
+        (shape, outcome(backend, settings.device, getattr(torch, dtype), case))
+        for shape in SMALL
+        for case in cases_of(shape, getattr(torch, dtype), settings.device)
+        for backend in backends
+    ]
+    outcomes = [o for _, o in found]
+    wrong = [f"{o.backend} {o.case} {shape}: {o.problem}" for shape, o in found if o.problem is not None]
+    assert not wrong, f"{len(wrong)} of {len(outcomes)} are wrong:\n" + "\n".join(wrong)
+    unserved = Counter(f"{o.backend}: {o.unserved}" for o in outcomes if o.unserved is not None)
+    return {"passed": len(outcomes) - unserved.total(), "unserved": dict(unserved)}
+
+
+def sanitize(settings: Settings, dtype: str, tool: str, *options: str) -> dict[str, Any]:
     """One tool over the driver, each tensor in an allocation of its own."""
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *driver(settings, dtype)]
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "99",
+        *driver(settings, dtype),
+        *options,
+    ]
     printed = run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return {"summary": next(line for line in printed.splitlines() if "SUMMARY" in line)}
 
 
 def cells(settings: Settings) -> list[Cell]:
     tools = [(tool, dtype) for tool in TOOLS for dtype in DTYPES]
+    gpu_tool = "cuda", "compute-sanitizer"
     found = [
-        *(Cell(f"every_op/{d}", partial(every_op, settings, d)) for d in DTYPES),
+        *(Cell(f"accuracy/{d}", partial(accuracy, settings, d)) for d in DTYPES),
         *(
-            Cell(f"{tool}/{d}", partial(sanitize, settings, d, tool), ("cuda", "compute-sanitizer"))
-            for tool, d in tools
+            Cell(f"few_shapes/{t}/bfloat16", partial(sanitize, settings, "bfloat16", t, *FEW), gpu_tool)
+            for t in ("memcheck", "initcheck", "racecheck", "synccheck")
         ),
+        *(Cell(f"every_op/{d}", partial(every_op, settings, d)) for d in DTYPES),
+        *(Cell(f"{tool}/{d}", partial(sanitize, settings, d, tool), gpu_tool) for tool, d in tools),
     ]
     if not settings.full:
         roofline = partial(test_suite, AUTO, ["tests/bench/test_bench_roofline.py"])

@@ -8,14 +8,19 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
 import report
 import torch
+from stages import correctness
 from stages.ops import library_product
 
+from fusedres.ops.backend import Backend
 from fusedres.ops.cases import SMALL, cases
+from fusedres.ops.contract import BnScaleShift
+from fusedres.ops.reference import REFERENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 MAY_BE_MISSING = {"cuda", "sm_90", "nvcc", "nvidia-smi", "ncu", "compute-sanitizer", "module:triton"}
@@ -136,7 +141,7 @@ def test_usage(arguments, code, problem):
     assert (
         done.returncode == code
         and problem in usage
-        and "[--output DIR] [--total SECONDS] [STAGE...]" in usage
+        and "[--output DIR] [--budget SECONDS] [STAGE...]" in usage
     )
     assert usage.endswith("beside DIR never.\n"), "nothing of the program itself"
 
@@ -145,7 +150,7 @@ def test_stages_share_a_total_and_go_on_after_a_lost_device(tmp_path):
     python, log = tmp_path / "python", tmp_path / "log"
     python.write_text(FAKE_REPORT)
     python.chmod(0o755)
-    command = [str(ROOT / "bench/gpu_report.sh"), "--total", "300", "--output", str(tmp_path)]
+    command = [str(ROOT / "bench/gpu_report.sh"), "--budget", "300", "--output", str(tmp_path), "all"]
     environment = {**os.environ, "PYTHON": str(python), "LOG": str(log)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, "a device was lost"
@@ -155,6 +160,46 @@ def test_stages_share_a_total_and_go_on_after_a_lost_device(tmp_path):
     given = {name: int(call[call.index("--seconds") + 1]) for name, call in zip(names, calls, strict=True)}
     assert given["correctness"] > 3 * given["baselines"] > 0
     assert given["models"] > given["ops"], "what the others leave goes to the last"
+
+
+def test_without_stages_it_is_the_short_report(tmp_path):
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(FAKE_REPORT)
+    python.chmod(0o755)
+    command = [str(ROOT / "bench/gpu_report.sh"), "--size", "small", "--output", str(tmp_path)]
+    environment = {**os.environ, "PYTHON": str(python), "LOG": str(log)}
+    for more, budget in (([], range(880, 901)), (["--budget", "60"], range(40, 61))):
+        log.unlink(missing_ok=True)
+        assert subprocess.run([*command, *more], env=environment, timeout=60).returncode == 0
+        script, *given = log.read_text().split()
+        assert script.endswith("bench/short_report.py")
+        assert given[:3] == ["--output", str(tmp_path), "--budget"]
+        assert int(given[3]) in budget and given[4:] == ["--size", "small"]
+
+
+def test_a_cell_that_takes_too_long_ends_the_process(run, settings, monkeypatch):
+    """It is written down as failed before the process goes: nothing else stops a kernel that never ends."""
+    ended, waits = [], Event()
+    monkeypatch.setattr(report, "end_process", lambda: (ended.append(1), waits.set()))
+    slow = report.Cell("slow", lambda: waits.wait(60) and {})
+    stage = SimpleNamespace(cells=lambda _: [slow])
+    monkeypatch.setitem(sys.modules, "stages.invented", stage)
+    seen = []
+    monkeypatch.setattr(
+        report.Results, "write", lambda self, name, status, **found: seen.append((name, status, found))
+    )
+    report.run_stage("invented", settings, "", float("inf"), cell_seconds=0.05)
+    assert ended and seen[1][:2] == ("slow", report.FAILED) and "cut after" in seen[1][2]["error"]
+
+
+def test_a_cell_within_its_time_is_left_alone(run, settings, monkeypatch):
+    ended = []
+    monkeypatch.setattr(report, "end_process", lambda: ended.append(1))
+    quick = SimpleNamespace(cells=lambda _: [report.Cell("quick", dict)])
+    monkeypatch.setitem(sys.modules, "stages.invented", quick)
+    report.run_stage("invented", settings, "", float("inf"), cell_seconds=0.5)
+    time.sleep(0.6)
+    assert not ended and report.Results("invented", settings).status("quick") == report.MEASURED
 
 
 def test_a_number_that_json_cannot_hold_is_a_failure(run):
@@ -194,6 +239,21 @@ def test_another_machines_result_is_measured_again(run, settings):
     results.write("cell", report.MEASURED, result={"value": 1})
     _, cells = run(report.Cell("cell", lambda: {"value": 2}))
     assert cells["cell"]["result"] == {"value": 2}
+
+
+def test_accuracy_names_what_is_wrong(settings, monkeypatch):
+    """And counts what passed, and what a backend leaves to another, beside it."""
+    scale_shift = REFERENCE.functions[BnScaleShift]
+    good = Backend("good", {BnScaleShift: scale_shift})
+    bad = Backend("bad", {BnScaleShift: lambda op: tuple(t * 1.01 for t in scale_shift(op))})
+    planted = {"good": lambda: good, "reference": lambda: REFERENCE}
+    monkeypatch.setattr(correctness, "LOADERS", planted)
+    found = correctness.accuracy(settings, "float32")
+    assert found["passed"] == len(SMALL) and found["unserved"].keys() == {"good: no_kernel"}
+    monkeypatch.setitem(planted, "bad", lambda: bad)
+    with pytest.raises(AssertionError, match=r"bad bn_scale_shift Shape\(batch=2.*has error") as raised:
+        correctness.accuracy(settings, "float32")
+    assert "good" not in str(raised.value)
 
 
 def test_a_missing_program_is_named(run):
