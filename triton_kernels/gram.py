@@ -52,13 +52,19 @@ def gram_reference_kernel(
     tl.store(reference + i, tl.where(far, rounded, 0.0), mask=i < CIN)
 
 
+@triton.jit
+def upper_tile(i, j, TILES: tl.constexpr):
+    """Place of tile (i, j), i <= j, among the tiles of the upper triangle, row by row."""
+    return i * (2 * TILES - i - 1) // 2 + j
+
+
 @triton.jit(do_not_specialize=["P"])
 def gram_kernel(
     c,  # [P, CIN]
     scale,  # [CIN], a = relu(scale*c + shift)
     shift,
     reference,  # [CIN]
-    partial_products,  # [splits, CIN, CIN], upper triangle of tiles: sum a'^T a', a' = a - reference
+    partial_products,  # [splits, tiles, BN, BN], of the upper triangle: sum a'^T a', a' = a - reference, 0 past CIN
     partial_sums,  # [splits, CIN]: sum a'
     P,
     CIN: tl.constexpr,
@@ -93,26 +99,31 @@ def gram_kernel(
         left_operand = tl.trans(ai.to(c.dtype.element_ty))
         products += tl.dot(left_operand, aj.to(c.dtype.element_ty), input_precision=PRECISION).to(tl.float64)
 
-    place = (split.to(tl.int64) * CIN + i[:, None]) * CIN + j[None, :]
+    place = split.to(tl.int64) * (tiles * (tiles + 1) // 2) + upper_tile(tile_i, tile_j, tiles)
+    step = tl.arange(0, BN)
     written = tl.where(tile_i == tile_j, CIN, 0)  # by the diagonal tiles
-    tl.store(partial_products + place, products.to(tl.float32), mask=(i < CIN)[:, None] & (j < CIN)[None, :])
+    tl.store(partial_products + place * BN * BN + step[:, None] * BN + step[None, :], products.to(tl.float32))
     tl.store(partial_sums + split * CIN + i, sums.to(tl.float32), mask=i < written)
 
 
 @triton.jit(do_not_specialize=["P"])
 def gram_finish_kernel(
-    products,  # [CIN, CIN] float64, upper triangle of tiles
+    products,  # [tiles, BN, BN] float64, of the upper triangle
     sums,  # [CIN] float64: sum (a - reference)
     reference,  # [CIN]
     m,  # [CIN], out
     S,  # [CIN, CIN], out
     P,
     CIN: tl.constexpr,
+    BN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    product = tl.load(products + tl.where(i <= j, i * CIN + j, j * CIN + i), mask=j < CIN, other=0.0)
+    row, column = tl.minimum(i, j), tl.maximum(i, j)
+    tile = upper_tile(row // BN, column // BN, (CIN + BN - 1) // BN)
+    place = (tile * BN + row % BN) * BN + column % BN
+    product = tl.load(products + place, mask=j < CIN, other=0.0)
     di = tl.load(sums + i) / P
     dj = tl.load(sums + j, mask=j < CIN, other=0.0) / P
     # d - d is 0, or NaN where a channel has an Inf: its deviations from the mean are NaN
@@ -134,7 +145,8 @@ def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     tile = tiles.output_tile(tiles.GRAM, cin, cin)
     split_rows = tiles.gram_rows(cin, tile.bn)
     splits, column_tiles = triton.cdiv(total, split_rows), triton.cdiv(cin, tile.bn)
-    products = layout.empty((splits, cin, cin), c, torch.float32)
+    upper_tiles = column_tiles * (column_tiles + 1) // 2
+    products = layout.empty((splits, upper_tiles * tile.bn, tile.bn), c, torch.float32)
     sums = layout.empty((splits, cin), c, torch.float32)
     gram_kernel[(splits * column_tiles**2,)](
         c,
@@ -162,6 +174,7 @@ def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         S,
         total,
         CIN=cin,
+        BN=tile.bn,
         BLOCK=block,
         num_warps=4,
     )

@@ -250,7 +250,7 @@ def small() -> Iterator[Entry]:
     pivot = types(A="c", F="scale shift center pivot rest", I="P")
     yield Entry("conv1x1_pivot", conv1x1_backward_weight.pivot_kernel, pivot, {**sample, "COARSE": True})
     finish = types(D="products sums", F="reference m S", I="P")
-    yield Entry("gram_finish", gram.gram_finish_kernel, finish, {"CIN": 256, "BLOCK": 128})
+    yield Entry("gram_finish", gram.gram_finish_kernel, finish, {"CIN": 256, "BN": 64, "BLOCK": 128})
 
 
 def algebra() -> Iterator[Entry]:
