@@ -21,13 +21,14 @@ from fusedres.autograd import function as autograd
 from fusedres.autograd import graph_task
 from fusedres.blocks import separate
 from fusedres.matching import ambient, dry_run, every_path, grammar, own_sizes, owners, stems
-from fusedres.measuring import verify
+from fusedres.measuring import capturable, captured_state, cuda_graphs, verify
 from fusedres.modules import derived_class, own_code, shadows, tree
 from fusedres.nn import running_stats
 from fusedres.ops import flops
-from fusedres.patching import api, call, guards, install, patched_class, resolve, state
+from fusedres.patching import api, call, guards, install, patched_class, resolve, state, warm
 
 residual_block = sys.modules["fusedres.nn.residual_block"]
+graphed = sys.modules["fusedres.measuring.graphed"]
 TESTS = Path(__file__).parents[1]
 MUTANTS: dict[str, tuple[str, Callable[[], None]]] = {}
 
@@ -494,6 +495,67 @@ def trusts_the_callers_of_a_stem():
 @mutant("matching/test_profiler_labels.py::test_a_label_is_kept[KeptLabel]")
 def loses_labels():
     grammar.check_no_labels = lambda stand_in, channels: None
+
+
+@mutant("patching/test_warm_calls.py::test_warmed_as_the_reason_advises_it_is_fused")
+def compiles_inside_of_a_capture():
+    warm.not_warm = lambda *call: None
+
+
+@mutant("patching/test_warm_calls.py::test_another_kind_of_call_is_cold")
+def takes_any_call_for_warm():
+    warm.kind_of = lambda *call: ()
+
+
+@mutant("measuring/test_graphed.py::test_training_is_what_it_is_without_graphs[None]")
+def hands_out_the_memory_of_gradients():
+    def make(right):
+        def replay_backward(graphs, turn, given):
+            right(graphs, turn, given)
+            by_source = dict(zip(map(id, graphs.wanted), graphs.gradients, strict=True))
+            return [None if (g := by_source.get(id(t))) is None else g.detach() for t in graphs.sources]
+
+        return replay_backward
+
+    wrap(cuda_graphs.CudaGraphs, "replay_backward", make)
+
+
+@mutant("measuring/test_graphed.py::test_no_backward_of_a_replaced_forward")
+def takes_any_forward_for_its_own():
+    def make(right):
+        return lambda graphs, turn, given: right(graphs, graphs.turn, given)
+
+    wrap(cuda_graphs.CudaGraphs, "replay_backward", make)
+
+
+@mutant("measuring/test_graphed.py::test_casts_of_weights_are_made_in_each_replay")
+def captures_the_cache_of_autocast():
+    graphed.without_cache = lambda device_type: contextlib.nullcontext()
+
+
+@mutant("measuring/test_graphed.py::test_capturing_leaves_everything_as_it_was")
+def moves_statistics_while_it_warms_up():
+    graphed.restored_buffers = lambda model: contextlib.nullcontext()
+
+
+@mutant("measuring/test_graphed.py::test_capturing_leaves_everything_as_it_was")
+def draws_random_numbers_while_it_warms_up():
+    torch.random.fork_rng = lambda devices: contextlib.nullcontext()
+
+
+@mutant("measuring/test_graphed.py::test_a_model_changed_since")
+def replays_whatever_the_model_is_now():
+    captured_state.ModelState.check = lambda state: None
+
+
+@mutant("measuring/test_graphed.py::test_another_input")
+def copies_inputs_of_any_form():
+    captured_state.form = lambda t: ()
+
+
+@mutant("measuring/test_graphed.py::test_models_that_no_graph_can_hold")
+def captures_cumulative_averages():
+    capturable.check_norms = lambda model: None
 
 
 def run(name: str) -> None:
