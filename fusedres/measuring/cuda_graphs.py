@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,25 +33,14 @@ CONSTANTS = (
 )  # of a result: they are given again as they were captured
 
 
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """An exception in a capture says what a capture cannot hold; one for want of memory is left as it is.
-
-    Raises:
-        CaptureError: anything else was raised inside; that is its cause.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise CaptureError(
-            f"fusedres.graphed: the {what} cannot be captured: {type(error).__name__}: {first_line}. The same step ran "
-            "outside of a capture, so it does what a graph cannot hold: it reads a tensor's value on the CPU (.item(), "
-            "print, `if tensor:`), makes a tensor of host data, or uses another stream. Take that out of the model's "
-            'forward, or capture a part that is without it; torch.cuda.set_sync_debug_mode("warn") names the place.'
-        ) from error
+def explanation(what: str, cause: Exception) -> CaptureError:
+    first_line = (str(cause).strip().splitlines() or [""])[0]
+    return CaptureError(
+        f"fusedres.graphed: the {what} cannot be captured: {type(cause).__name__}: {first_line}. The same step ran "
+        "outside of a capture, so it does what a graph cannot hold: it reads a tensor's value on the CPU (.item(), "
+        "print, `if tensor:`), makes a tensor of host data, or uses another stream. Take that out of the model's "
+        'forward, or capture a part that is without it; torch.cuda.set_sync_debug_mode("warn") names the place.'
+    )
 
 
 class CudaGraphs:
@@ -77,7 +67,7 @@ class CudaGraphs:
         self.sources = [*inputs, *parameters]
         self.wanted = [t for t in self.sources if t.requires_grad] if gradients else []
         self.copy_outputs, self.device = copy_outputs, device
-        self.stream = torch.cuda.Stream(device)
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self.leaves: list[Any] = []  # of the result: a place among the outputs stands for a tensor
         self.outputs: list[Tensor] = []
@@ -111,6 +101,27 @@ class CudaGraphs:
                 if outputs:
                     self.run_backward(outputs, [torch.ones_like(t) for t in outputs])
 
+    def record(self, what: str, graph: torch.cuda.CUDAGraph, body: Callable[[], Any]) -> Any:
+        """What `body` returns, its launches recorded; an exception says what a graph cannot hold.
+
+        Raises:
+            CaptureError: anything was raised inside; that is its cause, and not what CUDA says of it afterwards.
+            torch.OutOfMemoryError: as it was raised.
+        """
+        raised: list[Exception] = []
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                try:
+                    return body()
+                except Exception as error:
+                    raised.append(error)
+                    raise
+        except Exception as error:
+            cause = raised[0] if raised else error
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            raise explanation(what, cause) from cause
+
     def capture(self) -> None:
         """Records forward and backward, after `warm_up`.
 
@@ -118,13 +129,8 @@ class CudaGraphs:
             CaptureError: something in it cannot be captured.
             TypeError: a result is neither a tensor nor a plain constant.
         """
-        pool = torch.cuda.graph_pool_handle()
         with self.on_stream():
-            with (
-                explained("forward"),
-                torch.cuda.graph(self.forward_graph, pool=pool, stream=self.stream),
-            ):
-                leaves, self.spec = self.run_forward()
+            leaves, self.spec = self.record("forward", self.forward_graph, self.run_forward)
             check_result(leaves)
             outputs = [t for t in leaves if isinstance(t, Tensor)]
             self.leaves = [None if isinstance(t, Tensor) else t for t in leaves]
@@ -133,11 +139,8 @@ class CudaGraphs:
             if self.differentiable:
                 ends = [outputs[i] for i in self.differentiable]
                 self.output_gradients = [torch.zeros_like(t) for t in ends]
-                with (
-                    explained("backward"),
-                    torch.cuda.graph(self.backward_graph, pool=pool, stream=self.stream),
-                ):
-                    self.gradients = self.run_backward(ends, self.output_gradients)
+                backward = partial(self.run_backward, ends, self.output_gradients)
+                self.gradients = self.record("backward", self.backward_graph, backward)
             # the autograd graph must go: it would keep this stream as the one where gradients are accumulated
             self.outputs = [t.detach() for t in outputs]
 

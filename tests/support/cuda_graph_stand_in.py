@@ -64,6 +64,11 @@ class Capturing:
         try:
             with recorder:
                 yield
+        except Exception:
+            # as `capture_end` does, in the place of what was raised
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture"
+            ) from None
         finally:
             self.now = False
             self.captures += 1
