@@ -135,13 +135,14 @@ def decide(
     others = modules.values() if shortcut else ()
     if (reason := guards.unfit_block(block, plan) or shared_statistics(block, others, plan)) is not None:
         return Decision(UNFUSED, reason)
-    recipe, reason = choose(state.recipe, block.config, block.tensors, block.x, ops, wants_gradient(block))
+    gradients = wants_gradient(block)
+    recipe, reason = choose(state.recipe, block.config, block.tensors, block.x, ops, gradients)
     if recipe == UNFUSED:
         return Decision(recipe, reason)
     if (
         warm.on_gpu(x)
         and isinstance(ops, Dispatcher)
-        and (cold := warm.not_warm(state, block, recipe, ops)) is not None
+        and (cold := warm.not_warm(state, block, recipe, ops, gradients)) is not None
     ):
         return Decision(UNFUSED, cold)
     return Decision(recipe, reason, block, ops, shortcut)

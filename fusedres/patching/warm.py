@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedres.nn.residual_block import BlockCall, wants_gradient
+from fusedres.nn.residual_block import BlockCall
 from fusedres.ops.dispatch import Dispatcher
 from fusedres.patching import details
 from fusedres.patching.state import BlockState
@@ -23,17 +23,19 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def kind_of(block: BlockCall, recipe: str, ops: Dispatcher) -> tuple[Any, ...]:
+def kind_of(block: BlockCall, recipe: str, ops: Dispatcher, gradients: bool) -> tuple[Any, ...]:
     """What decides which kernels a call of this block needs."""
     x = block.x
     modes = tuple([unit.training for unit in block.config.units])
-    return x.shape, x.dtype, x.device, recipe, ops, modes, wants_gradient(block)
+    return x.shape, x.dtype, x.device, recipe, ops, modes, gradients
 
 
-def not_warm(state: BlockState, block: BlockCall, recipe: str, ops: Dispatcher) -> str | None:
+def not_warm(
+    state: BlockState, block: BlockCall, recipe: str, ops: Dispatcher, gradients: bool
+) -> str | None:
     """A reason if a CUDA graph is being captured and no call of this kind ran before; otherwise it is noted that one
     runs now. To be asked on a GPU."""
-    kind = kind_of(block, recipe, ops)
+    kind = kind_of(block, recipe, ops, gradients)
     if kind in state.warm:
         return None
     if torch.cuda.is_current_stream_capturing():
