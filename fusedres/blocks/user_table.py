@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,24 +176,42 @@ def plain(entries: Mapping[Key, Entry]) -> list[dict[str, Any]]:
 def write(entries: Mapping[Key, Entry]) -> Path:
     """Puts entries into the user's table, beside those of other keys; returns its path.
 
-    The file is replaced as a whole: a reader sees the old one or the new one.
+    The file is replaced as a whole: a reader sees the old one or the new one. Writers wait for one another, so that
+    none loses what another found.
 
     Raises:
         OSError: the folder cannot be made or written.
     """
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
-    data = {"kind": KIND, "entries": plain({**read(file), **entries})}
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            json.dump(data, stream, indent=1)
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with locked(file.parent):
+        data = {"kind": KIND, "entries": plain({**read(file), **entries})}
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+        try:
+            with os.fdopen(descriptor, "w") as stream:
+                json.dump(data, stream, indent=1)
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     table.cache_clear()
     return file
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the context no other process, and no other thread, is in it with this folder; on POSIX systems."""
+    if find_spec("fcntl") is None:
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # of the folder itself: a file of its own would stay behind
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -67,6 +69,29 @@ def test_a_failed_write_leaves_the_old_table(table_file, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         user_table.write({KEY: Entry("separate", 2.0)})
     assert table_file.read_bytes() == before and os.listdir(table_file.parent) == ["table.json"]
+
+
+def test_writers_at_once_lose_nothing(table_file):
+    """Four processes of two threads, each with keys of its own."""
+    code = """
+import sys, threading
+from fusedres.blocks import user_table
+from fusedres.blocks.user_table import Entry, Key
+
+def write(thread):
+    for i in range(10):
+        key = Key("a device", "1", "reference", "float32", True, f"{sys.argv[1]} {thread} {i}")
+        user_table.write({key: Entry("gram", 1.5)})
+
+threads = [threading.Thread(target=write, args=(i,)) for i in range(2)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(i)]) for i in range(4)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 4
+    calls = {key.call for key in user_table.table()}
+    assert calls == {f"{i} {thread} {n}" for i in range(4) for thread in range(2) for n in range(10)}
+    assert os.listdir(table_file.parent) == ["table.json"]
 
 
 def entries(found=None, **key):
