@@ -28,10 +28,10 @@ SHORTEST_SIDE = 4
 MANY_CHANNELS = 48  # with fewer the transforms cost more than the products, and most of those must be saved
 MOST_PRODUCTS, MOST_PRODUCTS_OF_FEW = 0.6, 0.4  # of those of a direct convolution
 LANES = {"avx2": 16, "avx512": 32}  # results are computed in groups of so many channels
-# F(4x4, 3x3) has 2 to 3.5 times a direct convolution's error, less from so many summed channels on; over fewer rows
+# F(4x4, 3x3) has 2 to 3.5 times a direct convolution's error, less from so many summed channels on; over fewer values
 # than this, eager's batch statistics are exact enough that a network's whole error would show it
 MANY_SUMMED = 256
-FEWEST_ROWS = 1024  # N * H * W
+FEWEST_VALUES = 2**17  # N * C * H * W
 
 
 def is_on() -> bool:
@@ -65,7 +65,7 @@ def tile_of(image: Tensor, summed: int | None, largest: int) -> int:
     largest: 4, or 2 for a convolution that has no more error than a direct one.
     """
     n, _, height, width = image.shape
-    if summed is not None and summed < MANY_SUMMED and n * height * width < FEWEST_ROWS:
+    if summed is not None and summed < MANY_SUMMED and n * summed * height * width < FEWEST_VALUES:
         return SMALL
     return largest if products(height, width, largest) < products(height, width, SMALL) else SMALL
 
