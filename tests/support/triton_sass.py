@@ -1,4 +1,4 @@
-"""What asynchronous products of Hopper do in machine code, as nvdisasm prints it.
+"""What kernels do in machine code, as nvdisasm prints it: the length of a step, and Hopper's asynchronous products.
 
 A product (HGMMA) reads the registers of its first operand, and changes those of its sums, until its warp group has
 waited for it (WARPGROUP.DEPBAR). Groups end at instructions marked gsb0 and finish in order, so a wait that leaves N
@@ -14,6 +14,7 @@ INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 PRODUCT = re.compile(r"HGMMA\.64x(\d+)x\S* R(\d+), (?:R(\d+), )?gdesc")
 WAIT = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)")
 JUMP = re.compile(r"\bBRA\b.*`\((\.L_\w+)\)")
+TENSOR_CORES = re.compile(r"\b(?:H|HG|UTC[A-Z]*)MMA\b")
 OPERAND_REGISTERS = 4  # of 16-bit [64, 16] among 128 threads
 
 
@@ -34,6 +35,35 @@ def overwritten_operands(listing: str) -> list[str]:
                 if written(other) & busy
             ]
     return found
+
+
+def product_steps(listing: str) -> list[list[int]]:
+    """Of each innermost loop with products of tensor cores, in order: instructions of one step, and products in it.
+
+    A loop is what lies between a label and a jump back to it. ptxas unrolls a loop of few steps: it is not here then.
+    """
+    code, labels = parse(listing)
+    jumps = ((JUMP.search(instruction), place) for place, instruction in enumerate(code))
+    back = [(labels[jump[1]], place) for jump, place in jumps if jump and labels[jump[1]] <= place]
+    loops = [(first, last) for first, last in back if products(code[first : last + 1])]
+    around = {
+        outer
+        for outer in loops
+        for first, last in loops
+        if outer != (first, last) and outer[0] <= first and last <= outer[1]
+    }
+    inner = [code[first : last + 1] for first, last in loops if (first, last) not in around]
+    return [[len(step), products(step)] for step in inner]
+
+
+def products(code: list[str]) -> int:
+    """Instructions of tensor cores."""
+    return sum(TENSOR_CORES.search(instruction) is not None for instruction in code)
+
+
+def instructions(listing: str) -> int:
+    """All of a kernel's, without the padding behind its end."""
+    return sum(not instruction.startswith("NOP") for instruction in parse(listing)[0])
 
 
 def in_flight(code: list[str], labels: dict[str, int], place: int) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""The reader of machine code: which products still read what other instructions write."""
+"""The reader of machine code: how long a step is, and which products still read what other instructions write."""
 
 import pytest
-from triton_sass import overwritten_operands, written
+from triton_sass import instructions, overwritten_operands, product_steps, written
 
 # one step of a loop as Triton 3.6 makes it: two products in flight, then the next step's prologue
 STEP = """
@@ -56,6 +56,33 @@ def test_sums_are_not_touched_before_the_wait():
 def test_a_product_of_shared_memory_has_no_operand_in_registers():
     code = step(after="0x1").replace("R100, gdesc", "gdesc")
     assert overwritten_operands(code) == []
+
+
+def test_a_step_is_what_lies_between_a_label_and_the_jump_back():
+    assert product_steps(step()) == [[9, 2]] and instructions(step()) == 12
+    assert product_steps(step().replace("@!P1 BRA", "@!P1 NOP")) == [], "unrolled"
+    assert product_steps(step().replace("HGMMA", "FFMA")) == [], "no product"
+
+
+def test_loops_around_a_step_are_left_out():
+    code = step() + "        /*00c0*/              @!P2 BRA `(.L_x_0) ;\n"
+    waiting = ".L_x_1:\n        /*0068*/              @!P3 BRA `(.L_x_1) ;\n        /*0070*/"
+    assert product_steps(code) == [[9, 2]]
+    assert product_steps(code.replace("        /*0070*/", waiting)) == [[10, 2]], (
+        "a wait is no product's loop"
+    )
+    far = (
+        code
+        + ".L_x_2:\n        /*00d0*/                   NOP ;\n        /*00e0*/              BRA `(.L_x_0) ;\n"
+    )
+    assert product_steps(far) == [[9, 2]] and instructions(far) == 14
+
+
+@pytest.mark.parametrize(
+    "name", ["HMMA.16816.F32.BF16 R4, R8, R12, R4", "UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8]"]
+)
+def test_products_of_every_architecture_count(name):
+    assert product_steps(step().replace("F2FP.BF16.F32.PACK_AB R96, R4, R5", name)) == [[9, 3]]
 
 
 @pytest.mark.parametrize(
