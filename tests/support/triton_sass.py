@@ -40,12 +40,17 @@ def overwritten_operands(listing: str) -> list[str]:
 def product_steps(listing: str) -> list[list[int]]:
     """Of each innermost loop with products of tensor cores, in order: instructions of one step, and products in it.
 
-    A loop is what lies between a label and a jump back to it. ptxas unrolls a loop of few steps: it is not here then.
+    A loop is what lies between a label and a jump back to it, unless the program ends between them: ptxas moves waits
+    that are rarely entered behind the end. It unrolls a loop of few steps, which is not here then.
     """
     code, labels = parse(listing)
     jumps = ((JUMP.search(instruction), place) for place, instruction in enumerate(code))
     back = [(labels[jump[1]], place) for jump, place in jumps if jump and labels[jump[1]] <= place]
-    loops = [(first, last) for first, last in back if products(code[first : last + 1])]
+    loops = [
+        (first, last)
+        for first, last in back
+        if products(code[first : last + 1]) and "EXIT" not in code[first : last + 1]
+    ]
     around = {
         outer
         for outer in loops

@@ -71,11 +71,15 @@ def test_loops_around_a_step_are_left_out():
     assert product_steps(code.replace("        /*0070*/", waiting)) == [[10, 2]], (
         "a wait is no product's loop"
     )
-    far = (
-        code
-        + ".L_x_2:\n        /*00d0*/                   NOP ;\n        /*00e0*/              BRA `(.L_x_0) ;\n"
+    behind = (
+        ".L_x_2:\n        /*00d0*/                   NOP ;\n        /*00e0*/              BRA `(.L_x_3) ;\n"
     )
-    assert product_steps(far) == [[9, 2]] and instructions(far) == 14
+    waits = (
+        step().replace("        /*0030*/", ".L_x_3:\n        /*0030*/").replace("@!P1 BRA", "@!P1 NOP")
+        + behind
+    )
+    assert product_steps(waits) == [], "a wait behind the end"
+    assert instructions(waits) == 12 + 1
 
 
 @pytest.mark.parametrize(
