@@ -17,6 +17,8 @@ from pathlib import Path
 from layers import Block, Conv, Network, read_network
 from schedules import SCHEDULES, Line
 
+from fusedres.triton_kernels.tiles import dc_comes_first
+
 MOMENTUM_SGD_BYTES = (
     5 * 4 + 2
 )  # float32 weight and momentum read and written, gradient read; low-precision copy
@@ -87,7 +89,8 @@ def places(network: Network) -> Iterator[Place]:
 
 
 def conv_tags(conv: Conv) -> set[str]:
-    return {"conv", "1x1" if conv.pointwise else "kxk", "strided" if conv.strided else "plain"}
+    kernel = {"conv", "1x1" if conv.pointwise else "kxk", "strided" if conv.strided else "plain"}
+    return kernel | {"many_tiles" if dc_comes_first(conv.cin, conv.cout) else "few_tiles"}
 
 
 def tensor_bytes(token: str, place: Place, batch: int, element: int) -> float:

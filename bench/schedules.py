@@ -5,6 +5,7 @@ launched once for every convolution, or once a block (`join`), that has them:
 
     conv         every convolution of a block: main (first or upper, inner or last) or shortcut
     1x1 kxk      its kernel;   strided plain: whether it has a stride
+    few_tiles many_tiles     a 1x1 whose input gradient makes dc as it goes, or has it made by a pass of its own
     join         once a block, where the shortcut meets the main branch; c is then the last convolution's
     identity projection      the block's shortcut;   opening later, earlier final: the first, the last block
     stem         the first convolution;   pool: behind it, where the network pools there, else unpooled
@@ -151,8 +152,11 @@ GRAM_EDGES: tuple[Line, ...] = (
     ("shortcut", "convolution_backward_input", "dc w", "din", "conv"),
     ("shortcut", "convolution_backward_weight", "dc sampled", "dw", "conv"),
     ("inner", "convolution_backward_weight", "dc in", "dw", "conv"),
-    ("first 1x1 identity", "conv1x1_backward_input", "dz c w dy mask", "dx dc", "conv"),
-    ("first 1x1 projection", "conv1x1_backward_input", "dz c w dx", "dx dc", "conv"),
+    ("first 1x1 few_tiles identity", "conv1x1_backward_input", "dz c w dy mask", "dx dc", "conv"),
+    ("first 1x1 few_tiles projection", "conv1x1_backward_input", "dz c w dx", "dx dc", "conv"),
+    ("first 1x1 many_tiles", "bn_add_relu_backward_input", "dz c", "dc", ""),
+    ("first 1x1 many_tiles identity", "conv1x1_backward_input", "~dc w dy mask", "dx", "conv"),
+    ("first 1x1 many_tiles projection", "conv1x1_backward_input", "~dc w dx", "dx", "conv"),
 )
 GRAM_LIBRARY_KXK: tuple[Line, ...] = (
     ("inner kxk", "bn_add_relu_forward", "below", "in", ""),

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
-from fusedres.triton_kernels.elementwise import activation, load_vector, select_by_mask
+from fusedres.triton_kernels.elementwise import activation, load_vector, select_in_tile
 from fusedres.triton_kernels.gram import is_far, sample
 from fusedres.triton_kernels.merge import merge_sums
 
@@ -41,7 +41,7 @@ def pivot_kernel(
     tl.store(rest + i, exact - value, mask=i < CIN)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "ROWS"])
 def conv1x1_backward_weight_kernel(
     dy,  # [P, COUT]
     mask,  # packed bits of y, or None: dz = dy
@@ -52,10 +52,10 @@ def conv1x1_backward_weight_kernel(
     partial_r,  # [ceil(P / ROWS), COUT, CIN]
     partial_dbias,  # [ceil(P / ROWS), COUT]
     P,
+    ROWS,  # of a split, a multiple of BK and of 8
     CIN: tl.constexpr,
     COUT: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -65,7 +65,8 @@ def conv1x1_backward_weight_kernel(
     # the tiles of one split run side by side: dy and c come from L2 for all but the first
     split = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
-    o = (tile // column_tiles) * BM + tl.arange(0, BM)
+    first = (tile // column_tiles) * BM
+    o = first + tl.arange(0, BM)
     i = (tile % column_tiles) * BN + tl.arange(0, BN)
     row = tl.arange(0, BK)[:, None]
     valid_o = (o < COUT)[None, :]
@@ -74,13 +75,13 @@ def conv1x1_backward_weight_kernel(
     left = P - split * ROWS
 
     r = tl.zeros((BM, BN), tl.float32)
-    dbias = tl.zeros((BM,), tl.float32)
+    dz_sums = tl.zeros((BK, BM), tl.float32)  # of each thread's own elements: no shuffle in a step
     for r0 in range(0, tl.minimum(left, ROWS), BK):
         valid = r0 + row < left  # [BK, 1]
         dy_place = (r0 + row) * COUT + o[None, :]  # [BK, BM]
         dz = tl.load(dy + base * COUT + dy_place, mask=valid & valid_o, other=0.0)
         if mask is not None:
-            dz = select_by_mask(dz, mask + base // 8 * COUT, dy_place, valid & valid_o)
+            dz = select_in_tile(dz, mask + base // 8 * COUT, r0 + row, first, valid, COUT, BK, BM)
         a_place = (r0 + row) * CIN + i[None, :]  # [BK, BN]
         a = tl.load(c + base * CIN + a_place, mask=valid & valid_i, other=0.0)
         a = activation(a, scale, shift, i, CIN)
@@ -89,10 +90,11 @@ def conv1x1_backward_weight_kernel(
         # Tensor cores truncate as they add, which over the rows of a split would take up to a ten-thousandth off a
         # mean: each product is added by itself, rounded. The last argument keeps the addition from being folded in.
         r += tl.dot(tl.trans(dz), a, input_precision=PRECISION, max_num_imprecise_acc=BK)
-        dbias += tl.sum(dz.to(tl.float32), 0)
+        dz_sums += dz.to(tl.float32)
 
     place = (split.to(tl.int64) * COUT + o[:, None]) * CIN + i[None, :]
     tl.store(partial_r + place, r, mask=(o < COUT)[:, None] & valid_i)
+    dbias = tl.sum(dz_sums, 0)
     written = tl.where(tile % column_tiles == 0, COUT, 0)  # by the first column tile
     tl.store(partial_dbias + split.to(tl.int64) * COUT + o, dbias, mask=o < written)
 
@@ -131,7 +133,7 @@ def conv1x1_backward_weight(
     cout, cin, total = dy.shape[1], c.shape[1], layout.rows(c)
     pivot, rest = (None, None) if center is None else pivot_of(center, c, scale, shift)
     tile = tiles.weight_tile(cout, cin)
-    split_rows = tiles.weight_rows(cin)
+    split_rows = tiles.weight_rows(cout, cin, total)
     splits = triton.cdiv(total, split_rows)
     partial_r = layout.empty((splits, cout, cin), c, torch.float32)
     partial_dbias = layout.empty((splits, cout), c, torch.float32)
@@ -145,10 +147,10 @@ def conv1x1_backward_weight(
         partial_r,
         partial_dbias,
         total,
+        split_rows,
         CIN=cin,
         COUT=cout,
         PRECISION=layout.precision(c),
-        ROWS=split_rows,
         BM=tile.bm,
         BN=tile.bn,
         BK=tile.bk,

@@ -93,7 +93,11 @@ def conv1x1_forward_kernel(
         keep_byte = valid[:, None] & (columns < COUT // 8)[None, :]
         tl.store(mask + base // 8 + byte, pack_bits(out, BM, BN), mask=keep_byte)
     if tile_mean is not None:
-        mean, m2 = tile_moments(out, valid, tl.minimum(P - row_tile * BM, BM), BM)
+        # Read back from the cache, once every thread has stored. A product leaves a thread few rows of many columns, so
+        # that each of its columns would be added across threads; as memory has it, a thread has many rows of 8 columns.
+        tl.debug_barrier()
+        stored = tl.load(y + base + inside, mask=keep, other=0.0)
+        mean, m2 = tile_moments(stored, valid, tl.minimum(P - row_tile * BM, BM), BM)
         tl.store(tile_mean + row_tile.to(tl.int64) * COUT + n, mean, mask=valid_n)
         tl.store(tile_m2 + row_tile.to(tl.int64) * COUT + n, m2, mask=valid_n)
 
@@ -120,7 +124,7 @@ def conv1x1_forward(
     h_out, w_out = (height - 1) // stride + 1, (width - 1) // stride + 1
     y = layout.empty((n, cout, h_out, w_out), x)
     total = layout.rows(y)
-    tile = tiles.forward_tile(cin, cout, save_stats, layout.capability(x))
+    tile = tiles.output_tile(tiles.CONV1X1_FORWARD, cout, cin)
     row_tiles = triton.cdiv(total, tile.bm)
     # a row's bits end at a byte only where cout is a multiple of 8; else they are packed from y
     mask = layout.empty((y.numel() // 8,), x, torch.uint8) if save_mask and cout % 8 == 0 else None

@@ -6,15 +6,44 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
-from fusedres.triton_kernels.elementwise import activation, column_sums, load_vector, select_by_mask
+from fusedres.triton_kernels.elementwise import activation, column_sums, load_vector, select_in_tile
 from fusedres.triton_kernels.merge import merge_sums
 from fusedres.triton_kernels.wgmma import must_wait, wait
 
 
 @triton.jit
-def finite_beyond_first(x, term):
-    """x, and with another than the first term of a weight 0 where it is not finite: Inf - Inf would be NaN."""
-    return tl.where((x - x == 0.0) | (term == 0), x, 0.0)
+def finite(x):
+    """x, and 0 where x is not finite."""
+    return tl.where(x - x == 0.0, x, 0.0)
+
+
+@triton.jit
+def multiply_terms(
+    x,  # [BM, BK], the same for every term
+    weight,  # [TERMS, SIZE, CIN]
+    k,  # [BK], rows of a term
+    n,  # [BN], columns
+    acc,  # [BM, BN]
+    SIZE: tl.constexpr,
+    CIN: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """acc + x times the sum of the weight's terms; beyond the first, x is 0 where it is not finite.
+
+    Inf times a term that is 0, or of another sign, would be NaN.
+    """
+    keep = (k < SIZE)[:, None] & (n < CIN)[None, :]
+    place = k[:, None] * CIN + n[None, :]  # [BK, BN]
+    w = tl.load(weight + place, mask=keep, other=0.0)
+    # made before the first product, so that it need not be made while that is in flight
+    rest = finite(x)
+    acc = wait(tl.dot(x, w, acc, input_precision=PRECISION), WAIT)
+    if TERMS > 1:
+        w = tl.load(weight + SIZE * CIN + place, mask=keep, other=0.0)
+        acc = wait(tl.dot(rest, w, acc, input_precision=PRECISION), WAIT)
+    return acc
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -34,7 +63,7 @@ def conv1x1_gram_backward_input_kernel(
     P,
     CIN: tl.constexpr,
     COUT: tl.constexpr,
-    TERMS: tl.constexpr,
+    TERMS: tl.constexpr,  # 1 or 2
     PRECISION: tl.constexpr,
     WAIT: tl.constexpr,
     BM: tl.constexpr,
@@ -55,36 +84,24 @@ def conv1x1_gram_backward_input_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     if offset is not None:
         acc += load_vector(offset, n, CIN)
-    # once with each term of a weight: dz, a and the mask below go together, so that errors of rounded weights would not
-    # average out; the second time dz is still in a cache
-    for step in range(TERMS * ((COUT + BK - 1) // BK)):
-        k0 = step // TERMS * BK
-        valid_k = k0 + k < COUT
+    # Each dz, and each a below, is loaded and made once for both terms of its weight. dz, a and the mask go together,
+    # so that errors of rounded weights would not average out.
+    for k0 in range(0, COUT, BK):
         dy_place = row * COUT + (k0 + k)[None, :]  # [BM, BK]
-        dz = tl.load(dy_tile + dy_place, mask=valid & valid_k[None, :], other=0.0)
+        dz = tl.load(dy_tile + dy_place, mask=valid & (k0 + k < COUT)[None, :], other=0.0)
         if mask is not None:
             # BM is a multiple of 8, so a tile starts at bit 0 of a byte for any channel count
-            dz = select_by_mask(dz, mask + base // 8 * COUT, dy_place, valid & valid_k[None, :])
-        w_place = (step % TERMS * COUT + k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
-        w = tl.load(weight_dz + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
-        if TERMS > 1:
-            dz = finite_beyond_first(dz, step % TERMS)
-        acc = wait(tl.dot(dz, w, acc, input_precision=PRECISION), WAIT)
+            dz = select_in_tile(dz, mask + base // 8 * COUT, row, k0, valid, COUT, BM, BK)
+        acc = multiply_terms(dz, weight_dz, k0 + k, n, acc, COUT, CIN, TERMS, PRECISION, WAIT)
 
     if weight_a is not None:
-        padded: tl.constexpr = (CIN + BK - 1) // BK * BK
-        for step in range(0, TERMS * padded, BK):
-            k0 = step % padded
-            valid_k = k0 + k < CIN
-            ck = tl.load(c_tile + row * CIN + (k0 + k)[None, :], mask=valid & valid_k[None, :], other=0.0)
+        for k0 in range(0, CIN, BK):
+            c_place = row * CIN + (k0 + k)[None, :]  # [BM, BK]
+            ck = tl.load(c_tile + c_place, mask=valid & (k0 + k < CIN)[None, :], other=0.0)
             a = activation(ck, scale, shift, k0 + k, CIN)
             if center is not None:
                 a = a - load_vector(center, k0 + k, CIN)
-            if TERMS > 1:
-                a = finite_beyond_first(a, step // padded)
-            w_place = (step // padded * CIN + k0 + k)[:, None] * CIN + n[None, :]  # [BK, BN]
-            w = tl.load(weight_a + w_place, mask=valid_k[:, None] & valid_n[None, :], other=0.0)
-            acc = wait(tl.dot(a, w, acc, input_precision=PRECISION), WAIT)
+            acc = multiply_terms(a, weight_a, k0 + k, n, acc, CIN, CIN, TERMS, PRECISION, WAIT)
 
     keep = valid & valid_n[None, :]
     place = row * CIN + n[None, :]  # [BM, BN]

@@ -36,6 +36,25 @@ def select_by_mask(dy, mask, element, valid):
 
 
 @triton.jit
+def select_in_tile(dy, mask, row, first, valid, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`dz = where(bit, dy, 0)` of a tile dy [ROWS, COLUMNS].
+
+    Its rows are `row` [ROWS, 1], of C channels each, counted from the one whose channel 0 is bit 0 of `mask`'s first
+    byte; those not `valid` [ROWS, 1] are not read. Its columns start at channel `first`, a multiple of 8.
+    """
+    if C % 8 == 0:
+        # one byte for 8 neighbours: a byte for each element would be 8 loads and 8 addresses for one
+        column = first // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+        byte = tl.load(mask + row * (C // 8) + column, mask=valid & (column < C // 8), other=0)
+        bits = (byte[:, :, None] >> tl.arange(0, 8).to(tl.uint8)[None, None, :]) & 1
+        dz = tl.where(bits.reshape(ROWS, COLUMNS) != 0, dy, 0.0).to(dy.dtype)
+    else:
+        column = first + tl.arange(0, COLUMNS)[None, :]
+        dz = select_by_mask(dy, mask, row * C + column, valid & (column < C))
+    return dz
+
+
+@triton.jit
 def masked_gradient(dy, c, mask, element, valid, scale, shift, i, size):
     """dz of tiles dy and c [R, C]: by `mask` if given, else by the activation if `scale` is, else dy."""
     if mask is not None:
@@ -57,9 +76,12 @@ def pack_bits(y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def column_sums(x, ROWS: tl.constexpr):
-    """Sums [C] of the columns of x [ROWS, C] in two steps, so that no float32 sum has more than 16 terms."""
+    """Sums [C] of the columns of x [ROWS, C] in two steps, so that no float32 sum has more than ROWS/16 or 16 terms.
+
+    First over every 16th row, which mostly lie in one thread: the other way round threads exchange every sum of 16.
+    """
     groups = x.reshape(ROWS // 16, 16, x.shape[1])
-    return tl.sum(tl.sum(groups, 1), 0)
+    return tl.sum(tl.sum(groups, 0), 0)
 
 
 @triton.jit
@@ -67,11 +89,13 @@ def tile_moments(y, valid, count, ROWS: tl.constexpr):
     """Mean in float64 and M2 = sum (y - mean)^2 of the columns of y [ROWS, C], over its `count` valid rows.
 
     The corrected two-pass algorithm (Chan, Golub & LeVeque 1983): what the deviations sum to is the error of
-    the float32 mean, which would otherwise enter the variance between tiles.
+    the float32 mean, which would otherwise enter the variance between tiles. Where y comes from memory rather than
+    out of a product, a thread has fewer columns.
     """
     y = tl.where(valid[:, None], y.to(tl.float32), 0.0)
-    mean = column_sums(y, ROWS) / count
+    share = 1.0 / count
+    mean = column_sums(y, ROWS) * share
     deviation = tl.where(valid[:, None], y - mean[None, :], 0.0)
     error = column_sums(deviation, ROWS)
-    m2 = column_sums(deviation * deviation, ROWS) - error * error / count
-    return mean.to(tl.float64) + error.to(tl.float64) / count, m2
+    m2 = column_sums(deviation * deviation, ROWS) - error * error * share
+    return mean.to(tl.float64) + (error * share).to(tl.float64), m2

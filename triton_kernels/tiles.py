@@ -36,27 +36,33 @@ class GemmTile(NamedTuple):
     stages: int
 
 
-# [P, Cin] x [Cin, Cout]. bm is STATISTICS_ROWS throughout. 8 warps: with 4 the epilogue's sums, mask and
-# residual on 128 accumulators a thread spill.
+# [P, Cin] x [Cin, Cout]. bm is STATISTICS_ROWS throughout. 8 warps: with 4 the epilogue's mask and residual on 128
+# accumulators a thread spill.
 CONV1X1_FORWARD = (
     GemmTile(128, 32, 32, 4, 3),  # CIFAR bottlenecks: 16 and 32 channels
     GemmTile(128, 64, 64, 8, 3),  # 64 outputs (first stage): one column tile, x read once; 2 programs a SM
     GemmTile(128, 128, 64, 8, 3),  # the rest: 128 wide, so that x passes L2 only Cout/128 times
 )
 
-# [P, Cout] x [Cout, Cin] and the concatenated [P, Cin] x [Cin, Cin]; bm is STATISTICS_ROWS. The mask is read
-# a byte per element: with bk 64 these loads hold too many registers for a second program a SM.
+# [P, Cout] x [Cout, Cin], then [P, Cin] x [Cin, Cin], each with two terms of the weight; bm is STATISTICS_ROWS. Both
+# terms of a step are in shared memory: with bk 64 they would take 144 KiB, and sm_86, sm_89 and sm_120 have 99.
 CONV1X1_GRAM_BACKWARD_INPUT = (
     GemmTile(128, 32, 32, 4, 3),  # CIFAR bottlenecks
     GemmTile(128, 64, 32, 8, 3),  # 64 inputs: one column tile, dy and mask read once
     GemmTile(128, 128, 32, 8, 3),  # the rest: dy, the widest operand, is read Cin/128 times
 )
 
-# [P, Cout] x [Cout, Cin]; dy and c come with the prologue: bk 64 takes 247 registers, bk 32 takes 176.
+# [P, Cout] x [Cout, Cin]; dy and c come with the prologue: bk 64 takes 247 registers, bk 32 takes 171.
 CONV1X1_BACKWARD_INPUT = (
     GemmTile(128, 32, 32, 4, 3),  # CIFAR bottlenecks
     GemmTile(128, 64, 32, 8, 3),  # 64 inputs
     GemmTile(128, 128, 32, 8, 3),  # the rest
+)
+
+# The same product of a dc that was made before.
+CONV1X1_PLAIN_BACKWARD_INPUT = (
+    GemmTile(128, 64, 32, 8, 3),  # rows that are not aligned: with bk 64 they spill on Blackwell
+    GemmTile(128, 128, 64, 8, 3),  # the rest: two programs a SM
 )
 
 # [Cout, rows] x [rows, Cin]: bm over Cout, bn over Cin, bk over rows.
@@ -67,6 +73,13 @@ CONV1X1_BACKWARD_WEIGHT = (
     ),  # operands and two sums in registers, up to 167: small tiles, three programs a SM
     GemmTile(128, 64, 32, 8, 3),  # wide layers: a is made again Cout/128 times instead of /64; bk 64 spills
 )
+
+# Programs that the splits of the weight gradient make up at most, unless the longest splits are more: nearly four for
+# each of the 132 multiprocessors of an H100, which runs one at a time. As few splits as their own bytes would have are
+# 128 programs in stages 3 and 4 of ResNet-50.
+WEIGHT_PROGRAMS = 512
+# A split's rows are a multiple of every bk above, and of the 8 rows whose bits end at a byte for any channel count.
+WEIGHT_ROWS = 64
 
 # [Cin, rows] x [rows, Cin] with float64 accumulators: 64 x 64 is the largest tile that does not spill.
 GRAM = (
@@ -105,10 +118,14 @@ def output_tile(table: tuple[GemmTile, ...], columns: int, inner: int) -> GemmTi
     return next((tile for tile in usable if tile.bn >= columns), usable[-1])
 
 
-def forward_tile(cin: int, cout: int, save_stats: bool, capability: int) -> GemmTile:
-    """On Blackwell (compute capability 10) the statistics of 128 columns spill: it takes 64 there."""
-    narrow = save_stats and capability == 10
-    return output_tile(CONV1X1_FORWARD[:2] if narrow else CONV1X1_FORWARD, cout, cin)
+def dc_comes_first(cin: int, cout: int) -> bool:
+    """Whether the input gradient's dc [P, Cout] is made by a pass of its own, not in every column tile of Cin.
+
+    On sm_90 a warp takes 976 instructions for 64 channels of dc with the prologue, and 41 without. Made twice or four
+    times, as in ResNet-50's first two stages, they are issued while the layer's bytes move; not so 8 and 16 times, as
+    in the others, whose dc is small enough to be in L2 when the product asks for it.
+    """
+    return -(-cin // output_tile(CONV1X1_BACKWARD_INPUT, cin, cout).bn) > 4
 
 
 def weight_tile(cout: int, cin: int) -> GemmTile:
@@ -118,9 +135,20 @@ def weight_tile(cout: int, cin: int) -> GemmTile:
     return CONV1X1_BACKWARD_WEIGHT[2 if cout >= 512 else 1]
 
 
-def weight_rows(cin: int) -> int:
-    """Rows of one split of the weight gradient: a float32 partial of 2*Cin/rows <= 3 % of dy's bytes."""
+def most_weight_rows(cin: int) -> int:
+    """Rows of one split of the weight gradient at most: a float32 partial of 2*Cin/rows <= 3 % of dy's bytes."""
     return max(1024, 64 * power_of_two(cin))
+
+
+def weight_rows(cout: int, cin: int, total: int) -> int:
+    """Rows of one split of `total`, a multiple of 64: as many splits as make WEIGHT_PROGRAMS, or the longest ones.
+
+    At least 4*Cin, so that the partials are never more than half of dy's bytes.
+    """
+    tile = weight_tile(cout, cin)
+    splits = max(1, WEIGHT_PROGRAMS // (-(-cout // tile.bm) * -(-cin // tile.bn)))
+    rows = max(-(-total // splits), 4 * cin, WEIGHT_ROWS)
+    return min(-(-rows // WEIGHT_ROWS) * WEIGHT_ROWS, most_weight_rows(cin))
 
 
 def gram_rows(cin: int, bn: int) -> int:

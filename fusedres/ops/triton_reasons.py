@@ -89,7 +89,7 @@ def offsets_fit(kind: type, cin: int, widest: int) -> bool:
     if kind is Gram:
         rows = tiles.gram_rows(cin, tiles.output_tile(tiles.GRAM, cin, cin).bn)
     elif kind is Conv1x1BackwardWeight:
-        rows = tiles.weight_rows(cin)
+        rows = tiles.most_weight_rows(cin)
     return max(rows, 2 * widest) * widest < 2**31
 
 

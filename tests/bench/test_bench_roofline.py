@@ -77,7 +77,8 @@ def test_identity_block_by_hand(resnet50):
     # forward: c1 5, a1 2, c2 2, stats 1, gram 1, c3 1+4+4
     # backward: R 1+4, da 1+4+1, a1 2, c2: dc 3, da 2, dw 2, reduce 2, c1: 1+1+4 in, 4+1 out, dw 5
     # the mask is written once and read by R, da and the shortcut
-    gram = 5 + 2 + 2 + 1 + 1 + 9 + 5 + 6 + 2 + 3 + 2 + 2 + 2 + 11 + 5
+    # dc of c1 is made by a pass of its own and read back
+    gram = 5 + 2 + 2 + 1 + 1 + 9 + 5 + 6 + 2 + 3 + 2 + 2 + 2 + 11 + 1 + 5
     assert moved["gram"] == gram * n + 4 * mask + weights * (2 + 2 + 4)
 
 

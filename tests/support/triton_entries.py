@@ -30,13 +30,15 @@ from fusedres.triton_kernels import (
     wgmma,
 )
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# of kernels without tensor cores, and of rows that are not aligned
+FIRST_OF_THEIR_KIND = (80, 90, 100)
 # activations, vectors, merged sums, bytes, sizes
 KINDS = {"A": "*bf16", "F": "*fp32", "D": "*fp64", "U": "*u8", "I": "i32"}
 # the tiles of activations and weights that one step of a product loads
 OPERANDS = {
     "conv1x1_forward": ("BM BK", "BK BN"),
-    "conv1x1_gram_backward_input": ("BM BK", "BK BN"),
+    "conv1x1_gram_backward_input": ("BM BK", "BK BN", "BK BN"),
     "conv1x1_backward_input": ("BM BK", "BM BK", "BK BN"),
     "conv1x1_backward_weight": ("BK BM", "BK BN"),
     "gram": ("BK BN", "BK BN"),
@@ -57,7 +59,7 @@ class Entry:
     copies: int = (
         0  # asynchronous ones of 16 bytes that a thread makes at least: of every operand, for each stage
     )
-    architectures: tuple[int, ...] = ARCHITECTURES
+    architectures: tuple[int, ...] = FIRST_OF_THEIR_KIND
 
     def hash(self) -> str:
         """Of the kernel's source, of every jitted function it calls, and of this entry."""
@@ -73,7 +75,7 @@ class Entry:
                     collect(callee)
 
         collect(self.kernel)
-        waits = [wgmma.waits_on(architecture // 10) for architecture in self.architectures]
+        waits = [wgmma.waits_on(capability) for capability in range(8, 13)]
         rest = (self.id, self.signature, self.constants, self.warps, self.stages, waits)
         return hashlib.sha256(repr((sorted(sources.items()), rest)).encode()).hexdigest()[:16]
 
@@ -96,14 +98,14 @@ def products() -> Iterator[Entry]:
     for tile in tiles.CONV1X1_FORWARD:
         for form, signature in forms.items():
             for stride in (1, 2) if form == "stats" else (1,):
-                constants = {"CIN": 256, "COUT": 4 * tile.bn, "STRIDE": stride, "RELU": "mask" in form}
+                constants = {"CIN": 256, "COUT": 8 * tile.bn, "STRIDE": stride, "RELU": "mask" in form}
                 yield product(f"{form}_stride{stride}", forward, signature, constants, tile)
 
     below = conv1x1_gram_backward_input.conv1x1_gram_backward_input_kernel
     frozen = types(A="dy c weight_dz dz_below", F="mean scale shift offset tile_sums", U="mask", I="P")
     training = {**frozen, **types(A="weight_a")}
     for tile in tiles.CONV1X1_GRAM_BACKWARD_INPUT:
-        constants = {"CIN": tile.bn if tile.bn < 128 else 512, "COUT": 1024, "TERMS": 2}
+        constants = {"CIN": tile.bn if tile.bn < 128 else 256, "COUT": 1024, "TERMS": 2}
         yield product("training", below, training, constants, tile)
         yield product("frozen", below, frozen, constants, tile)
 
@@ -112,16 +114,23 @@ def products() -> Iterator[Entry]:
     projection = {**plain, **types(A="shortcut_dy")}
     joined = {**projection, **types(U="shortcut_mask")}
     for tile in tiles.CONV1X1_BACKWARD_INPUT:
-        constants = {"CIN": 4 * tile.bn, "COUT": 256}
+        constants = {"CIN": 256 if tile.bn == 128 else tile.bn, "COUT": 256}
         yield product("plain", backward, plain, constants, tile)
         yield product("projection", backward, projection, constants, tile)
         yield product("identity_mask", backward, joined, constants, tile)
+    without = set(types(A="c dc", F="scale shift A B K"))
+    for tile in tiles.CONV1X1_PLAIN_BACKWARD_INPUT:
+        constants = {"CIN": 8 * tile.bn, "COUT": 256}
+        for form, signature in {"plain": plain, "projection": projection, "identity_mask": joined}.items():
+            given = {name: kind for name, kind in signature.items() if name not in without}
+            yield product(f"{form}_of_dc", backward, given, constants, tile)
 
     weight = conv1x1_backward_weight.conv1x1_backward_weight_kernel
-    mask = types(A="dy c", F="scale shift partial_r partial_dbias", U="mask", I="P")
+    mask = types(A="dy c", F="scale shift partial_r partial_dbias", U="mask", I="P ROWS")
     pivot = {**mask, **types(F="pivot")}
     for tile in tiles.CONV1X1_BACKWARD_WEIGHT:
-        constants = {"CIN": 2 * tile.bn, "COUT": 8 * tile.bn, "ROWS": tiles.weight_rows(2 * tile.bn)}
+        cin = 256 if tile.bm == 128 else 64
+        constants = {"CIN": cin, "COUT": 4 * cin}
         yield product("mask", weight, mask, constants, tile)
         yield product("mask_pivot", weight, pivot, constants, tile)
 
@@ -138,7 +147,8 @@ def unaligned_products() -> Iterator[Entry]:
         widest = 32 if entry.id.startswith("conv1x1_backward_weight") else 64
         if entry.constants["BN"] == widest:
             constants = {**entry.constants, **more}
-            yield replace(entry, id=f"{entry.id}-odd", constants=constants, copies=0)
+            label, few = f"{entry.id}-odd", FIRST_OF_THEIR_KIND
+            yield replace(entry, id=label, constants=constants, copies=0, architectures=few)
 
 
 def product(
@@ -148,13 +158,12 @@ def product(
     constants = {**constants, **{k: v for k, v in sizes.items() if k in kernel.arg_names}}
     name = kernel.__name__.removesuffix("_kernel")
     label = f"{name}-{form}-{tile.bm}x{tile.bn}x{tile.bk}w{tile.warps}s{tile.stages}"
-    # `tiles.forward_tile` does not choose this one on Blackwell
-    narrowed = name == "conv1x1_forward" and "stats" in form and tile == tiles.CONV1X1_FORWARD[-1]
-    architectures = (80, 90) if narrowed else ARCHITECTURES
-    operands = OPERANDS[name] * (2 if "weight_a" in signature else 1)  # a second loop
+    operands = OPERANDS[name][1:] if "_of_dc" in form else OPERANDS[name]
+    second_loop = "weight_a" in signature and constants["CIN"] > tile.bk
+    operands = operands * (2 if second_loop else 1)
     elements = [constants[m] * constants[n] for m, n in map(str.split, operands)]
     copies = tile.stages * sum(2 * count // (16 * 32 * tile.warps) for count in elements)
-    return Entry(label, kernel, signature, constants, tile.warps, tile.stages, True, copies, architectures)
+    return Entry(label, kernel, signature, constants, tile.warps, tile.stages, True, copies, ARCHITECTURES)
 
 
 def elementwise() -> Iterator[Entry]:

@@ -114,6 +114,9 @@ CASES = {
         "dy_mean1_bias1000-training_mask",
         "zero_gamma-training_mask",
         "nan_inf_C17-frozen",
+        "nan_inf-training_mask",
+        "nan_inf_C17-training_mask",
+        "nan_inf-frozen_mask",
     ),
     "conv1x1_backward_input": (
         "C17to24-identity_mask",
@@ -172,7 +175,18 @@ def test_infinities_of_centred_activations(name, dtype):
     check("conv1x1_backward_weight", replace(every[name], dtype=DTYPES[dtype]))
 
 
-@pytest.mark.parametrize("name", ["dy_mean1", "dy_mean1_P1100", "dy_mean1_bias30"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dy_mean1-mask_center",
+        "dy_mean1_P1100-mask_center",
+        "dy_mean1_bias30-mask_center",
+        "dy_mean1_bias1000-mask_center",
+        "C40to136-center",
+        "P1100-mask",
+        "nan_inf_C17-mask",
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_pivot_of_bfloat16(name, dtype, monkeypatch):
     """It subtracts before the product only where the mean is far from 0; interpreted, other dtypes do as it does."""
@@ -180,4 +194,39 @@ def test_the_pivot_of_bfloat16(name, dtype, monkeypatch):
 
     monkeypatch.setattr(module, "ROUNDS_COARSELY", tuple(DTYPES.values()))
     every = {str(case): case for case in cases_of("conv1x1_backward_weight")}
-    check("conv1x1_backward_weight", replace(every[f"{name}-mask_center"], dtype=DTYPES[dtype]))
+    check("conv1x1_backward_weight", replace(every[name], dtype=DTYPES[dtype]))
+
+
+@pytest.mark.parametrize("finite_left", [True, False])
+def test_infinities_of_what_is_subtracted_from_sums(finite_left):
+    """In bfloat16 what is not finite in the left factor is subtracted as it is, in other dtypes it is left out."""
+    from fusedres.triton_kernels.merge import merge_sums
+
+    generator = torch.Generator().manual_seed(0)
+    partials, right = (torch.randn(shape, generator=generator) for shape in ((5, 4, 3), (3,)))
+    left = torch.tensor([1.5, float("inf"), float("-inf"), float("nan")])
+    kept = torch.where(left.isfinite(), left, 0) if finite_left else left
+    expected = (partials.double().sum(0) - torch.outer(kept, right).double()).float()
+    found = merge_sums(partials, (left, right), finite_left=finite_left)
+    torch.testing.assert_close(found, expected, rtol=2**-23, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "C136to40-identity_mask",
+        "C17to24-identity_mask",
+        "P129-relu",
+        "mixed-frozen_identity_mask",
+        "nan_inf-identity",
+        "nan_inf_C17-no_relu",
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dc_made_by_a_pass_of_its_own(name, dtype, monkeypatch):
+    """As for 1024 channels and more; few take less time."""
+    from fusedres.triton_kernels import tiles
+
+    monkeypatch.setattr(tiles, "dc_comes_first", lambda cin, cout: True)
+    every = {str(case): case for case in cases_of("conv1x1_backward_input")}
+    check("conv1x1_backward_input", replace(every[name], dtype=DTYPES[dtype]))

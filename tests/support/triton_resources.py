@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_entries import Entry, entries
-from triton_sass import overwritten_operands
+from triton_sass import instructions, overwritten_operands, product_steps
 
 from fusedres.triton_kernels.wgmma import waits_on
 
@@ -28,7 +28,7 @@ BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 def compile_entry(entry: Entry, architecture: int) -> dict[str, Any]:
-    """Registers, shared memory, spilled bytes, and what the machine code of the products has to show."""
+    """Instructions, registers, shared memory, spilled bytes, and what the machine code of the products has to show."""
     names = entry.kernel.arg_names
     constants = {name: entry.constants.get(name) for name in names if name not in entry.signature}
     if "WAIT" in constants:
@@ -43,30 +43,36 @@ def compile_entry(entry: Entry, architecture: int) -> dict[str, Any]:
     options = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     ptx = compiled.asm["ptx"]
-    log = assemble(ptx)
+    log, listing = assemble(ptx), disassemble(compiled.asm["cubin"])
     spills = [
         int(n) for pair in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log) for n in pair
     ]
     return {
         "hash": entry.hash(),
+        "instructions": instructions(listing),
+        "steps": product_steps(listing),
         "registers": max(int(n) for n in re.findall(r"Used (\d+) registers", log)),
         "shared": compiled.metadata.shared,
         "spills": sum(spills),
         "warnings": sorted(set(re.findall(r"C75\d\d", log))),
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync.aligned") + ptx.count("tcgen05.mma"),
-        "rounded_sums": rounded_sums(compiled.asm["ttgir"]),
+        "rounded_sums": rounded_sums(compiled.asm["ttgir"], *product_shape(entry)) if entry.product else 0,
         "async_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
-        "overwritten_operands": len(overwritten_operands(disassemble(compiled.asm["cubin"])))
-        if architecture == 90
-        else 0,
+        "overwritten_operands": len(overwritten_operands(listing)) if architecture == 90 else 0,
     }
 
 
-def rounded_sums(ttgir: str) -> int:
-    """Tiles of sums over a loop that are added outside of the product, where tensor cores truncate."""
+def product_shape(entry: Entry) -> tuple[int, int]:
+    """Rows and columns of the tile that a product's program makes."""
+    columns = entry.constants["BN"]
+    return entry.constants.get("BM", columns), columns
+
+
+def rounded_sums(ttgir: str, rows: int, columns: int) -> int:
+    """Tiles [rows, columns] of sums over a loop that are added outside of the product, where tensor cores truncate."""
     carried = set(re.findall(r"(%\w+) = ", " ".join(re.findall(r"iter_args\(([^)]*)\)", ttgir))))
-    added = re.findall(r"arith\.addf (%\w+), \S+ : tensor<\d+x\d+xf", ttgir)
+    added = re.findall(rf"arith\.addf (%\w+), \S+ : tensor<{rows}x{columns}xf", ttgir)
     return sum(name in carried for name in added)
 
 
