@@ -81,8 +81,8 @@ def bn_add_relu_backward_input(
     scale, shift = activation if activation is not None else (None, None)
     shortcut_A, shortcut_B, shortcut_K = shortcut_coefficients or (None, None, None)
     width, rows, columns = tiles.elementwise_tile(c.shape[1])
-    row_tiles = triton.cdiv(triton.cdiv(c.numel(), width), rows)
-    bn_add_relu_backward_input_kernel[(row_tiles * triton.cdiv(width, columns),)](
+    row_tiles = layout.cdiv(layout.cdiv(c.numel(), width), rows)
+    bn_add_relu_backward_input_kernel[(row_tiles * layout.cdiv(width, columns),)](
         layout.nhwc(dy),
         layout.nhwc(c),
         scale,

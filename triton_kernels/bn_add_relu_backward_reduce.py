@@ -66,9 +66,9 @@ def bn_add_relu_backward_reduce(
     channels, total = c.shape[1], layout.rows(c)
     scale, shift = activation if activation is not None else (None, None)
     count = 2 if shortcut_c is None else 3
-    row_tiles = triton.cdiv(total, tiles.REDUCTION_ROWS)
+    row_tiles = layout.cdiv(total, tiles.REDUCTION_ROWS)
     tile_sums = layout.empty((row_tiles, count, channels), c, torch.float32)
-    bn_add_relu_backward_reduce_kernel[(row_tiles * triton.cdiv(channels, tiles.REDUCTION_COLUMNS),)](
+    bn_add_relu_backward_reduce_kernel[(row_tiles * layout.cdiv(channels, tiles.REDUCTION_COLUMNS),)](
         layout.nhwc(dy),
         layout.nhwc(c),
         mean,

@@ -61,10 +61,10 @@ def bn_add_relu_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y [N, C, H, W] and its packed mask; c and residual like y, not empty."""
     y = layout.empty(tuple(c.shape), c)
-    mask = layout.empty((triton.cdiv(c.numel(), 8),), c, torch.uint8) if save_mask else None
+    mask = layout.empty((layout.cdiv(c.numel(), 8),), c, torch.uint8) if save_mask else None
     width, rows, columns = tiles.elementwise_tile(c.shape[1])
-    row_tiles = triton.cdiv(triton.cdiv(c.numel(), width), rows)
-    bn_add_relu_forward_kernel[(row_tiles * triton.cdiv(width, columns),)](
+    row_tiles = layout.cdiv(layout.cdiv(c.numel(), width), rows)
+    bn_add_relu_forward_kernel[(row_tiles * layout.cdiv(width, columns),)](
         layout.nhwc(c),
         scale,
         shift,

@@ -146,7 +146,7 @@ def bn_relu_maxpool_forward(
     h_out, w_out = (pooled(size, kernel_size, stride, padding) for size in (height, width))
     y = layout.empty((n, channels, h_out, w_out), c)
     indices = layout.empty(tuple(y.shape), c, torch.uint8)
-    grid = (triton.cdiv(layout.rows(y), tiles.POOL_ROWS) * triton.cdiv(channels, tiles.POOL_COLUMNS),)
+    grid = (layout.cdiv(layout.rows(y), tiles.POOL_ROWS) * layout.cdiv(channels, tiles.POOL_COLUMNS),)
     bn_relu_maxpool_forward_kernel[grid](
         layout.nhwc(c),
         scale,
@@ -180,7 +180,7 @@ def _backward(
     dy, indices, c = gradient
     kernel_size, stride, padding = pool
     _, channels, height, width = c.shape
-    grid = (triton.cdiv(layout.rows(c), rows) * triton.cdiv(channels, tiles.POOL_COLUMNS),)
+    grid = (layout.cdiv(layout.rows(c), rows) * layout.cdiv(channels, tiles.POOL_COLUMNS),)
     bn_relu_maxpool_backward_kernel[grid](
         layout.nhwc(dy),
         layout.nhwc(indices),
@@ -205,7 +205,7 @@ def bn_relu_maxpool_backward_reduce(
     dy: Tensor, indices: Tensor, c: Tensor, mean: Tensor, kernel_size: int, stride: int, padding: int
 ) -> tuple[Tensor, Tensor]:
     """`sum dz` and `sum dz*(c - mean)` [C] in float32; dy and indices [N, C, H', W'], c [N, C, H, W]."""
-    row_tiles = triton.cdiv(layout.rows(c), tiles.POOL_ROWS)
+    row_tiles = layout.cdiv(layout.rows(c), tiles.POOL_ROWS)
     tile_sums = layout.empty((row_tiles, 2, c.shape[1]), c, torch.float32)
     pool = (kernel_size, stride, padding)
     _backward((dy, indices, c), (mean, tile_sums), (None, None, None, None), pool, tiles.POOL_ROWS)

@@ -35,9 +35,9 @@ def bn_stats_kernel(
 def bn_stats(c: Tensor) -> tuple[Tensor, Tensor]:
     """mean and biased variance [C] in float32 of c [N, C, H, W], not empty."""
     channels, total = c.shape[1], layout.rows(c)
-    row_tiles = triton.cdiv(total, tiles.REDUCTION_ROWS)
+    row_tiles = layout.cdiv(total, tiles.REDUCTION_ROWS)
     tile_mean, tile_m2 = (layout.empty((row_tiles, channels), c, t) for t in (torch.float64, torch.float32))
-    bn_stats_kernel[(row_tiles * triton.cdiv(channels, tiles.REDUCTION_COLUMNS),)](
+    bn_stats_kernel[(row_tiles * layout.cdiv(channels, tiles.REDUCTION_COLUMNS),)](
         layout.nhwc(c),
         tile_mean,
         tile_m2,

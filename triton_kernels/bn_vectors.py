@@ -54,7 +54,7 @@ def bn_scale_shift(
     """invstd, scale, shift [C] in the dtype of mean [C]."""
     channels = mean.numel()
     invstd, scale, shift = (layout.empty((channels,), mean) for _ in range(3))
-    bn_scale_shift_kernel[(triton.cdiv(channels, BLOCK),)](
+    bn_scale_shift_kernel[(layout.cdiv(channels, BLOCK),)](
         mean, var, weight, bias, invstd, scale, shift, C=channels, EPS=eps, BLOCK=BLOCK, num_warps=4
     )
     return invstd, scale, shift
@@ -73,7 +73,7 @@ def bn_backward_coefficients(
     channels = sum_dz.numel()
     dweight = layout.empty((channels,), sum_dz)
     B, K = (layout.empty((channels,), sum_dz) if training else None for _ in range(2))
-    bn_backward_coefficients_kernel[(triton.cdiv(channels, BLOCK),)](
+    bn_backward_coefficients_kernel[(layout.cdiv(channels, BLOCK),)](
         sum_dz,
         sum_dz_centered,
         mean,

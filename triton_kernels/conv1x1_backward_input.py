@@ -123,7 +123,7 @@ def conv1x1_backward_input(
         scale, shift = activation if activation is not None else (None, None)
         prologue = (layout.nhwc(dy), layout.nhwc(c), scale, shift, *coefficients)
     total = layout.rows(c)
-    conv1x1_backward_input_kernel[(triton.cdiv(total, tile.bm) * triton.cdiv(cin, tile.bn),)](
+    conv1x1_backward_input_kernel[(layout.cdiv(total, tile.bm) * layout.cdiv(cin, tile.bn),)](
         *prologue,
         weight.reshape(cout, cin).contiguous(),
         None if shortcut_dy is None else layout.nhwc(shortcut_dy),

@@ -103,7 +103,7 @@ def pivot_of(center: Tensor, c: Tensor, scale: Tensor, shift: Tensor) -> tuple[T
     """What to subtract from a before the product, and what is left of center to subtract after it, each [Cin]."""
     cin, columns = c.shape[1], tiles.GRAM_SAMPLE_COLUMNS
     pivot, rest = (layout.empty((cin,), c, torch.float32) for _ in range(2))
-    pivot_kernel[(triton.cdiv(cin, columns),)](
+    pivot_kernel[(layout.cdiv(cin, columns),)](
         c,
         scale,
         shift,
@@ -134,10 +134,10 @@ def conv1x1_backward_weight(
     pivot, rest = (None, None) if center is None else pivot_of(center, c, scale, shift)
     tile = tiles.weight_tile(cout, cin)
     split_rows = tiles.weight_rows(cout, cin, total)
-    splits = triton.cdiv(total, split_rows)
+    splits = layout.cdiv(total, split_rows)
     partial_r = layout.empty((splits, cout, cin), c, torch.float32)
     partial_dbias = layout.empty((splits, cout), c, torch.float32)
-    conv1x1_backward_weight_kernel[(splits * triton.cdiv(cout, tile.bm) * triton.cdiv(cin, tile.bn),)](
+    conv1x1_backward_weight_kernel[(splits * layout.cdiv(cout, tile.bm) * layout.cdiv(cin, tile.bn),)](
         layout.nhwc(dy),
         mask,
         c,

@@ -125,14 +125,14 @@ def conv1x1_forward(
     y = layout.empty((n, cout, h_out, w_out), x)
     total = layout.rows(y)
     tile = tiles.output_tile(tiles.CONV1X1_FORWARD, cout, cin)
-    row_tiles = triton.cdiv(total, tile.bm)
+    row_tiles = layout.cdiv(total, tile.bm)
     # a row's bits end at a byte only where cout is a multiple of 8; else they are packed from y
     mask = layout.empty((y.numel() // 8,), x, torch.uint8) if save_mask and cout % 8 == 0 else None
     tile_mean, tile_m2 = (
         layout.empty((row_tiles, cout), x, dtype) if save_stats else None
         for dtype in (torch.float64, torch.float32)
     )
-    conv1x1_forward_kernel[(row_tiles * triton.cdiv(cout, tile.bn),)](
+    conv1x1_forward_kernel[(row_tiles * layout.cdiv(cout, tile.bn),)](
         layout.nhwc(x),
         weight.reshape(cout, cin).contiguous(),
         bias,

@@ -157,8 +157,8 @@ def split_weight(
     terms = layout.empty((2, size, cin), c)
     moved_offset = None if offset is None else layout.empty((cin,), offset)
     rows, columns = tiles.ALGEBRA_COLUMNS
-    share = rows if center is None else triton.cdiv(size, rows) * rows
-    split_weight_kernel[(triton.cdiv(cin, columns), triton.cdiv(size, share))](
+    share = rows if center is None else layout.cdiv(size, rows) * rows
+    split_weight_kernel[(layout.cdiv(cin, columns), layout.cdiv(size, share))](
         weight.contiguous(),
         center,
         offset,
@@ -190,7 +190,7 @@ def conv1x1_gram_backward_input(
     cout, cin = weight_dz.shape
     total = layout.rows(c)
     tile = tiles.output_tile(tiles.CONV1X1_GRAM_BACKWARD_INPUT, cin, cout)
-    row_tiles = triton.cdiv(total, tile.bm)
+    row_tiles = layout.cdiv(total, tile.bm)
     terms = 1 if c.dtype == torch.float32 else 2
     if terms == 2:
         weight_dz, _ = split_weight(weight_dz, c)
@@ -200,7 +200,7 @@ def conv1x1_gram_backward_input(
             center = None
     dz_below = layout.empty(tuple(c.shape), c)
     tile_sums = layout.empty((row_tiles, 2, cin), c, torch.float32)
-    conv1x1_gram_backward_input_kernel[(row_tiles * triton.cdiv(cin, tile.bn),)](
+    conv1x1_gram_backward_input_kernel[(row_tiles * layout.cdiv(cin, tile.bn),)](
         layout.nhwc(dy),
         mask,
         layout.nhwc(c),

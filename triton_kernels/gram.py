@@ -139,12 +139,12 @@ def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     cin, total = c.shape[1], layout.rows(c)
     reference = layout.empty((cin,), c, torch.float32)
     columns = tiles.GRAM_SAMPLE_COLUMNS
-    gram_reference_kernel[(triton.cdiv(cin, columns),)](
+    gram_reference_kernel[(layout.cdiv(cin, columns),)](
         c, scale, shift, reference, total, CIN=cin, SAMPLE=tiles.GRAM_SAMPLE, BN=columns, num_warps=4
     )
     tile = tiles.output_tile(tiles.GRAM, cin, cin)
     split_rows = tiles.gram_rows(cin, tile.bn)
-    splits, column_tiles = triton.cdiv(total, split_rows), triton.cdiv(cin, tile.bn)
+    splits, column_tiles = layout.cdiv(total, split_rows), layout.cdiv(cin, tile.bn)
     upper_tiles = column_tiles * (column_tiles + 1) // 2
     products = layout.empty((splits, upper_tiles * tile.bn, tile.bn), c, torch.float32)
     sums = layout.empty((splits, cin), c, torch.float32)
@@ -166,7 +166,7 @@ def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     )
     m, S = layout.empty((cin,), c, torch.float32), layout.empty((cin, cin), c, torch.float32)
     block = 128
-    gram_finish_kernel[(cin, triton.cdiv(cin, block))](
+    gram_finish_kernel[(cin, layout.cdiv(cin, block))](
         merge_sums(products, dtype=torch.float64),
         merge_sums(sums, dtype=torch.float64),
         reference,

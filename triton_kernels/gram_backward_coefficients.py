@@ -175,7 +175,7 @@ def gram_backward_coefficients(
     batch = m is not None and S is not None
     size = {"CIN": cin, "COUT": cout, "num_warps": 4}
     by_rows, by_columns = tiles.ALGEBRA_ROWS, tiles.ALGEBRA_COLUMNS
-    grid = triton.cdiv(cout, by_rows[0])
+    grid = layout.cdiv(cout, by_rows[0])
     dweight, dW = layout.empty((cout,), r), layout.empty((cout, cin), r)
     weight_dz = layout.empty((cout, cin), r)
     B = layout.empty((cout,), r) if batch else None
@@ -203,7 +203,7 @@ def gram_backward_coefficients(
     )
     if m is None or S is None or wide is None or sloped is None:
         return dweight, dW, weight_dz, None, None
-    gram_weight_gradient_kernel[(grid, triton.cdiv(cin, by_rows[1]))](
+    gram_weight_gradient_kernel[(grid, layout.cdiv(cin, by_rows[1]))](
         r,
         sum_dz,
         scale,
@@ -218,7 +218,7 @@ def gram_backward_coefficients(
         **size,
     )
     weight_a, offset = layout.empty((cin, cin), r), layout.empty((cin,), r)
-    gram_offset_kernel[(triton.cdiv(cin, by_columns[1]),)](
+    gram_offset_kernel[(layout.cdiv(cin, by_columns[1]),)](
         torch.mm(wide.t(), sloped),
         weight_dz,
         sum_dz,

@@ -55,7 +55,7 @@ def gram_output_stats(
     mean, var = (layout.empty((cout,), m) for _ in range(2))
     center = layout.empty((cin,), m)
     rows, columns = tiles.ALGEBRA_ROWS
-    gram_output_stats_kernel[(triton.cdiv(cout, rows),)](
+    gram_output_stats_kernel[(layout.cdiv(cout, rows),)](
         weight,
         torch.mm(weight.view(cout, cin).double(), S.double()),
         bias,

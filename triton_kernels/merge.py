@@ -122,11 +122,11 @@ def merge_sums(
     shape = partials.shape[1:]
     count, width = partials.shape[0], shape.numel()
     while True:
-        groups = triton.cdiv(count, MERGE_ROWS)
+        groups = layout.cdiv(count, MERGE_ROWS)
         last = groups == 1
         out = layout.empty((groups, width), partials, dtype if last else torch.float64)
         left, right = outer if last and outer is not None else (None, None)
-        merge_sums_kernel[(triton.cdiv(width, BLOCK_COLUMNS) * groups,)](
+        merge_sums_kernel[(layout.cdiv(width, BLOCK_COLUMNS) * groups,)](
             partials,
             left,
             right,
@@ -148,9 +148,9 @@ def merge_sums(
 def merge_moments(tile_mean: Tensor, tile_m2: Tensor, total: int, tile_rows: int) -> tuple[Tensor, Tensor]:
     """mean and biased variance [C] over `total` rows, from tiles [T, C] of `tile_rows` rows each."""
     count, channels = tile_mean.shape
-    groups = triton.cdiv(count, MERGE_ROWS)
+    groups = layout.cdiv(count, MERGE_ROWS)
     power_sums = layout.empty((groups, 2, channels), tile_mean, torch.float64)
-    merge_moments_kernel[(triton.cdiv(channels, BLOCK_COLUMNS) * groups,)](
+    merge_moments_kernel[(layout.cdiv(channels, BLOCK_COLUMNS) * groups,)](
         tile_mean,
         tile_m2,
         power_sums,
@@ -166,7 +166,7 @@ def merge_moments(tile_mean: Tensor, tile_m2: Tensor, total: int, tile_rows: int
     if groups > MERGE_ROWS:
         power_sums = merge_sums(power_sums, dtype=torch.float64)[None]
     mean, var = (layout.empty((channels,), tile_m2) for _ in range(2))
-    finish_moments_kernel[(triton.cdiv(channels, BLOCK_COLUMNS),)](
+    finish_moments_kernel[(layout.cdiv(channels, BLOCK_COLUMNS),)](
         power_sums,
         mean,
         var,

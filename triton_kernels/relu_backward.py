@@ -30,8 +30,8 @@ def relu_backward_kernel(dy, mask, dz, N, BLOCK: tl.constexpr):
 
 def relu_mask(y: Tensor) -> Tensor:
     """Packed bits `not (y <= 0)` of y [N, C, H, W]."""
-    mask = layout.empty((triton.cdiv(y.numel(), 8),), y, torch.uint8)
-    grid = (triton.cdiv(mask.numel(), BLOCK_BYTES),)
+    mask = layout.empty((layout.cdiv(y.numel(), 8),), y, torch.uint8)
+    grid = (layout.cdiv(mask.numel(), BLOCK_BYTES),)
     relu_mask_kernel[grid](layout.nhwc(y), mask, y.numel(), BYTES=BLOCK_BYTES, num_warps=4)
     return mask
 
@@ -40,7 +40,7 @@ def relu_backward(dy: Tensor, mask: Tensor) -> Tensor:
     """`dz = where(mask, dy, 0)` [N, C, H, W]."""
     dz = layout.empty(tuple(dy.shape), dy)
     block = 8 * BLOCK_BYTES
-    relu_backward_kernel[(triton.cdiv(dy.numel(), block),)](
+    relu_backward_kernel[(layout.cdiv(dy.numel(), block),)](
         layout.nhwc(dy), mask, dz, dy.numel(), BLOCK=block, num_warps=4
     )
     return dz
