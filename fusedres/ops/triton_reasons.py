@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, lru_cache
 
 import torch
@@ -65,13 +65,23 @@ MEASURED_PRODUCTS: frozenset[str] = frozenset()
 FULL_FLOAT64 = ((8, 0), (9, 0), (10, 0))
 
 
-def tensors(op: RawOp) -> Iterator[Tensor]:
-    """The arguments that are tensors, and those in named tuples of vectors."""
-    for arg in op:
+def activations(op: RawOp) -> list[Tensor] | None:
+    """The op's activations and convolution weights, of four dimensions; None where a vector or mask is not dense.
+
+    The kernels step through vectors and masks by 1: one of a strided or expanded parameter reads elsewhere.
+    """
+    wide = []
+    for arg in op:  # plainly, for every call on a GPU pays for it
         if isinstance(arg, Tensor):
-            yield arg
-        elif isinstance(arg, tuple):
-            yield from (t for t in arg if isinstance(t, Tensor))
+            if arg.dim() == 4:
+                wide.append(arg)
+            elif not arg.is_contiguous():
+                return None
+        elif isinstance(arg, tuple):  # vectors of a BN, or numbers
+            for t in arg:
+                if isinstance(t, Tensor) and not t.is_contiguous():
+                    return None
+    return wide
 
 
 def widest(op: RawOp, wide: list[Tensor]) -> int:
@@ -102,18 +112,18 @@ def reason(op: RawOp, device_reason: DeviceReason, measured: Measured | None = N
         return "set_aside"
     if measured is not None and isinstance(op, Conv1x1Forward) and not measured(op):
         return "product_not_measured"
-    given = list(tensors(op))
-    # the kernels step through vectors and masks by 1: one of a strided or expanded parameter reads elsewhere
-    if not all(t.is_contiguous() for t in given if t.dim() < 4):
+    wide = activations(op)
+    if wide is None:
         return "vector_not_dense"
-    return activations_reason(op, tensor, given) if tensor.dim() == 4 else None
+    return activations_reason(op, tensor, wide) if tensor.dim() == 4 else None
 
 
-def activations_reason(op: RawOp, tensor: Tensor, given: list[Tensor]) -> str | None:
-    """tensor: the one that decides, among those given."""
-    wide = [t for t in given if t.dim() == 4]  # activations and convolution weights
-    if len({t.dtype for t in wide} - {torch.uint8}) > 1:
-        return "mixed_dtypes"
+def activations_reason(op: RawOp, tensor: Tensor, wide: list[Tensor]) -> str | None:
+    """tensor: the one that decides, of the op's activations and weights."""
+    dtype = tensor.dtype
+    for t in wide:
+        if t.dtype is not dtype and t.dtype is not torch.uint8:
+            return "mixed_dtypes"
     if tensor.numel() == 0:
         return "empty"
     if not tensor.is_contiguous(memory_format=torch.channels_last):
