@@ -1,4 +1,4 @@
-"""The command line: `fusedres demo`, `doctor`, and explain, verify, compare, tune of a MODEL."""
+"""The command line: `fusedres demo`, `study`, `doctor`, and explain, verify, compare, tune of a MODEL."""
 
 from __future__ import annotations
 
@@ -27,12 +27,27 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 MODEL_HELP = "fusedres:NAME, hf:NAME, torchvision:NAME or timm:NAME, for example hf:resnet-50"
 NOTHING_COMPARED = 3  # exit code of verify
 DEMO_LIBRARIES = ("matplotlib", "rich", "sklearn")
+STUDY_LIBRARIES = ("jinja2", "matplotlib", "rich", "scipy", "sklearn", "threadpoolctl")
 ModelName = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Recipe = Annotated[str, typer.Option(help="the recipe to ask for")]
 Batch = Annotated[int, typer.Option(min=1, help="images")]
 Size = Annotated[int, typer.Option(min=0, help="height and width of the images; 0: 32 for CIFAR, else 224")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto: a GPU if there is one")]
+
+
+@contextmanager
+def needing(command: str, libraries: tuple[str, ...]) -> Iterator[None]:
+    """A library of a command's extra that is not installed, as one line and exit code 1."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in libraries:
+            raise
+        extra = f"pip install 'fusedres[{command}]'"
+        typer.echo(f"fusedres {command} needs {missing}, which is not installed: {extra}", err=True)
+        raise typer.Exit(1) from error
 
 
 @contextmanager
@@ -207,21 +222,45 @@ def demo(
     """Trains two ResNets on handwritten digits, each unpatched and patched, and compares the runs; then times larger
     ones on the device, unpatched and patched by default.
     """
-    try:
+    with needing("demo", DEMO_LIBRARIES):
         from fusedres.cli.demo.main import run_demo
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in DEMO_LIBRARIES:
-            raise
-        typer.echo(
-            f"fusedres demo needs {missing}, which is not installed: pip install 'fusedres[demo]'",
-            err=True,
-        )
-        raise typer.Exit(1) from error
     with explained():
         where = devices.find(device)
         with progress.shown("demo") as told:
             run_demo(output, epochs, speed, where, told)
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(metavar="STUDY", help="gradients, depth, exits, landscape or all")],
+    output: Annotated[
+        Path, typer.Option(help="folder for pictures, results and what is needed to go on")
+    ] = Path("study-output"),
+    quick: Annotated[bool, typer.Option("--quick", help="fewer depths, steps and points")] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="a folder with one sub-folder of images a class, instead of the digits"),
+    ] = None,
+    size: Annotated[int, typer.Option(min=8, help="height and width that images of --data are given")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="the first seed")] = 0,
+    seeds: Annotated[int, typer.Option(min=2, help="how many seeds")] = 3,
+    workers: Annotated[int, typer.Option(min=0, help="processes; 0: one a core")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measures why residual blocks work, in four studies: gradients, depth, exits and the loss surface.
+
+    A run that was stopped goes on where it was when the same command is given again.
+    """
+    with needing("study", STUDY_LIBRARIES):
+        from fusedres.cli.study import data as pictures
+        from fusedres.cli.study import main as studies
+        from fusedres.cli.study import settings
+    with explained(), progress.shown(f"study {name}") as told:
+        studies.chosen(name)
+        images = pictures.digits() if data is None else pictures.folder(data, size)
+        sizes = (settings.quick if quick else settings.full)(tuple(range(seed, seed + seeds)))
+        found = studies.run_study(name, output, sizes, images, workers or studies.tasks.cores(), told)
+    typer.echo(json.dumps(found, indent=2) if as_json else studies.shown_text(found, output))
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Why residual blocks work: four measured studies. Run by `fusedres study`."""
