@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from fusedres.cli.study.panels import LOOKS, ORANGE, PURPLE, Panel, seeds_line
+from fusedres.cli.study.panels import LOOKS, ORANGE, PURPLE, Panel, log_scale, seeds_line
 
 KINDS = {
     "residual, ReLU, BN": ("residual, BN", LOOKS["residual"]),
@@ -24,9 +24,10 @@ def against_depth(axes: Axes, data: dict[str, Any], what: str, title: str) -> No
         columns = [[100 * one[what] for one in data[kind][str(d)]] for d in depths]
         seeds_line(axes, depths, [list(seed) for seed in zip(*columns, strict=True)], look, label)
     axes.set(title=title, xlabel="depth (layers)", ylabel="error (%)", xticks=depths)
-    axes.set_ylim(-2, 100)
+    axes.set_ylim(-2, 128)  # room for the legend
+    axes.set_yticks(range(0, 101, 20))
     axes.grid(alpha=0.25)
-    axes.legend()
+    axes.legend(ncols=2, loc="upper center")
 
 
 def curves(axes: Axes, data: dict[str, Any]) -> None:
@@ -38,7 +39,8 @@ def curves(axes: Axes, data: dict[str, Any]) -> None:
             mean = [sum(c) / len(c) for c in zip(*seeds, strict=True)]
             style: dict[str, Any] = {"color": look["color"], "linestyle": look["linestyle"], "alpha": alpha}
             axes.plot(range(SMOOTHED, SMOOTHED + len(mean)), mean, label=f"{label}, depth {depth}", **style)
-    axes.set(yscale="log", title="training loss, mean of the seeds", xlabel="training step")
+    log_scale(axes)
+    axes.set(title="training loss, mean of the seeds", xlabel="training step")
     axes.set_ylabel(f"cross-entropy (nats),\nmean of {SMOOTHED} steps")
     axes.grid(alpha=0.25)
     axes.legend()

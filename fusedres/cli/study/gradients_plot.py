@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from fusedres.cli.study.panels import BLUE, LOOKS, ORANGE, Panel, seeds_line
+from fusedres.cli.study.panels import BLUE, LOOKS, ORANGE, Panel, log_scale, seeds_line
 
 FORMS = {"plain": "plain", "residual": "residual", "sum": "y = F(x) + x"}
 CASES = (
@@ -30,7 +30,8 @@ def by_block(axes: Axes, data: dict[str, Any], depth: str, case: str, title: str
         look = {**LOOKS[form], "marker": ""}
         seeds_line(axes, list(range(1, len(seeds[0]) + 1)), seeds, look, label)
     axes.axhline(1, color="black", linewidth=0.7)
-    axes.set(yscale="log", title=f"{title}, depth {depth}", xlabel="block (1: nearest to the image)")
+    log_scale(axes)
+    axes.set(title=f"{title}, depth {depth}", xlabel="block (1: nearest to the image)")
     axes.set_ylabel("||dE/dx||, over that at the end")
     axes.grid(alpha=0.25)
     axes.legend()
@@ -59,7 +60,8 @@ def training(axes: Axes, data: dict[str, Any], case: str) -> None:
         seeds_line(axes, steps, seeds, LOOKS[form], form)
     blocks = len(data["training"][f"plain, {case}"][0]["snapshots"][0]["inputs"])
     axes.axhline(1, color="black", linewidth=0.7)
-    axes.set(yscale="log", title=f"{case}, depth {2 * blocks + 2}, along training", xlabel="training step")
+    log_scale(axes)
+    axes.set(title=f"{case}, depth {2 * blocks + 2}, along training", xlabel="training step")
     axes.set_ylabel("||dE/dx|| of the first block,\nover that at the end")
     axes.grid(alpha=0.25)
     axes.legend()

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
 from fusedres.cli.study.exits_plot import KINDS
-from fusedres.cli.study.panels import LOOKS, Panel
+from fusedres.cli.study.panels import LOOKS, Panel, log_scale
 
 LEVELS = 18
 REACH = 1.0
@@ -52,7 +52,7 @@ def dots(axes: Axes, data: dict[str, Any], title: str, value: Any, label: str) -
     axes.set_xlim(-0.6, len(data) - 0.4)
     axes.set(title=f"{title}, a dot a seed", ylabel=label)
     if "logarithmic" in label:
-        axes.set_yscale("log")
+        log_scale(axes)
     else:
         axes.set_ylim(0, None)
     axes.grid(axis="y", alpha=0.25)

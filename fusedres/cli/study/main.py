@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
+import os
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fusedres.blocks.user_table import device_name
 from fusedres.cli.study import (
     comparison,
     data,
@@ -37,12 +38,19 @@ from fusedres.cli.study.store import Store, write
 from fusedres.measuring.progress import Progress
 from fusedres.text_table import section
 
-STUDIES = {  # in the order of the claims
-    "gradients": (gradients.tasks, gradients_result.summary, gradients_plot.panels),
-    "depth": (depth.tasks, depth_result.summary, depth_plot.panels),
-    "exits": (exits.tasks, exits_result.summary, exits_plot.panels),
-    "landscape": (landscape.tasks, landscape_result.summary, landscape_plot.panels),
+TASKS = {  # in the order of the claims
+    "gradients": gradients.tasks,
+    "depth": depth.tasks,
+    "exits": exits.tasks,
+    "landscape": landscape.tasks,
 }
+RESULTS = {
+    "gradients": gradients_result,
+    "depth": depth_result,
+    "exits": exits_result,
+    "landscape": landscape_result,
+}
+PLOTS = {"gradients": gradients_plot, "depth": depth_plot, "exits": exits_plot, "landscape": landscape_plot}
 ALL = "all"
 RESUME = "resume"  # the folder with finished tasks, in the output's
 
@@ -52,9 +60,9 @@ def chosen(study: str) -> list[str]:
     Raises:
         ValueError: there is no such study.
     """
-    if study != ALL and study not in STUDIES:
-        raise ValueError(f"fusedres study: no study {study!r}, choose from {', '.join([*STUDIES, ALL])}")
-    return list(STUDIES) if study == ALL else [study]
+    if study != ALL and study not in TASKS:
+        raise ValueError(f"fusedres study: no study {study!r}, choose from {', '.join([*TASKS, ALL])}")
+    return list(TASKS) if study == ALL else [study]
 
 
 def identity(settings: Settings, images: data.Images) -> dict[str, Any]:
@@ -73,9 +81,7 @@ def identity(settings: Settings, images: data.Images) -> dict[str, Any]:
 def results(context: tasks.Context, names: list[str], workers: int, progress: Progress) -> dict[str, Any]:
     """Every study's summary, from its tasks' results; tasks that two of them share are done once."""
     wanted = {
-        task.name: task
-        for name in names
-        for task in [comparison.task(name), *STUDIES[name][0](context.settings)]
+        task.name: task for name in names for task in [comparison.task(name), *TASKS[name](context.settings)]
     }
     tasks.run(context, list(wanted.values()), workers, progress)
     found: dict[str, Any] = {name: context.store.load(name) for name in wanted}
@@ -83,7 +89,7 @@ def results(context: tasks.Context, names: list[str], workers: int, progress: Pr
     summaries = {}
     for name in names:
         compared = found[f"comparison-{name}"]
-        summaries[name] = {**STUDIES[name][1](context.settings, found), "comparison": compared}
+        summaries[name] = {**RESULTS[name].summary(context.settings, found), "comparison": compared}
     return rounded(summaries)
 
 
@@ -131,19 +137,20 @@ def run_study(
     names = chosen(study)
     store = Store(output / RESUME)
     store.open(identity(settings, images))
-    start = time.monotonic()
+    start, used = time.monotonic(), sum(os.times()[:4])
     summaries = results(tasks.Context(settings, images, store), names, workers, progress)
     found = {
-        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}",
+        "machine": device_name(torch.device("cpu")),
         "seconds": round(time.monotonic() - start),
+        "processor_seconds": round(sum(os.times()[:4]) - used),  # of this run and its workers
         "workers": workers,
         **identity(settings, images),
         "studies": summaries,
     }
+    drawn = {name: PLOTS[name].panels(summaries[name]["data"]) for name in names}
     for name in names:
-        write(output / f"{name}.png", panels.png(STUDIES[name][2](summaries[name]["data"])))
+        write(output / f"{name}.png", panels.png(drawn[name]))
     write(output / ("results.json" if study == ALL else f"{study}.json"), json.dumps(found).encode())
     if study == ALL:
-        drawn = {name: STUDIES[name][2](summaries[name]["data"]) for name in names}
         write(output / "index.html", page.html(found, drawn, compared).encode())
     return found

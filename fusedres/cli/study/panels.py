@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's colours, told apart by all; line and marker tell them apart in grey too
 BLUE, RED, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
@@ -29,7 +30,7 @@ STYLE: Any = {
     "legend.fontsize": 9,
     "legend.frameon": False,
 }
-WIDTH, HEIGHT = 4.6, 3.5  # inches of one panel: legible on a screen that is 400 pixels wide
+WIDTH, HEIGHT = 4.2, 3.3  # inches of one panel: legible on a screen that is 400 pixels wide
 COLUMNS = 3
 
 
@@ -81,3 +82,13 @@ def seeds_line(axes: Axes, x: list[Any], seeds: list[list[float]], look: dict[st
     axes.fill_between(
         x, [min(c) for c in columns], [max(c) for c in columns], color=look["color"], alpha=0.18, lw=0
     )
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic y axis whose labels are powers of ten, or plain numbers where it is less than two decades."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high / low < 100:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())

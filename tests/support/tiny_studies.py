@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+from click.testing import Result
+from PIL import Image
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from fusedres.cli.study import data, main, networks, tasks
+from fusedres.cli.app import app
+from fusedres.cli.study import data, main, networks, settings, tasks
 from fusedres.cli.study.networks import Kind
 from fusedres.cli.study.settings import Settings
 from fusedres.models import BasicBlock
@@ -40,13 +46,8 @@ DIRECTIONS = {  # beginnings of the claims that show at this size, in every seed
         "Shortcuts keep the norm more even",
     ),
     "depth": ("Past some depth a plain network is worse", "With shortcuts a network of that depth trains"),
-    "exits": (
-        "The best depth differs",
-        "More blocks spoil features",
-        "A residual block moves",
-        "A residual network loses less",
-    ),
-    "landscape": ("Shortcuts make it closer to convex around", "Shortcuts make it smoother"),
+    "exits": ("The best depth differs", "More blocks spoil features", "A residual block moves"),
+    "landscape": ("Shortcuts make the surface less sharp", "Shortcuts make it smoother"),
 }
 
 
@@ -128,10 +129,10 @@ def with_blocks(
 BROKEN = {"cut": cut, "scaled": scaled, "swapped": swapped}
 
 
-def found(study: str, folder: Path, settings: Settings = TINY) -> dict[str, Any]:
+def found(study: str, folder: Path, sizes: Settings = TINY) -> dict[str, Any]:
     """A study's summary, as results.json would hold it."""
-    context = tasks.Context(settings, few_images(), main.Store(folder))
-    context.store.open({"settings": settings.name})
+    context = tasks.Context(sizes, few_images(), main.Store(folder))
+    context.store.open({"settings": sizes.name})
     summaries = main.results(context, [study], 1, lambda *step: None)
     return json.loads(json.dumps(summaries))[study]
 
@@ -139,3 +140,24 @@ def found(study: str, folder: Path, settings: Settings = TINY) -> dict[str, Any]
 def shown(result: dict[str, Any]) -> set[str]:
     """The claims that show in every seed."""
     return {claim["claim"] for claim in result["claims"] if claim["shows"]}
+
+
+def of_seeds(seeds: tuple[int, ...]) -> Settings:
+    return replace(TINY, seeds=seeds)
+
+
+def use(patching: pytest.MonkeyPatch) -> None:
+    """`fusedres study --quick` then has this size, and few digits."""
+    images = few_images()
+    patching.setattr(settings, "quick", of_seeds)
+    patching.setattr(data, "digits", lambda: images)
+
+
+def study(*arguments: object, **options: Any) -> Result:
+    """The command, in this process."""
+    return CliRunner().invoke(app, ["study", *map(str, arguments)], **options)
+
+
+def picture(file: Path, colour: tuple[int, int, int] = (200, 10, 10)) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 12), colour).save(file)
