@@ -102,3 +102,15 @@ def test_the_committed_plot_is_of_these_results():
     import plots
 
     assert f"results {plots.digest()}" in plots.README_PLOT.read_text(), "run `python docs/plots.py`"
+
+
+def test_the_pictures_and_sentences_of_the_studies_are_of_the_committed_results():
+    sys.path.insert(0, str(ROOT / "docs"))
+    import studies
+
+    for name in studies.SHOWN:
+        assert f"results {studies.digest()}" in studies.picture(name).read_text(), (
+            "run `python docs/studies.py`"
+        )
+        assert studies.picture(name).name in (ROOT / "README.md").read_text()
+    assert studies.written() == studies.PAGE.read_text(), "run `python docs/studies.py`"

@@ -133,7 +133,7 @@ def found(study: str, folder: Path, sizes: Settings = TINY) -> dict[str, Any]:
     """A study's summary, as results.json would hold it."""
     context = tasks.Context(sizes, few_images(), main.Store(folder))
     context.store.open({"settings": sizes.name})
-    summaries = main.results(context, [study], 1, lambda *step: None)
+    summaries, _ = main.results(context, [study], 1, lambda *step: None)
     return json.loads(json.dumps(summaries))[study]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -42,12 +43,15 @@ def curves(axes: Axes, data: dict[str, Any]) -> None:
     log_scale(axes)
     axes.set(title="training loss, mean of the seeds", xlabel="training step")
     axes.set_ylabel(f"cross-entropy (nats),\nmean of {SMOOTHED} steps")
+    axes.set_ylim(axes.get_ylim()[0] / 12, None)  # room for the legend
     axes.grid(alpha=0.25)
-    axes.legend()
+    axes.legend(loc="lower left")
 
 
-def smooth(losses: list[float]) -> list[float]:
-    return [sum(losses[i : i + SMOOTHED]) / SMOOTHED for i in range(len(losses) - SMOOTHED + 1)]
+def smooth(losses: list[float | None]) -> list[float]:
+    """Means of that many steps; None stands for what was no finite number, and is not drawn."""
+    values = [math.nan if loss is None else loss for loss in losses]
+    return [sum(values[i : i + SMOOTHED]) / SMOOTHED for i in range(len(values) - SMOOTHED + 1)]
 
 
 def panels(data: dict[str, Any]) -> list[Panel]:

@@ -37,8 +37,8 @@ def states(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def pooled(found: list[Tensor]) -> list[np.ndarray]:
-    """[N, C] of every block's output."""
-    return [state.mean((2, 3)).double().numpy() for state in found[1:]]
+    """[N, C] of every block's output; 0 where a network that diverged has no number."""
+    return [np.nan_to_num(state.mean((2, 3)).double().numpy()) for state in found[1:]]
 
 
 def probed(

@@ -20,9 +20,10 @@ def histogram(axes: Axes, data: dict[str, Any], depth: str, form: str) -> None:
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     last = shares.shape[1] - 1
     ticks = sorted({*range(0, last, max(1, last // 8)), last})
-    axes.set_xticks(ticks, [str(t + 1) if t < last else "never" for t in ticks])
+    axes.set_xticks(ticks, [str(t + 1) if t < last else f">{last}" for t in ticks])
     axes.set_yticks(range(len(shares)))
-    axes.set(title=f"{form}, depth {depth}: right for good from", xlabel="block", ylabel="class")
+    axes.set(title=f"{form}, depth {depth}: right for good from", xlabel=f"block (>{last}: never)")
+    axes.set_ylabel("class")
     axes.figure.colorbar(image, ax=axes, label="images of the class (%)")
 
 

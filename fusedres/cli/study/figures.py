@@ -48,6 +48,8 @@ def rounded(value: Any, digits: int = 5) -> Any:
 
 def number(value: float) -> str:
     """Three significant digits, as a person writes them."""
+    if not math.isfinite(value):
+        return "not finite"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:.1e}"

@@ -37,6 +37,21 @@ def by_block(axes: Axes, data: dict[str, Any], depth: str, case: str, title: str
     axes.legend()
 
 
+def by_layer(axes: Axes, data: dict[str, Any], depth: str, case: str, title: str) -> None:
+    """The gradient of every convolution's weights, over that of the last one's."""
+    for form, label in FORMS.items():
+        found = [one["weights"] for one in data["start"][f"{form}, {case}"][depth]]
+        seeds = [[max(w, 0.0) / max(weights[-1], 1e-300) or TINY for w in weights] for weights in found]
+        look = {**LOOKS[form], "marker": ""}
+        seeds_line(axes, list(range(1, len(seeds[0]) + 1)), seeds, look, label)
+    axes.axhline(1, color="black", linewidth=0.7)
+    log_scale(axes)
+    axes.set(title=f"weights, {title}, depth {depth}", xlabel="convolution (1: nearest to the image)")
+    axes.set_ylabel("||dE/dw||, over that of the last")
+    axes.grid(alpha=0.25)
+    axes.legend()
+
+
 def shares(axes: Axes, data: dict[str, Any], depth: str) -> None:
     found = data["start"]["residual, ReLU, BN"][depth]
     x = list(range(1, len(found[0]["shortcut"]) + 1))
@@ -82,6 +97,14 @@ def panels(data: dict[str, Any]) -> list[Panel]:
         "Share of a block's gradient that arrives through the shortcut and through F, by block",
         partial(shares, data=data, depth=depth),
     )
+    weights = [
+        Panel(
+            f"weights-{i}",
+            f"Norm of the gradient of every convolution's weights, {title}, depth {depth}",
+            partial(by_layer, data=data, depth=depth, case=case, title=title),
+        )
+        for i, (case, title) in enumerate((CASES[0], CASES[1], CASES[4]))
+    ]
     trained = [
         Panel(
             f"training-{i}",
@@ -90,7 +113,7 @@ def panels(data: dict[str, Any]) -> list[Panel]:
         )
         for i, case in enumerate(("ReLU, BN", "ReLU, no BN", "sigmoid, no BN"))
     ]
-    return [*found, share, *trained]
+    return [*found, share, *weights, *trained]
 
 
 def shown(data: dict[str, Any]) -> list[Panel]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict
 from importlib.metadata import version
@@ -78,19 +77,22 @@ def identity(settings: Settings, images: data.Images) -> dict[str, Any]:
     }
 
 
-def results(context: tasks.Context, names: list[str], workers: int, progress: Progress) -> dict[str, Any]:
-    """Every study's summary, from its tasks' results; tasks that two of them share are done once."""
+def results(
+    context: tasks.Context, names: list[str], workers: int, progress: Progress
+) -> tuple[dict[str, Any], int]:
+    """Every study's summary, and the processor's seconds of their tasks; those that two share are done once."""
     wanted = {
         task.name: task for name in names for task in [comparison.task(name), *TASKS[name](context.settings)]
     }
     tasks.run(context, list(wanted.values()), workers, progress)
     found: dict[str, Any] = {name: context.store.load(name) for name in wanted}
+    took = sum(one.pop(tasks.SECONDS, 0) for one in found.values())
     found["classes"] = len(context.images.classes)
     summaries = {}
     for name in names:
         compared = found[f"comparison-{name}"]
         summaries[name] = {**RESULTS[name].summary(context.settings, found), "comparison": compared}
-    return rounded(summaries)
+    return rounded(summaries), round(took)
 
 
 def text(name: str, found: dict[str, Any]) -> str:
@@ -137,12 +139,12 @@ def run_study(
     names = chosen(study)
     store = Store(output / RESUME)
     store.open(identity(settings, images))
-    start, used = time.monotonic(), sum(os.times()[:4])
-    summaries = results(tasks.Context(settings, images, store), names, workers, progress)
+    start = time.monotonic()
+    summaries, took = results(tasks.Context(settings, images, store), names, workers, progress)
     found = {
         "machine": device_name(torch.device("cpu")),
         "seconds": round(time.monotonic() - start),
-        "processor_seconds": round(sum(os.times()[:4]) - used),  # of this run and its workers
+        tasks.SECONDS: took,  # of all tasks, those of earlier runs included
         "workers": workers,
         **identity(settings, images),
         "studies": summaries,

@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from fusedres.measuring.progress import Progress
 
 TELL_EVERY = 1.0  # seconds
 MOST_WORKERS = 8
+SECONDS = "processor_seconds"
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,11 @@ def one_thread() -> Iterator[None]:
 
 
 def finish(context: Context, task: Task) -> None:
+    """Keeps the task's result, with the processor's seconds that it took beside it."""
     with one_thread():
-        context.store.save(task.name, task.work(context, *task.arguments))
+        start = time.process_time()
+        found = task.work(context, *task.arguments)
+        context.store.save(task.name, {**found, SECONDS: round(time.process_time() - start, 2)})
 
 
 _context: Context | None = None  # of a worker process
