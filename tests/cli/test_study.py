@@ -191,6 +191,12 @@ def test_an_exception_of_a_worker_ends_the_run(tmp_path, small):
         tasks.run(context, [tasks.Task("wrong", len, ())], 2, lambda *step: None)
 
 
+def test_a_worker_that_dies_is_told(tmp_path):
+    context = tasks.Context(tiny_studies.TINY, tiny_studies.few_images(), store.Store(tmp_path))
+    with pytest.raises(OSError, match=r"worker was ended from outside.*fewer --workers than 2"):
+        tasks.run(context, [tasks.Task("dies", tiny_studies.die)], 2, lambda *step: None)
+
+
 def test_progress_tells_every_task_in_order(tmp_path):
     told = []
     context = tasks.Context(tiny_studies.TINY, tiny_studies.few_images(), store.Store(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +25,13 @@ TINY = Settings(
     name="tiny",
     seeds=(0, 1),
     depths=(8, 20),
-    steps=25,
+    steps=50,
     gradient_depths=(14,),
     gradient_depth=8,
     gradient_steps=3,
     exit_depths=(20,),
     landscape_depths=(20,),
-    grid=7,
+    grid=9,
     surface_images=64,
     hessian_images=32,
     power_steps=5,
@@ -46,8 +47,17 @@ DIRECTIONS = {  # beginnings of the claims that show at this size, in every seed
         "Shortcuts keep the norm more even",
     ),
     "depth": ("Past some depth a plain network is worse", "With shortcuts a network of that depth trains"),
-    "exits": ("The best depth differs", "More blocks spoil features", "A residual block moves"),
-    "landscape": ("Shortcuts make the surface less sharp", "Shortcuts make it smoother"),
+    "exits": (
+        "The best depth differs",
+        "More blocks spoil features",
+        "A residual block moves",
+        "A residual network loses less",
+    ),
+    "landscape": (
+        "Shortcuts make the surface less sharp",
+        "Shortcuts make it closer to convex around",
+        "Shortcuts make it smoother",
+    ),
 }
 
 
@@ -156,6 +166,11 @@ def use(patching: pytest.MonkeyPatch) -> None:
 def study(*arguments: object, **options: Any) -> Result:
     """The command, in this process."""
     return CliRunner().invoke(app, ["study", *map(str, arguments)], **options)
+
+
+def die(context: object) -> None:
+    """A task whose process is ended from outside."""
+    os._exit(9)
 
 
 def picture(file: Path, colour: tuple[int, int, int] = (200, 10, 10)) -> None:

@@ -14,6 +14,8 @@ LAST = 10  # steps whose mean is the loss at the end
 
 
 class Found:
+    """The results of every training, by kind and depth."""
+
     def __init__(self, settings: Settings, results: dict[str, Any]) -> None:
         self.settings, self.results = settings, results
 
@@ -26,7 +28,7 @@ class Found:
         return [one[what] for one in self.seeds(kind, at)]
 
     def best(self, kind: Kind) -> int:
-        """The depth of the least mean training error, of those above the least depth's equals the shallowest."""
+        """The depth of the least mean training error; of several, the shallowest."""
         return min(self.settings.depths, key=lambda at: sum(self.values(kind, at)))
 
 

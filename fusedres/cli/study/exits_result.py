@@ -33,6 +33,8 @@ def deciles(one: dict[str, Any]) -> tuple[int, int]:
 
 
 class Found:
+    """The results at one depth, by kind."""
+
     def __init__(self, settings: Settings, results: dict[str, Any], depth: int) -> None:
         self.settings, self.results, self.depth = settings, results, depth
 

@@ -48,15 +48,15 @@ def rounded(value: Any, digits: int = 5) -> Any:
 
 def number(value: float) -> str:
     """Three significant digits, as a person writes them."""
-    if not math.isfinite(value):
-        return "not finite"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:.1e}"
 
 
 def said(found: dict[str, float], unit: str = "") -> str:
-    """mean [least, largest]"""
+    """mean [least, largest]; where one seed diverged there is no mean."""
+    if not math.isfinite(found["mean"]):
+        return "not finite"
     low, high = (number(found[end]) for end in ("low", "high"))
     return f"{number(found['mean'])}{unit} [{low}, {high}]"
 

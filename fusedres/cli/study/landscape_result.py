@@ -14,6 +14,8 @@ Seeds = list[dict[str, Any]]
 
 
 class Found:
+    """The results at one depth, by kind."""
+
     def __init__(self, settings: Settings, results: dict[str, Any], depth: int) -> None:
         self.settings, self.results, self.depth = settings, results, depth
         self.trainings = Trainings(settings, results)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -123,6 +124,10 @@ def tell(progress: Progress, before: int, total: int, name: str, over: int) -> N
 def run_in_workers(
     context: Context, tasks: list[Task], workers: int, told: Callable[[str, int], object]
 ) -> None:
+    """
+    Raises:
+        OSError: a worker process was ended from outside.
+    """
     begin = (context.settings, context.images, context.store.folder)
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads can hang
     with ProcessPoolExecutor(workers, spawn, begin_worker, begin) as pool:
@@ -133,6 +138,11 @@ def run_in_workers(
                 for future in wait(waiting, TELL_EVERY, FIRST_COMPLETED).done:
                     future.result()
                     del waiting[future]
+        except BrokenProcessPool as error:
+            raise OSError(
+                "fusedres study: a worker was ended from outside, perhaps for want of memory; the same command with "
+                f"fewer --workers than {workers} goes on from what is finished"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
