@@ -26,6 +26,8 @@ FIRST = (
     "test_examples",
     "test_docs",
     "test_demo",
+    "test_study",
+    "test_study_claims",
 )
 
 
