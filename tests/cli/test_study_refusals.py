@@ -98,11 +98,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path, small, monk
     (tmp_path / "depth.png").write_bytes(b"of an earlier run")
     monkeypatch.setattr(Path, "write_bytes", full)
     result = study("depth", "--quick", "--output", tmp_path)
-    assert (
-        result.exit_code == 2
-        and "No space left on device" in result.stderr
-        and result.stderr.count("\n") == 1
-    )
+    refused(result, store.SETTINGS, "cannot be written (No space left on device)", "make room")
     assert (tmp_path / "depth.png").read_bytes() == b"of an earlier run"
     assert not list(tmp_path.rglob("*.partial"))
 

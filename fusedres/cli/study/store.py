@@ -6,6 +6,7 @@ files belong to; a run with other settings, images, seeds or versions is refused
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -19,11 +20,20 @@ SETTINGS = "settings.json"
 
 
 def write(path: Path, content: bytes) -> None:
-    """The whole file or none; what was there before stays if this fails."""
+    """The whole file or none; what was there before stays if this fails.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     partial = path.with_name(path.name + f".{os.getpid()}.partial")
     try:
         partial.write_bytes(content)
         partial.replace(path)
+    except OSError as error:
+        raise OSError(
+            f"fusedres study: {path} cannot be written ({error.strerror}); what is finished stays: make room, or "
+            "mend what is in the way, and give the same command again"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -92,14 +102,9 @@ class Store:
             ) from error
 
     def save_weights(self, task: str, weights: dict[str, torch.Tensor]) -> None:
-        partial = self.path(task, f"{os.getpid()}.partial")
-        try:
-            torch.save(weights, partial)
-            partial.replace(self.path(task, "pt"))
-        except RuntimeError as error:  # what torch raises where the disk is full
-            raise OSError(f"fusedres study: {self.path(task, 'pt')} cannot be written ({error})") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        stream = io.BytesIO()  # torch's own writing names a full disk an unexpected position
+        torch.save(weights, stream)
+        write(self.path(task, "pt"), stream.getvalue())
 
     def load_weights(self, task: str) -> dict[str, torch.Tensor]:
         """
