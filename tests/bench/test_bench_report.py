@@ -171,8 +171,8 @@ def test_without_stages_it_is_the_short_report(tmp_path):
     for more, budget in (([], range(880, 901)), (["--budget", "60"], range(40, 61))):
         log.unlink(missing_ok=True)
         assert subprocess.run([*command, *more], env=environment, timeout=60).returncode == 0
-        script, *given = log.read_text().split()
-        assert script.endswith("bench/short_report.py")
+        script, *given = log.read_text().replace(str(ROOT), "").split()  # which may have a space
+        assert script == "/bench/short_report.py"
         assert given[:3] == ["--output", str(tmp_path), "--budget"]
         assert int(given[3]) in budget and given[4:] == ["--size", "small"]
 
