@@ -11,8 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that stay as they are
+
+if (
+    int(setuptools.__version__.split(".")[0]) < 77
+):  # without isolation no front end looks at what pyproject.toml requires
+    raise RuntimeError(
+        f"building fusedres needs setuptools>=77 and found {setuptools.__version__}: "
+        'run `pip install "setuptools>=77"`, or leave out --no-build-isolation'
+    )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

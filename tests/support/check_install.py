@@ -67,6 +67,7 @@ PIP, UV = (
     ("{uv}", "pip", "install", "--no-deps", "--python", "{python}"),
 )
 BARE = "--no-build-isolation"
+NEEDED = "setuptools>=77"
 WAYS = (
     Way("pip", PIP),
     Way("pip without a compiler", PIP, compiler=False),
@@ -102,11 +103,29 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
+def old_setuptools_is_named(
+    python: Path, command: list[str], source: Path, folder: Path, shell: dict[str, str]
+) -> None:
+    """Without isolation the environment's own setuptools builds: one that is too old or absent is named at once."""
+    query = "import setuptools; print(setuptools.__version__)"
+    found = subprocess.run([python, "-c", query], capture_output=True, text=True).stdout.strip()
+    if found and int(found.split(".")[0]) >= 77:
+        return
+    done = subprocess.run([*command, str(source)], cwd=folder, env=shell, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0, said
+    if found:
+        assert f"needs {NEEDED} and found {found}" in said and f'pip install "{NEEDED}"' in said, said
+
+
 def check(way: Way, source: Path, folder: Path) -> None:
     """Installs in a fresh environment, then uses the package from the checkout's folder and from elsewhere."""
     python = environment_with_torch_of_this_one(folder / "environment")
     command = [part.format(python=python, uv=shutil.which("uv") or "uv") for part in way.command]
     shell = environment(way.compiler)
+    if BARE in way.command:
+        old_setuptools_is_named(python, command, source, folder, shell)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", NEEDED], check=True)
     start = time.monotonic()
     done = subprocess.run(
         [*command, "-v", str(source)], cwd=folder, env=shell, capture_output=True, text=True

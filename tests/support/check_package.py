@@ -110,7 +110,7 @@ def environment_with_torch_of_this_one(folder: Path) -> Path:
     )
     for package in Path(torch.__file__).parents[1].iterdir():
         kept = ("torch", "typing_extensions", "sympy", "mpmath", "filelock", "jinja2", "markupsafe")
-        kept += ("networkx", "fsspec", "functorch", "numpy", "nvidia", "setuptools", "pkg_resources")
+        kept += ("networkx", "fsspec", "functorch", "numpy", "nvidia")
         if package.name.lower().startswith(kept) and not (site / package.name).exists():
             os.symlink(package, site / package.name)
     return python
