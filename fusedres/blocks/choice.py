@@ -17,6 +17,7 @@ from fusedres.blocks.config import BlockConfig, ConvBNTensors
 from fusedres.blocks.unfused import Measured, Table
 from fusedres.ops.dispatch import Dispatcher, Ops
 from fusedres.ops.native import library
+from fusedres.ops.reference import REFERENCE
 
 AUTO = "auto"
 UNFUSED = user_table.UNFUSED
@@ -59,6 +60,9 @@ TABLE: Table = table_of(library.instruction_set(), library.multiplies_bfloat16()
 MOST_KNOWN = 4096
 _known: dict[tuple[Any, ...], str | None] = {}  # what `cause_before_reading` found by the table `_known_of`
 _known_of: Table | None = None
+_untried: dict[
+    tuple[str, torch.dtype, bool], bool
+] = {}  # by device, dtype and whether gradients can be wanted
 COMPILED: Table = {}  # inside torch.compile, against what it makes of the original forward
 
 
@@ -112,17 +116,37 @@ def cause_before_reading(x: Tensor, channels: int | None, compiled: bool) -> str
     if compiled:
         large = COMPILED and unfused.cause_of_size(COMPILED, x, channels, is_grad_enabled()) is None
         return None if large else "compiled"
-    if user_table.is_consulted():
+    if user_table.is_consulted(x.device):
         return None
     global _known_of
     if _known_of is not TABLE or len(_known) > MOST_KNOWN:
         _known.clear()
+        _untried.clear()
         _known_of = TABLE
     key = x.numel(), channels, is_grad_enabled(), x.is_cpu or x.device.type, x.dtype
     try:
         return _known[key]
     except KeyError:
         return _known.setdefault(key, unfused.cause_of_size(TABLE, x, channels, key[2]))
+
+
+def is_untried(x: Tensor, dtype: torch.dtype, ops: Dispatcher, gradients: bool) -> bool:
+    """Whether no table of this package is of such calls, though kernels serve them: a trial can tell.
+
+    Args:
+        x: the block's input; dtype: of its activations; gradients: whether any is wanted.
+    """
+    backend = ops.backend_on(x)
+    return backend != REFERENCE.name and (x.device.type, backend, dtype, gradients) not in TABLE
+
+
+def may_be_untried(x: Tensor, with_gradients: bool) -> bool:
+    """Whether that can be so, as far as is known before the block is read; asked after `cause_before_reading`."""
+    key = x.device.type, x.dtype, with_gradients
+    if key not in _untried:
+        kinds = {(device, dtype, gradients) for device, _, dtype, gradients in TABLE}
+        _untried[key] = key not in kinds
+    return _untried[key]
 
 
 def is_eager(ops: Ops) -> TypeGuard[Dispatcher]:

@@ -1,4 +1,4 @@
-"""The user table: which recipe was fastest on this machine, as `fusedres tune` measured it. Data in a JSON file.
+"""The user table: which recipe was fastest on this machine, as `fusedres tune` or a trial found. Data in a JSON file.
 
     FUSEDRES_TABLE=/path/to/table.json    where it is; by default fusedres/table.json below $XDG_CACHE_HOME or ~/.cache
 
@@ -33,10 +33,15 @@ ENVIRONMENT_VARIABLE = "FUSEDRES_TABLE"
 KIND = "fusedres recipes measured on this machine"
 PACKAGES = ("fusedres", "torch", "triton")
 UNFUSED = "unfused"
+MODES = ("eager", "compiled", "cuda graph")
 
 
 class Key(NamedTuple):
-    """What an entry is for. `call` is a class of block, as `block_class` names it."""
+    """What an entry is for. `call` is a class of block, as `block_class` names it.
+
+    exact: of one batch size, as trials measure, and not of all those down to a power of two. libraries: those that
+    torch calls on the device. mode: how calls run, one of MODES.
+    """
 
     device: str
     versions: str
@@ -44,14 +49,18 @@ class Key(NamedTuple):
     dtype: str
     gradients: bool
     call: str
+    exact: bool = False
+    libraries: str = ""
+    mode: str = "eager"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The fastest recipe, and how many times as fast as the original forward it was."""
+    """The fastest recipe, and how many times as fast as the original forward it was; source: what measured it."""
 
     recipe: str
     ratio: float
+    source: str = "tune"
 
 
 _recorded: ContextVar[list[Key] | None] = ContextVar("fusedres_recorded_keys", default=None)
@@ -84,6 +93,21 @@ def device_name(device: torch.device) -> str:
     return gpu(device) if device.type == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
 
 
+def libraries(device: torch.device) -> str:
+    """What besides torch decides how fast convolutions are on a GPU; nothing is named on a CPU."""
+    if device.type != "cuda":
+        return ""
+    search = "on" if torch.backends.cudnn.benchmark else "off"
+    return f"driver {driver()}, cuDNN {torch.backends.cudnn.version()}, cudnn.benchmark {search}"
+
+
+@cache
+def driver() -> int:
+    """The newest version of CUDA that the driver knows, 13000 for 13.0; 0 without one."""
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return 0 if ask is None else ask()
+
+
 @cache
 def versions() -> str:
     found = []
@@ -96,12 +120,15 @@ def versions() -> str:
 
 
 @lru_cache(maxsize=4096)
-def block_class(config: BlockConfig, weights: tuple[torch.Size, ...], x: torch.Size) -> str:
-    """A block and the size of its input in words; the batch down to a power of two.
+def block_class(
+    config: BlockConfig, weights: tuple[torch.Size, ...], x: torch.Size, exact: bool = False
+) -> str:
+    """A block and the size of its input in words.
 
     Args:
         weights: shapes of the convolutions' weights, as `config.units`.
         x: shape [N, C, H, W].
+        exact: whether the batch is named as it is, and not down to a power of two.
     """
     parts = []
     for unit, (cout, _, kh, kw) in zip(config.units, weights, strict=True):
@@ -118,7 +145,7 @@ def block_class(config: BlockConfig, weights: tuple[torch.Size, ...], x: torch.S
         parts.append("maxpool" + "x".join(map(str, config.pool)))
     shortcut = "" if config.shortcut is Shortcut.NONE else f" + {config.shortcut.value}"
     batch, *rest = x
-    size = "x".join(map(str, (1 << (batch.bit_length() - 1), *rest)))
+    size = "x".join(map(str, (batch if exact else 1 << (batch.bit_length() - 1), *rest)))
     return f"{size}: {' '.join(parts)}{shortcut}"
 
 
@@ -168,6 +195,18 @@ def table() -> Mapping[Key, Entry]:
     return read(path(), is_expected=bool(os.environ.get(ENVIRONMENT_VARIABLE)) and _recorded.get() is None)
 
 
+@cache
+def devices() -> frozenset[str]:
+    """Those with an entry for classes of calls."""
+    return frozenset(key.device for key in table() if not key.exact)
+
+
+def forget() -> None:
+    """The file is read again at the next use, as after it was written."""
+    table.cache_clear()
+    devices.cache_clear()
+
+
 def plain(entries: Mapping[Key, Entry]) -> list[dict[str, Any]]:
     """The entries as a file holds them."""
     return [{"key": key._asdict(), "found": asdict(entry)} for key, entry in entries.items()]
@@ -185,17 +224,21 @@ def write(entries: Mapping[Key, Entry]) -> Path:
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
     with locked(file.parent):
-        data = {"kind": KIND, "entries": plain({**read(file), **entries})}
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-        try:
-            with os.fdopen(descriptor, "w") as stream:
-                json.dump(data, stream, indent=1)
-            os.replace(temporary, file)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    table.cache_clear()
+        replace(file, {"kind": KIND, "entries": plain({**read(file), **entries})})
+    forget()
     return file
+
+
+def replace(file: Path, data: Any) -> None:
+    """Writes a file as JSON: a reader sees the old one or the new one."""
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump(data, stream, indent=1)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 @contextmanager
@@ -225,20 +268,33 @@ def recorded_keys() -> Iterator[list[Key]]:
         _recorded.reset(token)
 
 
-def is_consulted() -> bool:
-    """Whether a look-up can matter: without a table none does."""
-    return bool(table()) or _recorded.get() is not None
+def is_consulted(device: torch.device) -> bool:
+    """Whether a look-up for a call there can matter: without an entry none does."""
+    return _recorded.get() is not None or (bool(devices()) and device_name(device) in devices())
+
+
+def key_of(
+    x: Tensor,
+    config: BlockConfig,
+    units: tuple[ConvBNTensors, ...],
+    ops: Dispatcher,
+    gradients: bool,
+    exact: bool = False,
+) -> Key:
+    """What a call of a block is looked up by. gradients: whether any is wanted; exact: as for `block_class`."""
+    backend, name = ops.backend_on(x), str(config.dtype).removeprefix("torch.")
+    call = block_class(config, tuple(t.weight.shape for t in units), x.shape, exact)
+    where = device_name(x.device), versions(), backend, name
+    return Key(*where, gradients, call, exact, libraries(x.device))
 
 
 def block_recipe(
     x: Tensor, config: BlockConfig, units: tuple[ConvBNTensors, ...], ops: Dispatcher, gradients: bool
 ) -> str | None:
-    """What the table names for this call of a block, or None. gradients: whether any is wanted."""
-    if not is_consulted():
+    """What the table names for this class of calls of a block, or None. gradients: whether any is wanted."""
+    if not is_consulted(x.device):
         return None
-    backend, name = ops.backend_on(x), str(config.dtype).removeprefix("torch.")
-    call = block_class(config, tuple(t.weight.shape for t in units), x.shape)
-    key = Key(device_name(x.device), versions(), backend, name, gradients, call)
+    key = key_of(x, config, units, ops, gradients)
     if (keys := _recorded.get()) is not None:
         keys.append(key)
     entry = table().get(key)

@@ -138,4 +138,4 @@ def clear_table(say: Callable[[str], None]) -> None:
         return
     say(f"removing {file}, {len(table)} classes of block")
     file.unlink()
-    user_table.table.cache_clear()
+    user_table.forget()

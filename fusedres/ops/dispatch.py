@@ -27,6 +27,7 @@ from fusedres.ops.backend import Backend, Function, Reason
 from fusedres.ops.contract import BnStats, RawOp, op_name
 from fusedres.ops.native import functions, library
 from fusedres.ops.reference import REFERENCE
+from fusedres.ops.set_aside import excludes, is_any
 
 ENVIRONMENT_VARIABLE = "FUSEDRES_BACKEND"
 AUTO = "auto"
@@ -119,15 +120,15 @@ class Dispatcher:
 
     def __call__(self, op: RawOp) -> Any:
         """The op's result, as its record says."""
-        for _, reason, function in self._candidates[type(op)]:
-            if reason is None or reason(op) is None:
+        for backend, reason, function in self._candidates[type(op)]:
+            if (reason is None or reason(op) is None) and not (is_any() and excludes(backend.name, op)):
                 return function(op)
         raise self._unserved(op)
 
     def serving(self, op: RawOp) -> Backend:
         """The backend that serves this call; `serving(op)(op)` runs it there and asks no backend twice."""
         for backend, reason, _ in self._candidates[type(op)]:
-            if reason is None or reason(op) is None:
+            if (reason is None or reason(op) is None) and not (is_any() and excludes(backend.name, op)):
                 return backend
         raise self._unserved(op)
 

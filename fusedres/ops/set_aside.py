@@ -1,4 +1,4 @@
-"""Kernels that this installation cannot compile or load: each is set aside, said once, and the reference goes on.
+"""Ops that a backend cannot run or computes wrongly here: each is set aside, said once, and another backend goes on.
 
 A compiler that is missing, a cache that cannot be written, an assembler or a driver that refuses a kernel: nothing has
 run by then, so another backend can compute the same call. An error of the GPU itself, or out of memory, is neither:
@@ -14,8 +14,9 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from fusedres.ops.contract import op_name
+from fusedres.ops.contract import RawOp, op_name
 
 # what CUDA says where a driver or a device takes no such kernel: found as it is loaded or launched, before it runs
 REFUSALS = (
@@ -55,6 +56,17 @@ _found: dict[Place, str] = {}
 def found() -> dict[Place, str]:
     """Every op that was set aside in this process, and what was raised."""
     return dict(_found)
+
+
+def excludes(backend: str, op: RawOp) -> bool:
+    """Whether this call must go to another backend."""
+    tensor = next(t for t in op if isinstance(t, Tensor))
+    return Place(backend, type(op), tensor.device) in _found
+
+
+def is_any() -> bool:
+    """Whether anything was set aside in this process; every call of every op asks."""
+    return bool(_found)
 
 
 def is_aside(backend: str, kind: type, device: torch.device) -> bool:
@@ -111,6 +123,19 @@ def note(place: Place, error: Exception) -> None:
     warnings.warn(
         f"fusedres: {place.backend} cannot run {op_name(place.kind)} on {place.device} and is set aside for it; "
         f"plain PyTorch computes it instead. {_found[place]}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def note_wrong(place: Place, problem: str) -> None:
+    """Sets aside an op whose results are wrong, and says so, once."""
+    if place in _found:
+        return
+    _found[place] = problem
+    warnings.warn(
+        f"fusedres: {place.backend} computes {op_name(place.kind)} wrongly on {place.device} ({problem}) and is set "
+        f"aside for it; another backend computes it instead. To mend it: {REPORT}.",
         RuntimeWarning,
         stacklevel=4,
     )

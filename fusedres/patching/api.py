@@ -22,6 +22,8 @@ from fusedres.patching.install import BlockState
 from fusedres.patching.reasons import describe as reason
 from fusedres.patching.report import BlockReport, PatchReport
 from fusedres.patching.search import Found, Patterns, choose, find
+from fusedres.trials.on_block import OnBlock
+from fusedres.trials.whole_model import WholeModel
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -99,6 +101,7 @@ def describe(found: Found, planned: BlockState | None = None) -> BlockReport:
         backend=state.backend if state and matched else None,
         runs_as=state.runs_as if state and matched else None,
         code=code_of(found, state if matched else None),
+        trial=state.on_trial.told if state and matched else None,
     )
 
 
@@ -171,7 +174,13 @@ def patch(
             tuple(describe(f, f.plan and BlockState(f.plan, recipe, backend)) for f in found)
         )
         return model
-    install.install_all([(f.module, f.plan and BlockState(f.plan, recipe, backend)) for f in found])
+    whole = WholeModel(type(model).__name__)
+    install.install_all(
+        [
+            (f.module, f.plan and BlockState(f.plan, recipe, backend, on_trial=OnBlock(whole, place)))
+            for place, f in enumerate(found)
+        ]
+    )
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     elif recipe == AUTO and is_nchw(found):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from fusedres.blocks.choice import AUTO, UNFUSED, cause_before_reading, choose
+from fusedres.blocks.choice import AUTO, UNFUSED, cause_before_reading, choose, may_be_untried
 from fusedres.blocks.config import Shortcut
 from fusedres.matching.norms import FrozenNorm
 from fusedres.matching.plan import ConvBNNames, Plan
@@ -37,6 +37,8 @@ from fusedres.patching.reasons import describe
 from fusedres.patching.resolve import method_replaced, resolve
 from fusedres.patching.shared_statistics import shared_statistics
 from fusedres.patching.state import BlockState
+from fusedres.trials import settings
+from fusedres.trials.on_block import LeftCall, OnBlock, OutOfMemory, Turn
 
 logger = logging.getLogger("fusedres")
 
@@ -64,6 +66,7 @@ class Decision(NamedTuple):
     block: BlockCall | None = None
     ops: Ops | None = None
     shortcut: tuple[nn.Module, ...] = ()  # the modules whose outputs of x are added, with Shortcut.TENSOR
+    turn: Turn | None = None  # of a trial
 
 
 AS_ASKED = Decision(UNFUSED, None)
@@ -89,20 +92,59 @@ def call(module: nn.Module, base: type, method: str, args: tuple[Any, ...], kwar
     if is_dynamo_compiling():  # a graph cannot hold what is noted below, nor a model's stand-in
         if plan.goes_on:
             return original(module, *args, **kwargs)
-        recipe, _, block, ops, shortcut = decide(module, state, args, kwargs, opaque_backend)
+        decision = decide(module, state, args, kwargs, opaque_backend)
     else:
-        recipe, reason, block, ops, shortcut = decide(module, state, args, kwargs, dispatcher)
-        if reason is not None and reason is not state.reason:
-            log_once(base, recipe, reason)
-        state.runs_as, state.reason = recipe, reason
-    if block is None or ops is None:
+        decision = decide(module, state, args, kwargs, dispatcher)
+        if decision.reason is not None and decision.reason is not state.reason:
+            log_once(base, decision.recipe, decision.reason)
+        state.runs_as, state.reason = decision.recipe, decision.reason
+        if decision.turn is not None and state.on_trial.is_timed(decision.turn):
+            return on_trial(module, original, state.on_trial, decision, args)
+    if decision.block is None or decision.ops is None:
         return original(module, *args, **kwargs)
+    y = computed(decision)
+    return rest(module, original, y, args[0]) if plan.goes_on else y
+
+
+def computed(decision: Decision) -> Tensor:
+    """y of a block, or of a stem, by the recipe that was decided on."""
+    recipe, _, block, ops, shortcut, _ = decision
+    assert block is not None and ops is not None
     if shortcut:
         return with_residual(block, recipe, ops, reduce(add, [part(block.x) for part in shortcut]))
-    y = run(block, recipe, ops)
-    if plan.goes_on:
-        return original(AfterStem(module, [part.path for part in plan.structure], y), args[0])
-    return y
+    return run(block, recipe, ops)
+
+
+def rest(module: nn.Module, original: Callable[..., Any], y: Tensor, x: Tensor) -> Any:
+    """What a model's own method makes of the output of its stem. x: its input."""
+    parts = [part.path for part in module.__dict__[STATE].plan.structure]
+    return original(AfterStem(module, parts, y), x)
+
+
+def on_trial(
+    module: nn.Module,
+    original: Callable[..., Any],
+    trials: OnBlock,
+    decision: Decision,
+    args: tuple[Any, ...],
+) -> Any:
+    """A call whose time may be taken. Of a model's own method it is the stem that counts, and not what goes on."""
+    plan, turn, x = module.__dict__[STATE].plan, decision.turn, args[0]
+    assert turn is not None
+
+    def by_the_original() -> Any:
+        if not plan.goes_on:
+            return original(module, x)
+        return reduce(lambda y, part: getattr(module, part.path)(y), plan.structure, x)
+
+    def by_the_recipe() -> Any:
+        return computed(decision)
+
+    try:
+        y = trials.run(turn, by_the_original if decision.block is None else by_the_recipe)
+    except OutOfMemory:
+        y = by_the_original()
+    return rest(module, original, y, x) if plan.goes_on else y
 
 
 def decide(
@@ -119,7 +161,12 @@ def decide(
         return Decision(UNFUSED, reason)
     x, plan, compiling = args[0], state.plan, ops_for is opaque_backend
     if state.recipe == AUTO and (reason := cause_before_reading(x, state.channels, compiling)) is not None:
-        return Decision(UNFUSED, reason)
+        untried = not compiling and may_be_untried(x, torch.is_grad_enabled())
+        if not (untried and settings.is_on(x.device)):
+            return Decision(UNFUSED, reason)
+        reason = state.on_trial.left.get(LeftCall.of(module, x, ops_for(state.backend)))
+        if reason is not None:
+            return Decision(UNFUSED, reason)
     if (reason := guards.transformed() or guards.unfit_input(x, plan.is_stem)) is not None:
         return Decision(UNFUSED, reason)
     ops, base = ops_for(state.backend), base_class(module)
@@ -136,16 +183,23 @@ def decide(
     if (reason := guards.unfit_block(block, plan) or shared_statistics(block, others, plan)) is not None:
         return Decision(UNFUSED, reason)
     gradients = wants_gradient(block)
+    turn = None
     recipe, reason = choose(state.recipe, block.config, block.tensors, block.x, ops, gradients)
+    if recipe == UNFUSED and state.recipe == AUTO and isinstance(ops, Dispatcher):
+        turn = state.on_trial.turn(block, ops, gradients)
+        if turn is not None:
+            recipe, reason = turn.recipe, turn.reason
+        if recipe == UNFUSED and reason is not None and (turn is None or turn.is_final):
+            state.on_trial.leave(LeftCall.of(module, x, ops), reason)
     if recipe == UNFUSED:
-        return Decision(recipe, reason)
+        return Decision(recipe, reason, turn=turn)
     if (
         warm.on_gpu(x)
         and isinstance(ops, Dispatcher)
         and (cold := warm.not_warm(state, block, recipe, ops, gradients)) is not None
     ):
         return Decision(UNFUSED, cold)
-    return Decision(recipe, reason, block, ops, shortcut)
+    return Decision(recipe, reason, block, ops, shortcut, turn)
 
 
 def read(plan: Plan, modules: dict[str, Any], x: Tensor) -> BlockCall | str:

@@ -12,6 +12,7 @@ from torch import nn
 from fusedres.matching.plan import Plan
 from fusedres.modules import shadows
 from fusedres.modules.derived_class import BASE, STATE, base_class
+from fusedres.trials.on_block import OnBlock
 
 
 @dataclass
@@ -28,6 +29,7 @@ class BlockState:
     warm: set[tuple[Any, ...]] = field(
         default_factory=set
     )  # of `not_warm`: the kinds of calls that ran on a GPU
+    on_trial: OnBlock = field(default_factory=OnBlock)
 
     def __copy__(self) -> BlockState:
         return BlockState(**vars(self))

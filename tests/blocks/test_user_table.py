@@ -26,9 +26,9 @@ def table_file(tmp_path, monkeypatch):
     """A table of its own for each test."""
     file = tmp_path / "below" / "table.json"
     monkeypatch.setenv("FUSEDRES_TABLE", str(file))
-    user_table.table.cache_clear()
+    user_table.forget()
     yield file
-    user_table.table.cache_clear()
+    user_table.forget()
 
 
 def x_for(cin=32, batch=3):

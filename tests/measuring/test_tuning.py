@@ -25,9 +25,9 @@ from fusedres.ops.contract import BnAddReluBackwardInput, BnAddReluForward
 @pytest.fixture
 def table_file(tmp_path, monkeypatch):
     monkeypatch.setenv("FUSEDRES_TABLE", str(tmp_path / "table.json"))
-    user_table.table.cache_clear()
+    user_table.forget()
     yield tmp_path / "table.json"
-    user_table.table.cache_clear()
+    user_table.forget()
 
 
 def features(channels):

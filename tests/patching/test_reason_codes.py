@@ -256,7 +256,10 @@ def measured_unfused() -> str:
     block, x = fusedres.patch(InPlaceAdd()), images()
     with user_table.recorded_keys() as keys:
         block(x)
-    with mock.patch.object(user_table, "table", lambda: {keys[-1]: user_table.Entry("unfused", 1.0)}):
+    with (
+        mock.patch.object(user_table, "table", lambda: {keys[-1]: user_table.Entry("unfused", 1.0)}),
+        mock.patch.object(user_table, "devices", lambda: {keys[-1].device}),
+    ):
         block(x)
     return code_of(block)
 
