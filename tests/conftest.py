@@ -1,4 +1,4 @@
-"""For every test: neither the table of recipes measured on this machine nor a terminal's width has a say.
+"""For every test: no recipe measured on this machine, before or in the test, and no terminal's width has a say.
 
 And which files come first: of two processes, one would else be left with a minute's test of a file that comes last.
 """
@@ -43,4 +43,5 @@ def no_user_table(tmp_path_factory):
     empty.write_text(json.dumps({"kind": KIND, "entries": []}))
     with pytest.MonkeyPatch.context() as patching:
         patching.setenv("FUSEDRES_TABLE", str(empty))
+        patching.setenv("FUSEDRES_TRIAL", "0")
         yield

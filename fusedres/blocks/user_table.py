@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.blocks import RECIPES
+from fusedres.blocks import RECIPES, machine
 from fusedres.blocks.config import BlockConfig, ConvBNTensors, Shortcut
 from fusedres.ops.dispatch import Dispatcher
 
 ENVIRONMENT_VARIABLE = "FUSEDRES_TABLE"
 KIND = "fusedres recipes measured on this machine"
-PACKAGES = ("fusedres", "torch", "triton")
 UNFUSED = "unfused"
+TOGETHER = "together"  # of a whole model: what its blocks won stays
 MODES = ("eager", "compiled", "cuda graph")
 
 
@@ -75,50 +74,6 @@ def path() -> Path:
     return Path(cache_home) / "fusedres" / "table.json"
 
 
-@cache
-def processor() -> str:
-    """The CPU's model name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or os.uname().machine
-
-
-@cache
-def gpu(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's model and the number of threads."""
-    return gpu(device) if device.type == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
-
-
-def libraries(device: torch.device) -> str:
-    """What besides torch decides how fast convolutions are on a GPU; nothing is named on a CPU."""
-    if device.type != "cuda":
-        return ""
-    search = "on" if torch.backends.cudnn.benchmark else "off"
-    return f"driver {driver()}, cuDNN {torch.backends.cudnn.version()}, cudnn.benchmark {search}"
-
-
-@cache
-def driver() -> int:
-    """The newest version of CUDA that the driver knows, 13000 for 13.0; 0 without one."""
-    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return 0 if ask is None else ask()
-
-
-@cache
-def versions() -> str:
-    found = []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} absent")
-    return ", ".join(found)
-
-
 @lru_cache(maxsize=4096)
 def block_class(
     config: BlockConfig, weights: tuple[torch.Size, ...], x: torch.Size, exact: bool = False
@@ -159,7 +114,7 @@ def parse(file: Path) -> dict[Key, Entry]:
     if data["kind"] != KIND:
         raise ValueError(f"its kind is {data['kind']!r}")
     found = {Key(**entry["key"]): Entry(**entry["found"]) for entry in data["entries"]}
-    unknown = {entry.recipe for entry in found.values()} - {UNFUSED, *RECIPES}
+    unknown = {entry.recipe for entry in found.values()} - {UNFUSED, TOGETHER, *RECIPES}
     if unknown:
         raise ValueError(f"its recipes {sorted(unknown)} are unknown")
     return found
@@ -196,9 +151,9 @@ def table() -> Mapping[Key, Entry]:
 
 
 @cache
-def devices() -> frozenset[str]:
-    """Those with an entry for classes of calls."""
-    return frozenset(key.device for key in table() if not key.exact)
+def devices(exact: bool = False) -> frozenset[str]:
+    """Those with an entry for classes of calls, or for calls of one batch size."""
+    return frozenset(key.device for key in table() if key.exact is exact)
 
 
 def forget() -> None:
@@ -269,8 +224,14 @@ def recorded_keys() -> Iterator[list[Key]]:
 
 
 def is_consulted(device: torch.device) -> bool:
-    """Whether a look-up for a call there can matter: without an entry none does."""
-    return _recorded.get() is not None or (bool(devices()) and device_name(device) in devices())
+    """Whether a look-up for a class of calls there can matter: without an entry none does."""
+    return _recorded.get() is not None or (bool(devices()) and machine.device_name(device) in devices())
+
+
+def has_trials(device: torch.device) -> bool:
+    """Whether a look-up of what trials found there can matter."""
+    found = devices(exact=True)
+    return bool(found) and machine.device_name(device) in found
 
 
 def key_of(
@@ -284,8 +245,8 @@ def key_of(
     """What a call of a block is looked up by. gradients: whether any is wanted; exact: as for `block_class`."""
     backend, name = ops.backend_on(x), str(config.dtype).removeprefix("torch.")
     call = block_class(config, tuple(t.weight.shape for t in units), x.shape, exact)
-    where = device_name(x.device), versions(), backend, name
-    return Key(*where, gradients, call, exact, libraries(x.device))
+    where = machine.device_name(x.device), machine.versions(), backend, name
+    return Key(*where, gradients, call, exact, machine.libraries(x.device))
 
 
 def block_recipe(

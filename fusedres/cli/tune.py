@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusedres.blocks import user_table
+from fusedres.blocks import machine, user_table
 from fusedres.blocks.user_table import Entry, Key
 from fusedres.measuring.progress import Progress
 from fusedres.measuring.tune import Tuned, tune
@@ -85,7 +85,7 @@ def measure_and_keep(
     if as_json:
         return json.dumps(results(found, where), indent=2)
     size = " x ".join(map(str, images.shape))
-    title = f"{name}, {size}, {dtype}, {user_table.device_name(images.device)}"
+    title = f"{name}, {size}, {dtype}, {machine.device_name(images.device)}"
     return f"{text(found, title)}\n{len(found)} classes of block, kept in {where}"
 
 

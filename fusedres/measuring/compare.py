@@ -19,7 +19,7 @@ from fusedres.errors import VerificationError
 from fusedres.measuring.progress import Progress, untold
 from fusedres.measuring.timing import bootstrap_interval, interleave, median, paired_ratios
 from fusedres.measuring.verify import VerifyReport, check_blocks, tensors, verify
-from fusedres.measuring.warmup import cuda_devices
+from fusedres.measuring.warmup import cuda_devices, settle
 from fusedres.modules.lazy import initialised_copy
 from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
 from fusedres.patching.api import patch, report, unpatch
@@ -120,7 +120,8 @@ def compare(
 ) -> Comparison:
     """Times copies of the model, patched and unpatched, in turns, in a training step and in inference.
 
-    First `verify` compares every recipe that runs with the unpatched model.
+    First recipes that are on trial get their verdicts, and `verify` compares every one that runs with the unpatched
+    model.
 
     Args:
         model: patched or not; it is left alone. Dtype, device and memory format are measured as they are.
@@ -154,14 +155,18 @@ def compare(
     )
     phases = []
     with torch.random.fork_rng(devices=devices):
+        steps = {
+            phase: (of_plain, of_fused)
+            for phase, steps_of in (("training", training_step), ("inference", inference))
+            if (of_plain := steps_of(plain, example)) and (of_fused := steps_of(fused, example))
+        }
+        for phase, (_, step) in steps.items():
+            settle(fused, step, partial(progress, f"trying recipes in {phase}"))
         checks = gate(plain, fused, example, check_with, backend, progress)
-        for phase, steps_of in (("training", training_step), ("inference", inference)):
-            steps = [steps_of(m, example) for m in (plain, fused)]
-            if steps[0] is None or steps[1] is None:
-                continue
+        for phase, pair in steps.items():
             told = partial(progress, f"timing {phase}")
             told(0, rounds)
-            unpatched, patched = interleave(steps[0], steps[1], device, rounds, after_round=told)
+            unpatched, patched = interleave(*pair, device, rounds, after_round=told)
             phases.append(summarise(phase, unpatched, patched, runs_as(fused)))
     return Comparison(tuple(phases), checks)
 

@@ -28,6 +28,7 @@ from fusedres.modules.lazy import initialised_copy
 from fusedres.ops.accuracy import error_limit
 from fusedres.ops.dispatch import AUTO as AUTO_BACKEND
 from fusedres.patching.api import check_model, find, patch, report, unpatch
+from fusedres.trials import settings
 
 # n rounds all favour one side by chance with probability 2**-n: below 0.05 from 5 on, so fewer have no interval that
 # says whether a recipe is faster
@@ -162,7 +163,7 @@ def inaccurate(place: Place, module: nn.Module, gradients: bool) -> str | None:
 
 def key_of(place: Place, backend: str, gradients: bool) -> Key | None:
     """What a patched block looks up for this call; None where its guards refuse the call."""
-    with user_table.recorded_keys() as keys:
+    with user_table.recorded_keys() as keys, settings.off():
         step_of(place, place.variant(AUTO, backend), gradients)()
     return keys[-1] if keys else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fusedres.errors import UnsupportedModelError
+from fusedres.modules.derived_class import STATE
 from fusedres.modules.lazy import initialised_copy, is_uninitialised
-from fusedres.patching.api import check_model, is_patched
+from fusedres.patching.api import check_model, is_patched, patched_blocks
+
+MOST_STEPS = 200
 
 
 @contextmanager
@@ -41,7 +44,29 @@ def differentiable(values: Any) -> list[Tensor]:
     return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.requires_grad]
 
 
-def warmup(model: nn.Module, example: Any) -> None:
+def unsettled(model: nn.Module) -> bool:
+    """Whether some kind of call of the model that was made is still on trial."""
+    trials = [vars(block)[STATE].on_trial for _, block in patched_blocks(model)]
+    return not all(trial.whole.is_settled() for trial in trials)
+
+
+def settle(
+    model: nn.Module,
+    step: Callable[[], object],
+    after_step: Callable[[int, int], object] = lambda done, most: None,
+) -> None:
+    """Runs the step, once at least, until nothing that it calls of the model is on trial any more.
+
+    after_step: called while that is not so, with how many steps are over, out of how many at most.
+    """
+    for done in range(1, MOST_STEPS + 1):
+        step()
+        if not unsettled(model):
+            return
+        after_step(done, MOST_STEPS)
+
+
+def warmup(model: nn.Module, example: Any, *, measure: bool = False) -> None:
     """Runs the patched model on an example, so that nothing is compiled or searched for afterwards.
 
     One forward without gradients and, where anything wants one, a forward and a backward: in the mode the model is
@@ -52,6 +77,8 @@ def warmup(model: nn.Module, example: Any) -> None:
     Args:
         model: a patched model.
         example: an input tensor, or a tuple of positional arguments, like those to come; it is left alone.
+        measure: whether to go on until every recipe that is on trial has its verdict, as the first steps of training
+            would come to otherwise; at most MOST_STEPS of each kind.
 
     Raises:
         TypeError, UnsupportedModelError: as `fusedres.patch`, or no block of the model is patched.
@@ -71,7 +98,8 @@ def warmup(model: nn.Module, example: Any) -> None:
         raise RuntimeError(
             "fusedres.warmup: a CUDA graph is being captured, and compiling inside it fails; call warmup before."
         )
-    with torch.random.fork_rng(devices=devices), restored_buffers(model):
+
+    def step() -> None:
         with torch.no_grad():
             model(*example)
         with torch.enable_grad():
@@ -81,5 +109,11 @@ def warmup(model: nn.Module, example: Any) -> None:
                 # not `backward`: that would add to the gradients and set off what waits for them
                 ones = [torch.ones_like(out) for out in outputs]
                 torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
+
+    with torch.random.fork_rng(devices=devices), restored_buffers(model):
+        if measure:
+            settle(model, step)
+        else:
+            step()
     for device in devices:
         torch.cuda.synchronize(device)

@@ -17,6 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from fusedres.blocks.choice import AUTO, UNFUSED, cause_before_reading, choose, may_be_untried
 from fusedres.blocks.config import Shortcut
+from fusedres.blocks.user_table import has_trials
 from fusedres.matching.norms import FrozenNorm
 from fusedres.matching.plan import ConvBNNames, Plan
 from fusedres.modules.derived_class import BASE, STATE, base_class
@@ -161,10 +162,12 @@ def decide(
         return Decision(UNFUSED, reason)
     x, plan, compiling = args[0], state.plan, ops_for is opaque_backend
     if state.recipe == AUTO and (reason := cause_before_reading(x, state.channels, compiling)) is not None:
-        untried = not compiling and may_be_untried(x, torch.is_grad_enabled())
-        if not (untried and settings.is_on(x.device)):
+        is_on = False
+        if not compiling and may_be_untried(x, torch.is_grad_enabled()):
+            is_on = settings.is_on(x.device)
+        if not (is_on or has_trials(x.device)):
             return Decision(UNFUSED, reason)
-        reason = state.on_trial.left.get(LeftCall.of(module, x, ops_for(state.backend)))
+        reason = state.on_trial.left.get(LeftCall.of(module, x, ops_for(state.backend), is_on))
         if reason is not None:
             return Decision(UNFUSED, reason)
     if (reason := guards.transformed() or guards.unfit_input(x, plan.is_stem)) is not None:
@@ -190,7 +193,7 @@ def decide(
         if turn is not None:
             recipe, reason = turn.recipe, turn.reason
         if recipe == UNFUSED and reason is not None and (turn is None or turn.is_final):
-            state.on_trial.leave(LeftCall.of(module, x, ops), reason)
+            state.on_trial.leave(LeftCall.of(module, x, ops, settings.is_on(x.device)), reason)
     if recipe == UNFUSED:
         return Decision(recipe, reason, turn=turn)
     if (

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from fusedres.trials.trial import LOOKS, SHORTEST, Ratio, ratio_of
 
 MOST_WAITING = 64  # steps without a time
+ENOUGH = 3  # pairs of which every one was a gain
 
 
 class Step(NamedTuple):
@@ -62,20 +63,20 @@ class Comparison:
                 return
             del self._times[pair]
             self._ratios.append(times[False] / max(times[True], SHORTEST))
-            if len(self._ratios) in LOOKS:
+            if len(self._ratios) in (ENOUGH, *LOOKS):
                 self._look()
 
     @property
     def progress(self) -> str:
-        """Pairs of steps that are over, and how many are needed for the next look: "3/5"."""
+        """Pairs of steps that are over, and how many are needed for the next look: "2/3"."""
         over = len(self._ratios)
-        return f"{over}/{next((n for n in LOOKS if n > over), LOOKS[-1])}"
+        return f"{over}/{next((n for n in (ENOUGH, *LOOKS) if n > over), LOOKS[-1])}"
 
     def _look(self) -> None:
         self.ratio = ratio_of(self._ratios)
         if self.ratio.low >= 1:
             self.kept = True
-        elif self.ratio.high < 1:
+        elif self.ratio.high < 1 and len(self._ratios) > ENOUGH:
             self.kept = False
         elif len(self._ratios) == LOOKS[-1]:
             self.kept = self.ratio.median >= 1

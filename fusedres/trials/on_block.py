@@ -89,10 +89,11 @@ class LeftCall(NamedTuple):
     computed_in: torch.dtype
     with_gradients: bool
     training: bool
+    is_on: bool  # whether such a call may be measured
 
     @classmethod
-    def of(cls, module: nn.Module, x: Tensor, ops: Any) -> LeftCall:
-        modes = torch.is_grad_enabled(), module.training
+    def of(cls, module: nn.Module, x: Tensor, ops: Any, is_on: bool) -> LeftCall:
+        modes = torch.is_grad_enabled(), module.training, is_on
         return cls(ops, x.shape, x.stride(), x.dtype, compute_dtype(x), *modes)
 
 
@@ -143,7 +144,7 @@ class OnBlock:
         if is_settled or not settings.is_on(x.device):
             return self.by_verdict(kind, None)
         kind.poll()
-        ticket = kind.trial.next()
+        ticket = kind.trial.next() if kind.trial.verdict is None else None
         if ticket is None:
             return self.by_verdict(kind, x.shape)
         self.whole.goes_on_trial(self.place, gradients)
@@ -154,10 +155,10 @@ class OnBlock:
         config, x, units = call.config, call.x, call.tensors
         if not is_untried(x, config.dtype, ops, gradients):
             return None
-        if user_table.block_recipe(x, config, units, ops, gradients) is not None:
-            return None
         key = user_table.key_of(x, config, units, ops, gradients, exact=True)
         if not (is_on or registry.is_known(key)):
+            return None
+        if user_table.block_recipe(x, config, units, ops, gradients) is not None:
             return None
 
         def candidates() -> tuple[str, ...]:

@@ -62,9 +62,19 @@ def proved(question: Question, ops: Dispatcher) -> str | None:
     return None
 
 
+def forget() -> None:
+    """Everything is asked again, as in a new process."""
+    _answered.clear()
+    warn_unproved.cache_clear()
+
+
+def needs_process(question: Question) -> bool:
+    return question.device.type == "cuda" and not proof_record.has_clean_run(question)
+
+
 def found_out(question: Question, ops: Dispatcher) -> list[Fault] | str:
     """The faults, or why a process for the question could not begin."""
-    if question.device.type == "cuda" and not proof_record.has_clean_run(question):
+    if needs_process(question):
         return ask_in_process(question)
     return answer(question, tuple(b for b in ops.backends if b.name in question.backends))
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fusedres.blocks import user_table
+from fusedres.blocks import machine, user_table
 from fusedres.ops.native import library
 from fusedres.trials.proof_ops import Fault, Question
 
@@ -31,11 +31,11 @@ def place_of(device: torch.device, backends: tuple[str, ...]) -> dict[str, Any]:
     """Which kernels, on what."""
     file = library.LIBRARY
     build = str(file.stat().st_mtime_ns) if file.exists() else "none"
-    drivers = f"driver {user_table.driver()}" if device.type == "cuda" else ""
-    name = user_table.gpu(device) if device.type == "cuda" else user_table.processor()
+    drivers = f"driver {machine.driver()}" if device.type == "cuda" else ""
+    name = machine.gpu(device) if device.type == "cuda" else machine.processor()
     return {
         "device": name,
-        "versions": ", ".join(filter(None, (user_table.versions(), drivers))),
+        "versions": ", ".join(filter(None, (machine.versions(), drivers))),
         "library": build,
         "backends": list(backends),
     }

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 
 from fusedres.blocks import user_table
-from fusedres.blocks.user_table import UNFUSED, Key
+from fusedres.blocks.user_table import TOGETHER, UNFUSED, Key
 from fusedres.trials import registry
 from fusedres.trials.clocks import Clock
 from fusedres.trials.comparison import Comparison, Step
 from fusedres.trials.timed import Stamps
-
-TOGETHER = "together"  # what an entry of a whole model names where its winners stay
 
 
 @dataclass

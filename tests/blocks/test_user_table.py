@@ -14,7 +14,7 @@ import torch
 from block_forms import basic, bottleneck, projected
 
 import fusedres
-from fusedres.blocks import user_table
+from fusedres.blocks import machine, user_table
 from fusedres.blocks.user_table import Entry, Key
 from fusedres.models import resnet18
 
@@ -182,9 +182,9 @@ def test_classes_of_calls():
 
 
 def test_device_and_versions():
-    name = user_table.device_name(torch.device("cpu"))
+    name = machine.device_name(torch.device("cpu"))
     assert f"{torch.get_num_threads()} threads" in name and not name.startswith(",")
-    assert f"torch {torch.__version__.partition('+')[0]}" in user_table.versions()
+    assert f"torch {torch.__version__.partition('+')[0]}" in machine.versions()
 
 
 def test_keys_are_recorded_in_this_thread_only():
@@ -214,7 +214,7 @@ def test_a_named_table_is_made_without_a_warning(table_file):
 def test_without_a_table_nothing_is_looked_up(monkeypatch, tmp_path):
     monkeypatch.delenv("FUSEDRES_TABLE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(user_table, "device_name", lambda device: 1 / 0)
+    monkeypatch.setattr(machine, "device_name", lambda device: 1 / 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fusedres.patch(bottleneck()())(x_for())

@@ -13,7 +13,7 @@ from called_ops import change_results
 from typer.testing import CliRunner
 
 import fusedres
-from fusedres.blocks import user_table
+from fusedres.blocks import machine
 from fusedres.cli.app import app
 from fusedres.cli.demo import data, digits, speed, training
 from fusedres.measuring.compare import DECISIVE_ROUNDS, Comparison, summarise
@@ -73,7 +73,7 @@ def test_demo_runs_end_to_end(whole, folder):
         assert [len(run["losses"]) for run in outcome["runs"]] == [2, 2, 2]
         assert outcome["float64_distance"] <= 1e-9
     assert "time per step" not in whole.stdout, "forced recipes at tiny sizes show equality, not speed"
-    assert found["speed"]["machine"] == user_table.device_name(torch.device("cpu"))
+    assert found["speed"]["machine"] == machine.device_name(torch.device("cpu"))
     (model,) = found["speed"]["models"]
     assert [phase["phase"] for phase in model["phases"]] == ["training", "inference"]
     assert model["unpatched_bytes"] == model["patched_bytes"] > 0, "nothing runs fused at this size"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -46,6 +48,7 @@ from spellings import (
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from trials_on import trials_on, without_proof
 
 import fusedres
 from fusedres.blocks import choice, gram_form, user_table
@@ -264,6 +267,13 @@ def measured_unfused() -> str:
     return code_of(block)
 
 
+def on_trial() -> str:
+    """The code of a call that no table is for, and that is measured."""
+    with tempfile.TemporaryDirectory() as folder, trials_on(Path(folder)) as patching:
+        without_proof(patching)
+        return called(recipe="auto")()
+
+
 CALLED: dict[str, Callable[[], str]] = {
     "disabled": called(call=disabled),
     "native_missing": lambda: auto({}, built=False),
@@ -280,6 +290,7 @@ CALLED: dict[str, Callable[[], str]] = {
     ),
     "compiled": lambda: cause_before_reading(images(), 16, True) or "",
     "no_faster_recipe": measured_unfused,
+    "measuring:0/7": on_trial,
     "not_warm:input, [2, 16, 6, 6]": called(call=captured_cold),
     "no_1x1_expansion": called(recipe="gram"),
     "float32_product": lambda: gram_on_a_gpu(torch.float32, (8, 0)),

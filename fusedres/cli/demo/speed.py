@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fusedres.blocks import RECIPES, user_table
+from fusedres.blocks import RECIPES
+from fusedres.blocks.machine import device_name
 from fusedres.cli import devices, model_names
 from fusedres.measuring.compare import Comparison, PhaseComparison, compare
 from fusedres.measuring.kept import kept_bytes
@@ -79,7 +80,7 @@ def measure(title: str, name: str, rounds: int, device: torch.device, progress: 
 
 
 def machine(device: torch.device) -> str:
-    return user_table.device_name(device)
+    return device_name(device)
 
 
 def title(device: torch.device) -> str:

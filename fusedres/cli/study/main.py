@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fusedres.blocks.user_table import device_name
+from fusedres.blocks.machine import device_name
 from fusedres.cli.study import (
     comparison,
     data,

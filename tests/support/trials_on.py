@@ -1,0 +1,63 @@
+"""Trials for a test: on, with tables that are empty, nothing known before, and times that the test tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fusedres.blocks import choice, user_table
+from fusedres.ops import set_aside
+from fusedres.trials import on_block, proof, registry
+from fusedres.trials.comparison import Comparison, Step
+from fusedres.trials.trial import Ticket, Trial
+
+
+def forget() -> None:
+    """As in a new process."""
+    registry.forget()
+    user_table.forget()
+    proof.forget()
+    set_aside.forget()
+
+
+@contextmanager
+def trials_on(folder: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Within the context. folder: where the user's table is."""
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setenv("FUSEDRES_TRIAL", "1")
+        patching.setenv("FUSEDRES_TABLE", str(folder / "table.json"))
+        (folder / "table.json").write_text(f'{{"kind": "{user_table.KIND}", "entries": []}}')
+        patching.setattr(choice, "TABLE", {})
+        forget()
+        try:
+            yield patching
+        finally:
+            patching.undo()
+            forget()
+
+
+def without_proof(patching: pytest.MonkeyPatch) -> None:
+    """The reference is on trial too, which is right by definition."""
+    patching.setattr(on_block, "is_untried", lambda *args: True)
+    patching.setattr(proof, "prove", lambda *args: None)
+
+
+def told(
+    patching: pytest.MonkeyPatch,
+    seconds_of: Callable[[str], float],
+    whole: Callable[[bool], float] = lambda fused: 1.0 if fused else 1.5,
+) -> None:
+    """Every call takes what `seconds_of` says of its way to run, every step of the model what `whole` says."""
+    trial_tell, comparison_tell = Trial.tell, Comparison.tell
+
+    def tell_trial(self: Trial, ticket: Ticket, seconds: float) -> None:
+        trial_tell(self, ticket, seconds_of(ticket.arm))
+
+    def tell_comparison(self: Comparison, step: Step, seconds: float) -> None:
+        comparison_tell(self, step, whole(step.fused))
+
+    patching.setattr(Trial, "tell", tell_trial)
+    patching.setattr(Comparison, "tell", tell_comparison)
