@@ -60,6 +60,7 @@ TABLE: Table = table_of(library.instruction_set(), library.multiplies_bfloat16()
 MOST_KNOWN = 4096
 _known: dict[tuple[Any, ...], str | None] = {}  # what `cause_before_reading` found by the table `_known_of`
 _known_of: Table | None = None
+_untried_of: Table | None = None
 _untried: dict[
     tuple[str, torch.dtype, bool], bool
 ] = {}  # by device, dtype and whether gradients can be wanted
@@ -121,7 +122,6 @@ def cause_before_reading(x: Tensor, channels: int | None, compiled: bool) -> str
     global _known_of
     if _known_of is not TABLE or len(_known) > MOST_KNOWN:
         _known.clear()
-        _untried.clear()
         _known_of = TABLE
     key = x.numel(), channels, is_grad_enabled(), x.is_cpu or x.device.type, x.dtype
     try:
@@ -141,7 +141,11 @@ def is_untried(x: Tensor, dtype: torch.dtype, ops: Dispatcher, gradients: bool) 
 
 
 def may_be_untried(x: Tensor, with_gradients: bool) -> bool:
-    """Whether that can be so, as far as is known before the block is read; asked after `cause_before_reading`."""
+    """Whether that can be so, as far as is known before the block is read."""
+    global _untried_of
+    if _untried_of is not TABLE:
+        _untried.clear()
+        _untried_of = TABLE
     key = x.device.type, x.dtype, with_gradients
     if key not in _untried:
         kinds = {(device, dtype, gradients) for device, _, dtype, gradients in TABLE}

@@ -186,14 +186,7 @@ def decide(
     if (reason := guards.unfit_block(block, plan) or shared_statistics(block, others, plan)) is not None:
         return Decision(UNFUSED, reason)
     gradients = wants_gradient(block)
-    turn = None
-    recipe, reason = choose(state.recipe, block.config, block.tensors, block.x, ops, gradients)
-    if recipe == UNFUSED and state.recipe == AUTO and isinstance(ops, Dispatcher):
-        turn = state.on_trial.turn(block, ops, gradients)
-        if turn is not None:
-            recipe, reason = turn.recipe, turn.reason
-        if recipe == UNFUSED and reason is not None and (turn is None or turn.is_final):
-            state.on_trial.leave(LeftCall.of(module, x, ops, settings.is_on(x.device)), reason)
+    recipe, reason, turn = chosen(module, state, x, block, ops, gradients)
     if recipe == UNFUSED:
         return Decision(recipe, reason, turn=turn)
     if (
@@ -203,6 +196,31 @@ def decide(
     ):
         return Decision(UNFUSED, cold)
     return Decision(recipe, reason, block, ops, shortcut, turn)
+
+
+def chosen(
+    module: nn.Module, state: BlockState, x: Tensor, block: BlockCall, ops: Ops, gradients: bool
+) -> tuple[str, str | None, Turn | None]:
+    """The recipe of a call that was read, the reason where it is not the one asked for, and a trial's turn.
+
+    What was on trial before is asked for first; else tables come first, and a trial where they are silent.
+    """
+    trials = state.on_trial
+    arguments = state.recipe, block.config, block.tensors, block.x, ops, gradients
+    is_tried = state.recipe == AUTO and may_be_untried(block.x, gradients)
+    if not (is_tried and isinstance(ops, Dispatcher)):
+        return *choose(*arguments), None
+    was_tried = bool(trials.kinds)
+    turn = trials.turn(block, ops, gradients) if was_tried else None
+    if turn is None:
+        choice = choose(*arguments)
+        if choice.recipe != UNFUSED:
+            return *choice, None
+        turn = None if was_tried else trials.turn(block, ops, gradients)
+    recipe, reason = choice if turn is None else (turn.recipe, turn.reason)
+    if recipe == UNFUSED and reason is not None and (turn is None or turn.is_final):
+        trials.leave(LeftCall.of(module, x, ops, settings.is_on(x.device)), reason)
+    return recipe, reason, turn
 
 
 def read(plan: Plan, modules: dict[str, Any], x: Tensor) -> BlockCall | str:

@@ -41,6 +41,7 @@ class Kind:
     clock: Clock
     waiting: list[tuple[Ticket, Stamps]] = field(default_factory=list)
     settled: str | None = None
+    final: Turn | None = None  # of every call from now on, without one that is measured
 
     @property
     def is_lost(self) -> bool:
@@ -140,9 +141,13 @@ class OnBlock:
             return None
         if is_in_backward() or (gradients and saved_tensors_have_hooks()):
             return self.unmeasured(kind)
+        if kind.final is not None:
+            return kind.final
         is_settled = kind.trial.verdict is not None and (kind.is_lost or self.whole.is_over(gradients))
         if is_settled or not settings.is_on(x.device):
-            return self.by_verdict(kind, None)
+            turn = self.by_verdict(kind, None)
+            kind.final = turn if is_settled else None
+            return turn
         kind.poll()
         ticket = kind.trial.next() if kind.trial.verdict is None else None
         if ticket is None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 ORIGINAL = "unfused"
 DROPPED = 2  # first rounds: kernels are compiled, chosen and loaded, and memory is new
-HOPELESS = 3  # after so many rounds a candidate that won none of them is out
+HOPELESS = {2: 0.9, 3: 1.0}  # after so many rounds a candidate is out that was not above the ratio in any of them
 LOOKS = (5, 8, 12)  # rounds after which a verdict is sought
 NEEDED = 1.03  # a recipe wins if it is surely this many times as fast as the original forward
 CONFIDENCE = 0.95  # of each bound
@@ -160,7 +160,7 @@ class Trial:
             for arm, seconds in times.items():
                 self._times[arm].append(seconds)
             kept = self.completed - DROPPED
-            if kept in LOOKS or kept == HOPELESS:
+            if kept in LOOKS or kept in HOPELESS:
                 self._look(kept)
 
     def _ratio(self, recipe: str) -> Ratio:
@@ -174,7 +174,7 @@ class Trial:
             self.verdict = Verdict(best, found[best])
             return
         for recipe, ratio in found.items():
-            if kept == LOOKS[-1] or ratio.high < (NEEDED if kept in LOOKS else 1):
+            if kept == LOOKS[-1] or ratio.high < HOPELESS.get(kept, NEEDED):
                 self._leave(recipe)
         if not self._live:
             self.verdict = Verdict(ORIGINAL, found[best])

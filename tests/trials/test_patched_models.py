@@ -1,6 +1,7 @@
 """Patched models whose recipes are on trial: the same model all the while, and the verdict that the times give."""
 
 import copy
+import gc
 import io
 import threading
 import warnings
@@ -458,3 +459,19 @@ def test_a_stem_in_a_models_own_method_is_timed_without_the_rest(patching):
     for i in range(STEPS):
         assert_same_step(plain, fused, images(2, 3, 32, 32, seed=i))
     assert {r.runs_as for r in fusedres.report(fused).matched} == {"separate"}
+
+
+def alive():
+    gc.collect()
+    return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+
+def test_a_trial_keeps_no_tensor_alive(patching):
+    told(patching, FASTER.__getitem__)
+    model = fusedres.patch(block())
+    counts = set()
+    for i in range(STEPS):
+        step(model, x_for())
+        if i:  # once there are gradients
+            counts.add(alive())
+    assert len(counts) == 1
