@@ -25,6 +25,7 @@ from fusedres.ops.dispatch import check_backend, dispatcher
 from fusedres.ops.native import library
 from fusedres.ops.selftest import Outcome
 from fusedres.text_table import section
+from fusedres.trials import registry
 
 BACKENDS = ("native", "triton", "reference")
 
@@ -202,6 +203,7 @@ def examine() -> dict[str, Any]:
         "backends_in_use": in_use,
         "serving": serving(),
         "recipe_table": recipe_table(),
+        "trials": registry.summary(),
         "selftest": tested,
         "install": install_line(),
         "wheel": wheel_name(),
@@ -230,7 +232,7 @@ def recipe_table_text(entries: list[dict[str, Any]]) -> str:
     """One line an entry, its conditions by name; where they were measured below."""
     title = "recipe='auto' takes, where the user's own table names nothing"
     if not entries:
-        return f"{title}: every block's original forward, unless a recipe is asked for"
+        return f"{title}: what trials find, unless a recipe is asked for"
     heads = ("recipe", "device", "backend", "dtype", "gradients", "from elements of x", "from channels")
     columns = ("recipe", "device", "backend", "dtype")
     rows = [
@@ -272,6 +274,7 @@ def text(found: dict[str, Any]) -> str:
         pairs("backends", {k: v or "present" for k, v in found["backends"].items()}),
         serving_text(found["serving"]),
         recipe_table_text(found["recipe_table"]),
+        pairs("recipes on trial, where no table is for a call", found["trials"]),
         selftest_text(found["selftest"]),
     ]
     if found["advice"]:

@@ -1,4 +1,4 @@
-"""`fusedres tune`: measures the recipes on this machine and writes the user table; shows and removes that table."""
+"""`fusedres tune`: measures the recipes on this machine and writes the user table; shows it, and removes it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fusedres.blocks.user_table import Entry, Key
 from fusedres.measuring.progress import Progress
 from fusedres.measuring.tune import Tuned, tune
 from fusedres.text_table import section
+from fusedres.trials import proof_record
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -120,19 +121,25 @@ def shown_table(as_json: bool) -> str:
         return json.dumps({"path": str(file), "exists": table is not None, "entries": entries}, indent=2)
     if table is None:
         return none_there(file)
-    rows = [("call", "gradients", "recipe", "times as fast", "backend", "dtype", "device", "versions")]
+    heads = ("call", "gradients", "recipe", "times as fast", "found by")
+    rows = [(*heads, "backend", "dtype", "device", "versions")]
     for key, entry in table.items():
         wanted = "wanted" if key.gradients else "none"
         ratio = f"{entry.ratio:.2f}"
         where = (key.backend, key.dtype, key.device, key.versions)
-        rows.append((key.call, wanted, entry.recipe, ratio, *where))
+        rows.append((key.call, wanted, entry.recipe, ratio, entry.source, *where))
     return section(f"{file}, {len(table)} classes of block", rows)
 
 
 def clear_table(say: Callable[[str], None]) -> None:
-    """Removes the user's table after saying which. Raises as `kept`, and OSError where it cannot be removed."""
+    """Removes the user's table after saying which, and what proofs found before the trials that it is of.
+
+    Raises as `kept`, and OSError where it cannot be removed.
+    """
     file = user_table.path()
     table = kept(file)
+    if proof_record.remove():
+        say(f"removed {proof_record.path()}")
     if table is None:
         say(none_there(file))
         return

@@ -12,7 +12,8 @@ from fusedres.errors import CaptureError, UnsupportedModelError
 from fusedres.measuring import capturable
 from fusedres.measuring.captured_state import InputForm, ModelState, replaced_buffer
 from fusedres.measuring.cuda_graphs import CudaGraphs
-from fusedres.measuring.warmup import restored_buffers, settle
+from fusedres.measuring.graph_trial import capture_fastest
+from fusedres.measuring.warmup import restored_buffers
 
 
 class Graphed(nn.Module):
@@ -72,10 +73,11 @@ def graphed(
 ) -> Graphed:
     """Captures a model on a GPU in CUDA graphs: a step then costs the CPU one launch, not hundreds.
 
-    It runs the model a few times first, as often as recipes on trial need, so `fusedres.warmup` need not be called;
-    then it captures what it ran, in the mode the model is in and under the autocast the caller is in. Parameters, their
-    gradients, buffers (running statistics, num_batches_tracked), random number generators and modes are left as they
-    were. Any model may be captured, patched or not; patch it before.
+    It runs the model a few times first, so `fusedres.warmup` need not be called; then it captures what it ran, in the
+    mode the model is in and under the autocast the caller is in. Where no table names the recipes of a patched model,
+    it captures and times each of them first. Parameters, their gradients, buffers (running statistics,
+    num_batches_tracked), random number generators and modes are left as they were. Any model may be captured, patched
+    or not; patch it before.
 
     It returns a new module and leaves the model's own forward alone, unlike `torch.cuda.make_graphed_callables`, which
     replaces it: a graph takes one mode, one shape and one dtype only, and for everything else (validation, the last
@@ -124,17 +126,19 @@ def graphed(
             with without_cache(device.type):
                 return model(*args)
 
-        graphs = CudaGraphs(run, static, list(model.parameters()), backward, copy_outputs, device)
+        def make() -> CudaGraphs:
+            return CudaGraphs(run, static, list(model.parameters()), backward, copy_outputs, device)
+
         devices = [device] if device.type == "cuda" else []
         before = dict(model.named_buffers())
         with torch.random.fork_rng(devices=devices), restored_buffers(model):
-            settle(model, graphs.warm_up)
+            make().warm_up()
             replaced = replaced_buffer(model, before)
             if replaced is not None:
                 raise UnsupportedModelError(
                     f"fusedres.graphed: the forward puts a new tensor in the place of buffer {replaced}, which a "
                     "replay would not do; move it in place: buffer.copy_(values) or buffer.add_(1)."
                 )
-            graphs.capture()
+            graphs = capture_fastest(model, make, device)
     inputs.release()
     return Graphed(model, inputs, graphs)

@@ -168,7 +168,7 @@ def decide(
         if not (is_on or has_trials(x.device)):
             return Decision(UNFUSED, reason)
         reason = state.on_trial.left.get(LeftCall.of(module, x, ops_for(state.backend), is_on))
-        if reason is not None:
+        if reason is not None and state.on_trial.forced is None:
             return Decision(UNFUSED, reason)
     if (reason := guards.transformed() or guards.unfit_input(x, plan.is_stem)) is not None:
         return Decision(UNFUSED, reason)

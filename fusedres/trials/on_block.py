@@ -39,6 +39,7 @@ class Kind:
     key: Key
     trial: Trial
     clock: Clock
+    candidates: tuple[str, ...]  # the recipes that there are for it
     waiting: list[tuple[Ticket, Stamps]] = field(default_factory=list)
     settled: str | None = None
     final: Turn | None = None  # of every call from now on, without one that is measured
@@ -107,6 +108,7 @@ class OnBlock:
     kinds: dict[Hashable, Kind | None] = field(default_factory=dict)  # None: the tables decide
     latest: Kind | None = None
     left: dict[LeftCall, str] = field(default_factory=dict)  # to the original forward, for good; and why
+    forced: str | None = None  # how every call on trial runs, while a CUDA graph of the model is made
 
     def leave(self, call: LeftCall, reason: str) -> None:
         if len(self.left) >= MOST_KNOWN:
@@ -117,6 +119,11 @@ class OnBlock:
         """Whether the time of this call is asked for; others are run as ever."""
         is_step = turn.step is not None or self.whole.is_in_forward(turn.kind.key.gradients)
         return turn.ticket is not None or is_step
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """The recipes that the latest call could run by."""
+        return () if self.latest is None else self.latest.candidates
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnBlock:
         """A copy is another block of another model: it begins with what the process knows by then."""
@@ -139,6 +146,8 @@ class OnBlock:
         self.latest = kind
         if kind is None:
             return None
+        if self.forced is not None:
+            return Turn(kind, self.forced if self.forced in (UNFUSED, *kind.candidates) else UNFUSED, None)
         if is_in_backward() or (gradients and saved_tensors_have_hooks()):
             return self.unmeasured(kind)
         if kind.final is not None:
@@ -165,14 +174,14 @@ class OnBlock:
             return None
         if user_table.block_recipe(x, config, units, ops, gradients) is not None:
             return None
-
-        def candidates() -> tuple[str, ...]:
-            gram = gram_form.unsuitable(config, units, x) is None
-            if proof.prove(config, units, gram, ops) is not None:
-                return ()
-            return tuple(recipe for recipe in RECIPES if recipe != "gram" or gram)
-
-        return Kind(key, registry.trial_of(key, candidates), clock_of(x.device))
+        gram = gram_form.unsuitable(config, units, x) is None
+        recipes = tuple(recipe for recipe in RECIPES if recipe != "gram" or gram)
+        # what a table names was proved too, in another process: what is wrong has to be set aside in this one
+        if not is_on and not proof.is_known(config, units, gram, ops):
+            return None
+        if proof.prove(config, units, gram, ops) is not None:
+            return Kind(key, registry.without_candidates(), clock_of(x.device), ())
+        return Kind(key, registry.trial_of(key, recipes), clock_of(x.device), recipes)
 
     def unmeasured(self, kind: Kind) -> Turn:
         """A checkpoint's call, or one whose saved tensors somebody else keeps: the same way each time."""

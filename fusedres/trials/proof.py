@@ -32,6 +32,14 @@ def kinds() -> dict[str, type]:
     return {op_name(kind): kind for kind in REFERENCE.functions}
 
 
+def is_known(config: BlockConfig, units: tuple[ConvBNTensors, ...], gram: bool, ops: Dispatcher) -> bool:
+    """Whether `prove` would run nothing."""
+    return all(
+        question in _answered or proof_record.faults_of(question) is not None
+        for question in questions_of(config, units, gram, ops)
+    )
+
+
 def prove(config: BlockConfig, units: tuple[ConvBNTensors, ...], gram: bool, ops: Dispatcher) -> str | None:
     """Sets aside what is wrong of the ops that this block's recipes need; why nothing could be proved, or None.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from typing import Any
 
 from fusedres.blocks import user_table
 from fusedres.blocks.user_table import Entry, Key
-from fusedres.trials import proof_record
+from fusedres.trials import proof_record, settings
 from fusedres.trials.trial import Ratio, Trial, Verdict
 
 SOURCE = "trial"
@@ -17,17 +17,17 @@ _kept: set[Key] = set()  # whose verdicts are in the table, or came out of it
 _lock = threading.RLock()
 
 
-def trial_of(key: Key, candidates: Callable[[], tuple[str, ...]]) -> Trial:
-    """The one trial of this process for the key: settled where the user's table has an entry, else a new one.
+def without_candidates() -> Trial:
+    return Trial((), time.monotonic)
 
-    Args:
-        candidates: asked only for a new one.
-    """
+
+def trial_of(key: Key, candidates: tuple[str, ...]) -> Trial:
+    """The one trial of this process for the key: settled where the user's table has an entry, else a new one."""
     with _lock:
         found = _trials.get(key)
         if found is None:
             entry = user_table.table().get(key)
-            found = Trial(() if entry else candidates(), time.monotonic)
+            found = Trial(candidates, time.monotonic)
             if entry is not None:
                 found.verdict = verdict_of(entry)
                 _kept.add(key)
@@ -56,6 +56,17 @@ def keep(key: Key, recipe: str, ratio: Ratio | None) -> None:
         user_table.write({key: Entry(recipe, round(ratio.median, 4), SOURCE)})
     except OSError as error:
         proof_record.warn_unwritable(str(user_table.path()), str(error))
+
+
+def summary() -> dict[str, Any]:
+    """Whether calls are measured in this process, and what was found on this machine so far."""
+    off = settings.off_because()
+    return {
+        "measured_in_first_steps": "yes" if off is None else f"no: {off}",
+        "table": str(user_table.path()),
+        "found_so_far": sum(key.exact for key in user_table.table()),
+        "proofs_so_far": len(proof_record.records()),
+    }
 
 
 def forget() -> None:

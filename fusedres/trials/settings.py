@@ -27,10 +27,17 @@ def off() -> Iterator[None]:
         _off.reset(token)
 
 
+def off_because() -> str | None:
+    """What switches trials off for the whole process now; None: they are on."""
+    if os.environ.get(ENVIRONMENT_VARIABLE) == "0":
+        return f"{ENVIRONMENT_VARIABLE}=0"
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch.use_deterministic_algorithms"
+    return "torch.backends.cudnn.deterministic" if torch.backends.cudnn.deterministic else None
+
+
 def is_on(device: torch.device) -> bool:
     """Not where results must be the same bit by bit from run to run, and not while a CUDA graph is captured."""
-    if _off.get() or os.environ.get(ENVIRONMENT_VARIABLE) == "0":
-        return False
-    if torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic:
+    if _off.get() or off_because() is not None:
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

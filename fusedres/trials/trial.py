@@ -19,7 +19,10 @@ from typing import NamedTuple
 
 ORIGINAL = "unfused"
 DROPPED = 2  # first rounds: kernels are compiled, chosen and loaded, and memory is new
-HOPELESS = {2: 0.9, 3: 1.0}  # after so many rounds a candidate is out that was not above the ratio in any of them
+HOPELESS = {
+    2: 0.9,
+    3: 1.0,
+}  # after so many rounds a candidate is out that was not above the ratio in any of them
 LOOKS = (5, 8, 12)  # rounds after which a verdict is sought
 NEEDED = 1.03  # a recipe wins if it is surely this many times as fast as the original forward
 CONFIDENCE = 0.95  # of each bound

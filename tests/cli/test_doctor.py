@@ -26,11 +26,12 @@ from fusedres.ops.contract import (
 )
 from fusedres.ops.native import functions, library
 from fusedres.ops.reference import REFERENCE
+from fusedres.trials import registry
 
 CPU = torch.device("cpu")
 run = CliRunner().invoke
 EMPTY = {
-    **{key: {} for key in ("versions", "native_library", "backends", "install", "wheel")},
+    **{key: {} for key in ("versions", "native_library", "backends", "install", "wheel", "trials")},
     **{key: [] for key in ("serving", "recipe_table", "selftest", "advice")},
     "passed": True,
 }
@@ -137,6 +138,14 @@ def test_what_to_install_is_said_only_where_something_is_missing(monkeypatch):
     monkeypatch.setattr(doctor, "package_version", lambda name: None if name == "typer" else "1")
     (line,) = [line for line in doctor.advice() if "typer" in line]
     assert "fusedres[cli]" in line and f"to install\n  {line}" in doctor.text({**found, "advice": [line]})
+
+
+def test_whether_recipes_are_tried_is_said(monkeypatch):
+    assert registry.summary()["measured_in_first_steps"] == "no: FUSEDRES_TRIAL=0"
+    monkeypatch.setenv("FUSEDRES_TRIAL", "1")
+    assert "measured in first steps  yes" in doctor.text(
+        {**EMPTY, "machine": {"gpus": []}, "trials": registry.summary()}
+    )
 
 
 def test_the_conditions_of_recipe_auto_are_named():

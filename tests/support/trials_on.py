@@ -43,6 +43,7 @@ def without_proof(patching: pytest.MonkeyPatch) -> None:
     """The reference is on trial too, which is right by definition."""
     patching.setattr(on_block, "is_untried", lambda *args: True)
     patching.setattr(proof, "prove", lambda *args: None)
+    patching.setattr(proof, "is_known", lambda *args: True)
 
 
 def told(

@@ -472,6 +472,6 @@ def test_a_trial_keeps_no_tensor_alive(patching):
     counts = set()
     for i in range(STEPS):
         step(model, x_for())
-        if i:  # once there are gradients
+        if i in (1, 2, 3, STEPS - 1):  # once there are gradients
             counts.add(alive())
     assert len(counts) == 1
