@@ -9,6 +9,7 @@ such a table is ignored, with one warning, and so is a FUSEDRES_TABLE that is no
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -114,6 +115,8 @@ def parse(file: Path) -> dict[Key, Entry]:
     if data["kind"] != KIND:
         raise ValueError(f"its kind is {data['kind']!r}")
     found = {Key(**entry["key"]): Entry(**entry["found"]) for entry in data["entries"]}
+    if not all(isinstance(e.ratio, (int, float)) and math.isfinite(e.ratio) for e in found.values()):
+        raise ValueError("a ratio is no number")
     unknown = {entry.recipe for entry in found.values()} - {UNFUSED, TOGETHER, *RECIPES}
     if unknown:
         raise ValueError(f"its recipes {sorted(unknown)} are unknown")

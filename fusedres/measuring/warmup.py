@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fusedres.errors import UnsupportedModelError
 from fusedres.modules.derived_class import STATE
 from fusedres.modules.lazy import initialised_copy, is_uninitialised
-from fusedres.patching.api import check_model, is_patched, patched_blocks
+from fusedres.patching.api import bind, check_model, is_patched, patched_blocks
 
 MOST_STEPS = 200
 
@@ -44,10 +44,11 @@ def differentiable(values: Any) -> list[Tensor]:
     return [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.requires_grad]
 
 
-def unsettled(model: nn.Module) -> bool:
-    """Whether some kind of call of the model that was made is still on trial."""
-    trials = [vars(block)[STATE].on_trial for _, block in patched_blocks(model)]
-    return not all(trial.whole.is_settled() for trial in trials)
+def timed_so_far(model: nn.Module) -> int:
+    """How many calls and steps of the model were to be timed for a trial."""
+    bind(model)
+    wholes = {id(w): w for w in (vars(block)[STATE].on_trial.whole for _, block in patched_blocks(model))}
+    return sum(whole.issued for whole in wholes.values())
 
 
 def settle(
@@ -55,13 +56,14 @@ def settle(
     step: Callable[[], object],
     after_step: Callable[[int, int], object] = lambda done, most: None,
 ) -> None:
-    """Runs the step, once at least, until nothing that it calls of the model is on trial any more.
+    """Runs the step, once at least, until nothing that it calls of the model is timed for a trial any more.
 
     after_step: called while that is not so, with how many steps are over, out of how many at most.
     """
     for done in range(1, MOST_STEPS + 1):
+        before = timed_so_far(model)
         step()
-        if not unsettled(model):
+        if timed_so_far(model) == before:
             return
         after_step(done, MOST_STEPS)
 

@@ -7,7 +7,8 @@ mean and biased variance.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,20 @@ def update_running_stats(seen: Sequence[BatchStatistics]) -> None:
     batch = [s.mean for s in moving] + [s.var for s in moving]
     unbiased = [m * (s.rows / (s.rows - 1)) for m, s in zip(momenta, moving, strict=True)]
     new, old = momenta + unbiased, [1 - m for m in momenta] * 2
+    with versions_kept(running):
+        move(running, batch, new, old)
+
+
+def versions_kept(running: list[Tensor]) -> AbstractContextManager[Any]:
+    """Autograd is not told of what is written, as torch's own batch_norm tells it nothing: a graph of an earlier call
+    that saved these tensors may still run backward. In a graph being compiled there is no telling."""
+    if torch.compiler.is_compiling() or any(r.is_inference() for r in running):
+        return nullcontext()
+    return torch.autograd._unsafe_preserve_version_counter(tuple(running))
+
+
+def move(running: list[Tensor], batch: list[Tensor], new: list[float], old: list[float]) -> None:
+    """running = running*old + batch*new, one weight for each pair of tensors."""
     # not lerp, whose difference makes NaN of an infinite mean
     if all(r.dtype is b.dtype for r, b in zip(running, batch, strict=True)):
         torch._foreach_mul_(running, old)

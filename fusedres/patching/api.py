@@ -236,6 +236,15 @@ def patched_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, m) for name, m in model.named_modules() if install.is_patched_block(m)]
 
 
+def bind(model: nn.Module) -> None:
+    """Blocks that were loaded from a pickle, each by itself, are of one model to their trials from now on."""
+    whole = WholeModel(type(model).__name__)
+    for place, (_, block) in enumerate(patched_blocks(model)):
+        trials = vars(block)[install.STATE].on_trial
+        if trials.whole.name is None:
+            trials.whole, trials.place = whole, place
+
+
 def unpatch(model: Model) -> Model:
     """Restores the exact classes of every patched block, in place; returns the same model.
 
@@ -276,4 +285,5 @@ def report(model: nn.Module) -> PatchReport:
     check_model(model, "report")
     if not is_patched(model) and model in _dry_runs:
         return _dry_runs[model]
+    bind(model)
     return PatchReport(tuple(describe(found) for found in find(model)))

@@ -162,9 +162,9 @@ def decide(
         return Decision(UNFUSED, reason)
     x, plan, compiling = args[0], state.plan, ops_for is opaque_backend
     if state.recipe == AUTO and (reason := cause_before_reading(x, state.channels, compiling)) is not None:
-        is_on = False
-        if not compiling and may_be_untried(x, torch.is_grad_enabled()):
-            is_on = settings.is_on(x.device)
+        if compiling or x.device.type not in guards.DEVICES:
+            return Decision(UNFUSED, reason)
+        is_on = may_be_untried(x, torch.is_grad_enabled()) and settings.is_on(x.device)
         if not (is_on or has_trials(x.device)):
             return Decision(UNFUSED, reason)
         reason = state.on_trial.left.get(LeftCall.of(module, x, ops_for(state.backend), is_on))
@@ -207,8 +207,7 @@ def chosen(
     """
     trials = state.on_trial
     arguments = state.recipe, block.config, block.tensors, block.x, ops, gradients
-    is_tried = state.recipe == AUTO and may_be_untried(block.x, gradients)
-    if not (is_tried and isinstance(ops, Dispatcher)):
+    if state.recipe != AUTO or not isinstance(ops, Dispatcher) or not may_be_untried(block.x, gradients):
         return *choose(*arguments), None
     was_tried = bool(trials.kinds)
     turn = trials.turn(block, ops, gradients) if was_tried else None

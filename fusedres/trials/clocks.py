@@ -31,9 +31,12 @@ class HostClock:
 class CudaClock:
     """Of a GPU's current stream, by events that are asked and never waited for."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
     def stamp(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # which need not be the current device's
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float | None:
@@ -41,8 +44,7 @@ class CudaClock:
 
 
 HOST: Clock = HostClock()
-CUDA: Clock = CudaClock()
 
 
 def clock_of(device: torch.device) -> Clock:
-    return CUDA if device.type == "cuda" else HOST
+    return CudaClock(device) if device.type == "cuda" else HOST

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,69 +14,22 @@ from torch import Tensor, nn
 from fusedres.autograd.function import saved_tensors_have_hooks
 from fusedres.blocks import RECIPES, gram_form, user_table
 from fusedres.blocks.choice import UNFUSED, is_untried
-from fusedres.blocks.user_table import Key
 from fusedres.nn.residual_block import BlockCall, compute_dtype
 from fusedres.ops.dispatch import Dispatcher
 from fusedres.trials import proof, registry, settings
-from fusedres.trials.clocks import Clock, clock_of
-from fusedres.trials.comparison import Step
-from fusedres.trials.timed import Stamps, is_in_backward, timed
+from fusedres.trials.clocks import clock_of
+from fusedres.trials.kind import Kind, Turn, is_out_of_memory
+from fusedres.trials.timed import is_in_backward, timed
 from fusedres.trials.trial import Ticket, Trial
 from fusedres.trials.whole_model import WholeModel
 
 MOST_KNOWN = 256  # kinds of calls of one block
+MOST_OPEN = 16  # of them on trial at once: inputs of ever other sizes would all be new
 OUT_OF_MEMORY = "out of memory"
 
 
 class OutOfMemory(Exception):
     """A candidate had no memory, and is out."""
-
-
-@dataclass
-class Kind:
-    """One kind of call of one block. settled: how calls run under hooks of saved tensors, the same in all of them: a
-    checkpoint's second forward has to save what the first one did."""
-
-    key: Key
-    trial: Trial
-    clock: Clock
-    candidates: tuple[str, ...]  # the recipes that there are for it
-    waiting: list[tuple[Ticket, Stamps]] = field(default_factory=list)
-    settled: str | None = None
-    final: Turn | None = None  # of every call from now on, without one that is measured
-
-    @property
-    def is_lost(self) -> bool:
-        return self.trial.verdict is not None and self.trial.verdict.recipe == UNFUSED
-
-    def poll(self) -> None:
-        """Tells the trial of every call whose time is known by now."""
-        while self.waiting:
-            ticket, stamps = self.waiting[0]
-            parts = [self.clock.seconds(*stamp) for stamp in stamps]
-            if any(part is None for part in parts):
-                return
-            del self.waiting[0]
-            self.trial.tell(ticket, sum(part for part in parts if part is not None))
-
-    def tell(self, ticket: Ticket, stamps: Stamps) -> None:
-        self.waiting.append((ticket, stamps))
-        self.poll()
-
-
-class Turn(NamedTuple):
-    """How one call runs, and why not as it was asked to. ticket, step: what its time is for, if anything."""
-
-    kind: Kind
-    recipe: str
-    reason: str | None
-    ticket: Ticket | None = None
-    step: Step | None = None
-
-    @property
-    def is_final(self) -> bool:
-        """Whether every such call will run by the original forward."""
-        return self.recipe == UNFUSED and self.kind.is_lost
 
 
 class LeftCall(NamedTuple):
@@ -116,9 +70,10 @@ class OnBlock:
         self.left[call] = reason
 
     def is_timed(self, turn: Turn) -> bool:
-        """Whether the time of this call is asked for; others are run as ever."""
-        is_step = turn.step is not None or self.whole.is_in_forward(turn.kind.key.gradients)
-        return turn.ticket is not None or is_step
+        """Whether the call is more than one that runs as ever: its time is asked for, or its graph is watched."""
+        if turn.ticket is not None or turn.step is not None or turn.is_held:
+            return True
+        return self.whole.is_in_forward(turn.kind.key.gradients)
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -132,74 +87,83 @@ class OnBlock:
     def turn(self, call: BlockCall, ops: Dispatcher, gradients: bool) -> Turn | None:
         """How a call runs that no table names a recipe for; None where that is not for a trial to say."""
         x = call.x
-        shape = x.shape, x.stride(), x.device, torch.backends.cudnn.benchmark
-        kind_of_call = call.config, ops, gradients, shape
-        if kind_of_call in self.kinds:
-            kind = self.kinds[kind_of_call]
-        else:
-            if len(self.kinds) >= MOST_KNOWN:
-                self.kinds.clear()
-            is_on = settings.is_on(x.device)
-            kind = self.opened(call, ops, gradients, is_on)
-            if kind is not None or is_on:
-                self.kinds[kind_of_call] = kind
-        self.latest = kind
+        kind = self.latest = self.kind_of(call, ops, gradients)
         if kind is None:
             return None
+        is_on = kind.final is not None or settings.is_on(x.device)
+        if kind.trial is None:
+            kind.trial = self.begun(kind, call, ops, is_on)
         if self.forced is not None:
             return Turn(kind, self.forced if self.forced in (UNFUSED, *kind.candidates) else UNFUSED, None)
-        if is_in_backward() or (gradients and saved_tensors_have_hooks()):
-            return self.unmeasured(kind)
+        if gradients and saved_tensors_have_hooks():
+            return self.held(kind)
         if kind.final is not None:
             return kind.final
-        is_settled = kind.trial.verdict is not None and (kind.is_lost or self.whole.is_over(gradients))
-        if is_settled or not settings.is_on(x.device):
+        is_settled = kind.verdict is not None and (kind.is_lost or self.whole.is_over(gradients))
+        if is_settled or not is_on or kind.trial is None or is_in_backward():
             turn = self.by_verdict(kind, None)
             kind.final = turn if is_settled else None
             return turn
         kind.poll()
-        ticket = kind.trial.next() if kind.trial.verdict is None else None
+        ticket = kind.trial.next() if kind.is_open else None
         if ticket is None:
             return self.by_verdict(kind, x.shape)
-        self.whole.goes_on_trial(self.place, gradients)
+        self.whole.goes_on_trial(self.place, kind.key)
         return Turn(kind, ticket.arm, f"measuring:{kind.trial.progress}", ticket)
 
-    def opened(self, call: BlockCall, ops: Dispatcher, gradients: bool, is_on: bool) -> Kind | None:
-        """A kind of call that was not seen before; None where tables decide. is_on: whether it may be measured."""
+    def kind_of(self, call: BlockCall, ops: Dispatcher, gradients: bool) -> Kind | None:
+        """The call's kind; None where tables decide."""
+        x = call.x
+        shape = x.shape, x.stride(), x.device, torch.backends.cudnn.benchmark
+        kind_of_call = call.config, ops, gradients, shape
+        if kind_of_call not in self.kinds:
+            if len(self.kinds) >= MOST_KNOWN:  # but a checkpoint's, which has to go on as it began
+                self.kinds = {k: kind for k, kind in self.kinds.items() if kind is not None and kind.graphs}
+            self.kinds[kind_of_call] = self.new_kind(call, ops, gradients)
+        return self.kinds[kind_of_call]
+
+    def new_kind(self, call: BlockCall, ops: Dispatcher, gradients: bool) -> Kind | None:
         config, x, units = call.config, call.x, call.tensors
         if not is_untried(x, config.dtype, ops, gradients):
             return None
-        key = user_table.key_of(x, config, units, ops, gradients, exact=True)
-        if not (is_on or registry.is_known(key)):
-            return None
         if user_table.block_recipe(x, config, units, ops, gradients) is not None:
             return None
+        key = user_table.key_of(x, config, units, ops, gradients, exact=True)
         gram = gram_form.unsuitable(config, units, x) is None
-        recipes = tuple(recipe for recipe in RECIPES if recipe != "gram" or gram)
-        # what a table names was proved too, in another process: what is wrong has to be set aside in this one
-        if not is_on and not proof.is_known(config, units, gram, ops):
-            return None
-        if proof.prove(config, units, gram, ops) is not None:
-            return Kind(key, registry.without_candidates(), clock_of(x.device), ())
-        return Kind(key, registry.trial_of(key, recipes), clock_of(x.device), recipes)
+        return Kind(key, clock_of(x.device), tuple(r for r in RECIPES if r != "gram" or gram))
 
-    def unmeasured(self, kind: Kind) -> Turn:
-        """A checkpoint's call, or one whose saved tensors somebody else keeps: the same way each time."""
-        if kind.settled is None:
-            verdict = kind.trial.verdict
-            kept = self.whole.modes[kind.key.gradients].comparison.kept is not False
-            kind.settled = verdict.recipe if verdict is not None and kept else UNFUSED
-        reason = "not_measured_here:saved tensors have hooks" if kind.settled == UNFUSED else None
-        return Turn(kind, kind.settled, reason)
+    def begun(self, kind: Kind, call: BlockCall, ops: Dispatcher, is_on: bool) -> Trial | None:
+        """The trial of a kind, settled where a table has its verdict; None where it may not begin. is_on: whether
+        calls may be measured now."""
+        gram = "gram" in kind.candidates
+        question = call.config, call.tensors, gram, ops
+        if not is_on and not (registry.is_known(kind.key) and proof.is_known(*question)):
+            return None
+        if sum(other is not None and other.is_open for other in self.kinds.values()) >= MOST_OPEN:
+            return registry.without_candidates("too many kinds of calls at once")
+        # what a table names was proved too, in another process: what is wrong has to be set aside in this one
+        if (why := proof.prove(*question)) is not None:
+            kind.candidates = ()
+            return registry.without_candidates(f"no kernel could be proved, {why}")
+        return registry.trial_of(kind.key, kind.candidates)
+
+    def held(self, kind: Kind) -> Turn:
+        """A checkpoint's call, or one whose saved tensors somebody else keeps."""
+        if not is_in_backward() and not kind.graphs:
+            verdict, comparison = kind.verdict, self.whole.modes[True].comparison
+            kind.settled = UNFUSED if verdict is None or comparison.kept is False else verdict.recipe
+        recipe = kind.settled or UNFUSED
+        reason = "not_measured_here:saved tensors have hooks" if recipe == UNFUSED else None
+        return Turn(kind, recipe, reason, is_held=not is_in_backward())
 
     def by_verdict(self, kind: Kind, shape: torch.Size | None) -> Turn:
         """shape: of the input, where the call may count as one of the whole model's."""
-        verdict, whole, gradients = kind.trial.verdict, self.whole, kind.key.gradients
+        verdict, whole, gradients = kind.verdict, self.whole, kind.key.gradients
         if verdict is None:
             return Turn(kind, UNFUSED, "not_measured_here:measuring is off")
         registry.keep(kind.key, verdict.recipe, verdict.ratio)
+        whole.is_settled_for(self.place, kind.key)
         if verdict.recipe == UNFUSED:
-            whole.loses(self.place, gradients)
             return Turn(kind, UNFUSED, lost(verdict.why, verdict.ratio))
         mode = whole.modes[gradients]
         fused, step = mode.comparison.kept is not False, None
@@ -222,6 +186,10 @@ class OnBlock:
         gradients = kind.key.gradients
         if ticket is not None:
             return self.measured(kind, ticket, compute)
+        if turn.is_held:
+            y = compute()
+            kind.hold(y)
+            return y
         if gradients:
             if step is None:
                 return compute()
@@ -233,30 +201,28 @@ class OnBlock:
         return y
 
     def measured(self, kind: Kind, ticket: Ticket, compute: Callable[[], Any]) -> Any:
+        with_backward = kind.key.gradients
+        tell, begins = partial(kind.tell, ticket), partial(kind.begun.add, ticket)
         try:
-            return timed(compute, kind.clock, kind.key.gradients, lambda stamps: kind.tell(ticket, stamps))
+            return timed(compute, kind.clock, with_backward, tell, begins)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if ticket.arm == UNFUSED or not is_out_of_memory(error):
                 raise
-        kind.trial.drop(ticket.arm, OUT_OF_MEMORY)
+        if kind.trial is not None:
+            kind.trial.drop(ticket.arm, OUT_OF_MEMORY)
         raise OutOfMemory
 
     @property
     def told(self) -> str | None:
         """For a report: how far the trial of the latest call is, or what it found."""
         kind = self.latest
-        if kind is None:
+        if kind is None or kind.trial is None:
             return None
-        verdict = kind.trial.verdict
-        if verdict is None:
+        if kind.verdict is None:
             return f"measuring {kind.trial.progress}"
-        return None if verdict.ratio is None else str(verdict.ratio)
+        return None if kind.verdict.ratio is None else str(kind.verdict.ratio)
 
 
 def lost(why: str | None, ratio: object) -> str:
     """The reason code of a verdict for the original forward."""
     return f"not_measured_here:{why}" if ratio is None else f"no_faster_recipe:the best had {ratio}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)

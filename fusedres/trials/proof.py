@@ -16,20 +16,13 @@ import torch
 
 from fusedres.blocks.config import BlockConfig, ConvBNTensors
 from fusedres.ops import set_aside
-from fusedres.ops.contract import op_name
 from fusedres.ops.dispatch import Dispatcher
-from fusedres.ops.reference import REFERENCE
 from fusedres.trials import proof_record
 from fusedres.trials.proof_ops import Fault, Question, answer, questions_of
 from fusedres.trials.proof_process import ask_in_process
 
 OUT_OF_MEMORY = "OutOfMemoryError"
 _answered: dict[Question, str | None] = {}  # in this process: None, or why nothing could be proved
-
-
-def kinds() -> dict[str, type]:
-    """The ops' records by name."""
-    return {op_name(kind): kind for kind in REFERENCE.functions}
 
 
 def is_known(config: BlockConfig, units: tuple[ConvBNTensors, ...], gram: bool, ops: Dispatcher) -> bool:
@@ -65,7 +58,7 @@ def proved(question: Question, ops: Dispatcher) -> str | None:
         if not any(OUT_OF_MEMORY in fault.problem for fault in faults):  # that is of the moment
             proof_record.keep(question, faults)
     for fault in faults:
-        place = set_aside.Place(fault.backend, kinds()[fault.op], question.device)
+        place = set_aside.Place(fault.backend, proof_record.KINDS[fault.op], question.device)
         set_aside.note_wrong(place, fault.problem)
     return None
 

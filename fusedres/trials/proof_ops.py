@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fusedres.blocks.config import BlockConfig, ConvBNTensors
 from fusedres.ops.backend import Backend
@@ -90,7 +91,8 @@ def answer(
         RuntimeError: an op has lost the GPU's context.
     """
     faults: dict[tuple[str, str], Fault] = {}
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(question.device.type, enabled=False):
+    without_autocast = torch.autocast(question.device.type, enabled=False)
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad(), without_autocast:
         for case in asked(question):
             op = op_name(type(case.op))
             for backend in backends:

@@ -7,18 +7,22 @@ import time
 from typing import Any
 
 from fusedres.blocks import user_table
-from fusedres.blocks.user_table import Entry, Key
+from fusedres.blocks.user_table import UNFUSED, Entry, Key
 from fusedres.trials import proof_record, settings
 from fusedres.trials.trial import Ratio, Trial, Verdict
 
 SOURCE = "trial"
+MOST_TRIALS = 4096
 _trials: dict[Key, Trial] = {}
 _kept: set[Key] = set()  # whose verdicts are in the table, or came out of it
 _lock = threading.RLock()
 
 
-def without_candidates() -> Trial:
-    return Trial((), time.monotonic)
+def without_candidates(why: str) -> Trial:
+    """One that is over before it began."""
+    found = Trial((), time.monotonic)
+    found.verdict = Verdict(UNFUSED, None, why)
+    return found
 
 
 def trial_of(key: Key, candidates: tuple[str, ...]) -> Trial:
@@ -26,9 +30,11 @@ def trial_of(key: Key, candidates: tuple[str, ...]) -> Trial:
     with _lock:
         found = _trials.get(key)
         if found is None:
+            if len(_trials) >= MOST_TRIALS:
+                return without_candidates("too many kinds of calls in this process")
             entry = user_table.table().get(key)
             found = Trial(candidates, time.monotonic)
-            if entry is not None:
+            if entry is not None and entry.recipe in (UNFUSED, *candidates):
                 found.verdict = verdict_of(entry)
                 _kept.add(key)
             _trials[key] = found

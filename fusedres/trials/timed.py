@@ -44,13 +44,18 @@ def first_node(last: Any, since: int) -> Any:
 
 
 def timed(
-    compute: Callable[[], Any], clock: Clock, with_backward: bool, tell: Callable[[Stamps], None]
+    compute: Callable[[], Any],
+    clock: Clock,
+    with_backward: bool,
+    tell: Callable[[Stamps], None],
+    begins: Callable[[], object] = lambda: None,
 ) -> Any:
     """What `compute` gives. `tell` is given the stamps once all of them are taken, in whatever thread that is.
 
     Args:
         compute: the forward; its result is a tensor, or else no backward is timed.
         with_backward: whether the time counts only together with that of a backward.
+        begins: called as the backward begins.
     """
     since = now_in_graph()
     begin = clock.stamp()
@@ -59,23 +64,29 @@ def timed(
     if not with_backward:
         tell(stamps)
     elif isinstance(y, Tensor) and y.grad_fn is not None:
-        time_backward(y.grad_fn, since, clock, stamps, tell)
+        time_backward(y.grad_fn, since, clock, stamps, tell, begins)
     return y
 
 
 def time_backward(
-    last: Any, since: int, clock: Clock, stamps: Stamps, tell: Callable[[Stamps], None]
+    last: Any,
+    since: int,
+    clock: Clock,
+    stamps: Stamps,
+    tell: Callable[[Stamps], None],
+    begins: Callable[[], object],
 ) -> None:
-    """last: the node of y. The first backward counts, and no other."""
-    begun: list[Any] = []
+    """last: the node of y. The first backward counts, and no other: one that ends before the first node is lost."""
+    begun: list[tuple[int, Any]] = []
 
     def begin(gradients: Any) -> None:
         if not begun:
-            begun.append(clock.stamp())
+            begins()
+            begun.append((torch._C._current_graph_task_id(), clock.stamp()))
 
     def end(inputs: Any, outputs: Any) -> None:
-        if begun and len(stamps) == 1:
-            stamps.append((begun[0], clock.stamp()))
+        if begun and len(stamps) == 1 and begun[0][0] == torch._C._current_graph_task_id():
+            stamps.append((begun[0][1], clock.stamp()))
             tell(stamps)
 
     last.register_prehook(begin)

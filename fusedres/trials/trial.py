@@ -29,6 +29,7 @@ CONFIDENCE = 0.95  # of each bound
 MOST_WAITING = 1024  # calls without an answer: the clock is never ready, or no backward comes
 MOST_CALLS = 4 * (DROPPED + LOOKS[-1])  # of each way to run
 MOST_SECONDS = 1800.0
+LONGEST_GAP = 60.0  # between calls, of those seconds: what lies idle is not on trial
 SHORTEST = 1e-9  # seconds: of a clock that did not move
 
 
@@ -99,7 +100,8 @@ class Trial:
     _round: int = -1
     _issued: int = 0
     _waiting: int = 0  # issued since the last answer
-    _began: float | None = None
+    _last: float | None = None  # when the newest call came
+    _spent: float = 0.0
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
@@ -190,12 +192,13 @@ class Trial:
         if self.verdict is not None:
             return
         now = self.now()
-        self._began = now if self._began is None else self._began
+        self._spent += min(now - self._last, LONGEST_GAP) if self._last is not None else 0.0
+        self._last = now
         if self._waiting >= MOST_WAITING:
             self._end(f"{MOST_WAITING} calls in a row gave no time")
         elif self._issued >= MOST_CALLS * (1 + len(self.candidates)):
             self._end(f"{self._issued} calls settled nothing")
-        elif now - self._began > MOST_SECONDS:
+        elif self._spent > MOST_SECONDS:
             self._end(f"{MOST_SECONDS / 60:.0f} minutes settled nothing")
 
     def _end(self, why: str) -> None:

@@ -61,13 +61,14 @@ def main(folder: Path) -> None:
     gpu_stand_in.stand_in_for_decisions()
     triton_reasons._usable[torch.device("cpu")] = None  # nothing can be probed
     torch.cuda.Event = Event  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
     resnet.resnet_1_1_1_1 = partial(resnet.ResNet, resnet.Bottleneck, (1, 1, 1, 1))  # type: ignore[attr-defined]
     found = {}
     for name, costs in (("host-bound", HOST_BOUND), ("device-bound", DEVICE_BOUND)):
         with trials_on(folder) as patching, steps.counted_launches(), warnings.catch_warnings():
             warnings.simplefilter("error")
             patching.setattr(proof, "prove", lambda *args: None)
-            patching.setattr(on_block, "clock_of", lambda device: clocks.CUDA)
+            patching.setattr(on_block, "clock_of", clocks.CudaClock)
             told(patching, costs.__getitem__)
             step = steps.Step(steps.network("resnet_1_1_1_1"), steps.Case("auto", "triton"))
             first = None

@@ -14,6 +14,8 @@ from fusedres.trials import on_block, proof, registry
 from fusedres.trials.comparison import Comparison, Step
 from fusedres.trials.trial import Ticket, Trial
 
+trial_tell, comparison_tell = Trial.tell, Comparison.tell  # whatever they are told meanwhile
+
 
 def forget() -> None:
     """As in a new process."""
@@ -52,7 +54,6 @@ def told(
     whole: Callable[[bool], float] = lambda fused: 1.0 if fused else 1.5,
 ) -> None:
     """Every call takes what `seconds_of` says of its way to run, every step of the model what `whole` says."""
-    trial_tell, comparison_tell = Trial.tell, Comparison.tell
 
     def tell_trial(self: Trial, ticket: Ticket, seconds: float) -> None:
         trial_tell(self, ticket, seconds_of(ticket.arm))

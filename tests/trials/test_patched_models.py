@@ -20,6 +20,7 @@ from fusedres.blocks import user_table
 from fusedres.models import BasicBlock, Bottleneck, cifar_resnet, resnet18
 from fusedres.patching import call as calls
 from fusedres.trials import on_block
+from fusedres.trials.clocks import Clock
 from fusedres.trials.trial import ORIGINAL
 
 FASTER = {ORIGINAL: 1.5, "separate": 1.0, "gram": 1.2}
@@ -241,7 +242,7 @@ def test_another_error_of_a_candidate_is_raised(patching):
         step(model, x_for())
 
 
-class NeverReady(on_block.Clock):
+class NeverReady(Clock):
     def stamp(self):
         return None
 
@@ -263,7 +264,7 @@ def test_a_clock_that_is_never_ready(patching):
 def test_a_clock_that_answers_late(patching):
     """As a GPU's: what was asked is known a step later."""
 
-    class Late(on_block.Clock):
+    class Late(Clock):
         def __init__(self):
             self.asked = set()
 

@@ -94,8 +94,7 @@ def test_what_was_found_is_known_in_the_next_process(patching, served):
     set_aside.forget()
     patching.setattr(proof, "answer", None)
     registry.forget()
-    user_table.path().unlink()
-    user_table.forget()
+    assert user_table.table()  # the recipe is known, and what is wrong has to be set aside all the same
     with pytest.warns(RuntimeWarning, match="wrongly"):
         train(fusedres.patch(block()))
     assert served[OP] == {"reference"}
@@ -155,7 +154,10 @@ def test_a_process_that_cannot_begin_leaves_blocks_alone_and_says_so_once(patchi
     ) as warned:
         assert train(model) == "unfused"
     assert len(warned) == 1 and not served
-    assert fusedres.report(model).matched[-1].code == "not_measured_here:no candidate"
+    code = fusedres.report(model).matched[-1].code
+    assert (
+        code.startswith("not_measured_here:no kernel could be proved") and "no GPU for this process" in code
+    )
 
 
 def test_a_question_goes_to_the_process_and_back(patching):
