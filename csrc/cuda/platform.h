@@ -21,6 +21,13 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_
   return cudaGetLastError();
 }
 
+// threadIdx.x, read anew at every call: what is computed from it is not kept in registers through the loops before.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // The L2 eviction policy is an operand of the load or store: one instruction serves both policies, chosen per access.
 __device__ __forceinline__ uint64_t l2_policy(bool keep) {
   uint64_t first, normal;

@@ -62,6 +62,8 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_
   return emulator::run_grid(grid, block, [=] { kernel(args...); });
 }
 
+inline int thread_index() { return int(threadIdx.x); }
+
 inline uint64_t l2_policy(bool keep) { return keep; }
 
 inline void require_alignment(const void* address, size_t bytes) {

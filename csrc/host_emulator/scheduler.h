@@ -1,8 +1,9 @@
 // Runs a kernel's grid on the CPU, in a seeded random order of blocks and threads, several blocks in flight.
 //
 // What makes it find bugs: shared memory is an exact-size heap block full of NaN; every barrier is counted
-// per thread; a barrier that not all threads reach is a deadlock and is reported; under ThreadSanitizer only
-// barriers and fences order memory. An error prints what it found and aborts.
+// per thread; a barrier that not all threads reach is a deadlock and is reported, and so is an instruction of a whole
+// warp that not all of its lanes reach; an asynchronous copy lands at once or as late as it may; under ThreadSanitizer
+// only barriers and fences order memory. An error prints what it found and aborts.
 #pragma once
 
 #include <algorithm>
@@ -22,6 +23,14 @@ namespace fusedres::emulator {
 
 struct Block;
 
+// 16 bytes on their way into shared memory; those from `bytes` on become zeros.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  int group;
+};
+
 struct Thread : Fiber {
   Block* block = nullptr;
   uint3 index{};
@@ -29,11 +38,23 @@ struct Thread : Fiber {
   int barriers = 0;
   const uint64_t* waits_for = nullptr;  // the generation of a barrier, which was `seen` on arrival
   uint64_t seen = 0;
+  const char* waits_at = nullptr;
+  std::vector<Copy> copies;  // in flight, oldest first
+  int committed = 0;         // groups of copies
+};
+
+// An instruction that all lanes of a warp execute together, such as a product of tensor cores.
+struct Warp {
+  const char* instruction = nullptr;
+  int arrived = 0;
+  uint64_t generation = 0;
+  void* lanes[32] = {};  // what each lane brought
 };
 
 struct Block {
   uint3 index{};
   std::vector<Thread> threads;
+  std::vector<Warp> warps;
   int alive = 0;
   int arrived = 0;
   uint64_t generation = 0;
@@ -74,8 +95,8 @@ inline State& state() {
   for (const auto& block : state().resident)
     for (const Thread& thread : block->threads)
       if (!thread.done && thread.waits_for && shown++ < 4)
-        std::fprintf(stderr, "  block (%u, %u) thread %u waits at __syncthreads\n", block->index.x, block->index.y,
-                     thread.index.x);
+        std::fprintf(stderr, "  block (%u, %u) thread %u waits at %s\n", block->index.x, block->index.y, thread.index.x,
+                     thread.waits_at);
   std::fflush(stderr);
   std::abort();
 }
@@ -87,6 +108,17 @@ FUSEDRES_UNINSTRUMENTED inline void release_barrier_if_complete(Block& block) {
   }
 }
 
+// Returns when another thread has changed the generation.
+FUSEDRES_UNINSTRUMENTED inline void wait_for(const uint64_t& generation, uint64_t seen, const char* place) {
+  State& s = state();
+  Thread& me = *s.current;
+  me.seen = seen;
+  me.waits_for = &generation;
+  me.waits_at = place;
+  while (generation == seen) switch_fiber(me, s.caller, s.caller_stack, false);
+  me.waits_for = nullptr;
+}
+
 FUSEDRES_UNINSTRUMENTED inline void barrier() {
   State& s = state();
   Thread& me = *s.current;
@@ -94,12 +126,10 @@ FUSEDRES_UNINSTRUMENTED inline void barrier() {
   ++me.barriers;
   char* order = &block.order[block.generation & 1];
   release(order);
-  me.seen = block.generation;
-  me.waits_for = &block.generation;
+  const uint64_t seen = block.generation;
   ++block.arrived;
   release_barrier_if_complete(block);
-  while (block.generation == me.seen) switch_fiber(me, s.caller, s.caller_stack, false);
-  me.waits_for = nullptr;
+  wait_for(block.generation, seen, "__syncthreads");
   acquire(order);
 }
 
@@ -114,13 +144,19 @@ inline void* shared_array(const void* declaration, size_t bytes) {
   return memory.get();
 }
 
+inline bool has_copies(const Thread& thread) {
+  Quiet quiet;
+  return !thread.copies.empty();
+}
+
 FUSEDRES_UNINSTRUMENTED inline void run_thread() {
   State& s = state();
   entered(s.caller_stack);
   acquire(&s.begin);
   s.kernel();
-  release(&s.end);
   Thread& me = *s.current;
+  if (has_copies(me)) fail("a thread ended before its asynchronous copies did");
+  release(&s.end);
   me.done = true;
   me.block->alive--;
   release_barrier_if_complete(*me.block);
@@ -132,6 +168,7 @@ inline void add_block(unsigned number) {
   auto block = std::make_unique<Block>();
   block->index = uint3{number % s.grid.x, number / s.grid.x % s.grid.y, number / (s.grid.x * s.grid.y)};
   block->threads.resize(s.block.x);
+  block->warps.resize((s.block.x + 31) / 32);
   block->alive = int(s.block.x);
   for (unsigned i = 0; i < s.block.x; ++i) {
     Thread& thread = block->threads[i];
@@ -158,7 +195,7 @@ FUSEDRES_UNINSTRUMENTED inline void run_resident_blocks() {
       switch_fiber(s.caller, *thread, s.caller_stack, false);
     }
     running.erase(std::remove_if(running.begin(), running.end(), [](Thread* t) { return t->done; }), running.end());
-    if (!progress && !running.empty()) fail("deadlock: a barrier that not all threads of the block reach");
+    if (!progress && !running.empty()) fail("deadlock: a barrier that not all its threads reach");
   }
 }
 
