@@ -201,19 +201,27 @@ struct ConvBackwardInput {
   void* dx;                 // [N, height.in, width.in, in_channels]
 };
 
-// A 1x1 convolution without stride and padding, BN with known vectors, addition and ReLU.
+// A 1x1 convolution without padding, BN with known vectors, addition and ReLU.
 struct Conv1x1Forward {
   Dtype dtype;
-  int64_t rows, in_channels, out_channels;
-  const void* x;                // [P, in_channels]
-  const void* weight;           // [out_channels, in_channels]
-  const float* scale;           // [out_channels]
-  const float* shift;           // [out_channels]
-  const void* residual;         // like y, or null
-  const float* residual_scale;  // [out_channels], null with residual_shift: the residual as it is
-  const float* residual_shift;  // [out_channels]
+  int64_t rows, in_channels, out_channels;  // P, of y
+  const void* x;                            // [P, in_channels]; with strides [N, height.in, width.in, in_channels]
+  const void* weight;                       // [out_channels, in_channels]
+  const float* scale;                       // [out_channels], null with shift, on CUDA: 1 and 0
+  const float* shift;                       // [out_channels]
+  const void* residual;                     // like y, or null
+  const float* residual_scale;              // [out_channels], null with residual_shift: the residual as it is
+  const float* residual_shift;              // [out_channels]
   bool relu;
   void* y;  // [P, out_channels]
+  // CUDA alone
+  ConvAxis height = {}, width = {};  // not read without strides
+  const void* bias = nullptr;        // [out_channels] in dtype, or null
+  const float* in_scale = nullptr;   // [in_channels], null with in_shift: x itself, else relu(in_scale*x + in_shift)
+  const float* in_shift = nullptr;   // [in_channels]
+  uint8_t* mask = nullptr;           // [ceil(P*out_channels / 8)] of y, or null
+  float* mean = nullptr;             // [out_channels] of y, null with var: not wanted
+  float* var = nullptr;              // [out_channels] biased
 };
 
 // 3x3 convolutions without stride, with padding 1, in float32, by Winograd's algorithm F(tile x tile, 3x3): tile is 2

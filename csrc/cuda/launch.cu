@@ -30,11 +30,10 @@ cudaError_t current_device_limits(DeviceLimits* limits) {
   return cudaSuccess;
 }
 
-cudaError_t prepare_workspace(const Workspace& workspace, const TilePlan& plan, int values, cudaStream_t stream) {
-  if (plan.groups == 1) return cudaSuccess;
-  if (workspace.bytes < plan.workspace_bytes(values) || !aligned_to_16(workspace.data)) return cudaErrorInvalidValue;
+cudaError_t prepare_workspace(const Workspace& workspace, size_t bytes, int64_t counter_bytes, cudaStream_t stream) {
+  if (workspace.bytes < bytes || !aligned_to_16(workspace.data)) return cudaErrorInvalidValue;
   if (workspace.counters_are_zero) return cudaSuccess;
-  return cudaMemsetAsync(workspace.data, 0, size_t(plan.counter_bytes()), stream);
+  return cudaMemsetAsync(workspace.data, 0, size_t(counter_bytes), stream);
 }
 
 }  // namespace fusedres::cuda

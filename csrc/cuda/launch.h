@@ -34,6 +34,13 @@ cudaError_t for_dtype(Dtype dtype, Call call) {
   }
 }
 
+// The same for the dtypes of tensor cores' operands.
+template <class Call>
+cudaError_t for_half_dtype(Dtype dtype, Call call) {
+  if (dtype == Dtype::kFloat16) return call(Type<__half>{});
+  return dtype == Dtype::kBFloat16 ? call(Type<__nv_bfloat16>{}) : cudaErrorInvalidValue;
+}
+
 // Calls `call` with the window's size and stride as compile-time constants: 3 and 2, the stem's, or 0 and 0 for others.
 template <class Call>
 cudaError_t for_window(const Pooling& pooling, Call call) {
@@ -54,7 +61,17 @@ cudaError_t for_flag(bool flag, Call call) {
   return flag ? call(std::true_type{}) : call(std::false_type{});
 }
 
-// Checks the workspace, and clears its counters if they may not be zero. With one group a chunk it is not used.
-cudaError_t prepare_workspace(const Workspace& workspace, const TilePlan& plan, int values, cudaStream_t stream);
+// Checks that the workspace has `bytes`, and clears its counters, which come first, if they may not be zero.
+cudaError_t prepare_workspace(const Workspace& workspace, size_t bytes, int64_t counter_bytes, cudaStream_t stream);
+
+// With one group a chunk the workspace is not used.
+inline cudaError_t prepare_workspace(const Workspace& workspace, const TilePlan& plan, int values,
+                                     cudaStream_t stream) {
+  if (plan.groups == 1) return cudaSuccess;
+  return prepare_workspace(workspace, plan.workspace_bytes(values), plan.counter_bytes(), stream);
+}
+
+// mask [ceil(numel / 8)]: `not (y <= 0)` of y [numel], in a pass of its own.
+cudaError_t pack_mask(Dtype dtype, int64_t numel, const void* y, uint8_t* mask, cudaStream_t stream);
 
 }  // namespace fusedres::cuda

@@ -41,4 +41,8 @@ cudaError_t bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& a
                                             cudaStream_t stream);
 cudaError_t bn_relu_maxpool_backward_input(const BnReluMaxpoolBackwardInput& args, cudaStream_t stream);
 
+// The products take bfloat16 and float16, on devices of compute capability 8.0 and up.
+size_t conv1x1_forward_workspace(const Conv1x1Forward& args);
+cudaError_t conv1x1_forward(const Conv1x1Forward& args, const Workspace& workspace, cudaStream_t stream);
+
 }  // namespace fusedres::cuda

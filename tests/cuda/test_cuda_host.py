@@ -5,11 +5,11 @@ from dataclasses import replace
 import cuda_host_build
 import pytest
 import torch
-from cuda_host_cases import DTYPES, GROUPS, OPS, SEEDS, host_cases
+from cuda_host_cases import GROUPS, OPS, SEEDS, dtypes_of, host_cases
 from cuda_host_checks import check_folded, check_order
 from cuda_host_ops import HostCudaOps
+from every_raw_op import CHECKS
 from raw_op_cases import Case, Inputs
-from raw_op_checks import CHECKS
 
 from fusedres.ops.contract import BnAddReluForward
 from fusedres.ops.reference import pack_mask
@@ -30,7 +30,7 @@ def ops():
 @pytest.mark.filterwarnings("ignore:var_mean")
 def test_op(ops, op, case):
     """In every dtype."""
-    for dtype in DTYPES.values():
+    for dtype in dtypes_of(op).values():
         for seed in SEEDS:
             ops.module.seed(seed)
             CHECKS[op](ops, replace(case, dtype=dtype))

@@ -87,3 +87,25 @@ def test_partials_are_at_most_five_percent_of_the_tensor(host, rows, channels):
     plan = host.plan_tiles(rows, channels, 8, 4, 2, 132)
     assert plan.workspace_bytes(17) <= 0.05 * rows * channels * 2
     assert plan.chunks * plan.groups >= 132, "a multiprocessor without work"
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1, 1), (127, 128), (128, 129), (5000, 64), (0, 8), (2**36, 2048)]
+)
+@pytest.mark.parametrize("multiprocessors", (1, 7, 132))
+def test_products_have_every_tile_once(host, rows, columns, multiprocessors):
+    plan = host.plan_product(rows, columns, 72, multiprocessors)
+    assert plan.column_tiles == -(-columns // 128) and plan.row_tiles == -(-rows // 128)
+    assert 1 <= plan.groups <= max(1, min(plan.row_tiles, 65535)) and plan.steps() == 3
+    of_groups = [plan.rows_of_group(group) for group in range(plan.groups)]
+    assert sum(of_groups) == rows and all(of_groups) == (rows > 0)
+    if rows < 10**4:
+        for group, found in enumerate(of_groups):
+            assert found == sum(plan.rows_of_tile(t) for t in range(group, plan.row_tiles, plan.groups))
+
+
+def test_partial_results_of_products_do_not_overlap(host):
+    plan = host.plan_product(5000, 300, 64, 7)
+    places = [plan.partial_of(c, g) for c in range(plan.column_tiles) for g in range(plan.groups)]
+    assert sorted(places) == list(range(0, 256 * len(places), 256))
+    assert plan.workspace_bytes() == 256 + 8 * 256 * len(places)

@@ -7,6 +7,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(cuda_resources.nvcc_release() is None, reason="no nvcc here")
 
+PRODUCT_KERNELS = ("conv1x1_forward_kernel",)
+
 
 @pytest.fixture(scope="module")
 def kernels():
@@ -20,20 +22,32 @@ def test_no_kernel_spills(kernels):
 
 def test_bandwidth_kernels_load_16_bytes_at_a_time_and_two_ahead(kernels):
     by_packets = [
-        k for k in kernels if re.search(r"<\w+, (8|true)\b", k.name) or k.name.startswith("relu_backward")
+        k
+        for k in kernels
+        if not k.products and (re.search(r"<\w+, (8|true)\b", k.name) or k.name.startswith("relu_backward"))
     ]
     assert len(by_packets) > len(kernels) / 3
     assert not [k for k in by_packets if k.loads_of_16_bytes < 2]
 
 
-def test_the_disassembler_sees_the_same_wide_loads(kernels):
-    """On each architecture, in one source with packets and one with tiles."""
-    cubins = [c for c in cuda_resources.compile_all() if c.name.startswith(("relu_backward", "bn_stats"))]
-    assert len(cubins) == 2 * len(cuda_resources.ARCHITECTURES)
+def test_products_run_on_tensor_cores(kernels):
+    """A step of one tile is 32 products of a warp, and nothing else is one."""
+    products = [k for k in kernels if k.products]
+    assert {k.name.split("<")[0] for k in products} == set(PRODUCT_KERNELS)
+    assert {k.products for k in products} == {32}
+    two_blocks = 65536 // (2 * 256)  # registers of a thread
+    assert all(k.registers <= two_blocks and k.shared_bytes <= 48 << 10 for k in products)
+
+
+def test_the_disassembler_sees_the_same_instructions(kernels):
+    """On each architecture, in one source with packets, one with tiles and one with products."""
+    sources = "relu_backward.", "bn_stats.", "conv1x1_forward."
+    cubins = [c for c in cuda_resources.compile_all() if c.name.startswith(sources)]
+    assert len(cubins) == 3 * len(cuda_resources.ARCHITECTURES)
     for cubin in cubins:
-        loads = cuda_resources.disassembled_wide_loads(cubin)
-        assert loads == cuda_resources.wide_loads(cubin.read_bytes()), cubin.name
-        assert sum(loads.values()) > 0
+        found = cuda_resources.counts(cubin.read_bytes())
+        assert found == cuda_resources.disassembled_counts(cubin), cubin.name
+        assert sum(sum(kernel.values()) for kernel in found.values()) > 0
 
 
 def test_resources_are_those_of_the_table(kernels):

@@ -5,6 +5,7 @@
 
 #include "../../csrc/cuda/launchers.h"
 #include "../../csrc/cuda/plan.h"
+#include "../../csrc/cuda/product_plan.h"
 #include "../../csrc/host_emulator/scheduler.h"
 #include "../../csrc/ops.h"
 
@@ -109,6 +110,20 @@ void bind_stem(py::module_& m) {
   ADDRESS(input, I, dy), ADDRESS(input, I, indices), ADDRESS(input, I, c), ADDRESS(input, I, dc);
 }
 
+void bind_convolutions(py::module_& m) {
+  py::class_<ConvAxis>(m, "ConvAxis").def(py::init([](int64_t in, int64_t out, int64_t stride) {
+    return ConvAxis{in, out, 1, stride, 0, 1};
+  }));
+  using F = Conv1x1Forward;
+  py::class_<F> forward(m, "Conv1x1Forward");
+  forward.def(py::init<>()) VALUE(F, dtype) VALUE(F, rows) VALUE(F, in_channels) VALUE(F, out_channels) VALUE(F, relu)
+      VALUE(F, height) VALUE(F, width);
+  ADDRESS(forward, F, x), ADDRESS(forward, F, weight), ADDRESS(forward, F, scale), ADDRESS(forward, F, shift);
+  ADDRESS(forward, F, residual), ADDRESS(forward, F, residual_scale), ADDRESS(forward, F, residual_shift);
+  ADDRESS(forward, F, y), ADDRESS(forward, F, bias), ADDRESS(forward, F, in_scale), ADDRESS(forward, F, in_shift);
+  ADDRESS(forward, F, mask), ADDRESS(forward, F, mean), ADDRESS(forward, F, var);
+}
+
 template <class Args>
 void launcher(py::module_& m, const char* name, cudaError_t (*launch)(const Args&, cudaStream_t)) {
   m.def(name, [launch](const Args& args) { return int(launch(args, nullptr)); });
@@ -149,6 +164,18 @@ void bind_plans(py::module_& m) {
   m.def("plan_tiles", [](int64_t rows, int64_t channels, int vector, int unroll, int blocks, int multiprocessors) {
     return plan_tiles({rows, channels, vector, unroll, blocks, 2}, {multiprocessors, 50 << 20});
   });
+  py::class_<ProductPlan>(m, "ProductPlan")
+      .def_readonly("column_tiles", &ProductPlan::column_tiles)
+      .def_readonly("row_tiles", &ProductPlan::row_tiles)
+      .def_readonly("groups", &ProductPlan::groups)
+      .def("steps", &ProductPlan::steps)
+      .def("rows_of_tile", &ProductPlan::rows_of_tile)
+      .def("rows_of_group", &ProductPlan::rows_of_group)
+      .def("partial_of", &ProductPlan::partial_of)
+      .def("workspace_bytes", &ProductPlan::workspace_bytes);
+  m.def("plan_product", [](int64_t rows, int64_t columns, int64_t depth, int multiprocessors) {
+    return plan_product(rows, columns, depth, {multiprocessors, 50 << 20});
+  });
 }
 
 }  // namespace
@@ -157,6 +184,7 @@ PYBIND11_MODULE(fusedres_cuda_host, m) {
   bind_vectors(m);
   bind_bn(m);
   bind_stem(m);
+  bind_convolutions(m);
   bind_plans(m);
   launcher(m, "bn_scale_shift", bn_scale_shift);
   launcher(m, "bn_backward_coefficients", bn_backward_coefficients);
@@ -168,6 +196,8 @@ PYBIND11_MODULE(fusedres_cuda_host, m) {
   launcher(m, "bn_relu_maxpool_forward", bn_relu_maxpool_forward);
   launcher(m, "bn_relu_maxpool_backward_reduce", bn_relu_maxpool_backward_reduce);
   launcher(m, "bn_relu_maxpool_backward_input", bn_relu_maxpool_backward_input);
+  launcher(m, "conv1x1_forward", conv1x1_forward);
+  m.def("conv1x1_forward_workspace", conv1x1_forward_workspace);
   m.def("bn_stats_workspace", bn_stats_workspace);
   m.def("bn_add_relu_backward_reduce_workspace", bn_add_relu_backward_reduce_workspace);
   m.def("bn_relu_maxpool_backward_reduce_workspace", bn_relu_maxpool_backward_reduce_workspace);

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import raw_op_checks
 import torch
-from raw_op_cases import Case, cases_of
-from raw_op_checks import CHECKS
+from every_raw_op import FORMS, cases_of
+from raw_op_cases import Case
 
 LIBRARY = ("conv_backward_input", "conv_backward_weight")
-OPS = [op for op in CHECKS if op not in LIBRARY]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BN_OPS = [op for op in raw_op_checks.CHECKS if op not in LIBRARY]
+PRODUCTS = ["conv1x1_forward"]  # on tensor cores
+OPS = BN_OPS + PRODUCTS
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, **HALF_DTYPES}
 SEEDS = (1, 2, 3)
 # several blocks for the last one to merge, with packets and with single channels
 GROUPS = (Case("groups", (2, 256, 5, 9)), Case("groups_C129", (2, 129, 5, 9)), Case("rows", (3, 8, 20, 30)))
@@ -19,12 +23,43 @@ GROUPS = (Case("groups", (2, 256, 5, 9)), Case("groups_C129", (2, 129, 5, 9)), C
 # channels for packets where no packet may be loaded at once
 UNALIGNED = Case("offset_C24", (1, 24, 3, 5), "offset")
 
+# of a product: one block and one step; several steps and columns of tiles, with single channels and with packets;
+# several tiles of rows for each of several blocks
+EVERY_FORM = ("C17to24", "C130to33", "C40to136", "P1100")
+# under ThreadSanitizer: several blocks to merge, both ways to load, ragged ends, an unaligned start, hardly anything
+# and nothing at all
+RACES = ("groups", "groups_C129", "offset_C24", "C1", "C3", "C8", "nan_inf", "P1", "N0")
+# every kernel, with several steps, blocks and tiles of a block
+PRODUCT_RACES = {
+    "conv1x1_forward": (
+        "C130to33-prologue_projection_mask",
+        "C40to136-prologue_stats",
+        "C40to136-raw",
+        "P1100-bias_stats",
+        "N0-prologue_projection_mask",
+    ),
+}
+
+
+def runs_under_thread_sanitizer(op: str, case: Case) -> bool:
+    return str(case) in PRODUCT_RACES[op] if op in PRODUCTS else case.id in RACES
+
+
+def dtypes_of(op: str) -> dict[str, torch.dtype]:
+    return HALF_DTYPES if op in PRODUCTS else DTYPES
+
+
+def product_cases(op: str) -> list[Case]:
+    """Every form on some shapes, and the first form on every shape and value."""
+    return [case for case in cases_of(op) if case.form == FORMS[op][0] or case.id in EVERY_FORM]
+
 
 def host_cases(op: str) -> list[Case]:
     """Every form of the op, on every shape and value that the front hands on as it is; the widest come first."""
-    cases = list(cases_of(op))
-    forms = dict.fromkeys(case.form for case in cases)
-    more = [replace(case, form=form) for case in (*GROUPS, UNALIGNED) for form in forms]
-    return [
-        case for case in more + cases if case.layout in ("channels_last", "offset")
-    ]  # it makes others dense
+    if op in PRODUCTS:
+        cases = product_cases(op)
+    else:
+        cases = list(cases_of(op))
+        forms = dict.fromkeys(case.form for case in cases)
+        cases = [replace(case, form=form) for case in (*GROUPS, UNALIGNED) for form in forms] + cases
+    return [case for case in cases if case.layout in ("channels_last", "offset")]  # it makes others dense

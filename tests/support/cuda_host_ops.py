@@ -20,6 +20,8 @@ from fusedres.ops.contract import (
     BnReluMaxpoolForward,
     BnScaleShift,
     BnStats,
+    Conv1x1Forward,
+    ConvOutput,
     RawOp,
     ReluBackward,
     op_name,
@@ -246,3 +248,31 @@ class HostCudaOps:
         args = self._args("BnReluMaxpoolBackwardInput", **inputs, grads=self._grads(grads), dc=dc)
         self._launch("bn_relu_maxpool_backward_input", args)
         return dc
+
+    # ---------------------------------------------------------------- convolutions
+
+    def conv1x1_forward(self, op: Conv1x1Forward) -> ConvOutput:
+        x, weight, residual = dense(op.x), dense(op.weight), dense(op.residual)
+        n, cin, height, width = x.shape
+        cout = weight.shape[0]
+        sides = [(side - 1) // op.stride + 1 for side in (height, width)]
+        y = torch.empty((n, cout, *sides), dtype=x.dtype, memory_format=CHANNELS_LAST)
+        mask = torch.empty(-(-y.numel() // 8), dtype=torch.uint8) if op.save_mask else None
+        mean, var = (torch.empty(cout) if op.save_stats else None for _ in range(2))
+        given = op._asdict() | {"x": x, "weight": weight, "residual": residual}
+        args = self._args(
+            "Conv1x1Forward",
+            **{name: given[name] for name in given if name not in ("stride", "save_mask", "save_stats")},
+            dtype=self._dtype(x),
+            rows=n * sides[0] * sides[1],
+            in_channels=cin,
+            out_channels=cout,
+            height=self.module.ConvAxis(height, sides[0], op.stride),
+            width=self.module.ConvAxis(width, sides[1], op.stride),
+            y=y,
+            mask=mask,
+            mean=mean,
+            var=var,
+        )
+        self._reduce("conv1x1_forward", args, args, (y, mean, var))
+        return ConvOutput(y, mask, mean, var)

@@ -1,4 +1,4 @@
-"""What nvcc makes of each CUDA kernel: registers, shared memory, spills, and wide loads in the machine code.
+"""What nvcc makes of each CUDA kernel: registers, shared memory, spills, wide loads and products in the machine code.
 
 python tests/support/cuda_resources.py        rewrites cuda_resources.csv, which CI compares with a fresh build
 """
@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ class Kernel(NamedTuple):
     shared_bytes: int
     spill_bytes: int  # stores and loads
     loads_of_16_bytes: int  # LDG.E.128 instructions
+    products: int  # HMMA instructions: of 16 x 8 x 16, by tensor cores
 
 
 def nvcc_release() -> str | None:
@@ -62,11 +64,8 @@ def compile_all() -> list[Path]:
     return cubins
 
 
-def wide_loads(cubin: bytes) -> dict[str, int]:
-    """LDG.E.128 instructions of each kernel, by mangled name.
-
-    An instruction has 128 bits: opcode in bits 0-11 (0x981: LDG), access size in bits 73-75 (6: 16 bytes).
-    """
+def instructions(cubin: bytes) -> dict[str, list[tuple[int, int]]]:
+    """Of each kernel, by mangled name: an instruction has 128 bits, the low and the high half."""
     header_offset, header_size, count, names = struct.unpack_from("<Q10xHHH", cubin, 40)
     headers = [struct.unpack_from("<II16xQQ", cubin, header_offset + i * header_size) for i in range(count)]
     strings = headers[names][2]
@@ -75,9 +74,27 @@ def wide_loads(cubin: bytes) -> dict[str, int]:
         end = cubin.index(b"\0", strings + name_offset)
         name = cubin[strings + name_offset : end].decode()
         if name.startswith(".text."):
-            words = struct.iter_unpack("<QQ", cubin[offset : offset + size])
-            found[name[6:]] = sum(low & 0xFFF == 0x981 and high >> 9 & 7 == 6 for low, high in words)
+            found[name[6:]] = list(struct.iter_unpack("<QQ", cubin[offset : offset + size]))
     return found
+
+
+# by what they count: the instruction as the disassembler writes it, and its test; the opcode is in bits 0-11
+COUNTED: dict[str, tuple[str, Callable[[int, int], bool]]] = {
+    # access size in bits 73-75, 6: 16 bytes
+    "loads_of_16_bytes": (
+        r"\bLDG\.E\S*\.128\b",
+        lambda low, high: low & 0xFFF == 0x981 and high >> 9 & 7 == 6,
+    ),
+    "products": (r"\bHMMA\.16816\b", lambda low, high: low & 0xFFF == 0x23C),
+}
+
+
+def counts(cubin: bytes) -> dict[str, dict[str, int]]:
+    """By mangled name, how many instructions of each kind of COUNTED a kernel has."""
+    return {
+        name: {what: sum(test(*i) for i in code) for what, (_, test) in COUNTED.items()}
+        for name, code in instructions(cubin).items()
+    }
 
 
 def toolkit_program(name: str) -> str:
@@ -88,14 +105,14 @@ def toolkit_program(name: str) -> str:
     return shutil.which(name) or str(shipped)
 
 
-def disassembled_wide_loads(cubin: Path) -> dict[str, int]:
-    """`wide_loads` by NVIDIA's disassembler."""
+def disassembled_counts(cubin: Path) -> dict[str, dict[str, int]]:
+    """`counts` by NVIDIA's disassembler."""
     command = [toolkit_program("nvdisasm"), "--print-code", str(cubin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^\.text\.(\S+):$", text, flags=re.MULTILINE)[1:]
     return {
-        n: len(re.findall(r"\bLDG\.E\S*\.128\b", body))
-        for n, body in zip(parts[::2], parts[1::2], strict=True)
+        name: {what: len(re.findall(pattern, body)) for what, (pattern, _) in COUNTED.items()}
+        for name, body in zip(parts[::2], parts[1::2], strict=True)
     }
 
 
@@ -110,14 +127,14 @@ def measure() -> list[Kernel]:
     kernels = []
     for cubin in compile_all():
         arch, log = cubin.suffixes[0][1:], Path(f"{cubin}.log").read_text()
-        loads = wide_loads(cubin.read_bytes())
+        counted = counts(cubin.read_bytes())
         parts = re.split(r"Function properties for (\S+)", log)[1:]
         names = readable(parts[::2])
         for mangled, name, text in zip(parts[::2], names, parts[1::2], strict=True):
             spills = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
             registers, *_ = map(int, re.findall(r"Used (\d+) registers", text))
             shared = sum(map(int, re.findall(r"(\d+) bytes smem", text)))
-            kernels.append(Kernel(arch, name, registers, shared, spills, loads[mangled]))
+            kernels.append(Kernel(arch, name, registers, shared, spills, **counted[mangled]))
     return sorted(kernels)
 
 

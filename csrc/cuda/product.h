@@ -1,0 +1,193 @@
+// A tile of a product of 16-bit operands, [128, depth] times [depth, 128], by tensor cores: its operands in shared
+// memory, in a ring of steps of 32 of the inner dimension, and the loop over the steps.
+//
+// An operand arrives in chunks of 8 elements, 16 bytes. A thread loads the same two chunks of each step, and it alone
+// changes them before the product: the prologue, which is applied once to an element.
+#pragma once
+
+#include "bn_math.h"
+#include "product_plan.h"
+#include "tensor_core.h"
+
+namespace fusedres::cuda {
+
+constexpr int kOperandElements = kProductSide * kProductDepth;
+constexpr int kChunksOfThread = kOperandElements / kPacket / kProductThreads;  // 2
+constexpr int kRing = 3;  // steps: one is multiplied, one prepared, one loaded
+constexpr int kProductWords = kRing * 2 * kOperandElements / kPacket;  // of 16 bytes, 48 KiB
+
+// Where an operand's chunks lie. Chunks of one bank that a fragment's load would read together are kept apart by an
+// exclusive or with the row.
+struct DepthInside {  // [128][32]: the inner dimension is contiguous in memory
+  static constexpr int kChunks = kProductDepth / kPacket;
+  __device__ static __forceinline__ int place(int row, int chunk) {
+    return row * kProductDepth + (chunk ^ (row >> 1 & 3)) * kPacket;
+  }
+  // of the chunk that a lane gives for four 8x8 matrices from `side` and `depth` on, see load_matrices
+  static constexpr bool kTransposed = false;
+  __device__ static __forceinline__ int left_place(int side, int depth, int lane) {
+    return place(side + lane % 16, depth / kPacket + lane / 16);
+  }
+  __device__ static __forceinline__ int right_place(int side, int depth, int lane) {
+    return place(side + lane % 8 + lane / 16 * 8, depth / kPacket + lane / 8 % 2);
+  }
+};
+struct DepthOutside {  // [32][128]
+  static constexpr int kChunks = kProductSide / kPacket;
+  __device__ static __forceinline__ int place(int row, int chunk) {
+    return row * kProductSide + (chunk ^ (row & 7)) * kPacket;
+  }
+  static constexpr bool kTransposed = true;
+  __device__ static __forceinline__ int left_place(int side, int depth, int lane) {
+    return place(depth + lane % 8 + lane / 16 * 8, side / kPacket + lane / 8 % 2);
+  }
+  __device__ static __forceinline__ int right_place(int side, int depth, int lane) {
+    return place(depth + lane % 16, side / kPacket + lane / 16);
+  }
+};
+
+// One thread's chunks of an operand: chunk `column` of rows first, first + step.
+template <class Layout>
+struct ChunkThread {
+  static constexpr int kRowStep = kProductThreads / Layout::kChunks;
+  int row, column;
+
+  __device__ __forceinline__ explicit ChunkThread(int thread)
+      : row(thread / Layout::kChunks), column(thread % Layout::kChunks) {}
+
+  __device__ __forceinline__ int row_of(int i) const { return row + i * kRowStep; }
+  __device__ __forceinline__ int place(int i) const { return Layout::place(row_of(i), column); }
+};
+
+// A chunk in shared memory, in one access.
+template <class T>
+__device__ __forceinline__ Packet<T, kPacket> read_chunk(const T* from) {
+  const uint4 word = *reinterpret_cast<const uint4*>(from);
+  Packet<T, kPacket> chunk;
+  memcpy(&chunk, &word, sizeof chunk);
+  return chunk;
+}
+template <class T>
+__device__ __forceinline__ void store_chunk(T* to, const Packet<T, kPacket>& chunk) {
+  uint4 word;
+  memcpy(&word, &chunk, sizeof word);
+  *reinterpret_cast<uint4*>(to) = word;
+}
+
+// Loads a chunk into shared memory. Of its elements the first `valid` exist, others become 0.
+// packets: the operand's rows are made of whole chunks, at multiples of 16 bytes
+template <class T>
+__device__ __forceinline__ void load_chunk(T* to, const T* from, int valid, bool packets) {
+  if (packets) return start_copy_of_16_bytes(to, from, valid > 0 ? 16 : 0);
+#pragma unroll 1
+  for (int i = 0; i < kPacket; ++i) to[i] = i < valid ? from[i] : round_to<T>(0.f);
+}
+
+// A packet in global memory of which the first `valid` elements exist; others are read as 0, and not written.
+// packets: as for load_chunk
+template <class T>
+__device__ __forceinline__ Packet<T, kPacket> load_part(const T* from, int valid, bool packets) {
+  if (packets) return load_packet(from, l2_policy(false));
+  Packet<T, kPacket> out;
+#pragma unroll
+  for (int i = 0; i < kPacket; ++i) out.value[i] = i < valid ? from[i] : round_to<T>(0.f);
+  return out;
+}
+template <class T>
+__device__ __forceinline__ void store_part(T* to, const Packet<T, kPacket>& packet, int valid, bool packets) {
+  if (packets) return store_packet(to, packet, l2_policy(true));
+#pragma unroll
+  for (int i = 0; i < kPacket; ++i)
+    if (i < valid) to[i] = packet.value[i];
+}
+
+// relu(scale*c + shift) of one value, rounded.
+template <class T>
+__device__ __forceinline__ T activate(T c, float scale, float shift) {
+  const T rounded = round_to<T>(affine(to_float(c), scale, shift));
+  return passes(to_float(rounded)) ? rounded : round_to<T>(0.f);
+}
+
+// The same of a chunk in shared memory, in its place.
+template <class T>
+__device__ __forceinline__ void activate_chunk(T* at, const float (&scale)[kPacket], const float (&shift)[kPacket]) {
+  Packet<T, kPacket> chunk = read_chunk(at);
+#pragma unroll
+  for (int i = 0; i < kPacket; ++i) chunk.value[i] = activate(chunk.value[i], scale[i], shift[i]);
+  store_chunk(at, chunk);
+}
+
+// Eight values of a channel vector, 0 past its end.
+__device__ __forceinline__ void load_vector_chunk(float (&out)[kPacket], const float* vector, int first, int channels,
+                                                  bool packets) {
+  if (packets && first < channels) return load_vector(out, vector, first);
+#pragma unroll
+  for (int i = 0; i < kPacket; ++i) out[i] = first + i < channels ? vector[first + i] : 0.f;
+}
+
+// The accumulators of one thread: its warp has 64 rows and 32 columns of the tile, as 4 x 4 fragments.
+struct Accumulators {
+  float value[4][4][4];
+
+  static constexpr int kWarpRows = 64, kWarpColumns = 32;
+  __device__ static __forceinline__ int first_row(int thread) { return thread / 128 * kWarpRows; }
+  __device__ static __forceinline__ int first_column(int thread) { return thread / 32 % 4 * kWarpColumns; }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) value[i / 16][i / 4 % 4][i % 4] = 0.f;
+  }
+};
+
+// acc += left right, for one step
+template <class Left, class Right, class T>
+__device__ __forceinline__ void multiply_step(Accumulators& acc, const T* left, const T* right) {
+  const int thread = int(threadIdx.x), lane = thread % 32;
+#pragma unroll
+  for (int depth = 0; depth < kProductDepth; depth += 16) {
+    uint32_t b[2][4];
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      load_matrices<Right::kTransposed>(
+          b[j], right + Right::right_place(Accumulators::first_column(thread) + 16 * j, depth, lane));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t a[4];
+      load_matrices<Left::kTransposed>(a,
+                                       left + Left::left_place(Accumulators::first_row(thread) + 16 * i, depth, lane));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) multiply_add<T>(acc.value[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
+  }
+}
+
+// Runs the steps of one tile. load(step, left, right) starts a thread's copies into two operands [128 * 32];
+// prepare(step, left, right) changes what this thread has copied; multiply(left, right) follows for all threads.
+// ring: kProductWords of shared memory, which nobody reads any more when this returns
+template <class T, class Load, class Prepare, class Multiply>
+__device__ __forceinline__ void run_steps(T* ring, int steps, Load load, Prepare prepare, Multiply multiply) {
+  const auto left = [&](int slot) { return ring + slot * 2 * kOperandElements; };
+  const auto right = [&](int slot) { return left(slot) + kOperandElements; };
+  const auto start = [&](int step, int slot) {
+    if (step < steps) load(step, left(slot), right(slot));
+    commit_copies();  // an empty group too: waits count groups
+  };
+  start(0, 0);
+  start(1, 1);
+  wait_for_copies<1>();
+  if (steps > 0) prepare(0, left(0), right(0));
+  int slot = 0;
+  for (int step = 0; step < steps; ++step) {
+    const int next = slot == kRing - 1 ? 0 : slot + 1, after = next == kRing - 1 ? 0 : next + 1;
+    __syncthreads();  // this step is prepared, and nobody reads the step before it, whose place is loaded again
+    start(step + 2, after);
+    multiply(left(slot), right(slot));
+    wait_for_copies<1>();
+    if (step + 1 < steps) prepare(step + 1, left(next), right(next));
+    slot = next;
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+}
+
+}  // namespace fusedres::cuda
