@@ -72,10 +72,12 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "conv_backward_weight(Tensor dy, Tensor x, int kernel_height, int kernel_width, int stride_height,"
       " int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width) -> Tensor");
-  // for inference; the convolution has no stride
+  // on the CPU for inference: no bias, stride, prologue, mask and statistics
   m.def(
-      "conv1x1_forward(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
-      " Tensor? residual_shift, bool relu) -> Tensor");
+      "conv1x1_forward(Tensor x, Tensor weight, Tensor? bias=None, int stride=1, Tensor? in_scale=None,"
+      " Tensor? in_shift=None, Tensor? scale=None, Tensor? shift=None, Tensor? residual=None,"
+      " Tensor? residual_scale=None, Tensor? residual_shift=None, bool relu=False, bool save_mask=False,"
+      " bool save_stats=False) -> (Tensor y, Tensor? mask, Tensor? mean, Tensor? var)");
   m.def("conv_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask) -> Tensor");
   // for a convolution with stride; adds to dx
   m.def("conv_backward_input_(Tensor(a!) dx, Tensor dy, Tensor weight, int stride_height, int stride_width) -> ()");

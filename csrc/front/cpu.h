@@ -40,6 +40,13 @@ struct Cpu {
     fail(op, name, dtype_name(t.scalar_type()), "float32 on this processor", "convert it, or use backend='reference'");
   }
 
+  // inference: a convolution with no more than BN with known vectors, addition and ReLU.
+  static void check_form(const char* op, bool inference) {
+    if (inference) return;
+    fail(op, "the call", "one of training", "scale and shift, and no bias, stride, prologue, mask and statistics",
+         "use backend='reference'");
+  }
+
   static void launch(const BnScaleShift& args) { cpu::bn_scale_shift(args); }
   static void launch(const BnBackwardCoefficients& args) { cpu::bn_backward_coefficients(args); }
   static void launch(const BnStats& args) { cpu::bn_stats(args); }

@@ -84,10 +84,20 @@ Parameter Cuda::parameter_of(const char* op, const char* name, const OptionalTen
   return {v->const_data_ptr(), v->scalar_type() == ScalarType::Double ? Dtype::kFloat64 : dtype_of(op, name, *v)};
 }
 
+void Cuda::check_convolutions(const char* op, const char* name, const Tensor& t) {
+  if (t.scalar_type() != ScalarType::Half && t.scalar_type() != ScalarType::BFloat16) {
+    fail(op, name, dtype_name(t.scalar_type()), "float16 or bfloat16", "convert it, or use backend='reference'");
+  }
+  if (t.size(1) > cuda::kMaxChannels) {
+    fail(op, name, std::to_string(t.size(1)) + " channels", "at most 2^30", "use backend='reference'");
+  }
+}
+
 // torch allocates the scratch. It is given back at once, and only later work of this stream reuses it.
 template <class Args>
 void Cuda::launch_in_scratch(const Args& args, size_t bytes,
                              cudaError_t (*launcher)(const Args&, const cuda::Workspace&, cudaStream_t)) const {
+  if (bytes == 0) return check_launch(op_, launcher(args, {nullptr, 0, false}, stream_));
   const Tensor scratch = new_bytes(first_, int64_t(bytes));
   check_launch(op_, launcher(args, {scratch.mutable_data_ptr(), bytes, false}, stream_));
 }
@@ -117,6 +127,9 @@ void Cuda::launch(const BnReluMaxpoolBackwardReduce& args) const {
 }
 void Cuda::launch(const BnReluMaxpoolBackwardInput& args) const {
   check_launch(op_, cuda::bn_relu_maxpool_backward_input(args, stream_));
+}
+void Cuda::launch(const Conv1x1Forward& args) const {
+  launch_in_scratch(args, cuda::conv1x1_forward_workspace(args), cuda::conv1x1_forward);
 }
 
 }  // namespace fusedres::front

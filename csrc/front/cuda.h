@@ -27,6 +27,10 @@ class Cuda {
   // A parameter may have any floating dtype, float64 too.
   static Parameter parameter_of(const char* op, const char* name, const OptionalTensor& v, int64_t channels);
 
+  // Fails where there are no tensor cores' products of t's dtype, or numbers of channels would pass 32 bits.
+  static void check_convolutions(const char* op, const char* name, const Tensor& t);
+  static void check_form(const char*, bool) {}
+
   void launch(const BnScaleShift& args) const;
   void launch(const BnBackwardCoefficients& args) const;
   void launch(const BnStats& args) const;
@@ -37,6 +41,7 @@ class Cuda {
   void launch(const BnReluMaxpoolForward& args) const;
   void launch(const BnReluMaxpoolBackwardReduce& args) const;
   void launch(const BnReluMaxpoolBackwardInput& args) const;
+  void launch(const Conv1x1Forward& args) const;
 
  private:
   template <class Args>

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -55,7 +55,10 @@ LOADERS: dict[str, Callable[[], Backend]] = {
 }
 
 # in place of its loader, where a caller named no backend: what is known to be no slower
-AUTO_LOADERS: dict[str, Callable[[], Backend]] = {"triton": _load_measured_triton}
+AUTO_LOADERS: dict[str, Callable[[], Backend]] = {
+    library.NAME: partial(functions.backend, measured=True),
+    "triton": _load_measured_triton,
+}
 
 # for a backend that is absent: raises BackendUnavailableError with the reason
 REQUIREMENTS: dict[str, Callable[[], None]] = {library.NAME: library.load}
@@ -153,7 +156,8 @@ def _dispatcher(name: str) -> Dispatcher:
     else:
         backends = [LOADERS[n]() for n in dict.fromkeys((base, REFERENCE.name))]
     if base != name:
-        backends = [functions.backend(strict=True) if b.name == library.NAME else b for b in backends]
+        strict = partial(functions.backend, strict=True, measured=base == AUTO)
+        backends = [strict() if b.name == library.NAME else b for b in backends]
     return Dispatcher(tuple(backends))
 
 

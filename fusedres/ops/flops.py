@@ -75,8 +75,8 @@ def conv1x1_gram_backward_input(dy: Shape, c: Shape, training: bool) -> int:
 # ---------------------------------------------------------------- the native library's operators
 
 
-def conv1x1_forward(x: Shape, weight: Shape, *rest: Any, out_shape: Shape) -> int:
-    return convolution(x, weight, out_shape)
+def conv1x1_forward(x: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Any]) -> int:
+    return convolution(x, weight, out_shape[0])
 
 
 def conv_backward_input(dy: Shape, weight: Shape, *rest: Any, out_shape: Shape) -> int:

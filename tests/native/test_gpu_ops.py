@@ -5,17 +5,19 @@ Without one the same kernels run in a host build (`test_cuda_host.py`) and inter
 
 from dataclasses import replace
 
+import every_raw_op
 import pytest
 import torch
 from conv1x1_cases import ConvCase
+from cuda_host_cases import HALF_DTYPES, PRODUCTS
 from raw_op_cases import cases_of
 from raw_op_checks import CHECKS
 from test_native_ops import Recorder, expected_backend
 from triton_interpreted_ops import check, selected
 
+from fusedres.ops import triton_reasons
 from fusedres.ops.contract import RAW_OPS
 from fusedres.ops.dispatch import LOADERS
-from fusedres.ops.triton_reasons import PRODUCTS
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -27,7 +29,7 @@ NATIVE = [(op, case) for op in CHECKS if not op.startswith("conv") for case in c
 
 
 def left_to_the_reference(op, case):
-    return RAW_OPS.get(op) in PRODUCTS and case.dtype == torch.float32
+    return RAW_OPS.get(op) in triton_reasons.PRODUCTS and case.dtype == torch.float32
 
 
 @pytest.mark.skipif("native" not in LOADERS, reason="no compiled library in this installation")
@@ -38,6 +40,19 @@ def test_native(op, case, dtype):
     CHECKS[op](ops, case)
     if op != "bn_layer":
         assert {name for called, name in ops.served if called == op} == {expected_backend(op, case)}
+
+
+CONVOLUTIONS = [(op, case) for op in PRODUCTS for case in every_raw_op.cases_of(op)]
+
+
+@pytest.mark.skipif("native" not in LOADERS, reason="no compiled library in this installation")
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize(("op", "case"), CONVOLUTIONS, ids=[f"{op}-{case}" for op, case in CONVOLUTIONS])
+def test_native_products(op, case, dtype):
+    ops = Recorder()
+    every_raw_op.CHECKS[op](ops, replace(case, dtype=HALF_DTYPES[dtype], device=DEVICE))
+    if case.layout in ("channels_last", "offset"):
+        assert {name for called, name in ops.served if called == op} == {"native"}
 
 
 MANY_ROWS = ConvCase("P200704", (64, 64, 56, 56), form="mask_center", cout=64, dy_mean=1.0)

@@ -114,6 +114,9 @@ def test_product_of_more_than_it_sums_at_once(form, dtype):
         ({"residual": torch.zeros(2, 16, 5, 6)}, r"residual is \[2, 16, 5, 6\]"),
         ({"residual_shift": None}, "residual_scale, residual_shift is given in part"),
         ({"residual": None}, "residual_scale is without residual"),
+        ({"stride": 0}, r"stride is 0, needed from 1 to 2\^20"),
+        ({"bias": torch.zeros(16)}, "the call is one of training, needed scale and shift, and no bias"),
+        ({"scale": None, "shift": None}, "the call is one of training"),
     ],
 )
 def test_product_says_what_is_wrong(change, message):
@@ -128,7 +131,7 @@ def test_product_says_what_is_wrong(change, message):
         "residual_shift": vector,
     } | change
     for name, value in args.items():
-        if value is not None and value.dim() == 4:
+        if isinstance(value, torch.Tensor) and value.dim() == 4:
             args[name] = value.contiguous(memory_format=torch.channels_last)
     library.load()
     with pytest.raises(RuntimeError, match=message):
@@ -152,7 +155,7 @@ def test_products_without_results_come_to_an_end():
     library.load()
     ops, x, none = torch.ops.fusedres_native, torch.zeros(2, 8, 5, 5), torch.zeros(0)
     x = x.contiguous(memory_format=torch.channels_last)
-    y = ops.conv1x1_forward(x, torch.zeros(0, 8, 1, 1), none, none, None, None, None, True)
+    y, *_ = ops.conv1x1_forward(x, torch.zeros(0, 8, 1, 1), scale=none, shift=none, relu=True)
     dx = ops.conv_backward_input(x, torch.zeros(8, 0, 1, 1), None, None)
     assert y.shape == dx.shape == (2, 0, 5, 5)
 
@@ -166,7 +169,7 @@ def test_products_of_bfloat16_say_what_they_need():
     if torch.bfloat16 not in reasons.product_dtypes():
         wanted = "x is bfloat16, needed float32 on this processor"
     with pytest.raises(RuntimeError, match=wanted):
-        torch.ops.fusedres_native.conv1x1_forward(x, weight, vector, vector, None, None, None, True)
+        torch.ops.fusedres_native.conv1x1_forward(x, weight, scale=vector, shift=vector)
 
 
 INPUT_GRADIENTS = ("1x1_mask", "1x1_identity", "1x1", "1x1s2_identity")
@@ -230,7 +233,7 @@ def test_input_gradient_says_what_is_wrong(change, message):
         "shortcut_dy": torch.zeros(2, 16, 5, 5),
     } | change
     for name, value in args.items():
-        if value is not None and value.dim() == 4:
+        if isinstance(value, torch.Tensor) and value.dim() == 4:
             args[name] = value.contiguous(memory_format=torch.channels_last)
     args.setdefault(
         "shortcut_mask", torch.zeros(-(-2 * args["weight"].shape[1] * 25 // 8), dtype=torch.uint8)

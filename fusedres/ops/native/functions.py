@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from fusedres.ops.contract import (
     ConvOutput,
     ReluBackward,
 )
-from fusedres.ops.native import library, winograd
+from fusedres.ops.native import library, products, winograd
 from fusedres.ops.native.reasons import (
     REASONS,
     conv3x3_reason,
@@ -107,8 +107,7 @@ def bn_relu_maxpool_backward_input(op: BnReluMaxpoolBackwardInput) -> Tensor:
 
 
 def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
-    epilogue = op.scale, op.shift, op.residual, op.residual_scale, op.residual_shift, op.relu
-    return ConvOutput(LIBRARY.conv1x1_forward(op.x, op.weight, *epilogue), None, None, None)
+    return ConvOutput(*LIBRARY.conv1x1_forward(*op))
 
 
 def conv_backward_weight(op: ConvBackwardWeight, largest_tile: int = winograd.LARGE) -> Tensor:
@@ -148,7 +147,6 @@ FUNCTIONS: dict[type, Function] = {
     ConvBackwardWeight: conv_backward_weight,
     ConvBackwardInput: conv_backward_input,
 }
-NATIVE = Backend(library.NAME, FUNCTIONS, REASONS)
 # no convolution has more error than a direct one: the weight gradient of F(2x2, 3x3) may have
 STRICT_FUNCTIONS: dict[type, Function] = {
     Conv3x3Forward: partial(winograd.conv3x3_forward, largest=winograd.SMALL),
@@ -160,14 +158,27 @@ STRICT_REASONS: dict[type, Reason] = {
     ConvBackwardWeight: partial(weight_gradient_reason, largest_tile=winograd.NONE),
     ConvBackwardInput: partial(input_gradient_reason, largest_tile=winograd.SMALL),
 }
-STRICT = Backend(library.NAME, {**FUNCTIONS, **STRICT_FUNCTIONS}, {**REASONS, **STRICT_REASONS})
 
 
-def backend(strict: bool = False) -> Backend:
-    """The native backend, its library loaded. strict: as `accuracy="strict"` of `fusedres.patch`.
+@cache
+def made(strict: bool, measured: bool) -> Backend:
+    functions = {**FUNCTIONS, **STRICT_FUNCTIONS} if strict else FUNCTIONS
+    reasons = {**REASONS, **STRICT_REASONS} if strict else REASONS
+    return Backend(library.NAME, functions, products.on_both_devices(reasons, measured))
+
+
+NATIVE = made(strict=False, measured=False)
+
+
+def backend(strict: bool = False, measured: bool = False) -> Backend:
+    """The native backend, its library loaded.
+
+    Args:
+        strict: as `accuracy="strict"` of `fusedres.patch`.
+        measured: without products on GPUs where nobody has measured them against what else serves the op.
 
     Raises:
         BackendUnavailableError: the library is not there or does not load.
     """
     library.load()
-    return STRICT if strict else NATIVE
+    return made(strict, measured)

@@ -1,0 +1,91 @@
+"""What the tensor-core products of `csrc/cuda` do not serve, and why; of convolutions on a GPU alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fusedres.ops.backend import Reason
+from fusedres.ops.contract import Conv1x1Forward, RawOp
+from fusedres.ops.native.reasons import activations_reason, vectors_reason
+
+# names of the GPUs on which these kernels were measured to be no slower than what else serves the op
+MEASURED_PRODUCTS: frozenset[str] = frozenset()
+MOST_CHANNELS = 2**30
+
+
+def product_reason(x: Tensor, weight: Tensor | None, *others: Tensor | None) -> str | None:
+    """Why no product is formed of these activations and this weight, or None."""
+    if (reason := activations_reason(x, *others)) is not None:
+        return reason
+    if x.dtype == torch.float32:
+        return "float32_product"
+    if weight is not None:
+        if weight.dtype != x.dtype:
+            return "mixed_dtypes"
+        if weight.device != x.device:
+            return "mixed_devices"
+        if not weight.is_contiguous(memory_format=torch.channels_last):
+            return "not_channels_last"
+        if max(weight.shape[:2]) > MOST_CHANNELS:
+            return "too_many_channels"
+    return None
+
+
+def given_vectors_reason(*vectors: Tensor | None) -> str | None:
+    """As `vectors_reason`, of those that are not None."""
+    given = [v for v in vectors if v is not None]
+    return vectors_reason(*given) if given else None
+
+
+def bias_reason(bias: Tensor | None, x: Tensor) -> str | None:
+    if bias is None:
+        return None
+    if bias.dtype != x.dtype:
+        return "mixed_dtypes"
+    return None if bias.is_contiguous() else "vector_not_dense"
+
+
+def forward_reason(op: Conv1x1Forward) -> str | None:
+    vectors = op.in_scale, op.in_shift, op.scale, op.shift, op.residual_scale, op.residual_shift
+    return (
+        product_reason(op.x, op.weight, op.residual)
+        or bias_reason(op.bias, op.x)
+        or given_vectors_reason(*vectors)
+    )
+
+
+# by the type of its record, the argument that decides where the op runs, and the reason there
+PRODUCTS: dict[type, tuple[str, Reason]] = {Conv1x1Forward: ("x", forward_reason)}
+
+
+@cache
+def is_measured(device: torch.device) -> bool:
+    return torch.cuda.get_device_name(device) in MEASURED_PRODUCTS
+
+
+def on_both_devices(reasons: Mapping[type, Reason], measured: bool) -> dict[type, Reason]:
+    """The reasons of the ops above: on a GPU those of the products, on a CPU those given, or "no_kernel".
+
+    Args:
+        measured: no product is served on a GPU where nobody has measured them.
+    """
+
+    def reason_of(kind: type) -> Reason:
+        deciding, on_gpu = PRODUCTS[kind]
+        on_cpu = reasons.get(kind)
+
+        def reason(op: RawOp) -> str | None:
+            tensor = getattr(op, deciding)
+            if not tensor.is_cuda:
+                return "no_kernel" if on_cpu is None else on_cpu(op)
+            if measured and not is_measured(tensor.device):
+                return "product_not_measured"
+            return on_gpu(op)
+
+        return reason
+
+    return {**reasons, **{kind: reason_of(kind) for kind in PRODUCTS}}

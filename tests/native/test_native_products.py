@@ -1,0 +1,88 @@
+"""Which convolutions on a GPU the native backend serves, asked of tensors without values."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from fusedres.ops.backend import REASONS
+from fusedres.ops.contract import Conv1x1Forward
+from fusedres.ops.dispatch import AUTO_LOADERS, dispatcher
+from fusedres.ops.native import functions, library, products, reasons
+
+pytestmark = pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    """Tensors of a GPU that the library has code for."""
+    monkeypatch.setattr(reasons, "device_reason", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    products.is_measured.cache_clear()
+    with FakeTensorMode():
+        yield
+    products.is_measured.cache_clear()
+
+
+def image(channels, *, batch=2, dtype=torch.bfloat16):
+    strides = channels * 35, 1, channels * 7, channels
+    return torch.empty_strided((batch, channels, 5, 7), strides, dtype=dtype, device="cuda")
+
+
+def weight(cout, cin, dtype=torch.bfloat16):
+    return torch.empty(cout, cin, 1, 1, dtype=dtype, device="cuda")
+
+
+def vector(length, dtype=torch.float32):
+    return torch.empty(length, dtype=dtype, device="cuda")
+
+
+def strided(shape, strides, dtype=torch.bfloat16):
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
+def forward(**changes):
+    """A call with every optional part, changed."""
+    v, u = vector(17), vector(33)
+    scales = {"in_scale": v, "in_shift": v, "scale": u, "shift": u, "residual_scale": u, "residual_shift": u}
+    op = Conv1x1Forward(image(17), weight(33, 17), vector(33, torch.bfloat16), residual=image(33), **scales)
+    return op._replace(**changes)
+
+
+def test_products_take_any_number_of_channels_and_what_comes_with_them():
+    backend = functions.backend()
+    for changes in ({}, {"save_mask": True}, {"save_stats": True}, {"relu": True}, {"bias": None}):
+        assert backend.reason(forward(**changes)) is None
+    assert backend.reason(Conv1x1Forward(image(8, batch=0), weight(8, 8), stride=2)) is None
+    assert backend.reason(Conv1x1Forward(image(8, dtype=torch.half), weight(8, 8, torch.half))) is None
+
+
+def test_what_products_do_not_take():
+    backend = functions.backend()
+    expected = (
+        (Conv1x1Forward(image(8, dtype=torch.float32), weight(8, 8, torch.float32)), "float32_product"),
+        (Conv1x1Forward(image(8, dtype=torch.double), weight(8, 8, torch.double)), "dtype_float64"),
+        (forward(x=torch.empty(2, 17, 5, 7, dtype=torch.bfloat16, device="cuda")), "not_channels_last"),
+        (forward(weight=weight(33, 17, torch.half)), "mixed_dtypes"),
+        (forward(weight=torch.empty(33, 17, 1, 1, dtype=torch.bfloat16)), "mixed_devices"),
+        (forward(weight=strided((33, 17, 1, 1), (34, 1, 1, 1))), "not_channels_last"),
+        (forward(residual=image(33, dtype=torch.half)), "mixed_dtypes"),
+        (forward(bias=vector(33)), "mixed_dtypes"),
+        (forward(bias=strided((33,), (2,))), "vector_not_dense"),
+        (forward(in_shift=vector(17, torch.double)), "vector_not_float32"),
+        (forward(shift=strided((33,), (2,), torch.float32)), "vector_not_dense"),
+        (Conv1x1Forward(image(8), weight(2**30 + 1, 8)), "too_many_channels"),
+    )
+    for op, reason in expected:
+        assert backend.reason(op) == reason, op
+        assert reason is None or any(reason == code or reason.startswith(f"{code}_") for code in REASONS)
+
+
+@pytest.mark.parametrize("accuracy", ["", "/strict"])
+def test_products_that_nobody_measured_are_for_those_who_ask(accuracy, monkeypatch):
+    plain = Conv1x1Forward(image(8), weight(8, 8))
+    for op in (plain, forward()):
+        assert dispatcher("native" + accuracy).backends[0].reason(op) is None
+        assert dispatcher("auto" + accuracy).backends[0].reason(op) == "product_not_measured"
+    monkeypatch.setattr(products, "MEASURED_PRODUCTS", {"some GPU"})
+    products.is_measured.cache_clear()
+    assert AUTO_LOADERS["native"]().reason(plain) is None
