@@ -78,6 +78,14 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
       " Tensor? in_shift=None, Tensor? scale=None, Tensor? shift=None, Tensor? residual=None,"
       " Tensor? residual_scale=None, Tensor? residual_shift=None, bool relu=False, bool save_mask=False,"
       " bool save_stats=False) -> (Tensor y, Tensor? mask, Tensor? mean, Tensor? var)");
+  // on CUDA alone
+  m.def(
+      "conv1x1_backward_input(Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor A, Tensor? B, Tensor? K,"
+      " Tensor weight, bool relu, Tensor? shortcut_dy, Tensor? shortcut_mask) -> (Tensor dx, Tensor dc)");
+  m.def(
+      "conv1x1_backward_weight(Tensor dy, Tensor? mask, Tensor c, Tensor scale, Tensor shift, Tensor? center)"
+      " -> (Tensor r, Tensor dbias)");
+  m.def("gram(Tensor c, Tensor scale, Tensor shift) -> (Tensor m, Tensor S)");
   m.def("conv_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask) -> Tensor");
   // for a convolution with stride; adds to dx
   m.def("conv_backward_input_(Tensor(a!) dx, Tensor dy, Tensor weight, int stride_height, int stride_width) -> ()");

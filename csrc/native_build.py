@@ -40,6 +40,7 @@ CPU_SOURCES = (
     "front/conv3x3.cpp",
     "front/pool.cpp",
 )
+CUDA_FRONT = ("front/cuda.cpp", "front/products.cpp")
 DEFAULT_ARCHS = "80;86;89;90;100;120"
 NO_TORCH = "torch (install it first, then use --no-build-isolation)"
 TORCH_FLOOR = "0x020a000000000000"  # 2.10
@@ -247,7 +248,7 @@ def build(plan: Plan, folder: Path, target: Path) -> None:
     folder, target = folder.resolve(), target.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    sources = (*CPU_SOURCES, "front/cuda.cpp", *cuda_sources()) if plan.cuda else CPU_SOURCES
+    sources = (*CPU_SOURCES, *CUDA_FRONT, *cuda_sources()) if plan.cuda else CPU_SOURCES
     objects = {folder / (source.replace("/", "_") + ".o"): source for source in sources}
     compiles = {o: compile_command(plan, source, o) for o, source in objects.items()}
     link = link_command(plan, list(objects), target, folder)

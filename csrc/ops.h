@@ -224,6 +224,48 @@ struct Conv1x1Forward {
   float* var = nullptr;              // [out_channels] biased
 };
 
+// dc = A*dz + B*c + K, rounded, and dx = dc W, plus shortcut_dy, of a 1x1 convolution without stride. CUDA alone.
+struct Conv1x1BackwardInput {
+  Dtype dtype;
+  int64_t rows, in_channels, out_channels;
+  const void* dy;  // [P, out_channels]
+  const void* c;   // [P, out_channels]
+  bool relu;       // dz = dy where round(scale*c + shift) > 0; else dy itself
+  const float* scale;
+  const float* shift;
+  Coefficients grads;
+  const void* weight;       // [out_channels, in_channels]
+  const void* shortcut_dy;  // like dx, added to it, or null
+  const uint8_t* mask;      // one bit an element: where shortcut_dy is added; null: everywhere
+  void* dx;                 // [P, in_channels]
+  void* dc;                 // [P, out_channels]
+};
+
+// Rc = dz^T (a - center) and dbias = sum dz, with a = relu(scale*c + shift), rounded. CUDA alone.
+struct Conv1x1BackwardWeight {
+  Dtype dtype;
+  int64_t rows, in_channels, out_channels;
+  const void* dy;       // [P, out_channels]
+  const uint8_t* mask;  // one bit an element of dy, or null: dz = dy
+  const void* c;        // [P, in_channels]
+  const float* scale;   // [in_channels]
+  const float* shift;   // [in_channels]
+  const float* center;  // [in_channels], or null: 0
+  float* r;             // [out_channels, in_channels]
+  float* dbias;         // [out_channels]
+};
+
+// m = E[a] and S = E[(a - m)(a - m)^T], with a = relu(scale*c + shift), rounded. CUDA alone.
+struct Gram {
+  Dtype dtype;
+  int64_t rows, channels;
+  const void* c;       // [P, C]
+  const float* scale;  // [C]
+  const float* shift;  // [C]
+  float* m;            // [C]
+  float* S;            // [C, C]
+};
+
 // 3x3 convolutions without stride, with padding 1, in float32, by Winograd's algorithm F(tile x tile, 3x3): tile is 2
 // or
 // 4. Where an input or a sum is not finite, the results are not those of a direct convolution: the launchers return

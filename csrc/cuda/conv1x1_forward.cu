@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
             for (int i = 0; i < kChunksOfThread; ++i) activate_chunk(left + me.place(i), scale, shift);
           }
         },
-        [&](const T* left, const T* right) { multiply_step<DepthInside, DepthInside>(acc, left, right); });
+        [&](int, const T* left, const T* right) { multiply_step<DepthInside, DepthInside>(acc, left, right); });
     const int thread = thread_index(), own = packet_column(thread);
     prepare_output<T>(args, thread, first_column, vectors);
     ColumnSums sums;

@@ -44,5 +44,10 @@ cudaError_t bn_relu_maxpool_backward_input(const BnReluMaxpoolBackwardInput& arg
 // The products take bfloat16 and float16, on devices of compute capability 8.0 and up.
 size_t conv1x1_forward_workspace(const Conv1x1Forward& args);
 cudaError_t conv1x1_forward(const Conv1x1Forward& args, const Workspace& workspace, cudaStream_t stream);
+cudaError_t conv1x1_backward_input(const Conv1x1BackwardInput& args, cudaStream_t stream);
+size_t conv1x1_backward_weight_workspace(const Conv1x1BackwardWeight& args);
+cudaError_t conv1x1_backward_weight(const Conv1x1BackwardWeight& args, const Workspace& workspace, cudaStream_t stream);
+size_t gram_workspace(const Gram& args);
+cudaError_t gram(const Gram& args, const Workspace& workspace, cudaStream_t stream);
 
 }  // namespace fusedres::cuda

@@ -93,12 +93,33 @@ __device__ __forceinline__ Packet<T, kPacket> load_part(const T* from, int valid
   for (int i = 0; i < kPacket; ++i) out.value[i] = i < valid ? from[i] : round_to<T>(0.f);
   return out;
 }
+// The same as the word that it is in memory: single elements would take a register each.
+template <class T>
+__device__ __forceinline__ uint4 load_word_part(const T* from, int valid, bool packets) {
+  if (packets) return load_16_bytes(from, l2_policy(false));
+  unsigned words[4] = {0u, 0u, 0u, 0u};
+#pragma unroll
+  for (int i = 0; i < kPacket; ++i) {
+    uint16_t bits = 0;
+    if (i < valid) memcpy(&bits, from + i, sizeof bits);
+    words[i / 2] |= unsigned(bits) << (i % 2 * 16);
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
 template <class T>
 __device__ __forceinline__ void store_part(T* to, const Packet<T, kPacket>& packet, int valid, bool packets) {
   if (packets) return store_packet(to, packet, l2_policy(true));
 #pragma unroll
   for (int i = 0; i < kPacket; ++i)
     if (i < valid) to[i] = packet.value[i];
+}
+
+// The bits of 8 elements from `place` on, of which `valid` exist.
+__device__ __forceinline__ unsigned bits_at(const uint8_t* mask, int64_t place, int valid) {
+  const int first = int(place % kPacket);
+  unsigned bits = mask[place / kPacket];
+  if (first != 0 && first + valid > kPacket) bits |= unsigned(mask[place / kPacket + 1]) << kPacket;
+  return bits >> first;
 }
 
 // relu(scale*c + shift) of one value, rounded.
@@ -142,7 +163,7 @@ struct Accumulators {
 // acc += left right, for one step
 template <class Left, class Right, class T>
 __device__ __forceinline__ void multiply_step(Accumulators& acc, const T* left, const T* right) {
-  const int thread = int(threadIdx.x), lane = thread % 32;
+  const int thread = thread_index(), lane = thread % 32;
 #pragma unroll
   for (int depth = 0; depth < kProductDepth; depth += 16) {
     uint32_t b[2][4];
@@ -162,7 +183,7 @@ __device__ __forceinline__ void multiply_step(Accumulators& acc, const T* left, 
 }
 
 // Runs the steps of one tile. load(step, left, right) starts a thread's copies into two operands [128 * 32];
-// prepare(step, left, right) changes what this thread has copied; multiply(left, right) follows for all threads.
+// prepare(step, left, right) changes what this thread has copied; multiply(step, left, right) follows for all threads.
 // ring: kProductWords of shared memory, which nobody reads any more when this returns
 template <class T, class Load, class Prepare, class Multiply>
 __device__ __forceinline__ void run_steps(T* ring, int steps, Load load, Prepare prepare, Multiply multiply) {
@@ -181,7 +202,7 @@ __device__ __forceinline__ void run_steps(T* ring, int steps, Load load, Prepare
     const int next = slot == kRing - 1 ? 0 : slot + 1, after = next == kRing - 1 ? 0 : next + 1;
     __syncthreads();  // this step is prepared, and nobody reads the step before it, whose place is loaded again
     start(step + 2, after);
-    multiply(left(slot), right(slot));
+    multiply(step, left(slot), right(slot));
     wait_for_copies<1>();
     if (step + 1 < steps) prepare(step + 1, left(next), right(next));
     slot = next;

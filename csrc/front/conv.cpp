@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "allocate.h"
+#include "conv_checks.h"
 #include "devices.h"
 
 namespace fusedres::front {
@@ -31,11 +32,6 @@ ConvAxis axis_of(const char* op, const Tensor& dy, const Tensor& x, int64_t kern
   return {in, out, kernel, stride, padding, dilation};
 }
 
-void check_same_dtype(const char* op, const char* name, const Tensor& t, const Tensor& other) {
-  if (t.scalar_type() == other.scalar_type()) return;
-  fail(op, name, dtype_name(t.scalar_type()), dtype_name(other.scalar_type()), "pass tensors of one dtype");
-}
-
 // dy [N, Cout, H', W'], x [N, Cin, H, W] -> [Cout, Cin, kernel_height, kernel_width] in float32, channels_last
 template <class Device>
 Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t kernel_width, int64_t stride_height,
@@ -54,27 +50,6 @@ Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t 
   on.launch(ConvBackwardWeight{shape.dtype, x.size(0), shape.channels, out_channels, height, width, dy.const_data_ptr(),
                                x.const_data_ptr(), written(dw)});
   return dw;
-}
-
-// Checks x, and the weight [Cout, Cin, 1, 1] of a convolution that sums over x's channels: they are the weight's
-// dimension `summed`.
-template <class Device>
-Shape check_1x1(const char* op, const char* name, const Tensor& x, const Tensor& weight, int64_t summed) {
-  const Shape shape = check_activation<Device>(op, name, x);
-  check_same_dtype(op, "weight", weight, x);
-  check_channels_last(op, "weight", weight);
-  check_device(op, "weight", weight, Device::kCuda);
-  const std::string channels = std::to_string(shape.channels);
-  if (weight.size(summed) != shape.channels || weight.size(2) != 1 || weight.size(3) != 1) {
-    fail(op, "weight", sizes_of(weight),
-         summed == 0 ? "[" + channels + ", Cin, 1, 1]" : "[Cout, " + channels + ", 1, 1]",
-         "pass the weight of the 1x1 convolution");
-  }
-  Device::check_convolutions(op, name, x);
-  if (!Device::kCuda && shape.dtype != Dtype::kFloat32 && shape.channels % 2 != 0) {
-    fail(op, name, channels + " channels", "an even number", "use backend='reference'");
-  }
-  return shape;
 }
 
 // dy [N, Cout, H, W], weight [Cout, Cin, 1, 1], shortcut_dy and the result [N, Cin, H, W]
@@ -116,18 +91,6 @@ void conv_backward_input_(Tensor dx, Tensor dy, Tensor weight, int64_t stride_he
 }
 
 ConvAxis strided(int64_t in, int64_t stride) { return {in, in == 0 ? 0 : (in - 1) / stride + 1, 1, stride, 0, 1}; }
-
-// Two vectors [channels], which are given together.
-struct VectorPair {
-  const char *both, *scale_name, *shift_name;
-  const OptionalTensor &scale, &shift;
-
-  void check(const char* op, int64_t channels) const {
-    check_together(op, both, scale.has_value(), shift.has_value());
-    check_vector(op, scale_name, scale, channels);
-    check_vector(op, shift_name, shift, channels);
-  }
-};
 
 // x [N, Cin, H, W], weight [Cout, Cin, 1, 1], residual and y [N, Cout, H', W']
 template <class Device>

@@ -131,6 +131,13 @@ void Cuda::launch(const BnReluMaxpoolBackwardInput& args) const {
 void Cuda::launch(const Conv1x1Forward& args) const {
   launch_in_scratch(args, cuda::conv1x1_forward_workspace(args), cuda::conv1x1_forward);
 }
+void Cuda::launch(const Conv1x1BackwardInput& args) const {
+  check_launch(op_, cuda::conv1x1_backward_input(args, stream_));
+}
+void Cuda::launch(const Conv1x1BackwardWeight& args) const {
+  launch_in_scratch(args, cuda::conv1x1_backward_weight_workspace(args), cuda::conv1x1_backward_weight);
+}
+void Cuda::launch(const Gram& args) const { launch_in_scratch(args, cuda::gram_workspace(args), cuda::gram); }
 
 }  // namespace fusedres::front
 

@@ -53,6 +53,11 @@ template <class T>
 inline T __ldcg(const T* from) {
   return *from;
 }
+template <class T>
+inline T __ldg(const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0) fusedres::emulator::fail("misaligned vector access");
+  return *from;
+}
 
 namespace fusedres::cuda {
 

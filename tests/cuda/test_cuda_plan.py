@@ -1,5 +1,7 @@
 """Launch geometry: every element is visited once, whatever the size, and no index or grid overflows."""
 
+import itertools
+
 import cuda_host_build
 import pytest
 
@@ -109,3 +111,28 @@ def test_partial_results_of_products_do_not_overlap(host):
     places = [plan.partial_of(c, g) for c in range(plan.column_tiles) for g in range(plan.groups)]
     assert sorted(places) == list(range(0, 256 * len(places), 256))
     assert plan.workspace_bytes() == 256 + 8 * 256 * len(places)
+
+
+@pytest.mark.parametrize("upper", (False, True))
+@pytest.mark.parametrize(("left", "right"), [(1, 1), (64, 64), (129, 300), (2048, 512)])
+@pytest.mark.parametrize("rows", (0, 1, 257, 100_000, 2**36 + 3))
+def test_products_over_rows_have_every_tile_and_row_once(host, rows, left, right, upper):
+    right = left if upper else right
+    plan = host.plan_rows(rows, left, right, upper, 132)
+    sides = -(-left // 128), -(-right // 128)
+    expected = [(i, j) for i in range(sides[0]) for j in range(i if upper else 0, sides[1])]
+    assert [plan.place(tile) for tile in range(plan.tiles)] == expected
+    assert 1 <= plan.splits <= 65535 and plan.rows_of_split % 32 == 0
+    firsts = [plan.first_row(split) for split in range(plan.splits)]
+    assert sum(plan.rows_from(first) for first in firsts) == rows
+    assert all(plan.rows_from(first) > 0 for first in firsts) == (rows > 0)
+    products = [plan.products_of(split) for split in range(plan.splits + 1)]
+    assert plan.sums_of(plan.splits) <= products[0] and products[0] % 4 == 0
+    assert {b - a for a, b in itertools.pairwise(products)} == {left * right}
+    assert plan.floats() == products[-1]
+
+
+@pytest.mark.parametrize(("rows", "cout", "cin"), [(256 * 56 * 56, 256, 64), (256 * 14 * 14, 1024, 256)])
+def test_partial_products_are_at_most_five_percent_of_the_activations(host, rows, cout, cin):
+    plan = host.plan_rows(rows, cout, cin, False, 132)
+    assert plan.floats() * 4 <= 0.05 * rows * (cout + cin) * 2

@@ -5,7 +5,14 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from fusedres.ops.backend import REASONS
-from fusedres.ops.contract import Conv1x1Forward
+from fusedres.ops.contract import (
+    BatchNormGrads,
+    BatchNormVectors,
+    Conv1x1BackwardInput,
+    Conv1x1BackwardWeight,
+    Conv1x1Forward,
+    Gram,
+)
 from fusedres.ops.dispatch import AUTO_LOADERS, dispatcher
 from fusedres.ops.native import functions, library, products, reasons
 
@@ -48,10 +55,34 @@ def forward(**changes):
     return op._replace(**changes)
 
 
+def backward_input(**changes):
+    v, g = BatchNormVectors(*[vector(33)] * 5), BatchNormGrads(*[vector(33)] * 5)
+    mask = torch.empty(2 * 17 * 35, dtype=torch.uint8, device="cuda")
+    op = Conv1x1BackwardInput(image(33), image(33), v, g, weight(33, 17), True, image(17), mask)
+    return op._replace(**changes)
+
+
+def backward_weight(**changes):
+    mask = torch.empty(2 * 33 * 35, dtype=torch.uint8, device="cuda")
+    op = Conv1x1BackwardWeight(image(33), mask, image(17), *[vector(17)] * 3)
+    return op._replace(**changes)
+
+
 def test_products_take_any_number_of_channels_and_what_comes_with_them():
     backend = functions.backend()
     for changes in ({}, {"save_mask": True}, {"save_stats": True}, {"relu": True}, {"bias": None}):
         assert backend.reason(forward(**changes)) is None
+    frozen = BatchNormGrads(*[vector(33)] * 3, None, None)
+    for changes in (
+        {},
+        {"grads": frozen},
+        {"shortcut_mask": None},
+        {"shortcut_dy": None, "shortcut_mask": None},
+    ):
+        assert backend.reason(backward_input(**changes)) is None
+    for changes in ({}, {"mask": None}, {"center": None}):
+        assert backend.reason(backward_weight(**changes)) is None
+    assert backend.reason(Gram(image(17), vector(17), vector(17))) is None
     assert backend.reason(Conv1x1Forward(image(8, batch=0), weight(8, 8), stride=2)) is None
     assert backend.reason(Conv1x1Forward(image(8, dtype=torch.half), weight(8, 8, torch.half))) is None
 
@@ -71,6 +102,21 @@ def test_what_products_do_not_take():
         (forward(in_shift=vector(17, torch.double)), "vector_not_float32"),
         (forward(shift=strided((33,), (2,), torch.float32)), "vector_not_dense"),
         (Conv1x1Forward(image(8), weight(2**30 + 1, 8)), "too_many_channels"),
+        (backward_input(dy=image(33, dtype=torch.half)), "mixed_dtypes"),
+        (
+            backward_input(shortcut_dy=torch.empty(2, 17, 5, 7, dtype=torch.bfloat16, device="cuda")),
+            "not_channels_last",
+        ),
+        (
+            backward_input(
+                grads=BatchNormGrads(*[vector(33)] * 3, strided((33,), (2,), torch.float32), vector(33))
+            ),
+            "vector_not_dense",
+        ),
+        (backward_weight(mask=strided((2310,), (2,), torch.uint8)), "vector_not_dense"),
+        (backward_weight(mask=torch.empty(2310, dtype=torch.uint8)), "mixed_devices"),
+        (backward_weight(center=vector(17, torch.double)), "vector_not_float32"),
+        (Gram(image(8, dtype=torch.float32), vector(8), vector(8)), "float32_product"),
     )
     for op, reason in expected:
         assert backend.reason(op) == reason, op
@@ -80,7 +126,7 @@ def test_what_products_do_not_take():
 @pytest.mark.parametrize("accuracy", ["", "/strict"])
 def test_products_that_nobody_measured_are_for_those_who_ask(accuracy, monkeypatch):
     plain = Conv1x1Forward(image(8), weight(8, 8))
-    for op in (plain, forward()):
+    for op in (plain, forward(), backward_input(), backward_weight(), Gram(image(8), vector(8), vector(8))):
         assert dispatcher("native" + accuracy).backends[0].reason(op) is None
         assert dispatcher("auto" + accuracy).backends[0].reason(op) == "product_not_measured"
     monkeypatch.setattr(products, "MEASURED_PRODUCTS", {"some GPU"})

@@ -5,7 +5,7 @@
 
 #include "../../csrc/cuda/launchers.h"
 #include "../../csrc/cuda/plan.h"
-#include "../../csrc/cuda/product_plan.h"
+#include "../../csrc/cuda/rows_plan.h"
 #include "../../csrc/host_emulator/scheduler.h"
 #include "../../csrc/ops.h"
 
@@ -122,6 +122,22 @@ void bind_convolutions(py::module_& m) {
   ADDRESS(forward, F, residual), ADDRESS(forward, F, residual_scale), ADDRESS(forward, F, residual_shift);
   ADDRESS(forward, F, y), ADDRESS(forward, F, bias), ADDRESS(forward, F, in_scale), ADDRESS(forward, F, in_shift);
   ADDRESS(forward, F, mask), ADDRESS(forward, F, mean), ADDRESS(forward, F, var);
+  using I = Conv1x1BackwardInput;
+  py::class_<I> input(m, "Conv1x1BackwardInput");
+  input.def(py::init<>()) VALUE(I, dtype) VALUE(I, rows) VALUE(I, in_channels) VALUE(I, out_channels) VALUE(I, relu)
+      VALUE(I, grads);
+  ADDRESS(input, I, dy), ADDRESS(input, I, c), ADDRESS(input, I, scale), ADDRESS(input, I, shift);
+  ADDRESS(input, I, weight), ADDRESS(input, I, shortcut_dy), ADDRESS(input, I, mask), ADDRESS(input, I, dx);
+  ADDRESS(input, I, dc);
+  using W = Conv1x1BackwardWeight;
+  py::class_<W> weight(m, "Conv1x1BackwardWeight");
+  weight.def(py::init<>()) VALUE(W, dtype) VALUE(W, rows) VALUE(W, in_channels) VALUE(W, out_channels);
+  ADDRESS(weight, W, dy), ADDRESS(weight, W, mask), ADDRESS(weight, W, c), ADDRESS(weight, W, scale);
+  ADDRESS(weight, W, shift), ADDRESS(weight, W, center), ADDRESS(weight, W, r), ADDRESS(weight, W, dbias);
+  using G = Gram;
+  py::class_<G> gram(m, "Gram");
+  gram.def(py::init<>()) VALUE(G, dtype) VALUE(G, rows) VALUE(G, channels);
+  ADDRESS(gram, G, c), ADDRESS(gram, G, scale), ADDRESS(gram, G, shift), ADDRESS(gram, G, m), ADDRESS(gram, G, S);
 }
 
 template <class Args>
@@ -173,6 +189,23 @@ void bind_plans(py::module_& m) {
       .def("rows_of_group", &ProductPlan::rows_of_group)
       .def("partial_of", &ProductPlan::partial_of)
       .def("workspace_bytes", &ProductPlan::workspace_bytes);
+  py::class_<RowsPlan>(m, "RowsPlan")
+      .def_readonly("tiles", &RowsPlan::tiles)
+      .def_readonly("splits", &RowsPlan::splits)
+      .def_readonly("rows_of_split", &RowsPlan::rows_of_split)
+      .def("first_row", &RowsPlan::first_row)
+      .def("rows_from", &RowsPlan::rows_from)
+      .def("sums_of", &RowsPlan::sums_of)
+      .def("products_of", &RowsPlan::products_of)
+      .def("floats", &RowsPlan::floats)
+      .def("place", [](const RowsPlan& plan, int64_t tile) {
+        int right;
+        const int left = plan.left_tile(tile, &right);
+        return std::pair(left, right);
+      });
+  m.def("plan_rows", [](int64_t rows, int64_t left, int64_t right, bool upper, int multiprocessors) {
+    return plan_rows(rows, left, right, upper, {multiprocessors, 50 << 20});
+  });
   m.def("plan_product", [](int64_t rows, int64_t columns, int64_t depth, int multiprocessors) {
     return plan_product(rows, columns, depth, {multiprocessors, 50 << 20});
   });
@@ -197,6 +230,11 @@ PYBIND11_MODULE(fusedres_cuda_host, m) {
   launcher(m, "bn_relu_maxpool_backward_reduce", bn_relu_maxpool_backward_reduce);
   launcher(m, "bn_relu_maxpool_backward_input", bn_relu_maxpool_backward_input);
   launcher(m, "conv1x1_forward", conv1x1_forward);
+  launcher(m, "conv1x1_backward_input", conv1x1_backward_input);
+  launcher(m, "conv1x1_backward_weight", conv1x1_backward_weight);
+  launcher(m, "gram", gram);
+  m.def("conv1x1_backward_weight_workspace", conv1x1_backward_weight_workspace);
+  m.def("gram_workspace", gram_workspace);
   m.def("conv1x1_forward_workspace", conv1x1_forward_workspace);
   m.def("bn_stats_workspace", bn_stats_workspace);
   m.def("bn_add_relu_backward_reduce_workspace", bn_add_relu_backward_reduce_workspace);

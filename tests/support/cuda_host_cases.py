@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import raw_op_checks
 import torch
+from conv1x1_cases import ConvCase
 from every_raw_op import FORMS, cases_of
 from raw_op_cases import Case
 
 LIBRARY = ("conv_backward_input", "conv_backward_weight")
 BN_OPS = [op for op in raw_op_checks.CHECKS if op not in LIBRARY]
-PRODUCTS = ["conv1x1_forward"]  # on tensor cores
+PRODUCTS = ["conv1x1_forward", "conv1x1_backward_input", "conv1x1_backward_weight", "gram"]  # on tensor cores
 OPS = BN_OPS + PRODUCTS
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"fp32": torch.float32, **HALF_DTYPES}
@@ -26,6 +27,8 @@ UNALIGNED = Case("offset_C24", (1, 24, 3, 5), "offset")
 # of a product: one block and one step; several steps and columns of tiles, with single channels and with packets;
 # several tiles of rows for each of several blocks
 EVERY_FORM = ("C17to24", "C130to33", "C40to136", "P1100")
+# a thousand rows a block, all products positive: what tensor cores cut off as they add would show
+LONG_SUM = ConvCase("P8192", (1, 16, 64, 128), cout=8, dy_mean=3.0, bias_before=3.0, form="mask")
 # under ThreadSanitizer: several blocks to merge, both ways to load, ragged ends, an unaligned start, hardly anything
 # and nothing at all
 RACES = ("groups", "groups_C129", "offset_C24", "C1", "C3", "C8", "nan_inf", "P1", "N0")
@@ -38,6 +41,9 @@ PRODUCT_RACES = {
         "P1100-bias_stats",
         "N0-prologue_projection_mask",
     ),
+    "conv1x1_backward_input": ("C130to33-identity_mask", "P1100-frozen_identity_mask", "N0-identity_mask"),
+    "conv1x1_backward_weight": ("C130to33-mask_center", "P1100-mask", "N0-mask_center"),
+    "gram": ("C130to33", "P1100", "N0"),
 }
 
 
@@ -45,13 +51,18 @@ def runs_under_thread_sanitizer(op: str, case: Case) -> bool:
     return str(case) in PRODUCT_RACES[op] if op in PRODUCTS else case.id in RACES
 
 
-def dtypes_of(op: str) -> dict[str, torch.dtype]:
-    return HALF_DTYPES if op in PRODUCTS else DTYPES
+def dtypes_of(op: str, case: Case) -> list[torch.dtype]:
+    if op not in PRODUCTS:
+        return list(DTYPES.values())
+    # where center*dbias is subtracted after the product, infinities of another sign meet
+    subtracted_after = op == "conv1x1_backward_weight" and case.special and "center" in case.form
+    return [torch.float16] if subtracted_after else list(HALF_DTYPES.values())
 
 
 def product_cases(op: str) -> list[Case]:
     """Every form on some shapes, and the first form on every shape and value."""
-    return [case for case in cases_of(op) if case.form == FORMS[op][0] or case.id in EVERY_FORM]
+    long = [LONG_SUM] if op == "conv1x1_backward_weight" else []
+    return long + [case for case in cases_of(op) if case.form == FORMS[op][0] or case.id in EVERY_FORM]
 
 
 def host_cases(op: str) -> list[Case]:

@@ -20,8 +20,11 @@ from fusedres.ops.contract import (
     BnReluMaxpoolForward,
     BnScaleShift,
     BnStats,
+    Conv1x1BackwardInput,
+    Conv1x1BackwardWeight,
     Conv1x1Forward,
     ConvOutput,
+    Gram,
     RawOp,
     ReluBackward,
     op_name,
@@ -276,3 +279,36 @@ class HostCudaOps:
         )
         self._reduce("conv1x1_forward", args, args, (y, mean, var))
         return ConvOutput(y, mask, mean, var)
+
+    def conv1x1_backward_input(self, op: Conv1x1BackwardInput) -> tuple[Tensor, Tensor]:
+        dy, c, weight, shortcut_dy = (dense(t) for t in (op.dy, op.c, op.weight, op.shortcut_dy))
+        n, cout, height, width = c.shape
+        cin = weight.shape[1]
+        dx = torch.empty((n, cin, height, width), dtype=c.dtype, memory_format=CHANNELS_LAST)
+        dc = torch.empty_like(c)
+        given = {"dy": dy, "c": c, "weight": weight, "shortcut_dy": shortcut_dy, "mask": op.shortcut_mask}
+        vectors = {"scale": op.vectors.scale, "shift": op.vectors.shift, "grads": self._grads(op.grads)}
+        sizes = {"rows": n * height * width, "in_channels": cin, "out_channels": cout}
+        fields = {**given, **vectors, **sizes, "dtype": self._dtype(c), "relu": op.relu, "dx": dx, "dc": dc}
+        self._launch("conv1x1_backward_input", self._args("Conv1x1BackwardInput", **fields))
+        return dx, dc
+
+    def conv1x1_backward_weight(self, op: Conv1x1BackwardWeight) -> tuple[Tensor, Tensor]:
+        dy, c = dense(op.dy), dense(op.c)
+        n, cin, height, width = c.shape
+        cout = dy.shape[1]
+        r, dbias = torch.empty(cout, cin), torch.empty(cout)
+        given = op._asdict() | {"dy": dy, "c": c}
+        sizes = {"rows": n * height * width, "in_channels": cin, "out_channels": cout}
+        args = self._args("Conv1x1BackwardWeight", **given, **sizes, dtype=self._dtype(c), r=r, dbias=dbias)
+        self._reduce("conv1x1_backward_weight", args, args, (r, dbias))
+        return r, dbias
+
+    def gram(self, op: Gram) -> tuple[Tensor, Tensor]:
+        c = dense(op.c)
+        n, channels, height, width = c.shape
+        m, S = torch.empty(channels), torch.empty(channels, channels)
+        sizes = {"rows": n * height * width, "channels": channels, "dtype": self._dtype(c)}
+        args = self._args("Gram", **sizes, c=c, scale=op.scale, shift=op.shift, m=m, S=S)
+        self._reduce("gram", args, args, (m, S))
+        return m, S

@@ -47,7 +47,7 @@ def main(module: str, variant: str, *names: str) -> None:
         for case in host_cases(op):
             if variant == "thread" and not runs_under_thread_sanitizer(op, case):
                 continue
-            for dtype, seed in zip(dtypes_of(op).values(), SEEDS, strict=False):
+            for dtype, seed in zip(dtypes_of(op, case), SEEDS, strict=False):
                 ops.module.seed(seed)
                 CHECKS[op](ops, replace(case, dtype=dtype))
         if op == "bn_stats":

@@ -21,11 +21,14 @@ from fusedres.ops.contract import (
     BnReluMaxpoolForward,
     BnScaleShift,
     BnStats,
+    Conv1x1BackwardInput,
+    Conv1x1BackwardWeight,
     Conv1x1Forward,
     Conv3x3Forward,
     ConvBackwardInput,
     ConvBackwardWeight,
     ConvOutput,
+    Gram,
     ReluBackward,
 )
 from fusedres.ops.native import library, products, winograd
@@ -110,6 +113,20 @@ def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
     return ConvOutput(*LIBRARY.conv1x1_forward(*op))
 
 
+def conv1x1_backward_input(op: Conv1x1BackwardInput) -> tuple[Tensor, Tensor]:
+    dy, c, v, g, weight, relu, shortcut_dy, shortcut_mask = op
+    bn = v.scale, v.shift, g.A, g.B, g.K
+    return LIBRARY.conv1x1_backward_input(dy, c, *bn, weight, relu, shortcut_dy, shortcut_mask)
+
+
+def conv1x1_backward_weight(op: Conv1x1BackwardWeight) -> tuple[Tensor, Tensor]:
+    return LIBRARY.conv1x1_backward_weight(*op)
+
+
+def gram(op: Gram) -> tuple[Tensor, Tensor]:
+    return LIBRARY.gram(*op)
+
+
 def conv_backward_weight(op: ConvBackwardWeight, largest_tile: int = winograd.LARGE) -> Tensor:
     if winograd.takes(op, largest_tile):
         return winograd.conv_backward_weight(op, largest_tile)
@@ -143,6 +160,9 @@ FUNCTIONS: dict[type, Function] = {
     BnReluMaxpoolBackwardReduce: bn_relu_maxpool_backward_reduce,
     BnReluMaxpoolBackwardInput: bn_relu_maxpool_backward_input,
     Conv1x1Forward: conv1x1_forward,
+    Conv1x1BackwardInput: conv1x1_backward_input,
+    Conv1x1BackwardWeight: conv1x1_backward_weight,
+    Gram: gram,
     Conv3x3Forward: winograd.conv3x3_forward,
     ConvBackwardWeight: conv_backward_weight,
     ConvBackwardInput: conv_backward_input,

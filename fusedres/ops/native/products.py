@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from fusedres.ops.backend import Reason
-from fusedres.ops.contract import Conv1x1Forward, RawOp
+from fusedres.ops.contract import (
+    Conv1x1BackwardInput,
+    Conv1x1BackwardWeight,
+    Conv1x1Forward,
+    Gram,
+    RawOp,
+)
 from fusedres.ops.native.reasons import activations_reason, vectors_reason
 
 # names of the GPUs on which these kernels were measured to be no slower than what else serves the op
@@ -58,8 +64,42 @@ def forward_reason(op: Conv1x1Forward) -> str | None:
     )
 
 
+def mask_reason(mask: Tensor | None, like: Tensor) -> str | None:
+    if mask is None:
+        return None
+    if mask.device != like.device:
+        return "mixed_devices"
+    return None if mask.is_contiguous() else "vector_not_dense"
+
+
+def backward_input_reason(op: Conv1x1BackwardInput) -> str | None:
+    v, g = op.vectors, op.grads
+    return (
+        product_reason(op.c, op.weight, op.dy, op.shortcut_dy)
+        or mask_reason(op.shortcut_mask, op.c)
+        or given_vectors_reason(v.scale, v.shift, g.A, g.B, g.K)
+    )
+
+
+def backward_weight_reason(op: Conv1x1BackwardWeight) -> str | None:
+    return (
+        product_reason(op.c, None, op.dy)
+        or mask_reason(op.mask, op.c)
+        or given_vectors_reason(op.scale, op.shift, op.center)
+    )
+
+
+def gram_reason(op: Gram) -> str | None:
+    return product_reason(op.c, None) or vectors_reason(op.scale, op.shift)
+
+
 # by the type of its record, the argument that decides where the op runs, and the reason there
-PRODUCTS: dict[type, tuple[str, Reason]] = {Conv1x1Forward: ("x", forward_reason)}
+PRODUCTS: dict[type, tuple[str, Reason]] = {
+    Conv1x1Forward: ("x", forward_reason),
+    Conv1x1BackwardInput: ("c", backward_input_reason),
+    Conv1x1BackwardWeight: ("c", backward_weight_reason),
+    Gram: ("c", gram_reason),
+}
 
 
 @cache

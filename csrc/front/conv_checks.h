@@ -1,0 +1,46 @@
+// Checks of arguments that the ops of convolutions share.
+#pragma once
+
+#include "arguments.h"
+
+namespace fusedres::front {
+
+inline void check_same_dtype(const char* op, const char* name, const Tensor& t, const Tensor& other) {
+  if (t.scalar_type() == other.scalar_type()) return;
+  fail(op, name, dtype_name(t.scalar_type()), dtype_name(other.scalar_type()), "pass tensors of one dtype");
+}
+
+// Checks x, and the weight [Cout, Cin, 1, 1] of a convolution that sums over x's channels: they are the weight's
+// dimension `summed`.
+template <class Device>
+Shape check_1x1(const char* op, const char* name, const Tensor& x, const Tensor& weight, int64_t summed) {
+  const Shape shape = check_activation<Device>(op, name, x);
+  check_same_dtype(op, "weight", weight, x);
+  check_channels_last(op, "weight", weight);
+  check_device(op, "weight", weight, Device::kCuda);
+  const std::string channels = std::to_string(shape.channels);
+  if (weight.size(summed) != shape.channels || weight.size(2) != 1 || weight.size(3) != 1) {
+    fail(op, "weight", sizes_of(weight),
+         summed == 0 ? "[" + channels + ", Cin, 1, 1]" : "[Cout, " + channels + ", 1, 1]",
+         "pass the weight of the 1x1 convolution");
+  }
+  Device::check_convolutions(op, name, x);
+  if (!Device::kCuda && shape.dtype != Dtype::kFloat32 && shape.channels % 2 != 0) {
+    fail(op, name, channels + " channels", "an even number", "use backend='reference'");
+  }
+  return shape;
+}
+
+// Two vectors [channels], which are given together.
+struct VectorPair {
+  const char *both, *scale_name, *shift_name;
+  const OptionalTensor scale, shift;
+
+  void check(const char* op, int64_t channels) const {
+    check_together(op, both, scale.has_value(), shift.has_value());
+    check_vector(op, scale_name, scale, channels);
+    check_vector(op, shift_name, shift, channels);
+  }
+};
+
+}  // namespace fusedres::front
