@@ -201,12 +201,12 @@ struct ConvBackwardInput {
   void* dx;                 // [N, height.in, width.in, in_channels]
 };
 
-// A 1x1 convolution without padding, BN with known vectors, addition and ReLU.
-struct Conv1x1Forward {
+// A 1x1 convolution, or on CUDA a 3x3 one with padding 1, BN with known vectors, addition and ReLU.
+struct ConvForward {
   Dtype dtype;
   int64_t rows, in_channels, out_channels;  // P, of y
-  const void* x;                            // [P, in_channels]; with strides [N, height.in, width.in, in_channels]
-  const void* weight;                       // [out_channels, in_channels]
+  const void* x;                            // [N, height.in, width.in, in_channels]: [P, in_channels] without strides
+  const void* weight;                       // [out_channels, kernel, kernel, in_channels]
   const float* scale;                       // [out_channels], null with shift, on CUDA: 1 and 0
   const float* shift;                       // [out_channels]
   const void* residual;                     // like y, or null
@@ -215,7 +215,7 @@ struct Conv1x1Forward {
   bool relu;
   void* y;  // [P, out_channels]
   // CUDA alone
-  ConvAxis height = {}, width = {};  // not read without strides
+  ConvAxis height = {}, width = {};  // of the 1x1 convolution not read without strides
   const void* bias = nullptr;        // [out_channels] in dtype, or null
   const float* in_scale = nullptr;   // [in_channels], null with in_shift: x itself, else relu(in_scale*x + in_shift)
   const float* in_shift = nullptr;   // [in_channels]

@@ -33,7 +33,7 @@ void conv_backward_input(const ConvBackwardInput& args) {
                   [&](int64_t, int64_t begin, int64_t end) { kernel.conv1x1_backward_input(all, begin, end); });
 }
 
-void conv1x1_forward(const Conv1x1Forward& args) {
+void conv1x1_forward(const ConvForward& args) {
   const Convolutions& kernel = *convolutions(args.dtype);
   const PackArgs given{args.in_channels, args.out_channels, args.weight, nullptr};
   const Lines<float> packed = pack(kernel.pack_weight_transposed, args.dtype, given, args.out_channels);

@@ -151,7 +151,7 @@ struct PackArgs {
   float* packed;       // whole panels, in words of one float or two bfloat16
 };
 
-struct Conv1x1Args : Conv1x1Forward {
+struct Conv1x1Args : ConvForward {
   Residual form;
   const float* packed_weight;
 };

@@ -42,8 +42,9 @@ cudaError_t bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& a
 cudaError_t bn_relu_maxpool_backward_input(const BnReluMaxpoolBackwardInput& args, cudaStream_t stream);
 
 // The products take bfloat16 and float16, on devices of compute capability 8.0 and up.
-size_t conv1x1_forward_workspace(const Conv1x1Forward& args);
-cudaError_t conv1x1_forward(const Conv1x1Forward& args, const Workspace& workspace, cudaStream_t stream);
+size_t conv_forward_workspace(const ConvForward& args);
+cudaError_t conv1x1_forward(const ConvForward& args, const Workspace& workspace, cudaStream_t stream);
+cudaError_t conv3x3_forward(const ConvForward& args, const Workspace& workspace, cudaStream_t stream);
 cudaError_t conv1x1_backward_input(const Conv1x1BackwardInput& args, cudaStream_t stream);
 size_t conv1x1_backward_weight_workspace(const Conv1x1BackwardWeight& args);
 cudaError_t conv1x1_backward_weight(const Conv1x1BackwardWeight& args, const Workspace& workspace, cudaStream_t stream);

@@ -99,30 +99,31 @@ static_assert(kSumsPlace * 4 + kProductThreads * int(sizeof(ColumnSums)) <= kPro
 // Mean and M2 of one column, over the tiles that a block has had: of many small parts, so in float64.
 struct ColumnMoments {
   double mean = 0., m2 = 0.;
-  int64_t count = 0;
 
-  __device__ __forceinline__ void merge(double other_mean, double other_m2, int64_t other_count) {
-    count += other_count;
-    const double delta = other_mean - mean, weight = double(other_count) / double(count);
-    m2 += other_m2 + delta * delta * double(count - other_count) * weight;
+  // before: how many values these moments are of; count: of the other's
+  __device__ __forceinline__ void merge(double other_mean, double other_m2, int64_t before, int64_t count) {
+    const double delta = other_mean - mean, weight = double(count) / double(before + count);
+    m2 += other_m2 + delta * delta * double(before) * weight;
     mean += delta * weight;
-  }
-  __device__ __forceinline__ void merge(const ColumnSums& sums) {
-    if (sums.count == 0) return;
-    const float mean_of_sums = sums.sum / float(sums.count), m2_of_sums = sums.square - sums.sum * mean_of_sums;
-    merge(double(sums.shift) + double(mean_of_sums), m2_of_sums < 0.f ? 0. : double(m2_of_sums), sums.count);
   }
 };
 
 // Takes the sums of a tile into the moments of its columns, which thread i < 128 has of column i.
-// shared: [256] sums, of no other use
-__device__ __forceinline__ void merge_tile(ColumnMoments& moments, const ColumnSums& sums, ColumnSums* shared) {
+// shared: [256] sums, of no other use; before: the rows of the block's earlier tiles
+__device__ __forceinline__ void merge_tile(ColumnMoments& moments, const ColumnSums& sums, ColumnSums* shared,
+                                           int64_t before) {
   const int thread = thread_index();
   shared[thread] = sums;
   __syncthreads();
   if (thread >= kProductSide) return;
 #pragma unroll 1
-  for (int part = 0; part < kColumnParts; ++part) moments.merge(shared[part * kProductSide + thread]);
+  for (int part = 0; part < kColumnParts; ++part) {
+    const ColumnSums& s = shared[part * kProductSide + thread];
+    if (s.count == 0) continue;
+    const float mean = s.sum / float(s.count), m2 = s.square - s.sum * mean;
+    moments.merge(double(s.shift) + double(mean), m2 < 0.f ? 0. : double(m2), before, s.count);
+    before += s.count;
+  }
 }
 
 // The moments of all blocks of these columns, in the order of the groups. True in the last block, which has them.
@@ -146,9 +147,11 @@ __device__ __forceinline__ bool merge_groups(ColumnMoments& moments, int* flag, 
   if (threadIdx.x == 0) atomicExch(counter, 0u);
   if (int(threadIdx.x) < kProductSide) {
     moments = ColumnMoments();
+    int64_t before = 0;
     for (int group = 0; group < plan.groups; ++group) {
       const double* theirs = partials + plan.partial_of(blockIdx.x, group);
-      moments.merge(__ldcg(theirs), __ldcg(theirs + kProductSide), plan.rows_of_group(group));
+      moments.merge(__ldcg(theirs), __ldcg(theirs + kProductSide), before, plan.rows_of_group(group));
+      before += plan.rows_of_group(group);
     }
   }
   return true;

@@ -40,11 +40,14 @@ void check_prologue(const char* op, const OptionalTensor& in_scale, const Option
 
 // x [N, Cin, H, W], weight [Cout, Cin, 3, 3], residual and y [N, Cout, H, W]
 template <class Device>
-std::tuple<Tensor, OptionalTensor, OptionalTensor, bool> conv3x3_forward(
+std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, bool> conv3x3_forward(
     Tensor x, Tensor weight, OptionalTensor in_scale, OptionalTensor in_shift, OptionalTensor scale,
     OptionalTensor shift, OptionalTensor residual, OptionalTensor residual_scale, OptionalTensor residual_shift,
-    bool relu, bool save_stats, int64_t tile) {
+    bool relu, bool save_stats, int64_t tile, int64_t stride, bool save_mask) {
   const char* op = "conv3x3_forward";
+  if (stride != 1 || save_mask) {
+    fail(op, "the call", "one with a stride or a mask", "neither", "use backend='reference'");
+  }
   const Conv3x3 sizes = check_3x3<Device>(op, "x", x, weight, 1, tile);
   check_prologue(op, in_scale, in_shift, sizes.in_channels);
   check_together(op, "scale, shift", scale.has_value(), shift.has_value());
@@ -68,7 +71,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, bool> conv3x3_forward(
   const bool finite = on.launch(Conv3x3Forward{sizes, data(x), data(weight), data(in_scale), data(in_shift),
                                                data(scale), data(shift), data(residual), data(residual_scale),
                                                data(residual_shift), relu, written(y), written(mean), written(var)});
-  return {y, mean, var, finite};
+  return {y, OptionalTensor(), mean, var, finite};
 }
 
 // dy [N, Cout, H, W], weight [Cout, Cin, 3, 3], shortcut_dy and the result [N, Cin, H, W]

@@ -10,25 +10,31 @@ inline void check_same_dtype(const char* op, const char* name, const Tensor& t, 
   fail(op, name, dtype_name(t.scalar_type()), dtype_name(other.scalar_type()), "pass tensors of one dtype");
 }
 
-// Checks x, and the weight [Cout, Cin, 1, 1] of a convolution that sums over x's channels: they are the weight's
-// dimension `summed`.
+// Checks x, and the weight [Cout, Cin, kernel, kernel] of a convolution that sums over x's channels: they are the
+// weight's dimension `summed`.
 template <class Device>
-Shape check_1x1(const char* op, const char* name, const Tensor& x, const Tensor& weight, int64_t summed) {
+Shape check_weight(const char* op, const char* name, const Tensor& x, const Tensor& weight, int64_t summed,
+                   int64_t kernel) {
   const Shape shape = check_activation<Device>(op, name, x);
   check_same_dtype(op, "weight", weight, x);
   check_channels_last(op, "weight", weight);
   check_device(op, "weight", weight, Device::kCuda);
   const std::string channels = std::to_string(shape.channels);
-  if (weight.size(summed) != shape.channels || weight.size(2) != 1 || weight.size(3) != 1) {
-    fail(op, "weight", sizes_of(weight),
-         summed == 0 ? "[" + channels + ", Cin, 1, 1]" : "[Cout, " + channels + ", 1, 1]",
-         "pass the weight of the 1x1 convolution");
+  if (weight.size(summed) != shape.channels || weight.size(2) != kernel || weight.size(3) != kernel) {
+    const std::string side = std::to_string(kernel), window = ", " + side + ", " + side + "]";
+    fail(op, "weight", sizes_of(weight), (summed == 0 ? "[" + channels + ", Cin" : "[Cout, " + channels) + window,
+         "pass the weight of this convolution");
   }
   Device::check_convolutions(op, name, x);
   if (!Device::kCuda && shape.dtype != Dtype::kFloat32 && shape.channels % 2 != 0) {
     fail(op, name, channels + " channels", "an even number", "use backend='reference'");
   }
   return shape;
+}
+
+template <class Device>
+Shape check_1x1(const char* op, const char* name, const Tensor& x, const Tensor& weight, int64_t summed) {
+  return check_weight<Device>(op, name, x, weight, summed, 1);
 }
 
 // Two vectors [channels], which are given together.

@@ -128,8 +128,10 @@ void Cuda::launch(const BnReluMaxpoolBackwardReduce& args) const {
 void Cuda::launch(const BnReluMaxpoolBackwardInput& args) const {
   check_launch(op_, cuda::bn_relu_maxpool_backward_input(args, stream_));
 }
-void Cuda::launch(const Conv1x1Forward& args) const {
-  launch_in_scratch(args, cuda::conv1x1_forward_workspace(args), cuda::conv1x1_forward);
+void Cuda::launch(const ConvForward& args) const {
+  const bool pointwise = args.height.kernel == 1;
+  launch_in_scratch(args, cuda::conv_forward_workspace(args),
+                    pointwise ? cuda::conv1x1_forward : cuda::conv3x3_forward);
 }
 void Cuda::launch(const Conv1x1BackwardInput& args) const {
   check_launch(op_, cuda::conv1x1_backward_input(args, stream_));

@@ -41,7 +41,7 @@ class Cuda {
   void launch(const BnReluMaxpoolForward& args) const;
   void launch(const BnReluMaxpoolBackwardReduce& args) const;
   void launch(const BnReluMaxpoolBackwardInput& args) const;
-  void launch(const Conv1x1Forward& args) const;
+  void launch(const ConvForward& args) const;
   void launch(const Conv1x1BackwardInput& args) const;
   void launch(const Conv1x1BackwardWeight& args) const;
   void launch(const Gram& args) const;

@@ -1,9 +1,9 @@
-// Ops of a 1x1 convolution in training: each op checks its arguments, allocates its results and calls the launcher of
-// CUDA. The CPU has none: a build without CUDA leaves this file out.
+// Ops of convolutions that the CPU has no launcher for, or another algorithm: each checks its arguments, allocates its
+// results and calls the launcher of CUDA: a build without CUDA leaves this file out.
 #include <tuple>
 
 #include "allocate.h"
-#include "conv_checks.h"
+#include "conv_forward.h"
 #include "devices.h"
 
 namespace fusedres::front {
@@ -33,6 +33,20 @@ std::tuple<Tensor, Tensor> conv1x1_backward_input(Tensor dy, Tensor c, Tensor sc
                                  c.const_data_ptr(), relu, data(scale), data(shift), grads, weight.const_data_ptr(),
                                  untyped(shortcut_dy), byte_data(mask), dx.mutable_data_ptr(), dc.mutable_data_ptr()});
   return {dx, dc};
+}
+
+// As of 3x3 convolutions by Winograd's algorithm; `tile` is 0: none.
+template <class Device>
+std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, bool> conv3x3_forward(
+    Tensor x, Tensor weight, OptionalTensor in_scale, OptionalTensor in_shift, OptionalTensor scale,
+    OptionalTensor shift, OptionalTensor residual, OptionalTensor residual_scale, OptionalTensor residual_shift,
+    bool relu, bool save_stats, int64_t tile, int64_t stride, bool save_mask) {
+  const char* op = "conv3x3_forward";
+  if (tile != 0) fail(op, "tile", std::to_string(tile), "0", "Winograd's algorithm is the CPU's");
+  auto [y, mask, mean, var] =
+      conv_forward<Device>(op, 3, x, weight, std::nullopt, stride, in_scale, in_shift, scale, shift, residual,
+                           residual_scale, residual_shift, relu, save_mask, save_stats);
+  return {y, mask, mean, var, true};
 }
 
 Tensor new_matrix(const Tensor& like, int64_t rows, int64_t columns) {
@@ -86,6 +100,7 @@ std::tuple<Tensor, Tensor> gram(Tensor c, Tensor scale, Tensor shift) {
 
 STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CUDA, m) {
   using namespace fusedres::front;
+  m.impl("conv3x3_forward", TORCH_BOX(&conv3x3_forward<Cuda>));
   m.impl("conv1x1_backward_input", TORCH_BOX(&conv1x1_backward_input<Cuda>));
   m.impl("conv1x1_backward_weight", TORCH_BOX(&conv1x1_backward_weight<Cuda>));
   m.impl("gram", TORCH_BOX(&gram<Cuda>));

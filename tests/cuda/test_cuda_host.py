@@ -5,7 +5,7 @@ from dataclasses import replace
 import cuda_host_build
 import pytest
 import torch
-from cuda_host_cases import GROUPS, OPS, SEEDS, dtypes_of, host_cases
+from cuda_host_cases import GROUPS, OPS, dtypes_of, host_cases, seeds_of
 from cuda_host_checks import check_folded, check_order
 from cuda_host_ops import HostCudaOps
 from every_raw_op import CHECKS
@@ -31,7 +31,7 @@ def ops():
 def test_op(ops, op, case):
     """In every dtype."""
     for dtype in dtypes_of(op, case):
-        for seed in SEEDS:
+        for seed in seeds_of(op, dtype):
             ops.module.seed(seed)
             CHECKS[op](ops, replace(case, dtype=dtype))
 

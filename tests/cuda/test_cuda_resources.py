@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.skipif(cuda_resources.nvcc_release() is None, reason="no nvcc here")
 
 PRODUCT_KERNELS = (
-    "conv1x1_forward_kernel",
+    "conv_forward_kernel",
     "conv1x1_backward_input_kernel",
     "conv1x1_backward_weight_kernel",
     "gram_kernel",

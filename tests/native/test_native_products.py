@@ -11,6 +11,7 @@ from fusedres.ops.contract import (
     Conv1x1BackwardInput,
     Conv1x1BackwardWeight,
     Conv1x1Forward,
+    Conv3x3Forward,
     Gram,
 )
 from fusedres.ops.dispatch import AUTO_LOADERS, dispatcher
@@ -72,6 +73,9 @@ def test_products_take_any_number_of_channels_and_what_comes_with_them():
     backend = functions.backend()
     for changes in ({}, {"save_mask": True}, {"save_stats": True}, {"relu": True}, {"bias": None}):
         assert backend.reason(forward(**changes)) is None
+    window = torch.empty(33, 17, 3, 3, dtype=torch.bfloat16, device="cuda")  # in any memory format
+    for stride in (1, 2):
+        assert backend.reason(Conv3x3Forward(image(17), window, stride, save_mask=True)) is None
     frozen = BatchNormGrads(*[vector(33)] * 3, None, None)
     for changes in (
         {},
@@ -102,6 +106,13 @@ def test_what_products_do_not_take():
         (forward(in_shift=vector(17, torch.double)), "vector_not_float32"),
         (forward(shift=strided((33,), (2,), torch.float32)), "vector_not_dense"),
         (Conv1x1Forward(image(8), weight(2**30 + 1, 8)), "too_many_channels"),
+        (
+            Conv3x3Forward(
+                image(8), weight(8, 8), in_scale=vector(8), in_shift=strided((8,), (2,), torch.float32)
+            ),
+            "vector_not_dense",
+        ),
+        (Conv3x3Forward(image(8), weight(8, 8), residual=image(8, dtype=torch.half)), "mixed_dtypes"),
         (backward_input(dy=image(33, dtype=torch.half)), "mixed_dtypes"),
         (
             backward_input(shortcut_dy=torch.empty(2, 17, 5, 7, dtype=torch.bfloat16, device="cuda")),

@@ -111,11 +111,11 @@ void bind_stem(py::module_& m) {
 }
 
 void bind_convolutions(py::module_& m) {
-  py::class_<ConvAxis>(m, "ConvAxis").def(py::init([](int64_t in, int64_t out, int64_t stride) {
-    return ConvAxis{in, out, 1, stride, 0, 1};
+  py::class_<ConvAxis>(m, "ConvAxis").def(py::init([](int64_t in, int64_t out, int64_t kernel, int64_t stride) {
+    return ConvAxis{in, out, kernel, stride, kernel / 2, 1};
   }));
-  using F = Conv1x1Forward;
-  py::class_<F> forward(m, "Conv1x1Forward");
+  using F = ConvForward;
+  py::class_<F> forward(m, "ConvForward");
   forward.def(py::init<>()) VALUE(F, dtype) VALUE(F, rows) VALUE(F, in_channels) VALUE(F, out_channels) VALUE(F, relu)
       VALUE(F, height) VALUE(F, width);
   ADDRESS(forward, F, x), ADDRESS(forward, F, weight), ADDRESS(forward, F, scale), ADDRESS(forward, F, shift);
@@ -235,7 +235,8 @@ PYBIND11_MODULE(fusedres_cuda_host, m) {
   launcher(m, "gram", gram);
   m.def("conv1x1_backward_weight_workspace", conv1x1_backward_weight_workspace);
   m.def("gram_workspace", gram_workspace);
-  m.def("conv1x1_forward_workspace", conv1x1_forward_workspace);
+  launcher(m, "conv3x3_forward", conv3x3_forward);
+  for (const char* op : {"conv1x1_forward_workspace", "conv3x3_forward_workspace"}) m.def(op, conv_forward_workspace);
   m.def("bn_stats_workspace", bn_stats_workspace);
   m.def("bn_add_relu_backward_reduce_workspace", bn_add_relu_backward_reduce_workspace);
   m.def("bn_relu_maxpool_backward_reduce_workspace", bn_relu_maxpool_backward_reduce_workspace);

@@ -12,7 +12,13 @@ from raw_op_cases import Case
 
 LIBRARY = ("conv_backward_input", "conv_backward_weight")
 BN_OPS = [op for op in raw_op_checks.CHECKS if op not in LIBRARY]
-PRODUCTS = ["conv1x1_forward", "conv1x1_backward_input", "conv1x1_backward_weight", "gram"]  # on tensor cores
+PRODUCTS = [  # on tensor cores
+    "conv1x1_forward",
+    "conv3x3_forward",
+    "conv1x1_backward_input",
+    "conv1x1_backward_weight",
+    "gram",
+]
 OPS = BN_OPS + PRODUCTS
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"fp32": torch.float32, **HALF_DTYPES}
@@ -27,8 +33,11 @@ UNALIGNED = Case("offset_C24", (1, 24, 3, 5), "offset")
 # of a product: one block and one step; several steps and columns of tiles, with single channels and with packets;
 # several tiles of rows for each of several blocks
 EVERY_FORM = ("C17to24", "C130to33", "C40to136", "P1100")
-# a thousand rows a block, all products positive: what tensor cores cut off as they add would show
-LONG_SUM = ConvCase("P8192", (1, 16, 64, 128), cout=8, dy_mean=3.0, bias_before=3.0, form="mask")
+# 512 rows a block, all products positive: what tensor cores cut off as they add would show
+LONG_SUM = ConvCase("P4096", (1, 16, 64, 64), cout=8, dy_mean=3.0, bias_before=3.0, form="mask")
+# several steps for each tap, and several tiles, which end within images and lines
+MANY_TILES = ConvCase("P338", (2, 40, 13, 13), cout=24)
+TILED_FORMS = ("prologue_identity_mask", "prologue_stats")
 # under ThreadSanitizer: several blocks to merge, both ways to load, ragged ends, an unaligned start, hardly anything
 # and nothing at all
 RACES = ("groups", "groups_C129", "offset_C24", "C1", "C3", "C8", "nan_inf", "P1", "N0")
@@ -41,6 +50,14 @@ PRODUCT_RACES = {
         "P1100-bias_stats",
         "N0-prologue_projection_mask",
     ),
+    "conv3x3_forward": (
+        "C24to8-prologue_identity_mask",
+        "C3to17-prologue_stats",
+        "even-stride2_stats",
+        "even-raw",
+        "C3to17-prologue_identity_mask",
+        "N0-prologue_identity_mask",
+    ),
     "conv1x1_backward_input": ("C130to33-identity_mask", "P1100-frozen_identity_mask", "N0-identity_mask"),
     "conv1x1_backward_weight": ("C130to33-mask_center", "P1100-mask", "N0-mask_center"),
     "gram": ("C130to33", "P1100", "N0"),
@@ -49,6 +66,11 @@ PRODUCT_RACES = {
 
 def runs_under_thread_sanitizer(op: str, case: Case) -> bool:
     return str(case) in PRODUCT_RACES[op] if op in PRODUCTS else case.id in RACES
+
+
+def seeds_of(op: str, dtype: torch.dtype) -> tuple[int, ...]:
+    """Orders of threads and blocks; of a product, which takes longer, one for each dtype."""
+    return (SEEDS[list(DTYPES.values()).index(dtype)],) if op in PRODUCTS else SEEDS
 
 
 def dtypes_of(op: str, case: Case) -> list[torch.dtype]:
@@ -61,6 +83,8 @@ def dtypes_of(op: str, case: Case) -> list[torch.dtype]:
 
 def product_cases(op: str) -> list[Case]:
     """Every form on some shapes, and the first form on every shape and value."""
+    if op == "conv3x3_forward":  # whose own cases are small
+        return [replace(MANY_TILES, form=form) for form in TILED_FORMS] + list(cases_of(op))
     long = [LONG_SUM] if op == "conv1x1_backward_weight" else []
     return long + [case for case in cases_of(op) if case.form == FORMS[op][0] or case.id in EVERY_FORM]
 

@@ -23,6 +23,7 @@ from fusedres.ops.contract import (
     Conv1x1BackwardInput,
     Conv1x1BackwardWeight,
     Conv1x1Forward,
+    Conv3x3Forward,
     ConvOutput,
     Gram,
     RawOp,
@@ -255,29 +256,35 @@ class HostCudaOps:
     # ---------------------------------------------------------------- convolutions
 
     def conv1x1_forward(self, op: Conv1x1Forward) -> ConvOutput:
+        return self._conv_forward("conv1x1_forward", op)
+
+    def conv3x3_forward(self, op: Conv3x3Forward) -> ConvOutput:
+        return self._conv_forward("conv3x3_forward", op)
+
+    def _conv_forward(self, name: str, op: Conv1x1Forward | Conv3x3Forward) -> ConvOutput:
         x, weight, residual = dense(op.x), dense(op.weight), dense(op.residual)
         n, cin, height, width = x.shape
-        cout = weight.shape[0]
+        cout, _, kernel, _ = weight.shape
         sides = [(side - 1) // op.stride + 1 for side in (height, width)]
         y = torch.empty((n, cout, *sides), dtype=x.dtype, memory_format=CHANNELS_LAST)
         mask = torch.empty(-(-y.numel() // 8), dtype=torch.uint8) if op.save_mask else None
         mean, var = (torch.empty(cout) if op.save_stats else None for _ in range(2))
         given = op._asdict() | {"x": x, "weight": weight, "residual": residual}
         args = self._args(
-            "Conv1x1Forward",
+            "ConvForward",
             **{name: given[name] for name in given if name not in ("stride", "save_mask", "save_stats")},
             dtype=self._dtype(x),
             rows=n * sides[0] * sides[1],
             in_channels=cin,
             out_channels=cout,
-            height=self.module.ConvAxis(height, sides[0], op.stride),
-            width=self.module.ConvAxis(width, sides[1], op.stride),
+            height=self.module.ConvAxis(height, sides[0], kernel, op.stride),
+            width=self.module.ConvAxis(width, sides[1], kernel, op.stride),
             y=y,
             mask=mask,
             mean=mean,
             var=var,
         )
-        self._reduce("conv1x1_forward", args, args, (y, mean, var))
+        self._reduce(name, args, args, (y, mean, var))
         return ConvOutput(y, mask, mean, var)
 
     def conv1x1_backward_input(self, op: Conv1x1BackwardInput) -> tuple[Tensor, Tensor]:

@@ -113,6 +113,15 @@ def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
     return ConvOutput(*LIBRARY.conv1x1_forward(*op))
 
 
+def conv3x3_forward(op: Conv3x3Forward, largest_tile: int = winograd.LARGE) -> ConvOutput:
+    if op.x.is_cpu:
+        return winograd.conv3x3_forward(op, largest_tile)
+    x, weight, stride, *fused, relu, save_mask, save_stats = op
+    last = relu, save_stats, winograd.NONE, stride, save_mask
+    y, mask, mean, var, _ = LIBRARY.conv3x3_forward(x, winograd.channels_last(weight), *fused, *last)
+    return ConvOutput(y, mask, mean, var)
+
+
 def conv1x1_backward_input(op: Conv1x1BackwardInput) -> tuple[Tensor, Tensor]:
     dy, c, v, g, weight, relu, shortcut_dy, shortcut_mask = op
     bn = v.scale, v.shift, g.A, g.B, g.K
@@ -163,13 +172,13 @@ FUNCTIONS: dict[type, Function] = {
     Conv1x1BackwardInput: conv1x1_backward_input,
     Conv1x1BackwardWeight: conv1x1_backward_weight,
     Gram: gram,
-    Conv3x3Forward: winograd.conv3x3_forward,
+    Conv3x3Forward: conv3x3_forward,
     ConvBackwardWeight: conv_backward_weight,
     ConvBackwardInput: conv_backward_input,
 }
 # no convolution has more error than a direct one: the weight gradient of F(2x2, 3x3) may have
 STRICT_FUNCTIONS: dict[type, Function] = {
-    Conv3x3Forward: partial(winograd.conv3x3_forward, largest=winograd.SMALL),
+    Conv3x3Forward: partial(conv3x3_forward, largest_tile=winograd.SMALL),
     ConvBackwardWeight: partial(conv_backward_weight, largest_tile=winograd.NONE),
     ConvBackwardInput: partial(conv_backward_input, largest_tile=winograd.SMALL),
 }

@@ -13,6 +13,7 @@ from fusedres.ops.contract import (
     Conv1x1BackwardInput,
     Conv1x1BackwardWeight,
     Conv1x1Forward,
+    Conv3x3Forward,
     Gram,
     RawOp,
 )
@@ -34,7 +35,8 @@ def product_reason(x: Tensor, weight: Tensor | None, *others: Tensor | None) -> 
             return "mixed_dtypes"
         if weight.device != x.device:
             return "mixed_devices"
-        if not weight.is_contiguous(memory_format=torch.channels_last):
+        pointwise = weight.shape[2:] == (1, 1)  # others are copied
+        if pointwise and not weight.is_contiguous(memory_format=torch.channels_last):
             return "not_channels_last"
         if max(weight.shape[:2]) > MOST_CHANNELS:
             return "too_many_channels"
@@ -55,13 +57,19 @@ def bias_reason(bias: Tensor | None, x: Tensor) -> str | None:
     return None if bias.is_contiguous() else "vector_not_dense"
 
 
-def forward_reason(op: Conv1x1Forward) -> str | None:
-    vectors = op.in_scale, op.in_shift, op.scale, op.shift, op.residual_scale, op.residual_shift
-    return (
-        product_reason(op.x, op.weight, op.residual)
-        or bias_reason(op.bias, op.x)
-        or given_vectors_reason(*vectors)
+def fused_vectors_reason(op: Conv1x1Forward | Conv3x3Forward) -> str | None:
+    return given_vectors_reason(
+        op.in_scale, op.in_shift, op.scale, op.shift, op.residual_scale, op.residual_shift
     )
+
+
+def forward_reason(op: Conv1x1Forward) -> str | None:
+    product = product_reason(op.x, op.weight, op.residual)
+    return product or bias_reason(op.bias, op.x) or fused_vectors_reason(op)
+
+
+def forward3x3_reason(op: Conv3x3Forward) -> str | None:
+    return product_reason(op.x, op.weight, op.residual) or fused_vectors_reason(op)
 
 
 def mask_reason(mask: Tensor | None, like: Tensor) -> str | None:
@@ -96,6 +104,7 @@ def gram_reason(op: Gram) -> str | None:
 # by the type of its record, the argument that decides where the op runs, and the reason there
 PRODUCTS: dict[type, tuple[str, Reason]] = {
     Conv1x1Forward: ("x", forward_reason),
+    Conv3x3Forward: ("x", forward3x3_reason),
     Conv1x1BackwardInput: ("c", backward_input_reason),
     Conv1x1BackwardWeight: ("c", backward_weight_reason),
     Gram: ("c", gram_reason),

@@ -121,7 +121,7 @@ def conv3x3_forward(op: Conv3x3Forward, largest: int = LARGE) -> ConvOutput:
     x, weight, _, in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift, relu, *_ = op
     tile = forward_tile(op, largest)
     vectors = in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift
-    y, mean, var, finite = LIBRARY.conv3x3_forward(
+    y, _, mean, var, finite = LIBRARY.conv3x3_forward(
         x, channels_last(weight), *vectors, relu, op.save_stats, tile
     )
     return ConvOutput(y, None, mean, var) if finite else REFERENCE(op)
