@@ -79,6 +79,11 @@ def conv1x1_forward(x: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Any
     return convolution(x, weight, out_shape[0])
 
 
+def conv1x1_backward_input(dy: Shape, c: Shape, *rest: Any, out_shape: Sequence[Any]) -> int:
+    weight: Shape = rest[5]  # behind scale, shift, A, B and K
+    return convolution_gradients(out_shape[0], weight, dy, True, False)
+
+
 def conv_backward_input(dy: Shape, weight: Shape, *rest: Any, out_shape: Shape) -> int:
     return convolution_gradients(out_shape, weight, dy, True, False)
 
@@ -105,6 +110,9 @@ def conv3x3_backward_weight(dy: Shape, x: Shape, *rest: Any, out_shape: Sequence
 
 NATIVE: dict[str, Callable[..., int]] = {
     "conv1x1_forward": conv1x1_forward,
+    "conv1x1_backward_input": conv1x1_backward_input,
+    "conv1x1_backward_weight": lambda dy, mask, c, *rest, out_shape: conv1x1_backward_weight(dy, c),
+    "gram": lambda c, *rest, out_shape: gram(c),
     "conv_backward_input": conv_backward_input,
     "conv_backward_input_": conv_backward_input_onto,
     "conv_backward_weight": conv_backward_weight,

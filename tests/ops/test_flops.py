@@ -137,3 +137,13 @@ assert {"fusedres.residual_block_backward", "fusedres.residual_block_forward"} <
 )
 def test_registered_in_whatever_order_one_imports(code):
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_operators_of_cuda_count_as_the_convolution_does():
+    image, wide, weight, vector = (2, 16, 3, 5), (2, 24, 3, 5), (24, 16, 1, 1), (24,)
+    one = NATIVE["conv1x1_forward"](image, weight, out_shape=[wide, None, None, None])
+    bn = vector, vector, vector, None, None
+    assert NATIVE["conv1x1_backward_input"](wide, wide, *bn, weight, True, out_shape=[image, wide]) == one
+    r = (24, 16), (24,)
+    assert NATIVE["conv1x1_backward_weight"](wide, None, image, (16,), (16,), None, out_shape=r) == one
+    assert NATIVE["gram"](image, (16,), (16,), out_shape=[(16,), (16, 16)]) * 24 == one * 16
