@@ -24,7 +24,7 @@ from fusedres.ops.contract import (
     Gram,
     op_name,
 )
-from fusedres.ops.native import functions, library
+from fusedres.ops.native import functions, library, products, reasons
 from fusedres.ops.reference import REFERENCE
 from fusedres.trials import registry
 
@@ -86,12 +86,14 @@ def test_every_backend_passes_here():
 
 @pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 def test_every_native_op_is_tested_and_shown_where_it_serves():
-    """In float32 on the CPU; convolutions in each form that has a kernel of its own."""
+    """In float32 on the CPU, what has a kernel there; convolutions in each form that has a kernel of its own."""
     backend, forms = functions.backend(), {"conv1x1_forward/inference", "conv_backward_input/strided"}
+    here = {op_name(op) for op in backend.functions if op in reasons.REASONS}
+    assert here | {op_name(op) for op in products.PRODUCTS} == {op_name(op) for op in backend.functions}
     for shape in SMALL[-2:]:
         called = list(cases(shape, torch.float32, CPU))
         tested = {case.name for case in called if backend.reason(case.op) is None}
-        assert {name.partition("/")[0] for name in tested} == {op_name(op) for op in backend.functions}
+        assert {name.partition("/")[0] for name in tested} == here
         assert forms <= tested
     (row,) = [row for row in doctor.serving() if (row["device"], row["dtype"]) == ("cpu", "float32")]
     assert {name for name, served_by in row.items() if served_by == "native"} == tested
