@@ -162,9 +162,9 @@ def decide(
         return Decision(UNFUSED, reason)
     x, plan, compiling = args[0], state.plan, ops_for is opaque_backend
     if state.recipe == AUTO and (reason := cause_before_reading(x, state.channels, compiling)) is not None:
-        if compiling or x.device.type not in guards.DEVICES:
+        if compiling or not may_be_untried(x, torch.is_grad_enabled()) or x.device.type not in guards.DEVICES:
             return Decision(UNFUSED, reason)
-        is_on = may_be_untried(x, torch.is_grad_enabled()) and settings.is_on(x.device)
+        is_on = settings.is_on(x.device)
         if not (is_on or has_trials(x.device)):
             return Decision(UNFUSED, reason)
         reason = state.on_trial.left.get(LeftCall.of(module, x, ops_for(state.backend), is_on))

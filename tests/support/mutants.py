@@ -19,13 +19,14 @@ import torch
 
 from fusedres.autograd import function as autograd
 from fusedres.autograd import graph_task
-from fusedres.blocks import separate
+from fusedres.blocks import separate, user_table
 from fusedres.matching import ambient, dry_run, every_path, grammar, own_sizes, owners, stems
 from fusedres.measuring import capturable, captured_state, cuda_graphs, verify
 from fusedres.modules import derived_class, own_code, shadows, tree
 from fusedres.nn import running_stats
 from fusedres.ops import flops
 from fusedres.patching import api, call, guards, install, patched_class, resolve, state, warm
+from fusedres.trials import kind, proof, timed, whole_model
 
 residual_block = sys.modules["fusedres.nn.residual_block"]
 graphed = sys.modules["fusedres.measuring.graphed"]
@@ -556,6 +557,53 @@ def copies_inputs_of_any_form():
 @mutant("measuring/test_graphed.py::test_models_that_no_graph_can_hold")
 def captures_cumulative_averages():
     capturable.check_norms = lambda model: None
+
+
+TRIALS = "trials/test_misuse.py"
+
+
+@mutant(f"{TRIALS}::test_a_checkpoint_that_began_while_measuring_was_off")
+def forgets_how_a_checkpoint_began():
+    kind.Kind.hold = lambda self, y: None
+
+
+@mutant(f"{TRIALS}::test_two_forwards_before_a_backward")
+def tells_autograd_of_running_statistics():
+    running_stats.versions_kept = lambda running: contextlib.nullcontext()
+
+
+@mutant("trials/test_proof.py::test_what_was_found_is_known_in_the_next_process")
+def proves_nothing_that_a_table_names():
+    wrap(proof, "prove", lambda right: lambda *a: None if user_table.table() else right(*a))
+
+
+@mutant(f"{TRIALS}::test_a_candidate_without_memory_in_its_backward_is_out_after_it")
+def tries_what_failed_in_its_backward_again():
+    wrap(timed, "time_backward", lambda right: lambda *a: right(*a[:5], lambda: None))
+
+
+@mutant(f"{TRIALS}::test_a_graph_of_torch_compile_holds_nothing_of_it")
+def asks_for_trials_in_a_graph():
+    wrap(
+        call,
+        "decide",
+        lambda right: lambda m, s, *rest: (user_table.has_trials(torch.device("cpu")), right(m, s, *rest))[1],
+    )
+
+
+@mutant(f"{TRIALS}::test_a_backward_of_one_parameter_alone_gives_no_time")
+def takes_the_time_of_two_backwards():
+    torch._C._current_graph_task_id = lambda: 1
+
+
+@mutant("trials/test_patched_models.py::test_the_wins_of_blocks_that_do_not_add_up_are_taken_back")
+def trusts_the_wins_of_blocks():
+    whole_model.WholeModel.begin = lambda self, *call: (True, None)
+
+
+@mutant("trials/test_patched_models.py::test_a_clock_that_answers_late")
+def waits_for_nobody_and_asks_once():
+    kind.Kind.poll = lambda self: None
 
 
 def run(name: str) -> None:

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from trials_on import told, trials_on, without_proof
 
 import fusedres
-from fusedres.blocks import user_table
+from fusedres.blocks import choice, user_table
+from fusedres.blocks.unfused import Measured
 from fusedres.blocks.user_table import Entry
 from fusedres.models import Bottleneck
 from fusedres.patching import call as calls
@@ -217,3 +218,14 @@ def test_blocks_that_were_loaded_are_one_model(patching, tmp_path):
     wholes = {id(m.__dict__["_fusedres"].on_trial.whole) for m in loaded}
     assert len(wholes) == 1
     assert any("2 blocks of a model together" in key.call for key in user_table.table())
+
+
+def test_a_small_call_that_a_table_is_for_is_not_read_whatever_trials_found(patching):
+    """Every call of a small model would pay for it."""
+    table = {("cpu", "native", torch.float64, True): (Measured("separate", 10**9, 16, ""),)}
+    train(fusedres.patch(block()))
+    patching.setattr(choice, "TABLE", table)
+    patching.setattr(calls, "read", None)
+    model = fusedres.patch(block())
+    train(model, 2)
+    assert row(model).code.startswith("too_small")
