@@ -126,7 +126,7 @@ class OnBlock:
         config, x, units = call.config, call.x, call.tensors
         if not is_untried(x, config.dtype, ops, gradients):
             return None
-        if user_table.block_recipe(x, config, units, ops, gradients) is not None:
+        if user_table.key_of(x, config, units, ops, gradients) in user_table.table():
             return None
         key = user_table.key_of(x, config, units, ops, gradients, exact=True)
         gram = gram_form.unsuitable(config, units, x) is None

@@ -470,9 +470,9 @@ def alive():
 def test_a_trial_keeps_no_tensor_alive(patching):
     told(patching, FASTER.__getitem__)
     model = fusedres.patch(block())
-    counts = set()
+    counts = []
     for i in range(STEPS):
         step(model, x_for())
         if i in (1, 2, 3, STEPS - 1):  # once there are gradients
-            counts.add(alive())
-    assert len(counts) == 1
+            counts.append(alive())
+    assert max(counts[1:]) <= counts[0]  # what earlier tests left may go meanwhile
