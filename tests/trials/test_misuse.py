@@ -105,6 +105,14 @@ def test_a_checkpoint_that_began_while_measuring_was_off(patching):
     waiting.sum().backward()
 
 
+def test_checkpoints_that_wait_keep_their_recipe(patching):
+    model = fusedres.patch(block())
+    waiting = checkpoint(model, x_for().requires_grad_(), use_reentrant=False)
+    train(model)
+    another = checkpoint(model, x_for(seed=2).requires_grad_(), use_reentrant=False)
+    (waiting.sum() + another.sum()).backward()
+
+
 def test_a_checkpoint_takes_what_warmup_found_though_it_ran_before(patching):
     model = fusedres.patch(block())
 
