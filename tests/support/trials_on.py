@@ -7,9 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+import fusedres
 from fusedres.blocks import choice, user_table
+from fusedres.models import Bottleneck
 from fusedres.ops import set_aside
+from fusedres.patching.report import BlockReport
 from fusedres.trials import on_block, proof, registry
 from fusedres.trials.comparison import Comparison, Step
 from fusedres.trials.trial import Ticket, Trial
@@ -39,6 +44,26 @@ def trials_on(folder: Path) -> Iterator[pytest.MonkeyPatch]:
         finally:
             patching.undo()
             forget()
+
+
+FASTER = {"unfused": 1.5, "separate": 1.0, "gram": 1.2}  # what calls take, for `told`
+STEPS = 40  # more than any trial here takes
+
+
+def block(seed: int = 0) -> nn.Module:
+    """A bottleneck in float64: what the reference computes is exact there but for rounding."""
+    torch.manual_seed(seed)
+    return Bottleneck(32, 8).double()
+
+
+def x_for(batch: int = 3, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 32, 6, 6, dtype=torch.float64, generator=generator)
+
+
+def row(model: nn.Module) -> BlockReport:
+    """The last block of the report."""
+    return fusedres.report(model).matched[-1]
 
 
 def without_proof(patching: pytest.MonkeyPatch) -> None:

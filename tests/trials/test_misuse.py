@@ -9,19 +9,14 @@ from accuracy import assert_same_float64
 from same_model import images
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from trials_on import told, trials_on, without_proof
+from trials_on import FASTER, STEPS, block, row, told, trials_on, without_proof, x_for
 
 import fusedres
 from fusedres.blocks import choice, user_table
 from fusedres.blocks.unfused import Measured
 from fusedres.blocks.user_table import Entry
-from fusedres.models import Bottleneck
 from fusedres.patching import call as calls
 from fusedres.trials import on_block
-from fusedres.trials.trial import ORIGINAL
-
-FASTER = {ORIGINAL: 1.5, "separate": 1.0, "gram": 1.2}
-STEPS = 40
 
 
 @pytest.fixture
@@ -32,22 +27,9 @@ def patching(tmp_path):
         yield patching
 
 
-def block(seed=0):
-    torch.manual_seed(seed)
-    return Bottleneck(32, 8).double()
-
-
-def x_for(batch=3, seed=1):
-    return images(batch, 32, 6, 6, seed=seed)
-
-
 def train(model, steps=STEPS, **options):
     for _ in range(steps):
         model(x_for(**options)).sum().backward()
-
-
-def row(model):
-    return fusedres.report(model).matched[-1]
 
 
 @pytest.mark.parametrize("known", ["nothing", "an entry", "a trial that goes on"])

@@ -13,19 +13,17 @@ from library_models import TorchvisionResNet
 from same_model import assert_same_step, images
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from trials_on import told, trials_on, without_proof
+from trials_on import FASTER, STEPS, block, row, told, trials_on, without_proof, x_for
 
 import fusedres
 from fusedres.blocks import user_table
-from fusedres.models import BasicBlock, Bottleneck, cifar_resnet, resnet18
+from fusedres.models import BasicBlock, cifar_resnet, resnet18
 from fusedres.patching import call as calls
 from fusedres.trials import on_block
 from fusedres.trials.clocks import Clock
 from fusedres.trials.trial import ORIGINAL
 
-FASTER = {ORIGINAL: 1.5, "separate": 1.0, "gram": 1.2}
 SLOWER = {ORIGINAL: 1.0, "separate": 1.5, "gram": 1.5}
-STEPS = 40  # more than any trial here takes
 
 
 @pytest.fixture
@@ -35,25 +33,12 @@ def patching(tmp_path):
         yield patching
 
 
-def block(seed=0):
-    torch.manual_seed(seed)
-    return Bottleneck(32, 8).double()
-
-
-def x_for(batch=3, seed=1):
-    return images(batch, 32, 6, 6, seed=seed)
-
-
 def step(model, x, training=True):
     with torch.set_grad_enabled(training):
         y = model(x)
     if training:
         y.sum().backward()
     return y.detach()
-
-
-def row(model):
-    return fusedres.report(model).matched[-1]
 
 
 def test_the_fastest_recipe_is_kept_and_said(patching):
