@@ -8,12 +8,13 @@ such a table is ignored, with one warning, and so is a FUSEDRES_TABLE that is no
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -33,14 +34,14 @@ ENVIRONMENT_VARIABLE = "FUSEDRES_TABLE"
 KIND = "fusedres recipes measured on this machine"
 UNFUSED = "unfused"
 TOGETHER = "together"  # of a whole model: what its blocks won stays
-MODES = ("eager", "compiled", "cuda graph")
+EAGER, CUDA_GRAPH = "eager", "cuda graph"  # how calls run
 
 
 class Key(NamedTuple):
     """What an entry is for. `call` is a class of block, as `block_class` names it.
 
     exact: of one batch size, as trials measure, and not of all those down to a power of two. libraries: those that
-    torch calls on the device. mode: how calls run, one of MODES.
+    torch calls on the device. mode: EAGER or CUDA_GRAPH.
     """
 
     device: str
@@ -51,7 +52,7 @@ class Key(NamedTuple):
     call: str
     exact: bool = False
     libraries: str = ""
-    mode: str = "eager"
+    mode: str = EAGER
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,13 @@ def key_of(
     call = block_class(config, tuple(t.weight.shape for t in units), x.shape, exact)
     where = machine.device_name(x.device), machine.versions(), backend, name
     return Key(*where, gradients, call, exact, machine.libraries(x.device))
+
+
+def key_of_all(keys: Iterable[Key], what: str, mode: str = EAGER) -> Key:
+    """What the blocks of a model are looked up by together. keys: theirs, one at least; what: they are, in words."""
+    found = sorted(keys)
+    digest = hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+    return found[0]._replace(call=f"{len(found)} blocks of a model {what}: {digest}", mode=mode)
 
 
 def block_recipe(

@@ -7,7 +7,6 @@ is kept in the user's table, by the kinds of all blocks together, under the mode
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,7 +25,6 @@ from fusedres.trials.on_block import OnBlock
 from fusedres.trials.trial import NEEDED, Ratio
 
 REPLAYS = 12  # timed, of each way; the first two do not count
-MODE = "cuda graph"
 Make = Callable[[], CudaGraphs]
 
 
@@ -50,9 +48,8 @@ def forced(trials: list[OnBlock], way: str) -> Iterator[None]:
 
 def key_of(trials: list[OnBlock]) -> Key:
     """What the verdict on a graph of these blocks is kept by."""
-    keys = sorted(trial.latest.key for trial in trials if trial.latest is not None)
-    digest = hashlib.sha256(repr(keys).encode()).hexdigest()[:16]
-    return keys[0]._replace(call=f"{len(keys)} blocks of a model in a graph: {digest}", mode=MODE)
+    keys = [trial.latest.key for trial in trials if trial.latest is not None]
+    return user_table.key_of_all(keys, "in a graph", user_table.CUDA_GRAPH)
 
 
 def captured(make: Make) -> CudaGraphs:
@@ -88,9 +85,9 @@ def fastest(model: nn.Module, make: Make, device: torch.device) -> str | None:
     known = user_table.table().get(key)
     if known is not None:
         return known.recipe
-    if not settings.is_on(device):
-        return None
     recipes = sorted({recipe for trial in trials for recipe in trial.candidates})
+    if not recipes or not settings.is_on(device):  # without a recipe: no kernel could be proved
+        return None
     times: dict[str, list[float]] = {}
     for way in (UNFUSED, *recipes, UNFUSED):  # once more last: clocks may have changed meanwhile
         try:

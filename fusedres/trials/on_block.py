@@ -92,7 +92,7 @@ class OnBlock:
             return None
         is_on = kind.final is not None or settings.is_on(x.device)
         if kind.trial is None:
-            kind.trial = self.begun(kind, call, ops, is_on)
+            kind.trial = self.trial_for(kind, call, ops, is_on)
         if self.forced is not None:
             return Turn(kind, self.forced if self.forced in (UNFUSED, *kind.candidates) else UNFUSED, None)
         if gradients and saved_tensors_have_hooks():
@@ -132,7 +132,7 @@ class OnBlock:
         gram = gram_form.unsuitable(config, units, x) is None
         return Kind(key, clock_of(x.device), tuple(r for r in RECIPES if r != "gram" or gram))
 
-    def begun(self, kind: Kind, call: BlockCall, ops: Dispatcher, is_on: bool) -> Trial | None:
+    def trial_for(self, kind: Kind, call: BlockCall, ops: Dispatcher, is_on: bool) -> Trial | None:
         """The trial of a kind, settled where a table has its verdict; None where it may not begin. is_on: whether
         calls may be measured now."""
         gram = "gram" in kind.candidates
@@ -162,7 +162,7 @@ class OnBlock:
         if verdict is None:
             return Turn(kind, UNFUSED, "not_measured_here:measuring is off")
         registry.keep(kind.key, verdict.recipe, verdict.ratio)
-        whole.is_settled_for(self.place, kind.key)
+        whole.settles(self.place, kind.key)
         if verdict.recipe == UNFUSED:
             return Turn(kind, UNFUSED, lost(verdict.why, verdict.ratio))
         mode = whole.modes[gradients]

@@ -6,7 +6,6 @@ the end of the last such block's call: what a training loop or a server does in 
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import warnings
 from collections.abc import Callable
@@ -92,7 +91,7 @@ class WholeModel:
             mode.on_trial[block, key] = mode.calls
             self.issued += 1
 
-    def is_settled_for(self, block: int, key: Key) -> None:
+    def settles(self, block: int, key: Key) -> None:
         """The block's calls of this kind have a verdict."""
         self.modes[key.gradients].on_trial.pop((block, key), None)
 
@@ -177,9 +176,7 @@ class WholeModel:
 
     def key_of(self, mode: Mode) -> Key:
         """What a verdict on these blocks together is kept by."""
-        keys = sorted(mode.winners.values())
-        digest = hashlib.sha256(repr(keys).encode()).hexdigest()[:16]
-        return keys[0]._replace(call=f"{len(keys)} blocks of a model together: {digest}")
+        return user_table.key_of_all(mode.winners.values(), "together")
 
     def look_up(self, mode: Mode) -> None:
         """What was found for these blocks before."""

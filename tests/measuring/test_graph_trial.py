@@ -16,6 +16,7 @@ from trials_on import trials_on, without_proof
 import fusedres
 from fusedres.blocks import user_table
 from fusedres.measuring import graph_trial
+from fusedres.trials import proof
 
 WAYS = ["unfused", "gram", "separate", "unfused"]  # in the order of their captures
 
@@ -143,3 +144,12 @@ def test_replays_are_timed(patching):
     graphs = fusedres.graphed(net, images())._graphs
     before = graphs.turn
     assert graph_trial.replayed(graphs) > 0 and graphs.turn - before == graph_trial.REPLAYS
+
+
+def test_kernels_that_could_not_be_proved_are_not_captured(patching):
+    """And nothing is kept: the next process may be able to prove them."""
+    patching.setattr(proof, "prove", lambda *args: "no process could be made")
+    seen = told(patching)
+    net = fusedres.patch(model())
+    fusedres.graphed(net, images())
+    assert not seen and runs_as(net) == {"unfused"} and not user_table.table()
