@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import affine, load_vector, masked_gradient
+from fusedres.triton_kernels.launch import launch
 
 Coefficients = tuple[Tensor, Tensor | None, Tensor | None]  # A, B, K
 
@@ -82,7 +83,9 @@ def bn_add_relu_backward_input(
     shortcut_A, shortcut_B, shortcut_K = shortcut_coefficients or (None, None, None)
     width, rows, columns = tiles.elementwise_tile(c.shape[1])
     row_tiles = layout.cdiv(layout.cdiv(c.numel(), width), rows)
-    bn_add_relu_backward_input_kernel[(row_tiles * layout.cdiv(width, columns),)](
+    launch(
+        bn_add_relu_backward_input_kernel,
+        (row_tiles * layout.cdiv(width, columns),),
         layout.nhwc(dy),
         layout.nhwc(c),
         scale,

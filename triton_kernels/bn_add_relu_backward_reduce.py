@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import column_sums, load_vector, masked_gradient
+from fusedres.triton_kernels.launch import launch
 from fusedres.triton_kernels.merge import merge_sums
 
 
@@ -68,7 +69,9 @@ def bn_add_relu_backward_reduce(
     count = 2 if shortcut_c is None else 3
     row_tiles = layout.cdiv(total, tiles.REDUCTION_ROWS)
     tile_sums = layout.empty((row_tiles, count, channels), c, torch.float32)
-    bn_add_relu_backward_reduce_kernel[(row_tiles * layout.cdiv(channels, tiles.REDUCTION_COLUMNS),)](
+    launch(
+        bn_add_relu_backward_reduce_kernel,
+        (row_tiles * layout.cdiv(channels, tiles.REDUCTION_COLUMNS),),
         layout.nhwc(dy),
         layout.nhwc(c),
         mean,

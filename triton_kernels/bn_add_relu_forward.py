@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import affine, pack_bits, relu
+from fusedres.triton_kernels.launch import launch
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -64,7 +65,9 @@ def bn_add_relu_forward(
     mask = layout.empty((layout.cdiv(c.numel(), 8),), c, torch.uint8) if save_mask else None
     width, rows, columns = tiles.elementwise_tile(c.shape[1])
     row_tiles = layout.cdiv(layout.cdiv(c.numel(), width), rows)
-    bn_add_relu_forward_kernel[(row_tiles * layout.cdiv(width, columns),)](
+    launch(
+        bn_add_relu_forward_kernel,
+        (row_tiles * layout.cdiv(width, columns),),
         layout.nhwc(c),
         scale,
         shift,

@@ -8,6 +8,7 @@ from torch import Tensor
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.bn_add_relu_backward_input import Coefficients, apply_coefficients
 from fusedres.triton_kernels.elementwise import activation, column_sums, load_vector
+from fusedres.triton_kernels.launch import launch
 from fusedres.triton_kernels.merge import merge_sums
 
 NO_GRADIENT = tl.constexpr(255)  # index of a window whose maximum is not positive
@@ -147,7 +148,9 @@ def bn_relu_maxpool_forward(
     y = layout.empty((n, channels, h_out, w_out), c)
     indices = layout.empty(tuple(y.shape), c, torch.uint8)
     grid = (layout.cdiv(layout.rows(y), tiles.POOL_ROWS) * layout.cdiv(channels, tiles.POOL_COLUMNS),)
-    bn_relu_maxpool_forward_kernel[grid](
+    launch(
+        bn_relu_maxpool_forward_kernel,
+        grid,
         layout.nhwc(c),
         scale,
         shift,
@@ -181,7 +184,9 @@ def _backward(
     kernel_size, stride, padding = pool
     _, channels, height, width = c.shape
     grid = (layout.cdiv(layout.rows(c), rows) * layout.cdiv(channels, tiles.POOL_COLUMNS),)
-    bn_relu_maxpool_backward_kernel[grid](
+    launch(
+        bn_relu_maxpool_backward_kernel,
+        grid,
         layout.nhwc(dy),
         layout.nhwc(indices),
         layout.nhwc(c),

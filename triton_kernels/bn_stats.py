@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import tile_moments
+from fusedres.triton_kernels.launch import launch
 from fusedres.triton_kernels.merge import merge_moments
 
 
@@ -37,7 +38,9 @@ def bn_stats(c: Tensor) -> tuple[Tensor, Tensor]:
     channels, total = c.shape[1], layout.rows(c)
     row_tiles = layout.cdiv(total, tiles.REDUCTION_ROWS)
     tile_mean, tile_m2 = (layout.empty((row_tiles, channels), c, t) for t in (torch.float64, torch.float32))
-    bn_stats_kernel[(row_tiles * layout.cdiv(channels, tiles.REDUCTION_COLUMNS),)](
+    launch(
+        bn_stats_kernel,
+        (row_tiles * layout.cdiv(channels, tiles.REDUCTION_COLUMNS),),
         layout.nhwc(c),
         tile_mean,
         tile_m2,

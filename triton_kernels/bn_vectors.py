@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.triton_kernels import layout
+from fusedres.triton_kernels.launch import launch
 
 BLOCK = 128
 
@@ -54,8 +55,20 @@ def bn_scale_shift(
     """invstd, scale, shift [C] in the dtype of mean [C]."""
     channels = mean.numel()
     invstd, scale, shift = (layout.empty((channels,), mean) for _ in range(3))
-    bn_scale_shift_kernel[(layout.cdiv(channels, BLOCK),)](
-        mean, var, weight, bias, invstd, scale, shift, C=channels, EPS=eps, BLOCK=BLOCK, num_warps=4
+    launch(
+        bn_scale_shift_kernel,
+        (layout.cdiv(channels, BLOCK),),
+        mean,
+        var,
+        weight,
+        bias,
+        invstd,
+        scale,
+        shift,
+        C=channels,
+        EPS=eps,
+        BLOCK=BLOCK,
+        num_warps=4,
     )
     return invstd, scale, shift
 
@@ -73,7 +86,9 @@ def bn_backward_coefficients(
     channels = sum_dz.numel()
     dweight = layout.empty((channels,), sum_dz)
     B, K = (layout.empty((channels,), sum_dz) if training else None for _ in range(2))
-    bn_backward_coefficients_kernel[(layout.cdiv(channels, BLOCK),)](
+    launch(
+        bn_backward_coefficients_kernel,
+        (layout.cdiv(channels, BLOCK),),
         sum_dz,
         sum_dz_centered,
         mean,

@@ -7,6 +7,7 @@ from torch import Tensor
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.bn_add_relu_backward_input import bn_add_relu_backward_input
 from fusedres.triton_kernels.elementwise import activation, affine, load_vector, select_in_tile
+from fusedres.triton_kernels.launch import launch
 from fusedres.triton_kernels.wgmma import must_wait, wait
 
 
@@ -123,7 +124,9 @@ def conv1x1_backward_input(
         scale, shift = activation if activation is not None else (None, None)
         prologue = (layout.nhwc(dy), layout.nhwc(c), scale, shift, *coefficients)
     total = layout.rows(c)
-    conv1x1_backward_input_kernel[(layout.cdiv(total, tile.bm) * layout.cdiv(cin, tile.bn),)](
+    launch(
+        conv1x1_backward_input_kernel,
+        (layout.cdiv(total, tile.bm) * layout.cdiv(cin, tile.bn),),
         *prologue,
         weight.reshape(cout, cin).contiguous(),
         None if shortcut_dy is None else layout.nhwc(shortcut_dy),

@@ -8,6 +8,7 @@ from torch import Tensor
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import activation, load_vector, select_in_tile
 from fusedres.triton_kernels.gram import is_far, sample
+from fusedres.triton_kernels.launch import launch
 from fusedres.triton_kernels.merge import merge_sums
 
 # would round a - center to 8 bits, where dz*a is exact in float32
@@ -103,7 +104,9 @@ def pivot_of(center: Tensor, c: Tensor, scale: Tensor, shift: Tensor) -> tuple[T
     """What to subtract from a before the product, and what is left of center to subtract after it, each [Cin]."""
     cin, columns = c.shape[1], tiles.GRAM_SAMPLE_COLUMNS
     pivot, rest = (layout.empty((cin,), c, torch.float32) for _ in range(2))
-    pivot_kernel[(layout.cdiv(cin, columns),)](
+    launch(
+        pivot_kernel,
+        (layout.cdiv(cin, columns),),
         c,
         scale,
         shift,
@@ -137,7 +140,9 @@ def conv1x1_backward_weight(
     splits = layout.cdiv(total, split_rows)
     partial_r = layout.empty((splits, cout, cin), c, torch.float32)
     partial_dbias = layout.empty((splits, cout), c, torch.float32)
-    conv1x1_backward_weight_kernel[(splits * layout.cdiv(cout, tile.bm) * layout.cdiv(cin, tile.bn),)](
+    launch(
+        conv1x1_backward_weight_kernel,
+        (splits * layout.cdiv(cout, tile.bm) * layout.cdiv(cin, tile.bn),),
         layout.nhwc(dy),
         mask,
         c,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import activation, affine, load_vector, pack_bits, relu, tile_moments
+from fusedres.triton_kernels.launch import launch
 from fusedres.triton_kernels.merge import merge_moments
 from fusedres.triton_kernels.relu_backward import relu_mask
 from fusedres.triton_kernels.wgmma import must_wait, wait
@@ -132,7 +133,9 @@ def conv1x1_forward(
         layout.empty((row_tiles, cout), x, dtype) if save_stats else None
         for dtype in (torch.float64, torch.float32)
     )
-    conv1x1_forward_kernel[(row_tiles * layout.cdiv(cout, tile.bn),)](
+    launch(
+        conv1x1_forward_kernel,
+        (row_tiles * layout.cdiv(cout, tile.bn),),
         layout.nhwc(x),
         weight.reshape(cout, cin).contiguous(),
         bias,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import activation, column_sums, load_vector, select_in_tile
+from fusedres.triton_kernels.launch import launch
 from fusedres.triton_kernels.merge import merge_sums
 from fusedres.triton_kernels.wgmma import must_wait, wait
 
@@ -158,7 +159,9 @@ def split_weight(
     moved_offset = None if offset is None else layout.empty((cin,), offset)
     rows, columns = tiles.ALGEBRA_COLUMNS
     share = rows if center is None else layout.cdiv(size, rows) * rows
-    split_weight_kernel[(layout.cdiv(cin, columns), layout.cdiv(size, share))](
+    launch(
+        split_weight_kernel,
+        (layout.cdiv(cin, columns), layout.cdiv(size, share)),
         weight.contiguous(),
         center,
         offset,
@@ -200,7 +203,9 @@ def conv1x1_gram_backward_input(
             center = None
     dz_below = layout.empty(tuple(c.shape), c)
     tile_sums = layout.empty((row_tiles, 2, cin), c, torch.float32)
-    conv1x1_gram_backward_input_kernel[(row_tiles * layout.cdiv(cin, tile.bn),)](
+    launch(
+        conv1x1_gram_backward_input_kernel,
+        (row_tiles * layout.cdiv(cin, tile.bn),),
         layout.nhwc(dy),
         mask,
         layout.nhwc(c),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
 from fusedres.triton_kernels.elementwise import activation, load_vector, tile_moments
+from fusedres.triton_kernels.launch import launch
 from fusedres.triton_kernels.merge import merge_sums
 
 
@@ -139,8 +140,18 @@ def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     cin, total = c.shape[1], layout.rows(c)
     reference = layout.empty((cin,), c, torch.float32)
     columns = tiles.GRAM_SAMPLE_COLUMNS
-    gram_reference_kernel[(layout.cdiv(cin, columns),)](
-        c, scale, shift, reference, total, CIN=cin, SAMPLE=tiles.GRAM_SAMPLE, BN=columns, num_warps=4
+    launch(
+        gram_reference_kernel,
+        (layout.cdiv(cin, columns),),
+        c,
+        scale,
+        shift,
+        reference,
+        total,
+        CIN=cin,
+        SAMPLE=tiles.GRAM_SAMPLE,
+        BN=columns,
+        num_warps=4,
     )
     tile = tiles.output_tile(tiles.GRAM, cin, cin)
     split_rows = tiles.gram_rows(cin, tile.bn)
@@ -148,7 +159,9 @@ def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     upper_tiles = column_tiles * (column_tiles + 1) // 2
     products = layout.empty((splits, upper_tiles * tile.bn, tile.bn), c, torch.float32)
     sums = layout.empty((splits, cin), c, torch.float32)
-    gram_kernel[(splits * column_tiles**2,)](
+    launch(
+        gram_kernel,
+        (splits * column_tiles**2,),
         c,
         scale,
         shift,
@@ -166,7 +179,9 @@ def gram(c: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     )
     m, S = layout.empty((cin,), c, torch.float32), layout.empty((cin, cin), c, torch.float32)
     block = 128
-    gram_finish_kernel[(cin, layout.cdiv(cin, block))](
+    launch(
+        gram_finish_kernel,
+        (cin, layout.cdiv(cin, block)),
         merge_sums(products, dtype=torch.float64),
         merge_sums(sums, dtype=torch.float64),
         reference,

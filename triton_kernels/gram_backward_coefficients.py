@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
+from fusedres.triton_kernels.launch import launch
 
 
 @triton.jit
@@ -180,7 +181,9 @@ def gram_backward_coefficients(
     weight_dz = layout.empty((cout, cin), r)
     B = layout.empty((cout,), r) if batch else None
     wide, sloped = (layout.empty((cout, cin), r, torch.float64) if batch else None for _ in range(2))
-    gram_bn_backward_kernel[(grid,)](
+    launch(
+        gram_bn_backward_kernel,
+        (grid,),
         r,
         sum_dz,
         weight,
@@ -203,7 +206,9 @@ def gram_backward_coefficients(
     )
     if m is None or S is None or wide is None or sloped is None:
         return dweight, dW, weight_dz, None, None
-    gram_weight_gradient_kernel[(grid, layout.cdiv(cin, by_rows[1]))](
+    launch(
+        gram_weight_gradient_kernel,
+        (grid, layout.cdiv(cin, by_rows[1])),
         r,
         sum_dz,
         scale,
@@ -218,7 +223,9 @@ def gram_backward_coefficients(
         **size,
     )
     weight_a, offset = layout.empty((cin, cin), r), layout.empty((cin,), r)
-    gram_offset_kernel[(layout.cdiv(cin, by_columns[1]),)](
+    launch(
+        gram_offset_kernel,
+        (layout.cdiv(cin, by_columns[1]),),
         torch.mm(wide.t(), sloped),
         weight_dz,
         sum_dz,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.triton_kernels import layout, tiles
+from fusedres.triton_kernels.launch import launch
 
 
 @triton.jit
@@ -55,7 +56,9 @@ def gram_output_stats(
     mean, var = (layout.empty((cout,), m) for _ in range(2))
     center = layout.empty((cin,), m)
     rows, columns = tiles.ALGEBRA_ROWS
-    gram_output_stats_kernel[(layout.cdiv(cout, rows),)](
+    launch(
+        gram_output_stats_kernel,
+        (layout.cdiv(cout, rows),),
         weight,
         torch.mm(weight.view(cout, cin).double(), S.double()),
         bias,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusedres.triton_kernels import layout
+from fusedres.triton_kernels.launch import launch
 from fusedres.triton_kernels.tiles import MERGE_ROWS
 
 BLOCK_ROWS = 16
@@ -126,7 +127,9 @@ def merge_sums(
         last = groups == 1
         out = layout.empty((groups, width), partials, dtype if last else torch.float64)
         left, right = outer if last and outer is not None else (None, None)
-        merge_sums_kernel[(layout.cdiv(width, BLOCK_COLUMNS) * groups,)](
+        launch(
+            merge_sums_kernel,
+            (layout.cdiv(width, BLOCK_COLUMNS) * groups,),
             partials,
             left,
             right,
@@ -150,7 +153,9 @@ def merge_moments(tile_mean: Tensor, tile_m2: Tensor, total: int, tile_rows: int
     count, channels = tile_mean.shape
     groups = layout.cdiv(count, MERGE_ROWS)
     power_sums = layout.empty((groups, 2, channels), tile_mean, torch.float64)
-    merge_moments_kernel[(layout.cdiv(channels, BLOCK_COLUMNS) * groups,)](
+    launch(
+        merge_moments_kernel,
+        (layout.cdiv(channels, BLOCK_COLUMNS) * groups,),
         tile_mean,
         tile_m2,
         power_sums,
@@ -166,7 +171,9 @@ def merge_moments(tile_mean: Tensor, tile_m2: Tensor, total: int, tile_rows: int
     if groups > MERGE_ROWS:
         power_sums = merge_sums(power_sums, dtype=torch.float64)[None]
     mean, var = (layout.empty((channels,), tile_m2) for _ in range(2))
-    finish_moments_kernel[(layout.cdiv(channels, BLOCK_COLUMNS),)](
+    launch(
+        finish_moments_kernel,
+        (layout.cdiv(channels, BLOCK_COLUMNS),),
         power_sums,
         mean,
         var,

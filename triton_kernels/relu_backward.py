@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fusedres.triton_kernels import layout
 from fusedres.triton_kernels.elementwise import pack_bits, select_by_mask
+from fusedres.triton_kernels.launch import launch
 
 BLOCK_BYTES = 128  # 1024 elements a program: 8 a thread, one 16-byte load of a 2-byte dtype
 
@@ -32,7 +33,7 @@ def relu_mask(y: Tensor) -> Tensor:
     """Packed bits `not (y <= 0)` of y [N, C, H, W]."""
     mask = layout.empty((layout.cdiv(y.numel(), 8),), y, torch.uint8)
     grid = (layout.cdiv(mask.numel(), BLOCK_BYTES),)
-    relu_mask_kernel[grid](layout.nhwc(y), mask, y.numel(), BYTES=BLOCK_BYTES, num_warps=4)
+    launch(relu_mask_kernel, grid, layout.nhwc(y), mask, y.numel(), BYTES=BLOCK_BYTES, num_warps=4)
     return mask
 
 
@@ -40,7 +41,14 @@ def relu_backward(dy: Tensor, mask: Tensor) -> Tensor:
     """`dz = where(mask, dy, 0)` [N, C, H, W]."""
     dz = layout.empty(tuple(dy.shape), dy)
     block = 8 * BLOCK_BYTES
-    relu_backward_kernel[(layout.cdiv(dy.numel(), block),)](
-        layout.nhwc(dy), mask, dz, dy.numel(), BLOCK=block, num_warps=4
+    launch(
+        relu_backward_kernel,
+        (layout.cdiv(dy.numel(), block),),
+        layout.nhwc(dy),
+        mask,
+        dz,
+        dy.numel(),
+        BLOCK=block,
+        num_warps=4,
     )
     return dz
