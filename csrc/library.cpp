@@ -34,6 +34,13 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "bn_scale_shift(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps)"
       " -> (Tensor invstd, Tensor scale, Tensor shift)");
+  // to = from, in to's dtype; each pair of the same sizes and strides, dense; all of `to` of one dtype, and all of
+  // `from`
+  m.def("cast_(Tensor(a!)[] to, Tensor[] from) -> ()");
+  // running = keep*running + weight*batch, by `unbiased` for the variance; counters, none or one for each: += 1
+  m.def(
+      "bn_running_stats_(Tensor(a!)[] running_mean, Tensor(b!)[] running_var, Tensor(c!)[] counters, Tensor[] mean,"
+      " Tensor[] var, float[] keep, float[] weight, float[] unbiased) -> ()");
   m.def(
       "bn_add_relu_forward(Tensor c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
       " Tensor? residual_shift, bool relu, bool save_mask) -> (Tensor y, Tensor? mask)");
@@ -113,6 +120,12 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def("cuda_archs_cover(str archs, int major, int minor) -> bool");
   // the version of the toolkit that built the binary, such as 13000; 0 without CUDA
   m.def("cuda_version() -> int");
+  // the steps of a block's pass, kept under a number until they are dropped; names: an operator a line
+  m.def("recording_add(Tensor code, str names) -> int");
+  m.def("recording_drop(int number) -> ()");
+  // no outputs where the inputs are of other forms than the recorded ones; on an error the step that failed is kept
+  m.def("replay(int number, Tensor[] inputs) -> Tensor[]");
+  m.def("replay_failed_step() -> int");
   // why the kernels cannot run on a device, such as no code for it or no driver for the CUDA version; "" if they can
   m.def("cuda_device_problem(int device) -> str");
 }

@@ -38,9 +38,13 @@ CPU_SOURCES = (
     "front/bn.cpp",
     "front/conv.cpp",
     "front/conv3x3.cpp",
+    "front/device_ops.cpp",
     "front/pool.cpp",
+    "front/recording.cpp",
+    "front/replay.cpp",
+    "front/running_stats.cpp",
 )
-CUDA_FRONT = ("front/cuda.cpp", "front/products.cpp")
+CUDA_FRONT = ("front/cast.cpp", "front/cuda.cpp", "front/products.cpp")
 DEFAULT_ARCHS = "80;86;89;90;100;120"
 NO_TORCH = "torch (install it first, then use --no-build-isolation)"
 TORCH_FLOOR = "0x020a000000000000"  # 2.10

@@ -53,6 +53,37 @@ struct BnBackwardCoefficients {
   float* K;                      // [C]
 };
 
+// Of several BNs at once: running = keep*running + weight*batch, by `unbiased` for the variance, and counter += 1.
+struct BnRunningStats {
+  static constexpr int kMost = 8;
+  struct Norm {
+    int64_t channels;
+    const float* mean;    // [C] of the batch
+    const float* var;     // [C] biased
+    float* running_mean;  // [C]
+    float* running_var;   // [C]
+    int64_t* counter;     // [] or null
+    float keep, weight, unbiased;
+  };
+  int count;
+  Norm norms[kMost];
+};
+
+// ------------------------------------------------------------------------------------------ parameters
+
+// Of several tensors at once: to = from, in to's dtype, rounded to nearest even. No dtype is float64.
+struct Cast {
+  static constexpr int kMost = 16;
+  struct Flat {
+    int64_t numel;
+    const void* from;  // [numel]
+    void* to;          // [numel]
+  };
+  Dtype from, to;
+  int count;
+  Flat tensors[kMost];
+};
+
 // ------------------------------------------------------------------------------------------ batch normalisation
 
 struct BnStats {

@@ -34,4 +34,15 @@ void bn_backward_coefficients(const BnBackwardCoefficients& args) {
   }
 }
 
+// Rounded as torch rounds mul_ and add_ with alpha.
+void bn_running_stats(const BnRunningStats& args) {
+  for (const BnRunningStats::Norm* norm = args.norms; norm != args.norms + args.count; ++norm) {
+    for (int64_t j = 0; j < norm->channels; ++j) {
+      norm->running_mean[j] = std::fma(norm->weight, norm->mean[j], norm->keep * norm->running_mean[j]);
+      norm->running_var[j] = std::fma(norm->unbiased, norm->var[j], norm->keep * norm->running_var[j]);
+    }
+    if (norm->counter != nullptr) ++*norm->counter;
+  }
+}
+
 }  // namespace fusedres::cpu

@@ -8,6 +8,7 @@ namespace fusedres::cpu {
 
 void bn_scale_shift(const BnScaleShift& args);
 void bn_backward_coefficients(const BnBackwardCoefficients& args);
+void bn_running_stats(const BnRunningStats& args);
 
 void bn_stats(const BnStats& args);
 void bn_add_relu_forward(const BnAddReluForward& args);

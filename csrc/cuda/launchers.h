@@ -25,6 +25,8 @@ struct Workspace {
 
 cudaError_t bn_scale_shift(const BnScaleShift& args, cudaStream_t stream);
 cudaError_t bn_backward_coefficients(const BnBackwardCoefficients& args, cudaStream_t stream);
+cudaError_t bn_running_stats(const BnRunningStats& args, cudaStream_t stream);
+cudaError_t cast(const Cast& args, cudaStream_t stream);
 
 size_t bn_stats_workspace(const Shape& shape);
 cudaError_t bn_stats(const BnStats& args, const Workspace& workspace, cudaStream_t stream);

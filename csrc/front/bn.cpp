@@ -1,6 +1,7 @@
 // Batch normalisation, addition and ReLU: each op checks its arguments, allocates its results and calls the device's
 // launcher.
 #include "allocate.h"
+#include "device_ops.h"
 #include "devices.h"
 
 namespace fusedres::front {
@@ -209,8 +210,8 @@ Tensor relu_backward(Tensor dy, Tensor mask) {
   return dz;
 }
 
-template <class Device, class Library>
-void register_ops(Library& m) {
+template <class Device>
+void register_ops(DeviceOps& m) {
   m.impl("bn_stats", TORCH_BOX(&bn_stats<Device>));
   m.impl("bn_scale_shift", TORCH_BOX(&bn_scale_shift<Device>));
   m.impl("bn_add_relu_forward", TORCH_BOX(&bn_add_relu_forward<Device>));
@@ -224,7 +225,7 @@ void register_ops(Library& m) {
 
 }  // namespace fusedres::front
 
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
+FUSEDRES_OPS(CPU, m) {
   using namespace fusedres::front;
   register_ops<Cpu>(m);
   m.impl("bn_add_relu_forward_", TORCH_BOX(&bn_add_relu_forward_<Cpu>));
@@ -233,5 +234,5 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
 }
 
 #ifdef USE_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CUDA, m) { fusedres::front::register_ops<fusedres::front::Cuda>(m); }
+FUSEDRES_OPS(CUDA, m) { fusedres::front::register_ops<fusedres::front::Cuda>(m); }
 #endif

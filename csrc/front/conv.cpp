@@ -3,6 +3,7 @@
 
 #include "allocate.h"
 #include "conv_forward.h"
+#include "device_ops.h"
 #include "devices.h"
 
 namespace fusedres::front {
@@ -106,7 +107,7 @@ ConvOutput conv1x1_forward(Tensor x, Tensor weight, OptionalTensor bias, int64_t
 
 }  // namespace fusedres::front
 
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
+FUSEDRES_OPS(CPU, m) {
   using namespace fusedres::front;
   m.impl("conv_backward_weight", TORCH_BOX(&conv_backward_weight<Cpu>));
   m.impl("conv1x1_forward", TORCH_BOX(&conv1x1_forward<Cpu>));
@@ -114,7 +115,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
   m.impl("conv_backward_input_", TORCH_BOX(&conv_backward_input_<Cpu>));
 }
 #ifdef USE_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CUDA, m) {
+FUSEDRES_OPS(CUDA, m) {
   using namespace fusedres::front;
   m.impl("conv1x1_forward", TORCH_BOX(&conv1x1_forward<Cuda>));
 }

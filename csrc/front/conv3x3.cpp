@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "allocate.h"
+#include "device_ops.h"
 #include "devices.h"
 
 namespace fusedres::front {
@@ -119,7 +120,7 @@ std::tuple<Tensor, bool> conv3x3_backward_weight(Tensor dy, Tensor x, OptionalTe
 
 }  // namespace fusedres::front
 
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) {
+FUSEDRES_OPS(CPU, m) {
   using namespace fusedres::front;
   m.impl("conv3x3_forward", TORCH_BOX(&conv3x3_forward<Cpu>));
   m.impl("conv3x3_backward_input", TORCH_BOX(&conv3x3_backward_input<Cpu>));

@@ -49,6 +49,7 @@ struct Cpu {
 
   static void launch(const BnScaleShift& args) { cpu::bn_scale_shift(args); }
   static void launch(const BnBackwardCoefficients& args) { cpu::bn_backward_coefficients(args); }
+  static void launch(const BnRunningStats& args) { cpu::bn_running_stats(args); }
   static void launch(const BnStats& args) { cpu::bn_stats(args); }
   static void launch(const BnAddReluForward& args) { cpu::bn_add_relu_forward(args); }
   static void launch(const BnAddReluBackwardReduce& args) { cpu::bn_add_relu_backward_reduce(args); }

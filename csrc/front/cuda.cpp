@@ -1,25 +1,15 @@
-// cudart is linked statically, and libtorch_cuda is not linked: the library loads with a CPU-only torch too. The
-// function that gives the current stream is looked up in libtorch_cuda at the first launch.
+// cudart is linked statically, and libtorch_cuda is not linked: the library loads with a CPU-only torch too.
 #include "cuda.h"
 
 #include <cuda_runtime_api.h>
-#include <dlfcn.h>
 
 #include "../cuda_archs.h"
 #include "allocate.h"
+#include "current_stream.h"
 
 namespace fusedres::front {
 
 namespace {
-
-using CurrentStream = AOTITorchError (*)(int32_t, void**);
-
-// Null where torch is no CUDA build, or older than 2.10.
-CurrentStream find_current_stream() {
-  void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  void* symbol = torch_cuda == nullptr ? nullptr : dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
-  return reinterpret_cast<CurrentStream>(symbol);
-}
 
 cudaError_t compute_capability(int device, int* major, int* minor) {
   const cudaError_t error = cudaDeviceGetAttribute(major, cudaDevAttrComputeCapabilityMajor, device);
@@ -59,10 +49,7 @@ Cuda::Cuda(const char* op, const Tensor& first, std::initializer_list<Named> oth
   check_launch(op, cudaGetDevice(&current));
   // torch's guard makes no context on the device that it goes back to
   if (device != current) guard_.emplace(device);
-  static const CurrentStream current_stream = find_current_stream();
-  void* handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(current_stream(device, &handle));
-  stream_ = static_cast<cudaStream_t>(handle);
+  stream_ = static_cast<cudaStream_t>(current_stream(first));
 }
 
 Dtype Cuda::dtype_of(const char* op, const char* name, const Tensor& t) {
@@ -102,10 +89,12 @@ void Cuda::launch_in_scratch(const Args& args, size_t bytes,
   check_launch(op_, launcher(args, {scratch.mutable_data_ptr(), bytes, false}, stream_));
 }
 
+void Cuda::launch(const BnRunningStats& args) const { check_launch(op_, cuda::bn_running_stats(args, stream_)); }
 void Cuda::launch(const BnScaleShift& args) const { check_launch(op_, cuda::bn_scale_shift(args, stream_)); }
 void Cuda::launch(const BnBackwardCoefficients& args) const {
   check_launch(op_, cuda::bn_backward_coefficients(args, stream_));
 }
+void Cuda::launch(const Cast& args) const { check_launch(op_, cuda::cast(args, stream_)); }
 void Cuda::launch(const BnStats& args) const {
   launch_in_scratch(args, cuda::bn_stats_workspace(args.shape), cuda::bn_stats);
 }

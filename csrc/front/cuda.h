@@ -33,6 +33,8 @@ class Cuda {
 
   void launch(const BnScaleShift& args) const;
   void launch(const BnBackwardCoefficients& args) const;
+  void launch(const BnRunningStats& args) const;
+  void launch(const Cast& args) const;
   void launch(const BnStats& args) const;
   void launch(const BnAddReluForward& args) const;
   void launch(const BnAddReluBackwardReduce& args) const;

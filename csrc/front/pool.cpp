@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "allocate.h"
+#include "device_ops.h"
 #include "devices.h"
 
 namespace fusedres::front {
@@ -91,8 +92,8 @@ Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tenso
   return dc;
 }
 
-template <class Device, class Library>
-void register_ops(Library& m) {
+template <class Device>
+void register_ops(DeviceOps& m) {
   m.impl("bn_relu_maxpool_forward", TORCH_BOX(&bn_relu_maxpool_forward<Device>));
   m.impl("bn_relu_maxpool_backward_reduce", TORCH_BOX(&bn_relu_maxpool_backward_reduce<Device>));
   m.impl("bn_relu_maxpool_backward_input", TORCH_BOX(&bn_relu_maxpool_backward_input<Device>));
@@ -102,8 +103,8 @@ void register_ops(Library& m) {
 
 }  // namespace fusedres::front
 
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CPU, m) { fusedres::front::register_ops<fusedres::front::Cpu>(m); }
+FUSEDRES_OPS(CPU, m) { fusedres::front::register_ops<fusedres::front::Cpu>(m); }
 
 #ifdef USE_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CUDA, m) { fusedres::front::register_ops<fusedres::front::Cuda>(m); }
+FUSEDRES_OPS(CUDA, m) { fusedres::front::register_ops<fusedres::front::Cuda>(m); }
 #endif

@@ -4,6 +4,7 @@
 
 #include "allocate.h"
 #include "conv_forward.h"
+#include "device_ops.h"
 #include "devices.h"
 
 namespace fusedres::front {
@@ -98,7 +99,7 @@ std::tuple<Tensor, Tensor> gram(Tensor c, Tensor scale, Tensor shift) {
 
 }  // namespace fusedres::front
 
-STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CUDA, m) {
+FUSEDRES_OPS(CUDA, m) {
   using namespace fusedres::front;
   m.impl("conv3x3_forward", TORCH_BOX(&conv3x3_forward<Cuda>));
   m.impl("conv1x1_backward_input", TORCH_BOX(&conv1x1_backward_input<Cuda>));

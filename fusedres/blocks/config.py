@@ -10,6 +10,7 @@ convolution that ends in a max-pooling: y = maxpool(relu(BN(conv(x)))).
 from __future__ import annotations
 
 from enum import Enum
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -146,12 +147,16 @@ class BlockNeeds(NamedTuple):
         return self.x or any(unit.any for unit in self.units[:index])
 
 
+Layout = tuple[int, int, int]
+
+
 class Saved(NamedTuple):
     """What forward keeps for backward, besides the inputs.
 
     activations: inputs of main[1:] (recipe separate); convs: raw convolution outputs, as `units` (recipe gram
     has none for the last of main); vectors: as `units`; mask: packed, of the ReLU of y, or of a block that ends in a
-    pool the pool's indices; moments: m, S and center (recipe gram, batch statistics).
+    pool the pool's indices; moments: m, S and center (recipe gram, batch statistics); weights: as `units`, those that
+    were cast, or none at all.
     """
 
     activations: tuple[Tensor, ...]
@@ -159,30 +164,32 @@ class Saved(NamedTuple):
     vectors: tuple[BatchNormVectors, ...]
     mask: Tensor | None
     moments: tuple[Tensor, Tensor, Tensor] | None
+    weights: tuple[Tensor | None, ...] = ()
 
     def flatten(self) -> tuple[Tensor | None, ...]:
         """All of it in one tuple, for save_for_backward."""
         vectors = tuple(v for vectors in self.vectors for v in vectors)
-        return (*self.activations, *self.convs, *vectors, self.mask, *(self.moments or ()))
+        return (*self.activations, *self.convs, *vectors, *self.weights, self.mask, *(self.moments or ()))
 
     @property
-    def layout(self) -> tuple[int, int]:
-        """Numbers of activations and of units: what `unflatten` needs."""
-        return len(self.activations), len(self.convs)
+    def layout(self) -> Layout:
+        """Numbers of activations, of units and of weights: what `unflatten` needs."""
+        return len(self.activations), len(self.convs), len(self.weights)
 
     @staticmethod
-    def unflatten(tensors: tuple[Tensor | None, ...], layout: tuple[int, int]) -> Saved:
-        activations, units = layout
+    def unflatten(tensors: tuple[Tensor | None, ...], layout: Layout) -> Saved:
+        activations, units, kept = layout
         fields = len(BatchNormVectors._fields)
-        starts = (0, activations, activations + units, activations + units + units * fields)
-        vectors = tensors[starts[2] : starts[3]]
-        mask, *moments = tensors[starts[3] :]
+        starts = [0, *accumulate((activations, units, units * fields, kept))]
+        vectors, weights = tensors[starts[2] : starts[3]], tensors[starts[3] : starts[4]]
+        mask, *moments = tensors[starts[4] :]
         return Saved(
             tensors[: starts[1]],  # type: ignore[arg-type]
             tensors[starts[1] : starts[2]],
             tuple(BatchNormVectors(*vectors[i * fields : (i + 1) * fields]) for i in range(units)),  # type: ignore[arg-type]
             mask,
             tuple(moments) if moments else None,  # type: ignore[arg-type]
+            weights,
         )
 
 

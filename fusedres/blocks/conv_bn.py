@@ -194,21 +194,24 @@ def convolution_backward(
         backend = ops.serving(weight_op)
         library_weight = backend.is_plain
         dweight = None if library_weight else backend(weight_op)
+    gradient, mask, backend_onto = onto or (None, None, None)
     if need_dx:
-        gradient, mask, backend_onto = onto or (None, None, None)
         input_op = ConvBackwardInput(dc, x, weight, *window, gradient, mask, True)
         backend = backend_onto or ops.serving(input_op)
-        library_input = gradient is None and backend.is_plain
+        library_input = mask is None and backend.is_plain
         dx = None if library_input else backend(input_op)
     if library_weight or library_input:
         args = unit.stride, unit.padding, unit.dilation, False, [0, 0], unit.groups
         wanted = [library_input, library_weight, False]
         by_library = torch.ops.aten.convolution_backward(dc, x, weight, None, *args, wanted)
         dx, dweight = by_library[0] if library_input else dx, by_library[1] if library_weight else dweight
+    if library_input and gradient is not None:
+        assert dx is not None
+        dx = gradient.add_(dx)
     if needs.conv_bias:
         assert t.conv_bias is not None
         dbias = like_parameter(dc.sum((0, 2, 3)), t.conv_bias)
-    return dx, None if dweight is None else like_parameter(dweight, t.weight), dbias
+    return dx, dweight, dbias
 
 
 def conv_bn_backward(

@@ -162,7 +162,7 @@ def expansion_backward(
     if needs.conv_bias:
         db = torch.zeros_like(sum_dz) if unit.training else v.scale * sum_dz
     parameters = ConvBNGrads(
-        like_parameter(grads.dW, t.weight) if needs.weight else None,
+        grads.dW if needs.weight else None,
         None if db is None else like_parameter(db, t.conv_bias),  # type: ignore[arg-type]
         like_parameter(grads.dweight, t.bn_weight) if needs.bn_weight else None,  # type: ignore[arg-type]
         like_parameter(sum_dz, t.bn_bias) if needs.bn_bias else None,  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fusedres.nn.attributes import tensor
 from fusedres.nn.numbers import real
+from fusedres.ops.native import running_stats as native
 
 BUFFERS = "num_batches_tracked", "running_mean", "running_var"
 
@@ -34,10 +35,11 @@ def update_running_stats(seen: Sequence[BatchStatistics]) -> None:
     momentum None gives the cumulative average. To be called without grad mode. No buffer belongs to two
     of the BNs, or to one twice: they are moved together.
     """
+    seen = [s for s in seen if s.bn.training and s.bn.track_running_stats]
+    if not seen or moved_natively(seen):
+        return
     counters, moving, means, variances = [], [], [], []
     for s in seen:
-        if not (s.bn.training and s.bn.track_running_stats):
-            continue
         counter, mean, var = (tensor(s.bn, name) for name in BUFFERS)
         if counter is not None:
             counters.append(counter)
@@ -56,6 +58,32 @@ def update_running_stats(seen: Sequence[BatchStatistics]) -> None:
     new, old = momenta + unbiased, [1 - m for m in momenta] * 2
     with versions_kept(running):
         move(running, batch, new, old)
+
+
+def moved_natively(seen: Sequence[BatchStatistics]) -> bool:
+    """Moves all of it by the package's own kernel, in one launch; False, and nothing is done, where that takes none.
+
+    A cumulative average depends on the counter's value, which the kernel does not read.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    counters, means, variances = [], [], []
+    for s in seen:
+        counter, mean, var = (tensor(s.bn, name) for name in BUFFERS)
+        if counter is None or mean is None or var is None or s.bn.momentum is None:
+            return False
+        counters.append(counter)
+        means.append(mean)
+        variances.append(var)
+    batch_means, batch_variances = [s.mean for s in seen], [s.var for s in seen]
+    if not native.takes(means, variances, counters, batch_means, batch_variances):
+        return False
+    momenta = [real(s.bn.momentum, "momentum") for s in seen]
+    unbiased = [m * (s.rows / (s.rows - 1)) for m, s in zip(momenta, seen, strict=True)]
+    native.move(
+        means, variances, counters, batch_means, batch_variances, [1 - m for m in momenta], momenta, unbiased
+    )
+    return True
 
 
 def versions_kept(running: list[Tensor]) -> AbstractContextManager[Any]:

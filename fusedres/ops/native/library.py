@@ -43,6 +43,12 @@ LIBRARY_OPS = (
     "conv3x3_forward",
     "conv3x3_backward_input",
     "conv3x3_backward_weight",
+    "bn_running_stats_",
+    "cast_",
+    "recording_add",
+    "recording_drop",
+    "replay",
+    "replay_failed_step",
     "cpu_capability",
     "cpu_multiplies_bfloat16",
     "cpu_products_of_bfloat16",
@@ -68,6 +74,9 @@ LIBRARY = find(PACKAGE, sys.path)
 def is_built() -> bool:
     """Whether this installation has the compiled library, loadable or not."""
     return LIBRARY.is_file()
+
+
+_is_loaded = False
 
 
 @cache
@@ -99,6 +108,13 @@ def load() -> None:
         raise BackendUnavailableError(
             "fusedres: the native backend needs a processor with AVX2 and FMA. Use backend='reference'."
         )
+    global _is_loaded
+    _is_loaded = True
+
+
+def is_loaded() -> bool:
+    """Whether `load` has succeeded in this process."""
+    return _is_loaded
 
 
 def without_kernels() -> str:

@@ -1,0 +1,95 @@
+// The operations of a block's forward or backward, which fusedres/recording/ recorded once, to be run without Python:
+// fusedres/recording/code.py writes what is read here.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "device_ops.h"
+
+namespace fusedres::front {
+
+// A slot holds a tensor; inputs have the first slots.
+using Slot = int64_t;
+constexpr Slot kNone = -1;
+
+// What an input must be like, or an allocated tensor is like.
+struct Form {
+  int32_t dtype, device, device_index;
+  bool aligned;  // whether the first element lies at a multiple of 16 bytes: asked of inputs alone
+  std::vector<int64_t> sizes, strides;
+};
+
+struct Allocate {
+  Slot made;
+  Form form;
+};
+
+// made: a tensor in base's storage, `offset` elements behind base's first one
+struct View {
+  Slot made, base;
+  int64_t offset;
+  std::vector<int64_t> sizes, strides;
+};
+
+// written = source, in written's dtype and strides
+struct Copy {
+  Slot written, source;
+};
+
+// made = left + right
+struct Add {
+  Slot made, left, right;
+};
+
+enum class Kind : int64_t { kNone, kTensor, kInt, kBool, kFloat, kTensors, kInts, kBools, kFloats };
+
+// value, values: slots, numbers, or the bits of doubles; is_optional: the schema's type ends in "?".
+struct Argument {
+  Kind kind;
+  bool is_optional;
+  int64_t value;
+  std::vector<int64_t> values;
+};
+
+// Of an operator of torch's dispatcher, or of an op of this library (`own`, else null). made: a slot for each of its
+// results, which are tensors, kNone for absent ones.
+struct Call {
+  std::string name, overload;
+  BoxedOp own;
+  std::vector<Argument> arguments;
+  std::vector<std::pair<Slot, bool>> made;  // and whether the schema's type ends in "?"
+};
+
+enum class Word : int64_t { kPointer, kInt32, kInt64, kFloat };
+
+// Of a kernel that Triton compiled and loaded. parameters: slots, or the bits of numbers.
+struct Launch {
+  void* function;
+  uint32_t grid[3], threads, shared_bytes;
+  std::vector<std::pair<Word, int64_t>> parameters;
+};
+
+// What is in the slots is read no more.
+struct Free {
+  std::vector<Slot> slots;
+};
+
+using Step = std::variant<Allocate, View, Copy, Add, Call, Launch, Free>;
+
+struct Recording {
+  int64_t slots;
+  std::vector<Form> inputs;
+  std::vector<Step> steps;
+  std::vector<Slot> outputs;
+};
+
+// Throws where `code`, int64 on the CPU, is no recording. names: "namespace::op.overload" of each operator, one a line.
+Recording read_recording(const torch::stable::Tensor& code, const std::string& names);
+
+}  // namespace fusedres::front

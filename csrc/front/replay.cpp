@@ -1,0 +1,290 @@
+// Runs a recording: every operator through torch's dispatcher, every Triton kernel through the driver.
+#include <dlfcn.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
+#include <unordered_map>
+
+#include "current_stream.h"
+#include "recording.h"
+
+namespace fusedres::front {
+
+namespace {
+
+using torch::stable::Tensor;
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+// The driver's function, of the library that Triton loaded.
+using LaunchKernel = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
+                             void**);
+using ErrorString = int (*)(int, const char**);
+
+template <class Function>
+Function of_driver(const char* name) {
+  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+  void* symbol = driver == nullptr ? nullptr : dlsym(driver, name);
+  if (symbol == nullptr) throw std::runtime_error(std::string("fusedres replay: libcuda.so.1 has no ") + name + ".");
+  return reinterpret_cast<Function>(symbol);
+}
+
+// A function of one of torch's libraries; null where it has none, or is not loaded.
+template <class Function>
+Function of_torch(const char* library, const char* name) {
+  void* loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  return loaded == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(loaded, name));
+}
+
+void check_launched(int error) {
+  if (error == 0) return;
+  const char* text = nullptr;
+  of_driver<ErrorString>("cuGetErrorString")(error, &text);
+  throw std::runtime_error(std::string("CUDA error: ") + (text == nullptr ? "unknown" : text));
+}
+
+// Fails with what torch said, where it tells that (from 2.13 on). step: what failed.
+void check_torch(AOTITorchError error, const std::string& step) {
+  if (error == AOTI_TORCH_SUCCESS) return;
+  using What = const char* (*)();
+  static const auto what = of_torch<What>("libtorch_cpu.so", "torch_exception_get_what_without_backtrace");
+  const char* text = what == nullptr ? nullptr : what();
+  throw std::runtime_error(text == nullptr ? "fusedres replay: " + step + " failed." : std::string(text));
+}
+
+bool matches(const Form& form, const Tensor& t) {
+  if (t.dim() != int64_t(form.sizes.size())) return false;
+  for (size_t i = 0; i < form.sizes.size(); ++i) {
+    if (t.size(int64_t(i)) != form.sizes[i] || t.stride(int64_t(i)) != form.strides[i]) return false;
+  }
+  int32_t dtype, device, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  return dtype == form.dtype && device == form.device && index == form.device_index && aligned == form.aligned;
+}
+
+// One run of a recording: the tensors, as they come and go.
+class Run {
+ public:
+  Run(const Recording& recording, std::vector<Tensor> inputs) : slots_(size_t(recording.slots)) {
+    for (size_t i = 0; i < inputs.size(); ++i) slots_[i] = std::move(inputs[i]);
+  }
+
+  const Tensor& at(Slot slot) const { return *slots_[size_t(slot)]; }
+
+  void operator()(const Allocate& step) {
+    const Form& f = step.form;
+    AtenTensorHandle made;
+    check_torch(aoti_torch_empty_strided(int64_t(f.sizes.size()), f.sizes.data(), f.strides.data(), f.dtype, f.device,
+                                         f.device_index, &made),
+                "aten::empty_strided");
+    put(step.made, Tensor(made));
+  }
+
+  void operator()(const View& step) {
+    const Tensor& base = at(step.base);
+    int64_t start;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(base.get(), &start));
+    AtenTensorHandle made;
+    check_torch(aoti_torch__reinterpret_tensor(base.get(), int64_t(step.sizes.size()), step.sizes.data(),
+                                               step.strides.data(), start + step.offset, &made),
+                "aten::as_strided");
+    put(step.made, Tensor(made));
+  }
+
+  void operator()(const Copy& step) {
+    check_torch(aoti_torch_copy_(at(step.written).get(), at(step.source).get(), 0), "aten::copy_");
+  }
+
+  // torch_call_dispatcher knows no Scalar, which aten::add takes.
+  void operator()(const Add& step) {
+    using AddTensor = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*);
+    static const auto add_cpu = of_torch<AddTensor>("libtorch_cpu.so", "aoti_torch_cpu_add_Tensor");
+    static const auto add_cuda = of_torch<AddTensor>("libtorch_cuda.so", "aoti_torch_cuda_add_Tensor");
+    const AddTensor add = at(step.left).is_cpu() ? add_cpu : add_cuda;
+    if (add == nullptr) throw std::runtime_error("fusedres replay: this torch has no aoti_torch_*_add_Tensor.");
+    AtenTensorHandle made;
+    check_torch(add(at(step.left).get(), at(step.right).get(), 1.0, &made), "aten::add");
+    put(step.made, Tensor(made));
+  }
+
+  void operator()(const Call& step) {
+    stack_.assign(std::max(step.arguments.size(), step.made.size()), 0);
+    for (size_t i = 0; i < step.arguments.size(); ++i) stack_[i] = value_of(step.arguments[i]);
+    if (step.own != nullptr) {
+      step.own(stack_.data(), step.arguments.size(), step.made.size());
+    } else {
+      check_torch(torch_call_dispatcher(step.name.c_str(), step.overload.c_str(), stack_.data(), TORCH_ABI_VERSION),
+                  step.name);
+    }
+    for (size_t i = 0; i < step.made.size(); ++i) {
+      const auto& [slot, is_optional] = step.made[i];
+      if (!is_optional) {
+        put(slot, to<Tensor>(stack_[i]));
+      } else if (std::optional<Tensor> made = to<std::optional<Tensor>>(stack_[i])) {
+        put(slot, std::move(*made));
+      }
+    }
+  }
+
+  void operator()(const Launch& step) {
+    static const LaunchKernel launch = of_driver<LaunchKernel>("cuLaunchKernel");
+    // behind its own parameters a kernel of Triton's takes the addresses of two scratches, which are empty
+    const size_t n = step.parameters.size();
+    words_.assign(n + 2, 0);
+    addresses_.resize(n + 2);
+    void* stream = nullptr;
+    for (size_t i = 0; i < n; ++i) {
+      const auto& [word, value] = step.parameters[i];
+      words_[i] = value;
+      if (word == Word::kPointer) {
+        const Tensor& t = at(value);
+        words_[i] = int64_t(reinterpret_cast<uintptr_t>(t.const_data_ptr()));
+        if (stream == nullptr) stream = current_stream(t);
+      }
+    }
+    for (size_t i = 0; i < n + 2; ++i) addresses_[i] = &words_[i];
+    check_launched(launch(step.function, step.grid[0], step.grid[1], step.grid[2], step.threads, 1, 1,
+                          step.shared_bytes, stream, addresses_.data(), nullptr));
+  }
+
+  void operator()(const Free& step) {
+    for (const Slot slot : step.slots) slots_[size_t(slot)].reset();
+  }
+
+ private:
+  void put(Slot slot, Tensor made) {
+    if (slot != kNone) slots_[size_t(slot)] = std::move(made);
+  }
+
+  static double double_of(int64_t bits) {
+    double number;
+    std::memcpy(&number, &bits, sizeof number);
+    return number;
+  }
+
+  template <class T>
+  static StableIValue wrapped(bool is_optional, T value) {
+    return is_optional ? from(std::optional<T>(std::move(value))) : from(std::move(value));
+  }
+
+  StableIValue value_of(const Argument& argument) const {
+    const bool optional = argument.is_optional;
+    switch (argument.kind) {
+      case Kind::kNone: return from(std::nullopt);
+      case Kind::kTensor: return wrapped(optional, at(argument.value));
+      case Kind::kInt: return wrapped(optional, argument.value);
+      case Kind::kBool: return wrapped(optional, argument.value != 0);
+      case Kind::kFloat: return wrapped(optional, double_of(argument.value));
+      case Kind::kTensors: {
+        std::vector<Tensor> tensors;
+        for (const Slot slot : argument.values) tensors.push_back(at(slot));
+        return wrapped(optional, std::move(tensors));
+      }
+      case Kind::kFloats: {
+        std::vector<double> numbers;
+        for (const int64_t bits : argument.values) numbers.push_back(double_of(bits));
+        return wrapped(optional, std::move(numbers));
+      }
+      case Kind::kInts: return wrapped(optional, argument.values);
+      case Kind::kBools: {
+        const size_t n = argument.values.size();
+        const std::unique_ptr<bool[]> flags(new bool[n]);  // the bits of a std::vector<bool> have no address
+        std::copy(argument.values.begin(), argument.values.end(), flags.get());
+        return wrapped(optional, torch::headeronly::HeaderOnlyArrayRef<bool>(flags.get(), n));
+      }
+    }
+    throw std::runtime_error("fusedres replay: an argument of no known kind.");
+  }
+
+  std::vector<std::optional<Tensor>> slots_;
+  std::vector<StableIValue> stack_;
+  std::vector<int64_t> words_;
+  std::vector<void*> addresses_;
+};
+
+// Recordings by their numbers. They are few, and live until they are dropped.
+class Store {
+ public:
+  int64_t add(Recording recording) {
+    const std::unique_lock lock(mutex_);
+    recordings_.emplace(++last_, std::make_shared<const Recording>(std::move(recording)));
+    return last_;
+  }
+  void drop(int64_t number) {
+    const std::unique_lock lock(mutex_);
+    recordings_.erase(number);
+  }
+  std::shared_ptr<const Recording> at(int64_t number) const {
+    const std::shared_lock lock(mutex_);
+    const auto found = recordings_.find(number);
+    if (found == recordings_.end()) {
+      throw std::runtime_error("fusedres replay: there is no recording " + std::to_string(number) + ".");
+    }
+    return found->second;
+  }
+
+ private:
+  mutable std::shared_mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const Recording>> recordings_;
+  int64_t last_ = 0;
+};
+
+// Never destroyed: threads may replay as the process ends.
+Store& store() {
+  static Store* found = new Store;
+  return *found;
+}
+
+thread_local int64_t failed_step = 0;
+
+int64_t recording_add(Tensor code, std::string names) { return store().add(read_recording(code, names)); }
+
+void recording_drop(int64_t number) { store().drop(number); }
+
+// The step at which this thread's last replay failed.
+int64_t replay_failed_step() { return failed_step; }
+
+bool all_match(const std::vector<Form>& forms, const std::vector<Tensor>& tensors) {
+  if (tensors.size() != forms.size()) return false;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!matches(forms[i], tensors[i])) return false;
+  }
+  return true;
+}
+
+// The outputs; none where an input is of another form than the recorded one.
+std::vector<Tensor> replay(int64_t number, std::vector<Tensor> inputs) {
+  const std::shared_ptr<const Recording> recording = store().at(number);
+  if (!all_match(recording->inputs, inputs)) return {};
+  Run run(*recording, std::move(inputs));
+  failed_step = 0;
+  for (const Step& step : recording->steps) {
+    std::visit(run, step);
+    ++failed_step;
+  }
+  std::vector<Tensor> outputs;
+  outputs.reserve(recording->outputs.size());
+  for (const Slot slot : recording->outputs) outputs.push_back(run.at(slot));
+  return outputs;
+}
+
+}  // namespace
+
+}  // namespace fusedres::front
+
+STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
+  using namespace fusedres::front;
+  m.impl("recording_add", TORCH_BOX(&recording_add));
+  m.impl("replay", TORCH_BOX(&replay));
+  m.impl("recording_drop", TORCH_BOX(&recording_drop));
+  m.impl("replay_failed_step", TORCH_BOX(&replay_failed_step));
+}
