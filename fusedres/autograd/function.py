@@ -6,15 +6,16 @@ Forward calls a recipe and saves; backward unpacks and calls it. Under `create_g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedres.autograd import passes
 from fusedres.autograd.graph_task import taken
-from fusedres.blocks import RECIPES, eager
+from fusedres.autograd.passes import as_units, without_autocast
+from fusedres.blocks import eager
 from fusedres.blocks.config import (
     BlockConfig,
     BlockNeeds,
@@ -24,28 +25,15 @@ from fusedres.blocks.config import (
     Shortcut,
     own_statistics,
 )
-from fusedres.ops.contract import BatchNormVectors
 from fusedres.ops.dispatch import Dispatcher
 from fusedres.ops.reference import unpack_mask
 
 FIELDS = len(ConvBNTensors._fields)
 PARAMETERS = len(ConvBNNeeds._fields)  # of FIELDS, those that can want a gradient; the rest are statistics
-FIXED = 6  # config, recipe, ops, observe, x, residual come before the units' tensors
+FIXED = 6  # config, recipe, ops, observer, x, residual come before the units' tensors
 # places of BN's weight and bias among the arguments, of as many units as any block has
 NORMS = frozenset(FIXED + unit * FIELDS + field for unit in range(64) for field in (2, 3))
 FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
-Observer = Callable[[tuple[BatchNormVectors, ...]], None]
-
-
-def as_units(flat: tuple[Tensor | None, ...]) -> tuple[ConvBNTensors, ...]:
-    return tuple(ConvBNTensors(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS))  # type: ignore[arg-type]
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Recipes choose every dtype themselves; autocast must not cast inside them."""
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def wants_differentiable(dy: Tensor) -> bool:
@@ -80,11 +68,10 @@ def without_elements(residual: Tensor | None) -> Tensor | None:
 class ResidualBlock(torch.autograd.Function):
     """One residual block, or one stem.
 
-    apply(config, recipe, ops, observe, x, residual, *tensors) -> y
+    apply(config, recipe, ops, observer, x, residual, *tensors) -> y
 
     config, recipe, ops: a BlockConfig, a name in RECIPES, the Dispatcher that serves forward and backward.
-    observe: called with the vectors of every BN before anything is saved, to move running statistics (later would
-    be too late: a checkpoint stops its second forward at the last tensor saved).
+    observer: moves running statistics.
     x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None; tensors: the fields of each
     ConvBNTensors of `config.units`, one after the other.
     """
@@ -95,24 +82,21 @@ class ResidualBlock(torch.autograd.Function):
         config: BlockConfig,
         recipe: str,
         ops: Dispatcher,
-        observe: Observer,
+        observer: passes.Observer,
         x: Tensor,
         residual: Tensor | None,
         *flat: Tensor | None,
     ) -> Tensor:
-        units = tuple(own_statistics(t) for t in as_units(flat))
-        with without_autocast(x.device.type):
-            out = RECIPES[recipe].forward(ops, config, x, residual, units, True)
-        assert out.saved is not None
-        observe(out.vectors)
-        ctx.save_for_backward(x, *(t for unit in units for t in unit), *out.saved.flatten())
+        flat = tuple(t for unit in as_units(flat) for t in own_statistics(unit))
+        y, saved, layout = passes.forward(recipe, ops, config, observer, x, residual, flat)
+        ctx.save_for_backward(x, *flat, *saved)
         ctx.config, ctx.recipe, ctx.ops = config, recipe, ops
-        ctx.layout, ctx.inputs = out.saved.layout, len(flat)
+        ctx.layout, ctx.inputs = layout, len(flat)
         ctx.residual = without_elements(residual)
         ctx.held_by_hooks = saved_tensors_have_hooks()
-        ctx.memory_format = memory_format(out.y)
+        ctx.memory_format = memory_format(y)
         ctx.set_materialize_grads(False)
-        return out.y
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
@@ -120,9 +104,9 @@ class ResidualBlock(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         tensors = ctx.saved_tensors
         x, flat = tensors[0], tensors[1 : 1 + ctx.inputs]
-        saved = Saved.unflatten(tensors[1 + ctx.inputs :], ctx.layout)
         wanted = asked_of_block(ctx, flat)
         if wants_differentiable(dy):
+            saved = Saved.unflatten(tensors[1 + ctx.inputs :], ctx.layout)
             return differentiable_backward(ctx, wanted, x, flat, saved.mask, dy)
         needs = BlockNeeds(
             wanted[FIXED - 2],
@@ -131,10 +115,8 @@ class ResidualBlock(torch.autograd.Function):
             saved=ctx.held_by_hooks or torch._C._autograd._get_current_graph_task_keep_graph(),
         )
         dy = dy.contiguous(memory_format=ctx.memory_format)
-        with without_autocast(x.device.type):
-            grads = RECIPES[ctx.recipe].backward(ctx.ops, ctx.config, x, as_units(flat), saved, dy, needs)
-        parameters = [g for unit in grads.units for g in (*unit, None, None)]
-        return None, None, None, None, grads.x, grads.residual, *parameters
+        grads = passes.backward(ctx.recipe, ctx.ops, ctx.config, tensors, ctx.inputs, ctx.layout, dy, needs)
+        return None, None, None, None, *grads
 
 
 def asked_of_block(ctx: Any, flat: tuple[Tensor | None, ...]) -> Sequence[bool]:

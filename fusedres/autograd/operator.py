@@ -137,7 +137,7 @@ def run_forward(
             seen = zip(config.units, out.vectors, strict=True)
             held = [t for unit, v in seen for t in ((v.mean, v.var) if unit.training else (None, None))]
         else:
-            held = out.saved.flatten()
+            held = [*out.saved._replace(weights=()).flatten()]  # weights are cast again in backward
         return [out.y, *(x.new_empty(ABSENT) if t is None else t for t in held)]
 
 
@@ -162,12 +162,12 @@ def run_backward(
             config,
             x,
             constants.tensors(tensors),
-            Saved.unflatten(held, kept(len(config.main), len(config.units), constants.recipe)),
+            Saved.unflatten(held, (*kept(len(config.main), len(config.units), constants.recipe), 0)),
             dy.contiguous(memory_format=layout),
             BlockNeeds(needs[0], needs[1], units),
         )
     flat = (grads.x, grads.residual, *(g for unit in grads.units for g in unit))
-    return [g for g, wanted in zip(flat, needs, strict=True) if wanted]
+    return [g for g, wanted in zip(flat, needs, strict=True) if wanted]  # type: ignore[misc]
 
 
 @torch.library.custom_op(

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedres.autograd.function import ResidualBlock, without_autocast
+from fusedres.autograd import passes
+from fusedres.autograd.function import ResidualBlock
 from fusedres.autograd.operator import block_constants, residual_block_operator
-from fusedres.blocks import RECIPES
 from fusedres.blocks.choice import UNFUSED, Choice, choose
 from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, Shortcut, Window, unit_sizes
 from fusedres.nn.attributes import tensor
 from fusedres.nn.numbers import pair, real, square_window, whole
-from fusedres.nn.running_stats import BatchStatistics, update_running_stats
+from fusedres.nn.running_stats import BUFFERS, BatchStatistics, update_running_stats
 from fusedres.ops.contract import BatchNormVectors
 from fusedres.ops.dispatch import AUTO, OpaqueBackend, Ops, operators
 
@@ -106,6 +106,33 @@ def wants_gradient(call: BlockCall) -> bool:
     return False
 
 
+class Observer(NamedTuple):
+    """Moves the running statistics of a call's norms by the vectors of a batch."""
+
+    call: BlockCall
+
+    def __call__(self, vectors: tuple[BatchNormVectors, ...]) -> None:
+        move_running_stats(self.call, [(v.mean, v.var) for v in vectors])
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """All that is moved."""
+        return [tensor(bn, name) for bn in self.norms for name in BUFFERS]
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """All else that counts for how."""
+        return tuple([bn.momentum if bn.track_running_stats else MISSING for bn in self.norms])
+
+    @property
+    def norms(self) -> list[nn.BatchNorm2d]:
+        pairs = zip(self.call.config.units, self.call.norms, strict=True)
+        return [bn for unit, bn in pairs if unit.training and bn.training]
+
+
+MISSING = "none"
+
+
 def run(call: BlockCall, recipe: str, ops: Ops) -> Tensor:
     """y of the block, by that recipe; running statistics are updated."""
     config, tensors, _, x, residual = call
@@ -116,16 +143,12 @@ def run(call: BlockCall, recipe: str, ops: Ops) -> Tensor:
             move_running_stats(call, statistics)
         return y
 
-    def observe(vectors: tuple[BatchNormVectors, ...]) -> None:
-        move_running_stats(call, [(v.mean, v.var) for v in vectors])
-
+    flat = [t for unit in tensors for t in unit]
+    observer = Observer(call)
     if wants_gradient(call):
-        flat = [t for unit in tensors for t in unit]
-        return ResidualBlock.apply(config, recipe, ops, observe, x, residual, *flat)
-    with torch.no_grad(), without_autocast(x.device.type):
-        out = RECIPES[recipe].forward(ops, config, x, residual, tensors, False)
-        observe(out.vectors)
-    return out.y
+        return ResidualBlock.apply(config, recipe, ops, observer, x, residual, *flat)
+    with torch.no_grad():
+        return passes.inference(recipe, ops, config, observer, x, residual, flat)
 
 
 def move_running_stats(call: BlockCall, statistics: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -69,6 +69,11 @@ def is_any() -> bool:
     return bool(_found)
 
 
+def generation() -> int:
+    """Another number as soon as something more was set aside."""
+    return len(_found)
+
+
 def is_aside(backend: str, kind: type, device: torch.device) -> bool:
     return bool(_found) and Place(backend, kind, device) in _found
 

@@ -7,6 +7,7 @@ and launchers, which know nothing of the rest of fusedres, in `fusedres.triton_k
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from types import ModuleType
@@ -54,6 +55,13 @@ def launchers() -> ModuleType:
     from fusedres.triton_kernels import launchers
 
     return launchers
+
+
+def launches_to(listener: Callable[..., None]) -> AbstractContextManager[None]:
+    """Within the context, in this thread, the listener is told of every launch: see `triton_kernels/launch.py`."""
+    from fusedres.triton_kernels import launch
+
+    return launch.launches_to(listener)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -33,6 +33,7 @@ from fusedres.nn.residual_block import (
 )
 from fusedres.ops.dispatch import Dispatcher, Ops, dispatcher, opaque_backend
 from fusedres.patching import details, guards, warm
+from fusedres.patching.fits import key_of
 from fusedres.patching.patched_class import ORIGINAL
 from fusedres.patching.reasons import describe
 from fusedres.patching.resolve import method_replaced, resolve
@@ -170,7 +171,11 @@ def decide(
         reason = state.on_trial.left.get(LeftCall.of(module, x, ops_for(state.backend), is_on))
         if reason is not None and state.on_trial.forced is None:
             return Decision(UNFUSED, reason)
-    if (reason := guards.transformed() or guards.unfit_input(x, plan.is_stem)) is not None:
+    if (reason := guards.transformed()) is not None:
+        return Decision(UNFUSED, reason)
+    key = () if compiling else key_of(x)
+    is_known = key in state.fits
+    if not is_known and (reason := guards.unfit_input(x, plan.is_stem)) is not None:
         return Decision(UNFUSED, reason)
     ops, base = ops_for(state.backend), base_class(module)
     if getattr(type(module), ORIGINAL) is not getattr(base, plan.method):
@@ -178,13 +183,17 @@ def decide(
     if (reason := method_replaced(plan)) is not None:
         return Decision(UNFUSED, reason)
     modules = resolve(module, plan, state.harmless, compiling)
-    block = modules if isinstance(modules, str) else read(plan, modules, x)
-    if isinstance(modules, str) or isinstance(block, str):
-        return Decision(UNFUSED, str(block))
-    shortcut = tuple(modules[path] for path in plan.shortcut_paths)
-    others = modules.values() if shortcut else ()
-    if (reason := guards.unfit_block(block, plan) or shared_statistics(block, others, plan)) is not None:
-        return Decision(UNFUSED, reason)
+    if isinstance(modules, str):
+        return Decision(UNFUSED, modules)
+    shortcut = tuple([modules[path] for path in plan.shortcut_paths])
+    block = state.fits.found(key, plan, modules, x) if is_known else None
+    if block is None:
+        what = fit(plan, modules, x, shortcut)
+        if isinstance(what, str):
+            return Decision(UNFUSED, what)
+        block = what
+        if key:
+            state.fits.remember(key, plan, modules, block)
     gradients = wants_gradient(block)
     recipe, reason, turn = chosen(module, state, x, block, ops, gradients)
     if recipe == UNFUSED:
@@ -220,6 +229,15 @@ def chosen(
     if recipe == UNFUSED and reason is not None and (turn is None or turn.is_final):
         trials.leave(LeftCall.of(module, x, ops, settings.is_on(x.device)), reason)
     return recipe, reason, turn
+
+
+def fit(plan: Plan, modules: dict[str, Any], x: Tensor, shortcut: tuple[nn.Module, ...]) -> BlockCall | str:
+    """The data of the call, or what speaks against it."""
+    block = read(plan, modules, x)
+    if isinstance(block, str):
+        return block
+    others = modules.values() if shortcut else ()
+    return guards.unfit_block(block, plan) or shared_statistics(block, others, plan) or block
 
 
 def read(plan: Plan, modules: dict[str, Any], x: Tensor) -> BlockCall | str:

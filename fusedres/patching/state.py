@@ -12,6 +12,7 @@ from torch import nn
 from fusedres.matching.plan import Plan
 from fusedres.modules import shadows
 from fusedres.modules.derived_class import BASE, STATE, base_class
+from fusedres.patching.fits import Fits
 from fusedres.trials.on_block import OnBlock
 
 
@@ -29,13 +30,15 @@ class BlockState:
     warm: set[tuple[Any, ...]] = field(
         default_factory=set
     )  # of `not_warm`: the kinds of calls that ran on a GPU
+    fits: Fits = field(default_factory=Fits)
     on_trial: OnBlock = field(default_factory=OnBlock)
 
     def __copy__(self) -> BlockState:
-        return BlockState(**vars(self))
+        return BlockState(**{**vars(self), "fits": Fits()})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockState:
-        values = {name: value for name, value in vars(self).items() if name != "warm"}  # it holds backends
+        kept = {"warm", "fits"}  # of backends, and of this block's tensors
+        values = {name: value for name, value in vars(self).items() if name not in kept}
         return BlockState(**copy.deepcopy(values, memo), warm=set(self.warm))
 
     def __reduce__(self) -> tuple[Any, ...]:

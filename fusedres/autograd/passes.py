@@ -1,0 +1,144 @@
+"""A block's forward and backward on plain tensors, one after the other in a row: by their recipe, or by a recording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fusedres.blocks import RECIPES
+from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNTensors, Layout, Saved
+from fusedres.ops.contract import BatchNormVectors
+from fusedres.ops.dispatch import Dispatcher
+from fusedres.recording import replays
+
+FIELDS = len(ConvBNTensors._fields)
+Flat = Sequence[Tensor | None]
+
+
+def as_units(flat: Flat) -> tuple[ConvBNTensors, ...]:
+    return tuple(ConvBNTensors(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS))  # type: ignore[arg-type]
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Recipes choose every dtype themselves; autocast must not cast inside them."""
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+class Observer(Protocol):
+    """Is told the vectors of every BN before anything is saved for backward, to move running statistics. Later would be
+    too late: a checkpoint stops its second forward at the last tensor saved."""
+
+    def __call__(self, vectors: tuple[BatchNormVectors, ...]) -> None: ...
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """All that it reads and writes."""
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """All else that it goes by."""
+
+
+def forward(
+    recipe: str,
+    ops: Dispatcher,
+    config: BlockConfig,
+    observer: Observer,
+    x: Tensor,
+    residual: Tensor | None,
+    flat: Flat,
+) -> tuple[Tensor, Flat, Layout]:
+    """y; `Saved.flatten()` and `Saved.layout` of what backward needs besides x and `flat`.
+
+    flat: the fields of each ConvBNTensors of `config.units`.
+    """
+
+    def by_recipe() -> tuple[Flat, Layout]:
+        with without_autocast(x.device.type):
+            out = RECIPES[recipe].forward(ops, config, x, residual, as_units(flat), True)
+            observer(out.vectors)
+        assert out.saved is not None
+        return (out.y, *out.saved.flatten()), out.saved.layout
+
+    (y, *saved), layout = by_recording(True, recipe, ops, config, observer, x, residual, flat, by_recipe)
+    assert y is not None
+    return y, saved, layout
+
+
+def inference(
+    recipe: str,
+    ops: Dispatcher,
+    config: BlockConfig,
+    observer: Observer,
+    x: Tensor,
+    residual: Tensor | None,
+    flat: Flat,
+) -> Tensor:
+    """y, where nobody wants a gradient. The arguments are those of `forward`."""
+
+    def by_recipe() -> tuple[Flat, None]:
+        with without_autocast(x.device.type):
+            out = RECIPES[recipe].forward(ops, config, x, residual, as_units(flat), False)
+            observer(out.vectors)
+        return (out.y,), None
+
+    (y,), _ = by_recording(False, recipe, ops, config, observer, x, residual, flat, by_recipe)
+    assert y is not None
+    return y
+
+
+def by_recording(
+    gradients: bool,
+    recipe: str,
+    ops: Dispatcher,
+    config: BlockConfig,
+    observer: Observer,
+    x: Tensor,
+    residual: Tensor | None,
+    flat: Flat,
+    by_recipe: Callable[[], replays.Result],
+) -> replays.Result:
+    """What `by_recipe()` gives, by a recording where there are any."""
+    if not replays.are_on(x):
+        return by_recipe()
+    key = gradients, recipe, ops, config, x.shape, observer.constants
+    return replays.run(key, (x, residual, *flat, *observer.tensors), by_recipe)
+
+
+def backward(
+    recipe: str,
+    ops: Dispatcher,
+    config: BlockConfig,
+    tensors: Flat,
+    inputs: int,
+    layout: Layout,
+    dy: Tensor,
+    needs: BlockNeeds,
+) -> Flat:
+    """Gradients of x, of the residual, and of the fields of each unit.
+
+    tensors: x, the units' fields, which are `inputs` many, and what `forward` said that backward needs.
+    """
+    x = tensors[0]
+    assert x is not None
+
+    def by_recipe() -> tuple[Flat, None]:
+        units, saved = (
+            as_units(tensors[1 : 1 + inputs]),
+            Saved.unflatten(tuple(tensors[1 + inputs :]), layout),
+        )
+        with without_autocast(x.device.type):
+            grads = RECIPES[recipe].backward(ops, config, x, units, saved, dy, needs)
+        return (grads.x, grads.residual, *(g for unit in grads.units for g in (*unit, None, None))), None
+
+    if not replays.are_on(x):
+        return by_recipe()[0]
+    return replays.run(("backward", recipe, ops, config, x.shape, layout, needs), (*tensors, dy), by_recipe)[
+        0
+    ]

@@ -1,0 +1,168 @@
+"""Runs a pass by its recording: the first time as Python says, then recorded, then natively.
+
+A recording is of tensors of one form: sizes, strides, dtypes, devices, alignment. Those of one pass that differ are
+few; where they are many, as with images of ever other sizes, Python stays.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fusedres.ops import set_aside
+from fusedres.ops.native import library
+from fusedres.ops.triton import launches_to, on_device_of
+from fusedres.recording.code import UnrecordableError
+from fusedres.recording.recorder import Recorder
+
+logger = logging.getLogger("fusedres")
+ENVIRONMENT_VARIABLE = "FUSEDRES_REPLAY"  # read once: "0" leaves every pass to Python
+IS_ASKED_FOR = os.environ.get(ENVIRONMENT_VARIABLE) != "0"
+DEVICES = {"cuda"}  # where the host's time is what a pass waits for
+FORMS = 4  # of one pass
+PASSES = 256  # in a process
+OUT_OF_MEMORY = "out of memory"
+PLAIN = {Tensor, torch.nn.Parameter}
+
+Tensors = Sequence[Tensor | None]
+Result = tuple[Tensors, Any]  # and what a later replay is to hand out with them
+
+
+class Recording:
+    """One, kept by the native library as long as this lives."""
+
+    def __init__(self, number: int, slots: list[int], inputs: int, versioned: list[int], first: int) -> None:
+        self.number, self.first_mutation = number, first
+        weakref.finalize(self, torch.ops.fusedres_native.recording_drop, number).atexit = False
+        self.versioned = versioned  # inputs of which autograd is told that they were written into
+        self.note: Any = None
+        self.kernels: list[Any] = []  # which are loaded as long as somebody holds them
+        made = {slot: i for i, slot in enumerate(sorted({s for s in slots if s >= inputs}))}
+        # of each output: None, an input's index, or that of a tensor that was made, behind the inputs
+        self.outputs = [None if s < 0 else s if s < inputs else inputs + made[s] for s in slots]
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor | None] | None:
+        """The outputs; None where the inputs are of another form."""
+        made = torch.ops.fusedres_native.replay.default(self.number, inputs)
+        if not made:
+            return None
+        for slot in self.versioned:
+            increment_version(inputs[slot])
+        inputs += made
+        return [None if i is None else inputs[i] for i in self.outputs]
+
+
+class Pass:
+    """What is known of one pass; `problem`: why it stays with Python."""
+
+    def __init__(self) -> None:
+        self.recordings: list[Recording] = []
+        self.was_seen = False
+        self.problem: str | None = None
+
+    def give_up(self, problem: str) -> None:
+        """From now on Python runs it."""
+        self.recordings, self.problem = [], problem
+        logger.debug("a pass is run by Python: %s", problem)
+
+
+_passes: OrderedDict[Hashable, Pass] = OrderedDict()
+
+
+def are_on(x: Tensor) -> bool:
+    """Whether passes over tensors like x are to be recorded."""
+    if x.device.type not in DEVICES or not IS_ASKED_FOR or torch._C._len_torch_dispatch_stack():
+        return False
+    return library.is_loaded()
+
+
+def forget() -> None:
+    """Every pass is recorded anew."""
+    _passes.clear()
+
+
+def known() -> dict[Hashable, Pass]:
+    """The passes so far, for reports and tests."""
+    return dict(_passes)
+
+
+def pass_of(key: Hashable) -> Pass:
+    found = _passes.get(key)
+    if found is None:
+        found = _passes[key] = Pass()
+        if len(_passes) > PASSES:
+            _passes.popitem(last=False)
+    return found
+
+
+def run(key: Hashable, tensors: Tensors, compute: Callable[[], Result]) -> Result:
+    """What `compute()` gives, by a recording of it where there is one.
+
+    Args:
+        key: everything that `compute` depends on, but for the tensors' forms and their values.
+        tensors: all that `compute` takes, x first.
+        compute: makes tensors, and writes into none of `tensors` but through torch's operators.
+    """
+    found = pass_of((key, tuple([t is None for t in tensors]), set_aside.generation()))
+    inputs = [t for t in tensors if t is not None]
+    if not PLAIN.issuperset(map(type, inputs)):
+        return compute()
+    for recording in found.recordings:
+        try:
+            with on_device_of(inputs[0]), torch._C._AutoDispatchBelowAutograd():
+                out = recording.run(list(inputs))
+        except RuntimeError as error:
+            return failed(error, recording, found, compute)
+        if out is not None:
+            return out, recording.note
+    if found.problem is not None or not found.was_seen or len(found.recordings) >= FORMS:
+        found.was_seen = True
+        return compute()
+    return recorded(found, inputs, compute)
+
+
+def versions(tensors: list[Tensor]) -> list[int]:
+    return [0 if t.is_inference() else t._version for t in tensors]
+
+
+def failed(error: RuntimeError, recording: Recording, found: Pass, compute: Callable[[], Result]) -> Result:
+    """What `compute()` gives, or raises: the native library tells no kinds of errors apart, and Python does. Where
+    something that was given has been written into, it is too late for that, and only the kind is mended.
+    """
+    if torch.ops.fusedres_native.replay_failed_step() >= recording.first_mutation:
+        raise torch.OutOfMemoryError(str(error)) if OUT_OF_MEMORY in str(error) else error
+    out = compute()
+    if OUT_OF_MEMORY not in str(error):
+        found.give_up(str(error))
+    return out
+
+
+def recorded(found: Pass, inputs: list[Tensor], compute: Callable[[], Result]) -> Result:
+    """What `compute()` gives, which is written down as it runs."""
+    try:
+        recorder = Recorder(inputs)
+    except UnrecordableError as error:
+        found.give_up(str(error))
+        return compute()
+    before = versions(inputs)
+    with launches_to(recorder.launched), recorder:
+        out = compute()
+    versioned = [i for i, (old, new) in enumerate(zip(before, versions(inputs), strict=True)) if old != new]
+    try:
+        words, operators, slots, first = recorder.finished(out[0])
+    except UnrecordableError as error:
+        found.give_up(str(error))
+        return out
+    number = torch.ops.fusedres_native.recording_add(words, operators)
+    recording = Recording(number, slots, len(inputs), versioned, first)
+    recording.note, recording.kernels = out[1], recorder.kernels
+    found.recordings.append(recording)
+    return out
