@@ -81,7 +81,15 @@ def install(folder: str | None = None) -> StandIn:
     found = StandIn(work)
     stand_in_for_decisions()
     stand_in_for_triton()
+    replay_passes(True)
     return found
+
+
+def replay_passes(are_on: bool) -> None:
+    """Whether passes are recorded and replayed, as they are on a GPU."""
+    from fusedres.recording import replays
+
+    replays.DEVICES = {"cpu"} if are_on else set()
 
 
 def stand_in_for_decisions() -> None:

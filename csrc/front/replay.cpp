@@ -91,11 +91,9 @@ class Run {
 
   void operator()(const View& step) {
     const Tensor& base = at(step.base);
-    int64_t start;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(base.get(), &start));
     AtenTensorHandle made;
     check_torch(aoti_torch__reinterpret_tensor(base.get(), int64_t(step.sizes.size()), step.sizes.data(),
-                                               step.strides.data(), start + step.offset, &made),
+                                               step.strides.data(), step.offset, &made),
                 "aten::as_strided");
     put(step.made, Tensor(made));
   }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +32,12 @@ WORDS = {"i32": Word.INT32, "u32": Word.INT32, "i64": Word.INT64, "u64": Word.IN
 LISTS = {"List[int]": Kind.INTS, "List[bool]": Kind.BOOLS}
 
 
+@cache
+def is_composite(name: str) -> bool:
+    """Whether torch makes this operator of others."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+
+
 class Recorder(TorchDispatchMode):
     """A dispatch mode that records; `launched` is to be told of Triton's launches.
 
@@ -49,6 +56,7 @@ class Recorder(TorchDispatchMode):
         self.mutated: dict[int, int] = {}  # inputs, and before how many steps they were first written into
         self._slots: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._bases: dict[int, int] = {}  # of a view's slot, that of the tensor whose storage it is
+        self.told: dict[int, int] = {}  # how often torch's own operators wrote into an input, of which they tell autograd
         self.kernels: list[Any] = []  # Triton's, as they were loaded
         self._inputs, self._next = list(inputs), 0
         if len({id(t) for t in inputs}) < len(inputs):
@@ -63,6 +71,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "aten" and is_composite(func.name()):  # in inference mode none was taken apart yet
+            with self:
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         if self.problem is None:
             try:
@@ -122,7 +133,7 @@ class Recorder(TorchDispatchMode):
                 raise UnrecordableError("a copy to another device")
             self.steps += [code.allocate(made, out), code.copy(made, source)]
         elif func is aten.copy_.default:
-            self._write(args[0])
+            self._write(args[0], True)
             self.steps.append(code.copy(self.slot(args[0]), self.slot(args[1])))
         elif func is aten.add_.Tensor:
             self._note_add(*args, **kwargs)
@@ -153,7 +164,7 @@ class Recorder(TorchDispatchMode):
                 if isinstance(t, Tensor):
                     read.append(self.slot(t))
                     if argument.alias_info is not None and argument.alias_info.is_write:
-                        self._write(t)
+                        self._write(t, not func._schema.name.startswith(OWN))
         results = out if isinstance(out, (tuple, list)) else (out,) if func._schema.returns else ()
         returns, made = [], []
         for result, declared in zip(results, func._schema.returns, strict=True):
@@ -205,11 +216,12 @@ class Recorder(TorchDispatchMode):
             return Kind.FLOAT, optional, code.bits(float(value))
         raise UnrecordableError(f"an argument of the type {declared}")
 
-    def _write(self, t: Tensor) -> None:
+    def _write(self, t: Tensor, by_torch: bool) -> None:
         slot = self.slot(t)
         base = self._bases.get(slot, slot)
         if base < len(self._inputs):
             self.mutated.setdefault(base, len(self.steps))
+            self.told[base] = self.told.get(base, 0) + by_torch
 
     def _note_launch(self, compiled: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         metadata = compiled.metadata

@@ -68,9 +68,9 @@ class Pass:
         self.was_seen = False
         self.problem: str | None = None
 
-    def give_up(self, problem: str) -> None:
-        """From now on Python runs it."""
-        self.recordings, self.problem = [], problem
+    def leave(self, problem: str) -> None:
+        """Nothing more of it is recorded: Python runs it."""
+        self.problem = problem
         logger.debug("a pass is run by Python: %s", problem)
 
 
@@ -133,15 +133,21 @@ def versions(tensors: list[Tensor]) -> list[int]:
     return [0 if t.is_inference() else t._version for t in tensors]
 
 
+def failed_step() -> int:
+    """Where this thread's last replay failed."""
+    return int(torch.ops.fusedres_native.replay_failed_step())
+
+
 def failed(error: RuntimeError, recording: Recording, found: Pass, compute: Callable[[], Result]) -> Result:
     """What `compute()` gives, or raises: the native library tells no kinds of errors apart, and Python does. Where
     something that was given has been written into, it is too late for that, and only the kind is mended.
     """
-    if torch.ops.fusedres_native.replay_failed_step() >= recording.first_mutation:
+    if failed_step() >= recording.first_mutation:
         raise torch.OutOfMemoryError(str(error)) if OUT_OF_MEMORY in str(error) else error
     out = compute()
     if OUT_OF_MEMORY not in str(error):
-        found.give_up(str(error))
+        found.recordings = []
+        found.leave(str(error))
     return out
 
 
@@ -150,16 +156,17 @@ def recorded(found: Pass, inputs: list[Tensor], compute: Callable[[], Result]) -
     try:
         recorder = Recorder(inputs)
     except UnrecordableError as error:
-        found.give_up(str(error))
+        found.leave(str(error))
         return compute()
     before = versions(inputs)
     with launches_to(recorder.launched), recorder:
         out = compute()
-    versioned = [i for i, (old, new) in enumerate(zip(before, versions(inputs), strict=True)) if old != new]
+    moved = [new - old for old, new in zip(before, versions(inputs), strict=True)]
+    versioned = [i for i, times in enumerate(moved) if times > recorder.told.get(i, 0)]
     try:
         words, operators, slots, first = recorder.finished(out[0])
     except UnrecordableError as error:
-        found.give_up(str(error))
+        found.leave(str(error))
         return out
     number = torch.ops.fusedres_native.recording_add(words, operators)
     recording = Recording(number, slots, len(inputs), versioned, first)
