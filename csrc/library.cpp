@@ -93,6 +93,17 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
       "conv1x1_backward_weight(Tensor dy, Tensor? mask, Tensor c, Tensor scale, Tensor shift, Tensor? center)"
       " -> (Tensor r, Tensor dbias)");
   m.def("gram(Tensor c, Tensor scale, Tensor shift) -> (Tensor m, Tensor S)");
+  m.def(
+      "gram_output_stats(Tensor weight, Tensor? bias, Tensor m, Tensor S)"
+      " -> (Tensor mean, Tensor var, Tensor center)");
+  m.def(
+      "gram_backward_coefficients(Tensor r, Tensor sum_dz, Tensor weight, Tensor? bias, Tensor mean, Tensor invstd,"
+      " Tensor scale, int rows, Tensor? m, Tensor? S, Tensor? center)"
+      " -> (Tensor dweight, Tensor dW, Tensor weight_dz, Tensor? weight_a, Tensor? offset)");
+  m.def(
+      "conv1x1_gram_backward_input(Tensor dy, Tensor? mask, Tensor c, Tensor mean, Tensor scale, Tensor shift,"
+      " Tensor weight_dz, Tensor? weight_a, Tensor? center, Tensor? offset)"
+      " -> (Tensor dz_below, Tensor sum_dz, Tensor sum_dz_centered)");
   m.def("conv_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask) -> Tensor");
   // for a convolution with stride; adds to dx
   m.def("conv_backward_input_(Tensor(a!) dx, Tensor dy, Tensor weight, int stride_height, int stride_width) -> ()");

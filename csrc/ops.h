@@ -297,6 +297,63 @@ struct Gram {
   float* S;            // [C, C]
 };
 
+// Of the 1x1 convolution of an activation with the moments m and S: the statistics of its output, mean = W m + bias and
+// var = max(diag(W S W^T), 0), and m as a value of the activation dtype. CUDA alone.
+struct GramOutputStats {
+  Dtype dtype;
+  int64_t in_channels, out_channels;
+  const void* weight;  // [out_channels, in_channels]
+  const void* bias;    // [out_channels] in dtype, or null
+  const float* m;      // [in_channels]
+  const float* S;      // [in_channels, in_channels]
+  float* mean;         // [out_channels]
+  float* var;          // [out_channels] biased
+  float* center;       // [in_channels]
+};
+
+// From Rc and sum dz of Conv1x1BackwardWeight the gradients of the convolution's and the BN's weights, and the
+// coefficients of Conv1x1GramBackwardInput. Those from m to center, weight_a and offset are null together: frozen
+// statistics. CUDA alone.
+struct GramBackwardCoefficients {
+  Dtype dtype;
+  int64_t rows, in_channels, out_channels;
+  const float* r;       // [out_channels, in_channels]
+  const float* sum_dz;  // [out_channels]
+  const void* weight;   // [out_channels, in_channels]
+  const void* bias;     // [out_channels] in dtype, or null
+  const float* mean;    // [out_channels] this and the next two: the forward's vectors
+  const float* invstd;  // [out_channels]
+  const float* scale;   // [out_channels]
+  const float* m;       // [in_channels]
+  const float* S;       // [in_channels, in_channels]
+  const float* center;  // [in_channels]
+  float* dweight;       // [out_channels]
+  float* dW;            // [out_channels, in_channels]
+  float* weight_dz;     // [out_channels, in_channels]
+  float* weight_a;      // [in_channels, in_channels]
+  float* offset;        // [in_channels]
+};
+
+// dz_below = da where a = relu(scale*c + shift), rounded, is positive, with
+// da = dz weight_dz + (a - center) weight_a + offset, and the sums of dz_below for the BN below. CUDA alone.
+struct Conv1x1GramBackwardInput {
+  Dtype dtype;
+  int64_t rows, in_channels, out_channels;
+  const void* dy;          // [P, out_channels]
+  const uint8_t* mask;     // one bit an element of dy, or null: dz = dy
+  const void* c;           // [P, in_channels]
+  const float* mean;       // [in_channels]
+  const float* scale;      // [in_channels]
+  const float* shift;      // [in_channels]
+  const float* weight_dz;  // [out_channels, in_channels]
+  const float* weight_a;   // [in_channels, in_channels], null with center and offset: frozen statistics
+  const float* center;     // [in_channels]
+  const float* offset;     // [in_channels]
+  void* dz_below;          // [P, in_channels]
+  float* sum_dz;           // [in_channels]
+  float* sum_dz_centered;  // [in_channels] sum dz_below*(c - mean)
+};
+
 // 3x3 convolutions without stride, with padding 1, in float32, by Winograd's algorithm F(tile x tile, 3x3): tile is 2
 // or
 // 4. Where an input or a sum is not finite, the results are not those of a direct convolution: the launchers return

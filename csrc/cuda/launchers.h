@@ -52,5 +52,15 @@ size_t conv1x1_backward_weight_workspace(const Conv1x1BackwardWeight& args);
 cudaError_t conv1x1_backward_weight(const Conv1x1BackwardWeight& args, const Workspace& workspace, cudaStream_t stream);
 size_t gram_workspace(const Gram& args);
 cudaError_t gram(const Gram& args, const Workspace& workspace, cudaStream_t stream);
+size_t conv1x1_gram_backward_input_workspace(const Conv1x1GramBackwardInput& args);
+cudaError_t conv1x1_gram_backward_input(const Conv1x1GramBackwardInput& args, const Workspace& workspace,
+                                        cudaStream_t stream);
+
+// Products of weights and moments, in float64: for devices that have arithmetic for it.
+size_t gram_output_stats_workspace(const GramOutputStats& args);
+cudaError_t gram_output_stats(const GramOutputStats& args, const Workspace& workspace, cudaStream_t stream);
+size_t gram_backward_coefficients_workspace(const GramBackwardCoefficients& args);
+cudaError_t gram_backward_coefficients(const GramBackwardCoefficients& args, const Workspace& workspace,
+                                       cudaStream_t stream);
 
 }  // namespace fusedres::cuda

@@ -55,24 +55,30 @@ __device__ __forceinline__ int staged_tile_row(int staged_row, int half) {
   return staged_row / kWarpHalf * Accumulators::kWarpRows + half * kWarpHalf + staged_row % kWarpHalf;
 }
 
+// Stores half of the tile into shared memory. staged: [64][136]
+__device__ __forceinline__ void stage_half(const Accumulators& acc, float* staged, int half) {
+  const int thread = thread_index(), lane = thread % 32, group = lane / 4, pair = lane % 4 * 2;
+  float* to = staged + (Accumulators::first_row(thread) / 2 + group) * kStagedStride +
+              Accumulators::first_column(thread) + pair;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int below = 0; below < 2; ++below)
+        store_pair(to + (16 * i + 8 * below) * kStagedStride + 8 * j, &acc.value[2 * half + i][j][2 * below]);
+}
+
 // use(row, value) with value [8] for each row of the tile that this thread has; what it leaves there is added to `sums`
 // if kSums. staged: [64][136] of shared memory
 template <bool kSums, class Use>
 __device__ __forceinline__ void for_each_packet(const Accumulators& acc, float* staged, int rows, ColumnSums& sums,
                                                 Use use) {
-  const int thread = thread_index(), lane = thread % 32, group = lane / 4, pair = lane % 4 * 2;
+  const int thread = thread_index();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (half > 0) __syncthreads();
-    float* to = staged + (Accumulators::first_row(thread) / 2 + group) * kStagedStride +
-                Accumulators::first_column(thread) + pair;
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int below = 0; below < 2; ++below)
-          store_pair(to + (16 * i + 8 * below) * kStagedStride + 8 * j, &acc.value[2 * half + i][j][2 * below]);
+    stage_half(acc, staged, half);
     __syncthreads();
 #pragma unroll 1
     for (int staged_row = packet_row(thread); staged_row < kStagedRows; staged_row += kPacketRows) {
@@ -126,18 +132,16 @@ __device__ __forceinline__ void merge_tile(ColumnMoments& moments, const ColumnS
   }
 }
 
-// The moments of all blocks of these columns, in the order of the groups. True in the last block, which has them.
-// flag: in shared memory; workspace: counters [column_tiles], then partial results [column_tiles][groups][2][128]
-__device__ __forceinline__ bool merge_groups(ColumnMoments& moments, int* flag, void* workspace,
-                                             const ProductPlan& plan) {
-  if (plan.groups == 1) return true;
+// Partial results behind the counters of the workspace, this thread's first: [column_tiles][groups][2][128], those of a
+// block from plan.partial_of on.
+__device__ __forceinline__ double* partial_results(void* workspace, const ProductPlan& plan) {
+  return reinterpret_cast<double*>(static_cast<char*>(workspace) + plan.counter_bytes()) + int(threadIdx.x);
+}
+
+// True in the last block of these columns, which then sees what the others have left in the workspace before.
+// flag: in shared memory
+__device__ __forceinline__ bool is_last_group(int* flag, void* workspace, const ProductPlan& plan) {
   unsigned* counter = static_cast<unsigned*>(workspace) + blockIdx.x;
-  double* partials = reinterpret_cast<double*>(static_cast<char*>(workspace) + plan.counter_bytes()) + int(threadIdx.x);
-  if (int(threadIdx.x) < kProductSide) {
-    double* mine = partials + plan.partial_of(blockIdx.x, blockIdx.y);
-    mine[0] = moments.mean;
-    mine[kProductSide] = moments.m2;
-  }
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) *flag = atomicAdd(counter, 1u) == unsigned(plan.groups - 1);
@@ -145,6 +149,21 @@ __device__ __forceinline__ bool merge_groups(ColumnMoments& moments, int* flag, 
   if (*flag == 0) return false;
   __threadfence();
   if (threadIdx.x == 0) atomicExch(counter, 0u);
+  return true;
+}
+
+// The moments of all blocks of these columns, in the order of the groups. True in the last block, which has them.
+// flag: in shared memory; workspace: counters [column_tiles], then partial results
+__device__ __forceinline__ bool merge_groups(ColumnMoments& moments, int* flag, void* workspace,
+                                             const ProductPlan& plan) {
+  if (plan.groups == 1) return true;
+  double* partials = partial_results(workspace, plan);
+  if (int(threadIdx.x) < kProductSide) {
+    double* mine = partials + plan.partial_of(blockIdx.x, blockIdx.y);
+    mine[0] = moments.mean;
+    mine[kProductSide] = moments.m2;
+  }
+  if (!is_last_group(flag, workspace, plan)) return false;
   if (int(threadIdx.x) < kProductSide) {
     moments = ColumnMoments();
     int64_t before = 0;

@@ -129,6 +129,15 @@ void Cuda::launch(const Conv1x1BackwardWeight& args) const {
   launch_in_scratch(args, cuda::conv1x1_backward_weight_workspace(args), cuda::conv1x1_backward_weight);
 }
 void Cuda::launch(const Gram& args) const { launch_in_scratch(args, cuda::gram_workspace(args), cuda::gram); }
+void Cuda::launch(const GramOutputStats& args) const {
+  launch_in_scratch(args, cuda::gram_output_stats_workspace(args), cuda::gram_output_stats);
+}
+void Cuda::launch(const GramBackwardCoefficients& args) const {
+  launch_in_scratch(args, cuda::gram_backward_coefficients_workspace(args), cuda::gram_backward_coefficients);
+}
+void Cuda::launch(const Conv1x1GramBackwardInput& args) const {
+  launch_in_scratch(args, cuda::conv1x1_gram_backward_input_workspace(args), cuda::conv1x1_gram_backward_input);
+}
 
 }  // namespace fusedres::front
 

@@ -47,6 +47,9 @@ class Cuda {
   void launch(const Conv1x1BackwardInput& args) const;
   void launch(const Conv1x1BackwardWeight& args) const;
   void launch(const Gram& args) const;
+  void launch(const GramOutputStats& args) const;
+  void launch(const GramBackwardCoefficients& args) const;
+  void launch(const Conv1x1GramBackwardInput& args) const;
 
  private:
   template <class Args>

@@ -55,13 +55,11 @@ Tensor new_matrix(const Tensor& like, int64_t rows, int64_t columns) {
   return new_strided(like, 2, sizes, strides, aoti_torch_dtype_float32());
 }
 
-// dy [N, Cout, H, W], c [N, Cin, H, W] -> Rc [Cout, Cin], dbias [Cout]
+// Checks c [N, Cin, H, W] and the gradient dy [N, Cout, H, W] of a 1x1 convolution's output; the shape of c.
 template <class Device>
-std::tuple<Tensor, Tensor> conv1x1_backward_weight(Tensor dy, OptionalTensor mask, Tensor c, Tensor scale, Tensor shift,
-                                                   OptionalTensor center) {
-  const char* op = "conv1x1_backward_weight";
+Shape check_gradient_of_output(const char* op, const Tensor& dy, const OptionalTensor& mask, const Tensor& c) {
   const Shape shape = check_activation<Device>(op, "c", c);
-  const int64_t channels = check_activation<Device>(op, "dy", dy).channels;
+  check_activation<Device>(op, "dy", dy);
   Device::check_convolutions(op, "c", c);
   Device::check_convolutions(op, "dy", dy);
   check_same_dtype(op, "dy", dy, c);
@@ -69,6 +67,16 @@ std::tuple<Tensor, Tensor> conv1x1_backward_weight(Tensor dy, OptionalTensor mas
     fail(op, "dy", sizes_of(dy), "the images of c " + sizes_of(c), "pass the gradient of the convolution's output");
   }
   check_mask(op, mask, dy);
+  return shape;
+}
+
+// dy [N, Cout, H, W], c [N, Cin, H, W] -> Rc [Cout, Cin], dbias [Cout]
+template <class Device>
+std::tuple<Tensor, Tensor> conv1x1_backward_weight(Tensor dy, OptionalTensor mask, Tensor c, Tensor scale, Tensor shift,
+                                                   OptionalTensor center) {
+  const char* op = "conv1x1_backward_weight";
+  const Shape shape = check_gradient_of_output<Device>(op, dy, mask, c);
+  const int64_t channels = dy.size(1);
   VectorPair{"scale, shift", "scale", "shift", scale, shift}.check(op, shape.channels);
   check_vector(op, "center", center, shape.channels);
   const Device on(
@@ -95,6 +103,116 @@ std::tuple<Tensor, Tensor> gram(Tensor c, Tensor scale, Tensor shift) {
   return {m, s};
 }
 
+// t is a float32 matrix [rows, columns].
+void check_matrix(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+  if (t.scalar_type() != ScalarType::Float) {
+    fail(op, name, dtype_name(t.scalar_type()), "float32", "weights and moments here have the accumulation dtype");
+  }
+  if (t.dim() != 2 || t.size(0) != rows || t.size(1) != columns || !t.is_contiguous()) {
+    fail(op, name, layout_of(t), "contiguous [" + std::to_string(rows) + ", " + std::to_string(columns) + "]",
+         "pass one value for each pair of channels");
+  }
+}
+void check_matrix(const char* op, const char* name, const OptionalTensor& t, int64_t rows, int64_t columns) {
+  if (t) check_matrix(op, name, *t, rows, columns);
+}
+
+// A weight [Cout, Cin, 1, 1] whose output was never stored, and its bias: Shape.rows is Cout, .channels Cin.
+template <class Device>
+Shape check_expansion(const char* op, const Tensor& weight, const OptionalTensor& bias) {
+  const Shape shape = check_activation<Device>(op, "weight", weight);
+  Device::check_convolutions(op, "weight", weight);
+  if (weight.size(2) != 1 || weight.size(3) != 1) {
+    fail(op, "weight", sizes_of(weight), "[Cout, Cin, 1, 1]", "pass the weight of a 1x1 convolution");
+  }
+  if (shape.rows == 0 || shape.rows > cuda::kMaxChannels) {
+    fail(op, "weight", sizes_of(weight), "one to 2^30 output channels", "use backend='reference'");
+  }
+  if (!bias) return shape;
+  check_same_dtype(op, "bias", *bias, weight);
+  if (bias->dim() != 1 || bias->size(0) != shape.rows || !bias->is_contiguous()) {
+    fail(op, "bias", layout_of(*bias), "contiguous [" + std::to_string(shape.rows) + "]",
+         "pass the bias of this convolution");
+  }
+  return shape;
+}
+
+// weight [Cout, Cin, 1, 1], m [Cin], S [Cin, Cin] -> mean [Cout], var [Cout], center [Cin]
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> gram_output_stats(Tensor weight, OptionalTensor bias, Tensor m, Tensor s) {
+  const char* op = "gram_output_stats";
+  const auto [dtype, cout, cin] = check_expansion<Device>(op, weight, bias);
+  check_vector(op, "m", m, cin);
+  check_matrix(op, "S", s, cin, cin);
+  const Device on(op, weight, {Named("bias", bias), Named("m", m), Named("S", s)});
+  Tensor mean = new_vector(weight, cout), var = new_vector(weight, cout), center = new_vector(weight, cin);
+  on.launch(GramOutputStats{dtype, cin, cout, weight.const_data_ptr(), untyped(bias), data(m), data(s), written(mean),
+                            written(var), written(center)});
+  return {mean, var, center};
+}
+
+// r [Cout, Cin], sum_dz [Cout], weight [Cout, Cin, 1, 1] -> dweight [Cout], dW and weight_dz [Cout, Cin]; with m, S and
+// center also weight_a [Cin, Cin] and offset [Cin]
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, OptionalTensor, OptionalTensor> gram_backward_coefficients(
+    Tensor r, Tensor sum_dz, Tensor weight, OptionalTensor bias, Tensor mean, Tensor invstd, Tensor scale, int64_t rows,
+    OptionalTensor m, OptionalTensor s, OptionalTensor center) {
+  const char* op = "gram_backward_coefficients";
+  const auto [dtype, cout, cin] = check_expansion<Device>(op, weight, bias);
+  check_matrix(op, "r", r, cout, cin);
+  for (const auto& [name, vector] : {std::pair("sum_dz", &sum_dz), std::pair("mean", &mean),
+                                     std::pair("invstd", &invstd), std::pair("scale", &scale)}) {
+    check_vector(op, name, *vector, cout);
+  }
+  check_together(op, "m, S", m.has_value(), s.has_value());
+  check_together(op, "m, center", m.has_value(), center.has_value());
+  check_vector(op, "m", m, cin);
+  check_matrix(op, "S", s, cin, cin);
+  check_vector(op, "center", center, cin);
+  const Device on(
+      op, weight,
+      {Named("r", r), Named("sum_dz", sum_dz), Named("bias", bias), Named("mean", mean), Named("invstd", invstd),
+       Named("scale", scale), Named("m", m), Named("S", s), Named("center", center)});
+  Tensor dweight = new_vector(weight, cout), dw = new_matrix(weight, cout, cin);
+  Tensor weight_dz = new_matrix(weight, cout, cin);
+  OptionalTensor weight_a, offset;
+  if (m) weight_a = new_matrix(weight, cin, cin), offset = new_vector(weight, cin);
+  on.launch(GramBackwardCoefficients{dtype, rows, cin, cout, data(r), data(sum_dz), weight.const_data_ptr(),
+                                     untyped(bias), data(mean), data(invstd), data(scale), data(m), data(s),
+                                     data(center), written(dweight), written(dw), written(weight_dz), written(weight_a),
+                                     written(offset)});
+  return {dweight, dw, weight_dz, weight_a, offset};
+}
+
+// dy [N, Cout, H, W], c [N, Cin, H, W], weight_dz [Cout, Cin], weight_a [Cin, Cin] -> dz_below like c, its sums [Cin]
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> conv1x1_gram_backward_input(Tensor dy, OptionalTensor mask, Tensor c, Tensor mean,
+                                                               Tensor scale, Tensor shift, Tensor weight_dz,
+                                                               OptionalTensor weight_a, OptionalTensor center,
+                                                               OptionalTensor offset) {
+  const char* op = "conv1x1_gram_backward_input";
+  const Shape shape = check_gradient_of_output<Device>(op, dy, mask, c);
+  const int64_t cout = dy.size(1), cin = shape.channels;
+  check_vector(op, "mean", mean, cin);
+  VectorPair{"scale, shift", "scale", "shift", scale, shift}.check(op, cin);
+  check_matrix(op, "weight_dz", weight_dz, cout, cin);
+  check_together(op, "weight_a, center", weight_a.has_value(), center.has_value());
+  check_together(op, "weight_a, offset", weight_a.has_value(), offset.has_value());
+  check_matrix(op, "weight_a", weight_a, cin, cin);
+  check_vector(op, "center", center, cin);
+  check_vector(op, "offset", offset, cin);
+  const Device on(
+      op, c,
+      {Named("dy", dy), Named("mask", mask), Named("mean", mean), Named("scale", scale), Named("shift", shift),
+       Named("weight_dz", weight_dz), Named("weight_a", weight_a), Named("center", center), Named("offset", offset)});
+  Tensor dz_below = new_like(c), sum_dz = new_vector(c, cin), centered = new_vector(c, cin);
+  on.launch(Conv1x1GramBackwardInput{shape.dtype, shape.rows, cin, cout, dy.const_data_ptr(), byte_data(mask),
+                                     c.const_data_ptr(), data(mean), data(scale), data(shift), data(weight_dz),
+                                     data(weight_a), data(center), data(offset), dz_below.mutable_data_ptr(),
+                                     written(sum_dz), written(centered)});
+  return {dz_below, sum_dz, centered};
+}
+
 }  // namespace
 
 }  // namespace fusedres::front
@@ -105,4 +223,7 @@ FUSEDRES_OPS(CUDA, m) {
   m.impl("conv1x1_backward_input", TORCH_BOX(&conv1x1_backward_input<Cuda>));
   m.impl("conv1x1_backward_weight", TORCH_BOX(&conv1x1_backward_weight<Cuda>));
   m.impl("gram", TORCH_BOX(&gram<Cuda>));
+  m.impl("gram_output_stats", TORCH_BOX(&gram_output_stats<Cuda>));
+  m.impl("gram_backward_coefficients", TORCH_BOX(&gram_backward_coefficients<Cuda>));
+  m.impl("conv1x1_gram_backward_input", TORCH_BOX(&conv1x1_gram_backward_input<Cuda>));
 }

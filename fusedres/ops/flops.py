@@ -108,11 +108,26 @@ def conv3x3_backward_weight(dy: Shape, x: Shape, *rest: Any, out_shape: Sequence
     return convolution_gradients(x, out_shape[0], dy, False, True)
 
 
+def native_gram_backward_coefficients(
+    r: Shape, sum_dz: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Any]
+) -> int:
+    return gram_backward_coefficients(weight, training=out_shape[-1] is not None)
+
+
+def native_conv1x1_gram_backward_input(
+    dy: Shape, mask: Any, c: Shape, *rest: Any, out_shape: Sequence[Any]
+) -> int:
+    return conv1x1_gram_backward_input(dy, c, training=rest[-1] is not None)
+
+
 NATIVE: dict[str, Callable[..., int]] = {
     "conv1x1_forward": conv1x1_forward,
     "conv1x1_backward_input": conv1x1_backward_input,
     "conv1x1_backward_weight": lambda dy, mask, c, *rest, out_shape: conv1x1_backward_weight(dy, c),
     "gram": lambda c, *rest, out_shape: gram(c),
+    "gram_output_stats": lambda weight, *rest, out_shape: gram_output_stats(weight),
+    "gram_backward_coefficients": native_gram_backward_coefficients,
+    "conv1x1_gram_backward_input": native_conv1x1_gram_backward_input,
     "conv_backward_input": conv_backward_input,
     "conv_backward_input_": conv_backward_input_onto,
     "conv_backward_weight": conv_backward_weight,

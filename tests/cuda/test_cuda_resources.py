@@ -12,6 +12,7 @@ PRODUCT_KERNELS = (
     "conv1x1_backward_input_kernel",
     "conv1x1_backward_weight_kernel",
     "gram_kernel",
+    "conv1x1_gram_backward_input_kernel",
 )
 
 

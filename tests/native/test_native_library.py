@@ -13,6 +13,7 @@ import torch
 
 import fusedres
 from fusedres.ops.backend import REASONS
+from fusedres.ops.cases import SMALL, cases
 from fusedres.ops.contract import (
     BnAddReluForward,
     BnScaleShift,
@@ -22,7 +23,7 @@ from fusedres.ops.contract import (
     ConvBackwardWeight,
     Gram,
 )
-from fusedres.ops.native import functions, library, reasons
+from fusedres.ops.native import functions, library, products, reasons
 
 pytestmark = pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
 
@@ -173,6 +174,14 @@ def test_refuses(ops, what):
     with pytest.raises(RuntimeError, match=message) as caught:
         getattr(ops, op)(*arguments(image()))
     assert f"fusedres {op}: " in str(caught.value)
+
+
+def test_calls_of_what_is_on_gpus_alone_are_those_of_the_schemas(ops):
+    """torch reads the arguments before it looks for a kernel."""
+    for op in (case.op for case in cases(SMALL[0], torch.bfloat16, torch.device("cpu"))):
+        if type(op) in products.PRODUCTS and type(op) not in reasons.REASONS:
+            with pytest.raises(NotImplementedError, match="'CPU' backend"):
+                functions.FUNCTIONS[type(op)](op)
 
 
 def test_supports_says_why():

@@ -11,8 +11,11 @@ from fusedres.ops.contract import (
     Conv1x1BackwardInput,
     Conv1x1BackwardWeight,
     Conv1x1Forward,
+    Conv1x1GramBackwardInput,
     Conv3x3Forward,
     Gram,
+    GramBackwardCoefficients,
+    GramOutputStats,
 )
 from fusedres.ops.dispatch import AUTO_LOADERS, dispatcher
 from fusedres.ops.native import functions, library, products, reasons
@@ -69,6 +72,32 @@ def backward_weight(**changes):
     return op._replace(**changes)
 
 
+def output_stats(**changes):
+    S = torch.empty(17, 17, device="cuda")
+    return GramOutputStats(weight(33, 17), vector(33, torch.bfloat16), vector(17), S)._replace(**changes)
+
+
+def coefficients(**changes):
+    r, S = torch.empty(33, 17, device="cuda"), torch.empty(17, 17, device="cuda")
+    v = BatchNormVectors(*[vector(33)] * 5)
+    bias = vector(33, torch.bfloat16)
+    moments = vector(17), S, vector(17)
+    op = GramBackwardCoefficients(r, vector(33), weight(33, 17), bias, v, 70, *moments)
+    return op._replace(**changes)
+
+
+def gram_backward_input(**changes):
+    mask = torch.empty(2 * 33 * 35, dtype=torch.uint8, device="cuda")
+    weights = torch.empty(33, 17, device="cuda"), torch.empty(17, 17, device="cuda")
+    v = BatchNormVectors(*[vector(17)] * 5)
+    op = Conv1x1GramBackwardInput(image(33), mask, image(17), v, *weights, vector(17), vector(17))
+    return op._replace(**changes)
+
+
+FROZEN = {"m": None, "S": None, "center": None}
+FROZEN_INPUT = {"weight_a": None, "center": None, "offset": None}
+
+
 def test_products_take_any_number_of_channels_and_what_comes_with_them():
     backend = functions.backend()
     for changes in ({}, {"save_mask": True}, {"save_stats": True}, {"relu": True}, {"bias": None}):
@@ -87,6 +116,12 @@ def test_products_take_any_number_of_channels_and_what_comes_with_them():
     for changes in ({}, {"mask": None}, {"center": None}):
         assert backend.reason(backward_weight(**changes)) is None
     assert backend.reason(Gram(image(17), vector(17), vector(17))) is None
+    for changes in ({}, {"bias": None}):
+        assert backend.reason(output_stats(**changes)) is None
+    for changes in ({}, {"bias": None}, FROZEN):
+        assert backend.reason(coefficients(**changes)) is None
+    for changes in ({}, {"mask": None}, FROZEN_INPUT):
+        assert backend.reason(gram_backward_input(**changes)) is None
     assert backend.reason(Conv1x1Forward(image(8, batch=0), weight(8, 8), stride=2)) is None
     assert backend.reason(Conv1x1Forward(image(8, dtype=torch.half), weight(8, 8, torch.half))) is None
 
@@ -128,6 +163,18 @@ def test_what_products_do_not_take():
         (backward_weight(mask=torch.empty(2310, dtype=torch.uint8)), "mixed_devices"),
         (backward_weight(center=vector(17, torch.double)), "vector_not_float32"),
         (Gram(image(8, dtype=torch.float32), vector(8), vector(8)), "float32_product"),
+        (output_stats(weight=weight(33, 17, torch.float32)), "float32_product"),
+        (output_stats(weight=weight(2**30 + 1, 17)), "too_many_channels"),
+        (output_stats(bias=vector(33)), "mixed_dtypes"),
+        (output_stats(S=strided((17, 17), (1, 17), torch.float32)), "vector_not_dense"),
+        (coefficients(weight=weight(33, 17, torch.double)), "dtype_float64"),
+        (coefficients(bias=strided((33,), (2,))), "vector_not_dense"),
+        (coefficients(r=strided((33, 17), (1, 33), torch.float32)), "vector_not_dense"),
+        (coefficients(center=vector(17, torch.double)), "vector_not_float32"),
+        (gram_backward_input(c=image(17, dtype=torch.float32)), "mixed_dtypes"),
+        (gram_backward_input(mask=strided((2310,), (2,), torch.uint8)), "vector_not_dense"),
+        (gram_backward_input(weight_dz=strided((33, 17), (1, 33), torch.float32)), "vector_not_dense"),
+        (gram_backward_input(offset=vector(17, torch.double)), "vector_not_float32"),
     )
     for op, reason in expected:
         assert backend.reason(op) == reason, op
@@ -137,7 +184,8 @@ def test_what_products_do_not_take():
 @pytest.mark.parametrize("accuracy", ["", "/strict"])
 def test_products_that_nobody_measured_are_for_those_who_ask(accuracy, monkeypatch):
     plain = Conv1x1Forward(image(8), weight(8, 8))
-    for op in (plain, forward(), backward_input(), backward_weight(), Gram(image(8), vector(8), vector(8))):
+    gram_form = Gram(image(8), vector(8), vector(8)), output_stats(), coefficients(), gram_backward_input()
+    for op in (plain, forward(), backward_input(), backward_weight(), *gram_form):
         assert dispatcher("native" + accuracy).backends[0].reason(op) is None
         assert dispatcher("auto" + accuracy).backends[0].reason(op) == "product_not_measured"
     monkeypatch.setattr(products, "MEASURED_PRODUCTS", {"some GPU"})

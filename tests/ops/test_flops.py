@@ -147,3 +147,22 @@ def test_operators_of_cuda_count_as_the_convolution_does():
     r = (24, 16), (24,)
     assert NATIVE["conv1x1_backward_weight"](wide, None, image, (16,), (16,), None, out_shape=r) == one
     assert NATIVE["gram"](image, (16,), (16,), out_shape=[(16,), (16, 16)]) * 24 == one * 16
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_operators_of_a_gram_form_count_its_products(training):
+    rows, cin, cout = 30, 16, 24
+    image, wide, weight = (2, cin, 3, 5), (2, cout, 3, 5), (cout, cin, 1, 1)
+    moments = ((cin,), (cin, cin), (cin,)) if training else (None,) * 3
+    stats = NATIVE["gram_output_stats"](weight, None, *moments[:2], out_shape=[(cout,), (cout,), (cin,)])
+    assert stats == 2 * cout * cin * cin
+    vectors = (cout,), (cout,), (cout,)
+    made = [(cout,), (cout, cin), (cout, cin), *moments[1::-1]]
+    args = (cout, cin), (cout,), weight, None, *vectors, rows, *moments
+    of_weights = 2 * cin * (2 * cout * cin + cout + cin) if training else 0
+    assert NATIVE["gram_backward_coefficients"](*args, out_shape=made) == of_weights
+    coefficients = (cout, cin), *moments[1::-1], moments[0]
+    args = wide, None, image, (cin,), (cin,), (cin,), *coefficients
+    of_rows = 2 * rows * cin * (cout + cin * training)
+    found = NATIVE["conv1x1_gram_backward_input"](*args, out_shape=[image, (cin,), (cin,)])
+    assert found == of_rows

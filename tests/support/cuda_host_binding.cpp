@@ -140,6 +140,29 @@ void bind_convolutions(py::module_& m) {
   ADDRESS(gram, G, c), ADDRESS(gram, G, scale), ADDRESS(gram, G, shift), ADDRESS(gram, G, m), ADDRESS(gram, G, S);
 }
 
+void bind_gram_form(py::module_& m) {
+  using S = GramOutputStats;
+  py::class_<S> stats(m, "GramOutputStats");
+  stats.def(py::init<>()) VALUE(S, dtype) VALUE(S, in_channels) VALUE(S, out_channels);
+  ADDRESS(stats, S, weight), ADDRESS(stats, S, bias), ADDRESS(stats, S, m), ADDRESS(stats, S, S);
+  ADDRESS(stats, S, mean), ADDRESS(stats, S, var), ADDRESS(stats, S, center);
+  using C = GramBackwardCoefficients;
+  py::class_<C> coefficients(m, "GramBackwardCoefficients");
+  coefficients.def(py::init<>()) VALUE(C, dtype) VALUE(C, rows) VALUE(C, in_channels) VALUE(C, out_channels);
+  ADDRESS(coefficients, C, r), ADDRESS(coefficients, C, sum_dz), ADDRESS(coefficients, C, weight);
+  ADDRESS(coefficients, C, bias), ADDRESS(coefficients, C, mean), ADDRESS(coefficients, C, invstd);
+  ADDRESS(coefficients, C, scale), ADDRESS(coefficients, C, m), ADDRESS(coefficients, C, S);
+  ADDRESS(coefficients, C, center), ADDRESS(coefficients, C, dweight), ADDRESS(coefficients, C, dW);
+  ADDRESS(coefficients, C, weight_dz), ADDRESS(coefficients, C, weight_a), ADDRESS(coefficients, C, offset);
+  using I = Conv1x1GramBackwardInput;
+  py::class_<I> input(m, "Conv1x1GramBackwardInput");
+  input.def(py::init<>()) VALUE(I, dtype) VALUE(I, rows) VALUE(I, in_channels) VALUE(I, out_channels);
+  ADDRESS(input, I, dy), ADDRESS(input, I, mask), ADDRESS(input, I, c), ADDRESS(input, I, mean);
+  ADDRESS(input, I, scale), ADDRESS(input, I, shift), ADDRESS(input, I, weight_dz), ADDRESS(input, I, weight_a);
+  ADDRESS(input, I, center), ADDRESS(input, I, offset), ADDRESS(input, I, dz_below), ADDRESS(input, I, sum_dz);
+  ADDRESS(input, I, sum_dz_centered);
+}
+
 template <class Args>
 void launcher(py::module_& m, const char* name, cudaError_t (*launch)(const Args&, cudaStream_t)) {
   m.def(name, [launch](const Args& args) { return int(launch(args, nullptr)); });
@@ -218,6 +241,7 @@ PYBIND11_MODULE(fusedres_cuda_host, m) {
   bind_bn(m);
   bind_stem(m);
   bind_convolutions(m);
+  bind_gram_form(m);
   bind_plans(m);
   launcher(m, "bn_scale_shift", bn_scale_shift);
   launcher(m, "bn_backward_coefficients", bn_backward_coefficients);
@@ -233,8 +257,14 @@ PYBIND11_MODULE(fusedres_cuda_host, m) {
   launcher(m, "conv1x1_backward_input", conv1x1_backward_input);
   launcher(m, "conv1x1_backward_weight", conv1x1_backward_weight);
   launcher(m, "gram", gram);
+  launcher(m, "gram_output_stats", gram_output_stats);
+  launcher(m, "gram_backward_coefficients", gram_backward_coefficients);
+  launcher(m, "conv1x1_gram_backward_input", conv1x1_gram_backward_input);
   m.def("conv1x1_backward_weight_workspace", conv1x1_backward_weight_workspace);
   m.def("gram_workspace", gram_workspace);
+  m.def("gram_output_stats_workspace", gram_output_stats_workspace);
+  m.def("gram_backward_coefficients_workspace", gram_backward_coefficients_workspace);
+  m.def("conv1x1_gram_backward_input_workspace", conv1x1_gram_backward_input_workspace);
   launcher(m, "conv3x3_forward", conv3x3_forward);
   for (const char* op : {"conv1x1_forward_workspace", "conv3x3_forward_workspace"}) m.def(op, conv_forward_workspace);
   m.def("bn_stats_workspace", bn_stats_workspace);

@@ -18,6 +18,9 @@ PRODUCTS = [  # on tensor cores
     "conv1x1_backward_input",
     "conv1x1_backward_weight",
     "gram",
+    "conv1x1_gram_backward_input",
+    "gram_output_stats",
+    "gram_backward_coefficients",
 ]
 OPS = BN_OPS + PRODUCTS
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,6 +36,8 @@ UNALIGNED = Case("offset_C24", (1, 24, 3, 5), "offset")
 # of a product: one block and one step; several steps and columns of tiles, with single channels and with packets;
 # several tiles of rows for each of several blocks
 EVERY_FORM = ("C17to24", "C130to33", "C40to136", "P1100")
+# many rows, and a gradient with a mean: what every row has alike does not average out
+EVERY_FORM_OF = {"conv1x1_gram_backward_input": ("dy_mean1_P1100",)}
 # 512 rows a block, all products positive: what tensor cores cut off as they add would show
 LONG_SUM = ConvCase("P4096", (1, 16, 64, 64), cout=8, dy_mean=3.0, bias_before=3.0, form="mask")
 # several steps for each tap, and several tiles, which end within images and lines
@@ -61,6 +66,9 @@ PRODUCT_RACES = {
     "conv1x1_backward_input": ("C130to33-identity_mask", "P1100-frozen_identity_mask", "N0-identity_mask"),
     "conv1x1_backward_weight": ("C130to33-mask_center", "P1100-mask", "N0-mask_center"),
     "gram": ("C130to33", "P1100", "N0"),
+    "conv1x1_gram_backward_input": ("C130to33-training_mask", "P1100-frozen_mask", "N0-training_mask"),
+    "gram_output_stats": ("C130to33-bias", "C40to136-plain"),
+    "gram_backward_coefficients": ("C130to33-training", "C40to136-frozen_bias"),
 }
 
 
@@ -86,7 +94,8 @@ def product_cases(op: str) -> list[Case]:
     if op == "conv3x3_forward":  # whose own cases are small
         return [replace(MANY_TILES, form=form) for form in TILED_FORMS] + list(cases_of(op))
     long = [LONG_SUM] if op == "conv1x1_backward_weight" else []
-    return long + [case for case in cases_of(op) if case.form == FORMS[op][0] or case.id in EVERY_FORM]
+    every_form = EVERY_FORM + EVERY_FORM_OF.get(op, ())
+    return long + [case for case in cases_of(op) if case.form == FORMS[op][0] or case.id in every_form]
 
 
 def host_cases(op: str) -> list[Case]:

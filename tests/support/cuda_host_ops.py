@@ -23,9 +23,13 @@ from fusedres.ops.contract import (
     Conv1x1BackwardInput,
     Conv1x1BackwardWeight,
     Conv1x1Forward,
+    Conv1x1GramBackwardInput,
     Conv3x3Forward,
     ConvOutput,
     Gram,
+    GramBackwardCoefficients,
+    GramGrads,
+    GramOutputStats,
     RawOp,
     ReluBackward,
     op_name,
@@ -319,3 +323,40 @@ class HostCudaOps:
         args = self._args("Gram", **sizes, c=c, scale=op.scale, shift=op.shift, m=m, S=S)
         self._reduce("gram", args, args, (m, S))
         return m, S
+
+    def gram_output_stats(self, op: GramOutputStats) -> tuple[Tensor, Tensor, Tensor]:
+        weight = dense(op.weight)
+        cout, cin = weight.shape[:2]
+        mean, var, center = torch.empty(cout), torch.empty(cout), torch.empty(cin)
+        given = op._asdict() | {"weight": weight, "mean": mean, "var": var, "center": center}
+        sizes = {"in_channels": cin, "out_channels": cout, "dtype": self._dtype(weight)}
+        args = self._args("GramOutputStats", **given, **sizes)
+        self._reduce("gram_output_stats", args, args, (mean, var, center))
+        return mean, var, center
+
+    def gram_backward_coefficients(self, op: GramBackwardCoefficients) -> GramGrads:
+        weight, v = dense(op.weight), op.vectors
+        cout, cin = weight.shape[:2]
+        grads = GramGrads(torch.empty(cout), torch.empty(cout, cin), torch.empty(cout, cin), None, None)
+        if op.m is not None:
+            grads = grads._replace(weight_a=torch.empty(cin, cin), offset=torch.empty(cin))
+        given = {name: value for name, value in op._asdict().items() if name != "vectors"}
+        vectors = {"mean": v.mean, "invstd": v.invstd, "scale": v.scale}
+        sizes = {"in_channels": cin, "out_channels": cout, "dtype": self._dtype(weight)}
+        fields = {**given, "weight": weight, **vectors, **sizes, **grads._asdict()}
+        args = self._args("GramBackwardCoefficients", **fields)
+        self._reduce("gram_backward_coefficients", args, args, grads)
+        return grads
+
+    def conv1x1_gram_backward_input(self, op: Conv1x1GramBackwardInput) -> tuple[Tensor, Tensor, Tensor]:
+        dy, c, v = dense(op.dy), dense(op.c), op.vectors
+        n, cin, height, width = c.shape
+        dz_below, sums = torch.empty_like(c), tuple(torch.empty(cin) for _ in range(2))
+        given = {name: value for name, value in op._asdict().items() if name != "vectors"}
+        vectors = {"mean": v.mean, "scale": v.scale, "shift": v.shift}
+        sizes = {"rows": n * height * width, "in_channels": cin, "out_channels": dy.shape[1]}
+        made = {"dz_below": dz_below, "sum_dz": sums[0], "sum_dz_centered": sums[1]}
+        fields = {**given, "dy": dy, "c": c, **vectors, **sizes, "dtype": self._dtype(c), **made}
+        args = self._args("Conv1x1GramBackwardInput", **fields)
+        self._reduce("conv1x1_gram_backward_input", args, args, (dz_below, *sums))
+        return dz_below, *sums

@@ -24,11 +24,15 @@ from fusedres.ops.contract import (
     Conv1x1BackwardInput,
     Conv1x1BackwardWeight,
     Conv1x1Forward,
+    Conv1x1GramBackwardInput,
     Conv3x3Forward,
     ConvBackwardInput,
     ConvBackwardWeight,
     ConvOutput,
     Gram,
+    GramBackwardCoefficients,
+    GramGrads,
+    GramOutputStats,
     ReluBackward,
 )
 from fusedres.ops.native import library, products, winograd
@@ -136,6 +140,22 @@ def gram(op: Gram) -> tuple[Tensor, Tensor]:
     return LIBRARY.gram(*op)
 
 
+def gram_output_stats(op: GramOutputStats) -> tuple[Tensor, Tensor, Tensor]:
+    return LIBRARY.gram_output_stats(*op)
+
+
+def gram_backward_coefficients(op: GramBackwardCoefficients) -> GramGrads:
+    r, sum_dz, weight, bias, v, *rest = op
+    return GramGrads(
+        *LIBRARY.gram_backward_coefficients(r, sum_dz, weight, bias, v.mean, v.invstd, v.scale, *rest)
+    )
+
+
+def conv1x1_gram_backward_input(op: Conv1x1GramBackwardInput) -> tuple[Tensor, Tensor, Tensor]:
+    dy, mask, c, v, *coefficients = op
+    return LIBRARY.conv1x1_gram_backward_input(dy, mask, c, v.mean, v.scale, v.shift, *coefficients)
+
+
 def conv_backward_weight(op: ConvBackwardWeight, largest_tile: int = winograd.LARGE) -> Tensor:
     if winograd.takes(op, largest_tile):
         return winograd.conv_backward_weight(op, largest_tile)
@@ -172,6 +192,9 @@ FUNCTIONS: dict[type, Function] = {
     Conv1x1BackwardInput: conv1x1_backward_input,
     Conv1x1BackwardWeight: conv1x1_backward_weight,
     Gram: gram,
+    GramOutputStats: gram_output_stats,
+    GramBackwardCoefficients: gram_backward_coefficients,
+    Conv1x1GramBackwardInput: conv1x1_gram_backward_input,
     Conv3x3Forward: conv3x3_forward,
     ConvBackwardWeight: conv_backward_weight,
     ConvBackwardInput: conv_backward_input,

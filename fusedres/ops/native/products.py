@@ -13,8 +13,11 @@ from fusedres.ops.contract import (
     Conv1x1BackwardInput,
     Conv1x1BackwardWeight,
     Conv1x1Forward,
+    Conv1x1GramBackwardInput,
     Conv3x3Forward,
     Gram,
+    GramBackwardCoefficients,
+    GramOutputStats,
     RawOp,
 )
 from fusedres.ops.native.reasons import activations_reason, vectors_reason
@@ -101,6 +104,29 @@ def gram_reason(op: Gram) -> str | None:
     return product_reason(op.c, None) or vectors_reason(op.scale, op.shift)
 
 
+def gram_output_stats_reason(op: GramOutputStats) -> str | None:
+    weight = op.weight
+    return product_reason(weight, weight) or bias_reason(op.bias, weight) or given_vectors_reason(op.m, op.S)
+
+
+def gram_coefficients_reason(op: GramBackwardCoefficients) -> str | None:
+    weight, v = op.weight, op.vectors
+    return (
+        product_reason(weight, weight)
+        or bias_reason(op.bias, weight)
+        or given_vectors_reason(op.r, op.sum_dz, v.mean, v.invstd, v.scale, op.m, op.S, op.center)
+    )
+
+
+def gram_backward_input_reason(op: Conv1x1GramBackwardInput) -> str | None:
+    v = op.vectors
+    return (
+        product_reason(op.c, None, op.dy)
+        or mask_reason(op.mask, op.c)
+        or given_vectors_reason(v.mean, v.scale, v.shift, op.weight_dz, op.weight_a, op.center, op.offset)
+    )
+
+
 # by the type of its record, the argument that decides where the op runs, and the reason there
 PRODUCTS: dict[type, tuple[str, Reason]] = {
     Conv1x1Forward: ("x", forward_reason),
@@ -108,6 +134,9 @@ PRODUCTS: dict[type, tuple[str, Reason]] = {
     Conv1x1BackwardInput: ("c", backward_input_reason),
     Conv1x1BackwardWeight: ("c", backward_weight_reason),
     Gram: ("c", gram_reason),
+    GramOutputStats: ("weight", gram_output_stats_reason),
+    GramBackwardCoefficients: ("weight", gram_coefficients_reason),
+    Conv1x1GramBackwardInput: ("c", gram_backward_input_reason),
 }
 
 
