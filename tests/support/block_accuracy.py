@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import masked_blocks
 import torch
 from block_forms import BlockForm, tensors_for
+from masked_blocks import Network
 from torch import Tensor, nn
 
 from fusedres.blocks import RECIPES
@@ -63,8 +64,10 @@ class Result:
     masks: masked_blocks.Masks
 
 
-def by_autograd(config: BlockConfig, x: Tensor, units, dy: Tensor, masks: masked_blocks.Masks | None = None):
-    """The block in eager PyTorch, in the dtype of x; what entered each ReLU beside it."""
+def by_autograd(
+    config: BlockConfig | Network, x: Tensor, units, dy: Tensor, masks: masked_blocks.Masks | None = None
+):
+    """The block, or a network, in eager PyTorch, in the dtype of x; what entered each ReLU beside it."""
     x = x.clone().requires_grad_()
     leaves = tuple(ConvBNTensors(*(leaf(t) for t in unit[:PARAMETERS]), *unit[PARAMETERS:]) for unit in units)
     y, found, entered = masked_blocks.forward(config, x, None, leaves, masks)
@@ -75,15 +78,37 @@ def by_autograd(config: BlockConfig, x: Tensor, units, dy: Tensor, masks: masked
     return result, entered
 
 
-def by_recipe(ops: Dispatcher, recipe: str, config: BlockConfig, x: Tensor, units, dy: Tensor) -> Result:
-    needs = BlockNeeds(
+def needs_of(units: tuple[ConvBNTensors, ...]) -> BlockNeeds:
+    """Every gradient."""
+    return BlockNeeds(
         True, False, tuple(ConvBNNeeds(*(t is not None for t in unit[:PARAMETERS])) for unit in units)
     )
+
+
+def by_recipe(ops: Dispatcher, recipe: str, config: BlockConfig, x: Tensor, units, dy: Tensor) -> Result:
+    needs = needs_of(units)
     with torch.no_grad():
         out = RECIPES[recipe].forward(ops, config, x, None, units, True)
         grads = RECIPES[recipe].backward(ops, config, x, units, out.saved, dy, needs)
         masks = masked_blocks.own_masks(ops, config, out)
     return Result(out.y, [grads.x, *(g for unit in grads.units for g in unit)], masks)
+
+
+def network_by_recipe(ops: Dispatcher, recipe: str, network: Network, x: Tensor, units, dy: Tensor) -> Result:
+    """Each block by the recipe: all forwards, then all backwards."""
+    calls, y, masks = [], x, ()
+    gradients: list[Tensor | None] = []
+    with torch.no_grad():
+        for config, of_block in network.of_blocks(units):
+            out = RECIPES[recipe].forward(ops, config, y, None, of_block, True)
+            masks += masked_blocks.own_masks(ops, config, out)
+            calls.append((config, y, of_block, out.saved))
+            y = out.y
+        for call in reversed(calls):
+            grads = RECIPES[recipe].backward(ops, *call, dy, needs_of(call[2]))
+            gradients[:0] = (g for unit in grads.units for g in unit)
+            dy = grads.x
+    return Result(y, [dy, *gradients], masks)
 
 
 def in_float64(units: tuple[ConvBNTensors, ...]) -> tuple[ConvBNTensors, ...]:
@@ -99,7 +124,7 @@ def largest_flipped(mask: Tensor | None, z: Tensor) -> float:
     return wrong.max().item() / size.max().item() if wrong.numel() else 0.0
 
 
-Run = Callable[[BlockConfig, Tensor, tuple[ConvBNTensors, ...], Tensor], Result]
+Run = Callable[[Any, Tensor, tuple[ConvBNTensors, ...], Tensor], Result]
 
 
 def tensors_of(result: Result) -> list[Tensor | None]:
@@ -122,7 +147,7 @@ class Errors(NamedTuple):
 
 
 def errors_of(
-    result: Result, config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor
+    result: Result, config: BlockConfig | Network, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor
 ) -> tuple[Errors, Result]:
     """The errors, and what they are against: float64 with the result's own masks."""
     wide = config, x.double(), in_float64(units), dy.double()
@@ -145,12 +170,17 @@ def draws(x: Tensor, dy: Tensor, number: int) -> Iterator[tuple[Tensor, Tensor]]
         yield torch.empty_like(x).copy_(again), torch.empty_like(dy).copy_(gradient)
 
 
-def eagerly(config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor) -> Result:
+def eagerly(config: BlockConfig | Network, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor) -> Result:
     return by_autograd(config, x, units, dy)[0]
 
 
 def errors_over_draws(
-    run: Run, config: BlockConfig, x: Tensor, units: tuple[ConvBNTensors, ...], dy: Tensor, number: int
+    run: Run,
+    config: BlockConfig | Network,
+    x: Tensor,
+    units: tuple[ConvBNTensors, ...],
+    dy: Tensor,
+    number: int,
 ) -> Errors:
     """The largest over draws of the signs' errors, the root mean square of the others, of what `run` gives.
 
@@ -166,7 +196,7 @@ def errors_over_draws(
     return Errors(signs, squares.mean(0).sqrt().tolist())
 
 
-def compared(config: BlockConfig, result: Result) -> list[str]:
+def compared(config: BlockConfig | Network, result: Result) -> list[str]:
     """What each of `Errors.relative` is of."""
     signs = [f"signs of ReLU {i}" for i in range(len(config.main))]
     return [*signs, "y", "dx", *(f"gradient {i}" for i in range(len(result.gradients) - 1))]
@@ -174,7 +204,7 @@ def compared(config: BlockConfig, result: Result) -> list[str]:
 
 def assert_block_as_accurate_as_eager(
     run: Run,
-    config: BlockConfig,
+    config: BlockConfig | Network,
     x: Tensor,
     units: tuple[ConvBNTensors, ...],
     dy: Tensor,

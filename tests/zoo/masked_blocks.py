@@ -6,10 +6,13 @@ implementation are judged against float64 with the implementation's *own* masks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fusedres.blocks.config import BlockConfig, BlockOutput, ConvBNTensors, Shortcut
+from fusedres.blocks.config import BlockConfig, BlockOutput, ConvBNConfig, ConvBNTensors, Shortcut
 from fusedres.blocks.eager import conv_bn
 from fusedres.ops.contract import BnAddReluForward
 from fusedres.ops.dispatch import Dispatcher
@@ -20,8 +23,27 @@ Masks = tuple[
 ]  # bool, one for each unit of `config.main`; None: as the values themselves say
 
 
+@dataclass(frozen=True)
+class Network:
+    """Blocks in a row: their units, masks and tensors are those of the blocks, one after the other."""
+
+    blocks: tuple[BlockConfig, ...]
+
+    @property
+    def main(self) -> tuple[ConvBNConfig, ...]:
+        return tuple(unit for block in self.blocks for unit in block.main)
+
+    def of_blocks(
+        self, units: tuple[ConvBNTensors, ...]
+    ) -> Iterator[tuple[BlockConfig, tuple[ConvBNTensors, ...]]]:
+        """Each block with its units."""
+        for block in self.blocks:
+            yield block, units[: len(block.units)]
+            units = units[len(block.units) :]
+
+
 def forward(
-    config: BlockConfig,
+    config: BlockConfig | Network,
     x: Tensor,
     residual: Tensor | None,
     units: tuple[ConvBNTensors, ...],
@@ -31,6 +53,8 @@ def forward(
 
     Without `masks` this is the block as eager PyTorch runs it.
     """
+    if isinstance(config, Network):
+        return forward_network(config, x, units, masks)
     last = len(config.main) - 1
     found, entered = [], []
     a = x
@@ -47,6 +71,17 @@ def forward(
         found.append(mask if unit.relu else None)
         entered.append(z)
     return a, tuple(found), tuple(entered)
+
+
+def forward_network(
+    network: Network, x: Tensor, units: tuple[ConvBNTensors, ...], masks: Masks | None
+) -> tuple[Tensor, Masks, tuple[Tensor, ...]]:
+    found, entered = (), ()
+    for block, of_block in network.of_blocks(units):
+        given = None if masks is None else masks[len(found) : len(found) + len(block.main)]
+        x, *more = forward(block, x, None, of_block, given)
+        found, entered = found + more[0], entered + more[1]
+    return x, found, entered
 
 
 def join(
