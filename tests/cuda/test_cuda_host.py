@@ -5,7 +5,7 @@ from dataclasses import replace
 import cuda_host_build
 import pytest
 import torch
-from cuda_host_cases import GROUPS, OPS, dtypes_of, host_cases, seeds_of
+from cuda_host_cases import GROUPS, OPS, SEEDS, dtypes_of, host_cases
 from cuda_host_checks import check_folded, check_order
 from cuda_host_ops import HostCudaOps
 from every_raw_op import CHECKS
@@ -29,9 +29,9 @@ def ops():
 @pytest.mark.parametrize(("op", "case"), CASES)
 @pytest.mark.filterwarnings("ignore:var_mean")
 def test_op(ops, op, case):
-    """In every dtype."""
+    """In every dtype, and in several orders of threads and blocks."""
     for dtype in dtypes_of(op, case):
-        for seed in seeds_of(op, dtype):
+        for seed in SEEDS:
             ops.module.seed(seed)
             CHECKS[op](ops, replace(case, dtype=dtype))
 

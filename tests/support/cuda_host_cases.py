@@ -76,11 +76,6 @@ def runs_under_thread_sanitizer(op: str, case: Case) -> bool:
     return str(case) in PRODUCT_RACES[op] if op in PRODUCTS else case.id in RACES
 
 
-def seeds_of(op: str, dtype: torch.dtype) -> tuple[int, ...]:
-    """Orders of threads and blocks; of a product, which takes longer, one for each dtype."""
-    return (SEEDS[list(DTYPES.values()).index(dtype)],) if op in PRODUCTS else SEEDS
-
-
 def dtypes_of(op: str, case: Case) -> list[torch.dtype]:
     if op not in PRODUCTS:
         return list(DTYPES.values())
