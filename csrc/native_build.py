@@ -242,9 +242,9 @@ def link_command(plan: Plan, objects: list[Path], target: Path, folder: Path) ->
         "-Wl,--exclude-libs,ALL",
     ]
     if plan.cuda:
-        older = older_glibc.stand_ins(compiler(), folder / "older_glibc")
-        libraries += ["-L", str(cuda_home() / "lib64"), "-lcudart_static", *older]
-    return [compiler(), "-shared", *map(str, objects), *libraries, "-o", str(target)]
+        libraries += ["-L", str(cuda_home() / "lib64"), "-lcudart_static"]
+    older = older_glibc.stand_ins(compiler(), folder / "older_glibc", plan.cuda)
+    return [compiler(), "-shared", *map(str, objects), *libraries, *older, "-o", str(target)]
 
 
 def build(plan: Plan, folder: Path, target: Path) -> None:

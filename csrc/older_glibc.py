@@ -1,4 +1,4 @@
-"""Links CUDA's static runtime as on a system with glibc 2.28, the oldest that torch runs on.
+"""Links dlopen and CUDA's static runtime as on a system with glibc 2.28, the oldest that torch runs on.
 
 glibc 2.34 moved threads and dlopen into libc under new symbol versions, which older systems lack; the old ones are
 still there. Stand-ins for the libraries of before, linked first, make the linker take those.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+DL = "libdl.so.2"
+
 # library -> symbol version -> what the static CUDA runtime takes from it
 STAND_INS = {
-    "libdl.so.2": {"GLIBC_2.2.5": "dlclose dlerror dlopen dlsym dlvsym", "GLIBC_2.3.4": "dlmopen"},
+    DL: {"GLIBC_2.2.5": "dlclose dlerror dlopen dlsym dlvsym", "GLIBC_2.3.4": "dlmopen"},
     "librt.so.1": {"GLIBC_2.2.5": "shm_open shm_unlink"},
     "libpthread.so.0": {
         "GLIBC_2.2.5": """
@@ -29,10 +31,15 @@ STAND_INS = {
 }
 
 
-def stand_ins(compiler: str, folder: Path) -> list[str]:
-    """Builds the stand-ins in `folder`; their paths, for the link command before the system's libraries."""
+def stand_ins(compiler: str, folder: Path, cuda: bool) -> list[str]:
+    """Builds the stand-ins in `folder`; their paths, for the link command before the system's libraries.
+
+    cuda: all of them; else the one of dlopen, which a replay calls.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for library, versions in STAND_INS.items():
+    libraries = list(STAND_INS) if cuda else [DL]
+    for library in libraries:
+        versions = STAND_INS[library]
         names = [name for symbols in versions.values() for name in symbols.split()]
         source, script = folder / f"{library}.c", folder / f"{library}.map"
         source.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
@@ -40,4 +47,4 @@ def stand_ins(compiler: str, folder: Path) -> list[str]:
         flags = ["-shared", "-nostdlib", "-fno-builtin", "-x", "c", str(source), f"-Wl,-soname,{library}"]
         command = [compiler, *flags, f"-Wl,--version-script={script}", "-o", str(folder / library)]
         subprocess.run(command, check=True)
-    return [str(folder / library) for library in STAND_INS]
+    return [str(folder / library) for library in libraries]

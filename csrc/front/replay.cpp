@@ -4,11 +4,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <shared_mutex>
 #include <unordered_map>
 
 #include "current_stream.h"
@@ -19,6 +19,8 @@ namespace fusedres::front {
 namespace {
 
 using torch::stable::Tensor;
+
+constexpr size_t kMostFlags = 8;
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
@@ -194,10 +196,11 @@ class Run {
       }
       case Kind::kInts: return wrapped(optional, argument.values);
       case Kind::kBools: {
+        std::array<bool, kMostFlags> flags;  // the bits of a std::vector<bool> have no address
         const size_t n = argument.values.size();
-        const std::unique_ptr<bool[]> flags(new bool[n]);  // the bits of a std::vector<bool> have no address
-        std::copy(argument.values.begin(), argument.values.end(), flags.get());
-        return wrapped(optional, torch::headeronly::HeaderOnlyArrayRef<bool>(flags.get(), n));
+        if (n > flags.size()) throw std::runtime_error("fusedres replay: a list of more than 8 flags.");
+        std::copy(argument.values.begin(), argument.values.end(), flags.begin());
+        return wrapped(optional, torch::headeronly::HeaderOnlyArrayRef<bool>(flags.data(), n));
       }
     }
     throw std::runtime_error("fusedres replay: an argument of no known kind.");
@@ -213,16 +216,16 @@ class Run {
 class Store {
  public:
   int64_t add(Recording recording) {
-    const std::unique_lock lock(mutex_);
+    const std::lock_guard lock(mutex_);
     recordings_.emplace(++last_, std::make_shared<const Recording>(std::move(recording)));
     return last_;
   }
   void drop(int64_t number) {
-    const std::unique_lock lock(mutex_);
+    const std::lock_guard lock(mutex_);
     recordings_.erase(number);
   }
   std::shared_ptr<const Recording> at(int64_t number) const {
-    const std::shared_lock lock(mutex_);
+    const std::lock_guard lock(mutex_);
     const auto found = recordings_.find(number);
     if (found == recordings_.end()) {
       throw std::runtime_error("fusedres replay: there is no recording " + std::to_string(number) + ".");
@@ -231,7 +234,7 @@ class Store {
   }
 
  private:
-  mutable std::shared_mutex mutex_;
+  mutable std::mutex mutex_;
   std::unordered_map<int64_t, std::shared_ptr<const Recording>> recordings_;
   int64_t last_ = 0;
 };
