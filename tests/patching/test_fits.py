@@ -132,6 +132,16 @@ def test_a_change_between_two_calls_counts(name: str) -> None:
             assert_same_float64(a.double(), b.double(), key)
 
 
+def test_a_weight_of_another_layout_is_seen() -> None:
+    """In the same storage, of the same sizes."""
+    patched = fusedres.patch(block(), recipe="separate")
+    for _ in range(2):
+        patched(images())
+    transposed(patched)
+    patched(images())
+    assert str(patched.__dict__[STATE].reason).startswith("layout_mixed")
+
+
 class Expression(Bottleneck):
     """Its shortcut is no convolution and BN, but a module that is called."""
 

@@ -25,7 +25,8 @@ from fusedres.measuring import capturable, captured_state, cuda_graphs, verify
 from fusedres.modules import derived_class, own_code, shadows, tree
 from fusedres.nn import running_stats
 from fusedres.ops import flops
-from fusedres.patching import api, call, guards, install, patched_class, resolve, state, warm
+from fusedres.patching import api, call, fits, guards, install, patched_class, resolve, state, warm
+from fusedres.recording import code, recorder, replays
 from fusedres.trials import kind, proof, timed, whole_model
 
 residual_block = sys.modules["fusedres.nn.residual_block"]
@@ -570,6 +571,7 @@ def forgets_how_a_checkpoint_began():
 @mutant(f"{TRIALS}::test_two_forwards_before_a_backward")
 def tells_autograd_of_running_statistics():
     running_stats.versions_kept = lambda running: contextlib.nullcontext()
+    running_stats.moved_natively = lambda seen: False
 
 
 @mutant("trials/test_proof.py::test_what_was_found_is_known_in_the_next_process")
@@ -594,6 +596,49 @@ def asks_for_trials_in_a_graph():
 @mutant("trials/test_patched_models.py::test_the_wins_of_blocks_that_do_not_add_up_are_taken_back")
 def trusts_the_wins_of_blocks():
     whole_model.WholeModel.begin = lambda self, *call: (True, None)
+
+
+REPLAYS = "recording/test_replays.py"
+
+
+@mutant(f"{REPLAYS}::test_absent_tensors_are_part_of_the_form")
+def takes_one_absent_tensor_for_another():
+    wrap(replays, "pass_of", lambda right: lambda key: right(key[::2]))
+
+
+@mutant(f"{REPLAYS}::test_autograd_is_told_of_what_a_replay_writes_into")
+def tells_autograd_twice():
+    recorder.Recorder.told = property(lambda self: {}, lambda self, value: None)
+
+
+@mutant(f"{REPLAYS}::test_after_an_input_was_written_into_the_error_is_raised")
+def runs_a_pass_again_that_has_written():
+    replays.failed = lambda error, recording, found, compute: compute()
+
+
+@mutant("recording/test_recorder.py::test_what_is_read_no_more_is_given_back")
+def keeps_every_tensor_to_the_end():
+    code.with_frees = lambda steps, kept, inputs: list(steps)
+
+
+@mutant("recording/test_patched_models.py::test_training_and_inference")
+def records_composite_operators():
+    recorder.is_composite = lambda name: False
+
+
+@mutant("patching/test_fits.py::test_a_weight_of_another_layout_is_seen")
+def compares_no_strides():
+    wrap(fits, "likeness", lambda right: lambda tensors: [v for v in right(tensors) if type(v) is not tuple])
+
+
+@mutant("patching/test_fits.py::test_a_change_between_two_calls_counts")
+def compares_no_constants():
+    wrap(fits, "gathered", lambda right: lambda *a: None if (found := right(*a)) is None else ([], found[1]))
+
+
+@mutant("patching/test_fits.py::test_a_list_of_numbers_is_read_always")
+def trusts_lists():
+    fits.CONSTANT_TYPES.add(list)
 
 
 def run(name: str) -> None:
