@@ -21,7 +21,7 @@ from fusedres.ops.reference import REFERENCE
 from fusedres.ops.selftest import outcome
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU_TESTS = tuple(f"tests/native/test_gpu_{what}.py" for what in ("ops", "blocks", "graphed"))
+GPU_TESTS = tuple(f"tests/native/test_gpu_{what}.py" for what in ("ops", "blocks", "replays", "graphed"))
 # the report's own test would start this stage again
 SUITE = ("tests", *(f"--ignore={file}" for file in (*GPU_TESTS, "tests/bench/test_bench_report.py")))
 DTYPES = ("bfloat16", "float16", "float32")  # in float32 a GPU's 1x1 products are left to the reference
@@ -117,8 +117,14 @@ def cells(settings: Settings) -> list[Cell]:
         *(Cell(f"{tool}/{d}", partial(sanitize, settings, d, tool), gpu_tool) for tool, d in tools),
     ]
     if not settings.full:
+        replays = partial(test_suite, AUTO, ["tests/native/test_gpu_replays.py"])
         roofline = partial(test_suite, AUTO, ["tests/bench/test_bench_roofline.py"])
-        return [*found, Cell("tests/roofline", roofline, ("module:pytest",))]
+        return [
+            *found[: len(DTYPES)],
+            Cell("tests/replays", replays, ("cuda", "module:pytest")),
+            *found[len(DTYPES) :],
+            Cell("tests/roofline", roofline, ("module:pytest",)),
+        ]
     # the tests of a GPU choose backends themselves; the rest are of CPU tensors, and come last
     needs = "module:pytest", "module:xdist"
     gpu = [Cell(file, partial(test_suite, AUTO, ["-n", "auto", file]), needs) for file in GPU_TESTS]

@@ -72,7 +72,7 @@ Call read_call(Words& words, const std::vector<std::string>& names, const char* 
   }
   for (int64_t n = words.count(); n > 0; --n) {
     const Slot slot = words.number();
-    call.made.emplace_back(slot, words.number() != 0);
+    call.made.emplace_back(slot, Result(words.number()));
   }
   return call;
 }

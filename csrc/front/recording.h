@@ -57,13 +57,16 @@ struct Argument {
   std::vector<int64_t> values;
 };
 
+// What the schema says of a result. A number is thrown away: it is always the same one.
+enum class Result : int64_t { kTensor, kOptionalTensor, kNumber };
+
 // Of an operator of torch's dispatcher, or of an op of this library (`own`, else null). made: a slot for each of its
 // results, which are tensors, kNone for absent ones.
 struct Call {
   std::string name, overload;
   BoxedOp own;
   std::vector<Argument> arguments;
-  std::vector<std::pair<Slot, bool>> made;  // and whether the schema's type ends in "?"
+  std::vector<std::pair<Slot, Result>> made;
 };
 
 enum class Word : int64_t { kPointer, kInt32, kInt64, kFloat };

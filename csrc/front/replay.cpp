@@ -126,11 +126,11 @@ class Run {
                   step.name);
     }
     for (size_t i = 0; i < step.made.size(); ++i) {
-      const auto& [slot, is_optional] = step.made[i];
-      if (!is_optional) {
+      const auto& [slot, result] = step.made[i];
+      if (result == Result::kTensor) {
         put(slot, to<Tensor>(stack_[i]));
-      } else if (std::optional<Tensor> made = to<std::optional<Tensor>>(stack_[i])) {
-        put(slot, std::move(*made));
+      } else if (result == Result::kOptionalTensor) {
+        if (std::optional<Tensor> made = to<std::optional<Tensor>>(stack_[i])) put(slot, std::move(*made));
       }
     }
   }

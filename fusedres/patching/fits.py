@@ -54,10 +54,10 @@ class Fits:
 
     def found(self, key: tuple[Any, ...], plan: Plan, modules: dict[str, Any], x: Tensor) -> BlockCall | None:
         """The call, where it is the same as the one of this key; None: it is to be read, and guards to be asked."""
-        what = gathered(plan, modules)
-        if what is None:
+        fit, what = self._known.get(key), gathered(plan, modules)
+        if fit is None or what is None:  # another thread may have forgotten it
             return None
-        fit, (constants, tensors) = self._known[key], what
+        constants, tensors = what
         if not all(map(is_, constants, fit.constants)) or likeness(tensors) != fit.tensors:
             return None
         return as_call(fit.config, plan, modules, tensors, x)

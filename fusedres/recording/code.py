@@ -46,6 +46,12 @@ class Kind(IntEnum):
     NONE, TENSOR, INT, BOOL, FLOAT, TENSORS, INTS, BOOLS, FLOATS = range(9)
 
 
+class Result(IntEnum):
+    """Of an operator. A number is thrown away: it is always the same one."""
+
+    TENSOR, OPTIONAL_TENSOR, NUMBER = range(3)
+
+
 class Word(IntEnum):
     """Of a kernel's parameter."""
 

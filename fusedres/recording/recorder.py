@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres.recording import code
-from fusedres.recording.code import NONE, Kind, Opcode, Step, UnrecordableError, Word
+from fusedres.recording.code import NONE, Kind, Opcode, Result, Step, UnrecordableError, Word
 
 aten = torch.ops.aten
 EMPTY = {
@@ -43,20 +43,25 @@ class Recorder(TorchDispatchMode):
 
     Args:
         inputs: the tensors that will be others in every replay.
+        flags_are_constant: whether what the package's ops say of their results, as whether they are finite, is always
+            the same, as it is on a GPU, where nobody waits to read it.
 
     Raises:
         UnrecordableError: one of them is given twice.
     """
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], flags_are_constant: bool = False) -> None:
         super().__init__()
+        self._flags_are_constant = flags_are_constant
         self.steps: list[Step] = []
         self.operators: dict[str, int] = {}
         self.problem: str | None = None
         self.mutated: dict[int, int] = {}  # inputs, and before how many steps they were first written into
         self._slots: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._bases: dict[int, int] = {}  # of a view's slot, that of the tensor whose storage it is
-        self.told: dict[int, int] = {}  # how often torch's own operators wrote into an input, of which they tell autograd
+        self.told: dict[
+            int, int
+        ] = {}  # how often torch's own operators wrote into an input, of which they tell autograd
         self.kernels: list[Any] = []  # Triton's, as they were loaded
         self._inputs, self._next = list(inputs), 0
         if len({id(t) for t in inputs}) < len(inputs):
@@ -71,7 +76,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "aten" and is_composite(func.name()):  # in inference mode none was taken apart yet
+        if func.namespace == "aten" and is_composite(
+            func.name()
+        ):  # in inference mode none was taken apart yet
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
@@ -126,7 +133,7 @@ class Recorder(TorchDispatchMode):
             made = self._made(out)
             self.steps.append(code.allocate(made, out))
             if func in ZEROS:
-                self._call("aten::zero_", [(Kind.TENSOR, False, made)], [(NONE, False)], (made,), ())
+                self._call("aten::zero_", [(Kind.TENSOR, False, made)], [(NONE, Result.TENSOR)], (made,), ())
         elif func in COPIES:
             source, made = self.slot(args[0]), self._made(out)
             if out.device != args[0].device:
@@ -168,13 +175,17 @@ class Recorder(TorchDispatchMode):
         results = out if isinstance(out, (tuple, list)) else (out,) if func._schema.returns else ()
         returns, made = [], []
         for result, declared in zip(results, func._schema.returns, strict=True):
+            if type(result) is bool and self._flags_are_constant and func._schema.name.startswith(OWN):
+                returns.append((NONE, Result.NUMBER))
+                continue
             if result is not None and not isinstance(result, Tensor):
                 raise UnrecordableError(f"a result that is a {type(result).__name__}")
             in_place = declared.alias_info is not None
             slot = NONE if result is None or in_place else self._made(result)
-            returns.append((slot, str(declared.type).startswith("Optional")))
+            is_optional = str(declared.type).startswith("Optional")
+            returns.append((slot, Result.OPTIONAL_TENSOR if is_optional else Result.TENSOR))
             made += [slot] if slot != NONE else []
-        if len({optional for _, optional in returns}) > 1 and not func._schema.name.startswith(OWN):
+        if len({result for _, result in returns}) > 1 and not func._schema.name.startswith(OWN):
             raise UnrecordableError("results of which some are optional")  # see csrc/front/device_ops.h
         name = func._schema.name + ("." + func._schema.overload_name if func._schema.overload_name else "")
         self._call(name, arguments, returns, tuple(read), tuple(made))
@@ -183,7 +194,7 @@ class Recorder(TorchDispatchMode):
         self,
         name: str,
         arguments: list[tuple[Any, ...]],
-        returns: list[tuple[int, bool]],
+        returns: list[tuple[int, Result]],
         read: tuple[int, ...],
         made: tuple[int, ...],
     ) -> None:
@@ -191,8 +202,8 @@ class Recorder(TorchDispatchMode):
         for kind, optional, value in arguments:
             words += [kind, int(optional), *(value if isinstance(value, tuple) else (value,))]
         words.append(len(returns))
-        for slot, optional in returns:
-            words += [slot, int(optional)]
+        for slot, result in returns:
+            words += [slot, result]
         self.steps.append(Step(Opcode.CALL, tuple(words), read, made))
 
     def _argument(self, declared: str, value: Any) -> tuple[Kind, bool, Any]:

@@ -154,7 +154,7 @@ def failed(error: RuntimeError, recording: Recording, found: Pass, compute: Call
 def recorded(found: Pass, inputs: list[Tensor], compute: Callable[[], Result]) -> Result:
     """What `compute()` gives, which is written down as it runs."""
     try:
-        recorder = Recorder(inputs)
+        recorder = Recorder(inputs, flags_are_constant=inputs[0].is_cuda)
     except UnrecordableError as error:
         found.leave(str(error))
         return compute()

@@ -146,6 +146,33 @@ def test_what_cannot_be_recorded_is_named_and_computed(name: str) -> None:
         code.form(out[0])  # of a dtype that no recording knows
 
 
+def says_finite(x: Tensor, weight: Tensor) -> Sequence[Tensor | None]:
+    """Four results of which some are optional, and a flag."""
+    x = x.clone()
+    y, *rest, finite = NATIVE.conv3x3_forward(x, weight, *[None] * 7, False, True, 2)
+    assert finite is True
+    return y, *rest
+
+
+def test_a_flag_is_recorded_where_it_is_constant() -> None:
+    """A kernel of the CPU may find an infinity next time, one of a GPU has nobody who reads what it says."""
+    given = inputs()
+    recorder, out = recorded(says_finite, given)
+    with pytest.raises(UnrecordableError, match="a result that is a bool"):
+        recorder.finished(out)
+    recorder = Recorder(given, flags_are_constant=True)
+    with torch.no_grad(), recorder:
+        out = says_finite(*given)
+    words, operators, *_ = recorder.finished(out)
+    number = NATIVE.recording_add(words, operators)
+    others = inputs(1)
+    for a, b in zip(
+        NATIVE.replay(number, others), (t for t in says_finite(*others) if t is not None), strict=True
+    ):
+        assert torch.equal(a, b)
+    NATIVE.recording_drop(number)
+
+
 def test_an_input_given_twice_is_refused() -> None:
     x, _ = inputs()
     with pytest.raises(UnrecordableError, match="given twice"):

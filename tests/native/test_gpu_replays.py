@@ -1,0 +1,44 @@
+"""On a GPU a replayed model is bit by bit the one whose passes Python runs, for every backend that launches kernels.
+
+Without one `tests/recording/` replays on the CPU, and on the stand-in for a GPU.
+"""
+
+import pytest
+import torch
+from replayed_runs import assert_same, both, network
+
+import fusedres
+from fusedres.models import BasicBlock, Bottleneck
+from fusedres.ops.dispatch import LOADERS
+from fusedres.ops.reference import REFERENCE
+from fusedres.recording import replays
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def recordings(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    replays.forget()
+    yield
+    replays.forget()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("backend", [name for name in LOADERS if name != REFERENCE.name])
+@pytest.mark.parametrize(
+    ("recipe", "block"), [("separate", BasicBlock), ("separate", Bottleneck), ("gram", Bottleneck)]
+)
+def test_training_and_inference(recipe, block, backend, autocast, monkeypatch):
+    model = fusedres.patch(network(block).cuda(), recipe=recipe, backend=backend)
+    assert_same(*both(model, monkeypatch, autocast))
+    problems = [p.problem for p in replays.known().values()]
+    assert problems == [None] * len(problems) and len(problems) >= 3
+
+
+def test_a_model_on_another_gpu_than_the_current_one(monkeypatch):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    model = fusedres.patch(network(Bottleneck).to("cuda:1"), recipe="gram")
+    assert_same(*both(model, monkeypatch, True))
