@@ -46,7 +46,8 @@ class Part(NamedTuple):
 PLAN = (
     Part("environment and ceilings", "environment", "", 45, 30),
     Part("accuracy of every op", "correctness", "^accuracy/bfloat16$", 90, 90),
-    Part("compute-sanitizer", "correctness", "^few_shapes/", 200, 80),
+    Part("replays against Python", "correctness", "^tests/replays$", 60, 60),
+    Part("compute-sanitizer", "correctness", "^few_shapes/", 160, 80),
     Part(
         "eager and torch.compile",
         "baselines",
@@ -63,7 +64,7 @@ PLAN = (
         60,
     ),
     Part("each recipe compiled", "models", f"{STEP}fusedres_(separate|gram)_compile_graph$", 110, 90),
-    Part("kernels against ceilings", "ops", "^(native|triton)/.*/(stage[13]|small)$", 90, 20),
+    Part("kernels against ceilings", "ops", "^(native|triton)/.*/(stage[13]|small)$", 70, 20),
 )
 BUDGET = sum(part.seconds for part in PLAN)  # 15 minutes
 Launch = Callable[[list[str], float], None]

@@ -21,9 +21,10 @@ from fusedres.ops.reference import REFERENCE
 from fusedres.ops.selftest import outcome
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU_TESTS = tuple(f"tests/native/test_gpu_{what}.py" for what in ("ops", "blocks", "replays", "graphed"))
+GPU_TESTS = tuple(f"tests/native/test_gpu_{what}.py" for what in ("ops", "blocks", "graphed"))
+REPLAYS = "tests/native/test_gpu_replays.py"
 # the report's own test would start this stage again
-SUITE = ("tests", *(f"--ignore={file}" for file in (*GPU_TESTS, "tests/bench/test_bench_report.py")))
+SUITE = ("tests", *(f"--ignore={file}" for file in (*GPU_TESTS, REPLAYS, "tests/bench/test_bench_report.py")))
 DTYPES = ("bfloat16", "float16", "float32")  # in float32 a GPU's 1x1 products are left to the reference
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FEW = ("--shapes", "2", "--without", "reference")  # those whose tensors have several tiles
@@ -109,6 +110,7 @@ def cells(settings: Settings) -> list[Cell]:
     gpu_tool = "cuda", "compute-sanitizer"
     found = [
         *(Cell(f"accuracy/{d}", partial(accuracy, settings, d)) for d in DTYPES),
+        Cell("tests/replays", partial(test_suite, AUTO, [REPLAYS]), ("cuda", "module:pytest")),
         *(
             Cell(f"few_shapes/{t}/bfloat16", partial(sanitize, settings, "bfloat16", t, *FEW), gpu_tool)
             for t in ("memcheck", "initcheck", "racecheck", "synccheck")
@@ -117,14 +119,8 @@ def cells(settings: Settings) -> list[Cell]:
         *(Cell(f"{tool}/{d}", partial(sanitize, settings, d, tool), gpu_tool) for tool, d in tools),
     ]
     if not settings.full:
-        replays = partial(test_suite, AUTO, ["tests/native/test_gpu_replays.py"])
         roofline = partial(test_suite, AUTO, ["tests/bench/test_bench_roofline.py"])
-        return [
-            *found[: len(DTYPES)],
-            Cell("tests/replays", replays, ("cuda", "module:pytest")),
-            *found[len(DTYPES) :],
-            Cell("tests/roofline", roofline, ("module:pytest",)),
-        ]
+        return [*found, Cell("tests/roofline", roofline, ("module:pytest",))]
     # the tests of a GPU choose backends themselves; the rest are of CPU tensors, and come last
     needs = "module:pytest", "module:xdist"
     gpu = [Cell(file, partial(test_suite, AUTO, ["-n", "auto", file]), needs) for file in GPU_TESTS]
