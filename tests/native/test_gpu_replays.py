@@ -10,6 +10,7 @@ from replayed_runs import assert_same, both, network
 import fusedres
 from fusedres.models import BasicBlock, Bottleneck
 from fusedres.ops.dispatch import LOADERS
+from fusedres.ops.native import casts
 from fusedres.ops.reference import REFERENCE
 from fusedres.recording import replays
 
@@ -35,6 +36,26 @@ def test_training_and_inference(recipe, block, backend, autocast, monkeypatch):
     assert_same(*both(model, monkeypatch, autocast))
     problems = [p.problem for p in replays.known().values()]
     assert problems == [None] * len(problems) and len(problems) >= 3
+
+
+FLOATS = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize("target", FLOATS)
+@pytest.mark.parametrize("source", FLOATS)
+def test_casts_are_torchs(source, target):
+    """Of many tensors, some of which begin at no multiple of 16 bytes."""
+    if source is target:
+        return
+    sizes = 1, 7, 8, 4097, 1 << 20
+    given = [
+        (torch.randn(n + 1, device="cuda") * 1e3).to(source)[n % 2 : n % 2 + n]
+        for n in (*sizes, *sizes, *sizes, *sizes)
+    ]
+    given[0].fill_(torch.nan)
+    given[1][3] = torch.inf
+    for a, t in zip(casts.cast(given, target), given, strict=True):
+        assert torch.equal(a.isnan(), t.isnan()) and torch.equal(a.nan_to_num(), t.to(target).nan_to_num())
 
 
 def test_a_model_on_another_gpu_than_the_current_one(monkeypatch):
