@@ -88,7 +88,7 @@ class ResidualBlock(torch.autograd.Function):
         *flat: Tensor | None,
     ) -> Tensor:
         flat = tuple(t for unit in as_units(flat) for t in own_statistics(unit))
-        y, saved, layout = passes.forward(recipe, ops, config, observer, x, residual, flat)
+        y, saved, layout = passes.forward(recipe, ops, config, observer, x, residual, flat, True)
         ctx.save_for_backward(x, *flat, *saved)
         ctx.config, ctx.recipe, ctx.ops = config, recipe, ops
         ctx.layout, ctx.inputs = layout, len(flat)

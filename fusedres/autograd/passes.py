@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from fusedres.recording import replays
 
 FIELDS = len(ConvBNTensors._fields)
 Flat = Sequence[Tensor | None]
+NOTHING: Layout = 0, 0, 0
 
 
 def as_units(flat: Flat) -> tuple[ConvBNTensors, ...]:
@@ -53,62 +54,28 @@ def forward(
     x: Tensor,
     residual: Tensor | None,
     flat: Flat,
+    save: bool,
 ) -> tuple[Tensor, Flat, Layout]:
-    """y; `Saved.flatten()` and `Saved.layout` of what backward needs besides x and `flat`.
+    """y; with `save`, what backward needs besides x and `flat`, as `Saved.flatten()`, and its layout.
 
     flat: the fields of each ConvBNTensors of `config.units`.
     """
 
     def by_recipe() -> tuple[Flat, Layout]:
         with without_autocast(x.device.type):
-            out = RECIPES[recipe].forward(ops, config, x, residual, as_units(flat), True)
+            out = RECIPES[recipe].forward(ops, config, x, residual, as_units(flat), save)
             observer(out.vectors)
-        assert out.saved is not None
+        if out.saved is None:
+            return (out.y,), NOTHING
         return (out.y, *out.saved.flatten()), out.saved.layout
 
-    (y, *saved), layout = by_recording(True, recipe, ops, config, observer, x, residual, flat, by_recipe)
+    if replays.are_on(x):
+        key = "forward", recipe, ops, config, x.shape, observer.constants, save
+        (y, *saved), layout = replays.run(key, (x, residual, *flat, *observer.tensors), by_recipe)
+    else:
+        (y, *saved), layout = by_recipe()
     assert y is not None
     return y, saved, layout
-
-
-def inference(
-    recipe: str,
-    ops: Dispatcher,
-    config: BlockConfig,
-    observer: Observer,
-    x: Tensor,
-    residual: Tensor | None,
-    flat: Flat,
-) -> Tensor:
-    """y, where nobody wants a gradient. The arguments are those of `forward`."""
-
-    def by_recipe() -> tuple[Flat, None]:
-        with without_autocast(x.device.type):
-            out = RECIPES[recipe].forward(ops, config, x, residual, as_units(flat), False)
-            observer(out.vectors)
-        return (out.y,), None
-
-    (y,), _ = by_recording(False, recipe, ops, config, observer, x, residual, flat, by_recipe)
-    assert y is not None
-    return y
-
-
-def by_recording(
-    gradients: bool,
-    recipe: str,
-    ops: Dispatcher,
-    config: BlockConfig,
-    observer: Observer,
-    x: Tensor,
-    residual: Tensor | None,
-    flat: Flat,
-    by_recipe: Callable[[], replays.Result],
-) -> replays.Result:
-    """What `by_recipe()` gives, by a recording where there are any."""
-    if not replays.are_on(x):
-        return by_recipe()
-    key = gradients, recipe, ops, config, x.shape, observer.constants
-    return replays.run(key, (x, residual, *flat, *observer.tensors), by_recipe)
 
 
 def backward(

@@ -148,7 +148,7 @@ def run(call: BlockCall, recipe: str, ops: Ops) -> Tensor:
     if wants_gradient(call):
         return ResidualBlock.apply(config, recipe, ops, observer, x, residual, *flat)
     with torch.no_grad():
-        return passes.inference(recipe, ops, config, observer, x, residual, flat)
+        return passes.forward(recipe, ops, config, observer, x, residual, flat, False)[0]
 
 
 def move_running_stats(call: BlockCall, statistics: Sequence[tuple[Tensor, Tensor]]) -> None:
