@@ -272,6 +272,12 @@ struct Conv1x1BackwardInput {
   void* dc;                 // [P, out_channels]
 };
 
+// The same of a 3x3 convolution without stride, with padding 1, weight [out_channels, 3, 3, in_channels]. c is null
+// with dc, the vectors and the coefficients where dc is dy. width <= 126
+struct Conv3x3BnBackwardInput : Conv1x1BackwardInput {
+  int64_t height, width;
+};
+
 // Rc = dz^T (a - center) and dbias = sum dz, with a = relu(scale*c + shift), rounded. CUDA alone.
 struct Conv1x1BackwardWeight {
   Dtype dtype;

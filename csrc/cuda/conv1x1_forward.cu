@@ -9,7 +9,7 @@ size_t conv_forward_workspace(const ConvForward& args) {
 }
 
 cudaError_t conv1x1_forward(const ConvForward& args, const Workspace& workspace, cudaStream_t stream) {
-  return launch_conv_forward<1>(args, workspace, stream);
+  return launch_implicit_product<1>(args, workspace, stream);
 }
 
 }  // namespace fusedres::cuda

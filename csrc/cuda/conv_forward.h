@@ -3,16 +3,9 @@
 // contiguous in memory in x and in the weight. What is not in the image is 0, whatever the prologue would make of it.
 #pragma once
 
-#include "launch.h"
-#include "product_output.h"
+#include "conv_output.h"
 
 namespace fusedres::cuda {
-
-struct ConvForwardPlan {
-  ProductPlan product;  // its depth is that of one tap
-  bool packets_in;      // rows of x and of the weight are whole chunks at multiples of 16 bytes, the vectors too
-  bool packets_out;     // the same of y, the residual and their vectors
-};
 
 // A position of y: its place in x, of a window the first tap's, which may lie outside.
 struct Position {
@@ -30,7 +23,7 @@ __device__ __forceinline__ Position position_of(const ConvForward& args, int64_t
 }
 
 // One thread's part of the operands of a tile: two rows of x and two of the weight.
-template <class T, int kWindow>
+template <class T, int kWindow, bool kPackets>
 struct ConvOperands {
   const ConvForward& args;
   const ConvForwardPlan& plan;
@@ -80,86 +73,39 @@ struct ConvOperands {
 #pragma unroll
     for (int i = 0; i < kChunksOfThread; ++i) {
       const int valid = depth - k;
-      load_chunk(left + me.place(i), x[i] + tap_row * depth + k, has_position(i, tap) ? valid : 0, plan.packets_in);
+      load_chunk(left + me.place(i), x[i] + tap_row * depth + k, has_position(i, tap) ? valid : 0, kPackets);
       load_chunk(right + me.place(i), weight + i * me.kRowStep * row_of_weight() + tap * depth + k,
-                 has_column[i] ? valid : 0, plan.packets_in);
+                 has_column[i] ? valid : 0, kPackets);
     }
   }
 
   // relu(in_scale*x + in_shift) of what is in the image.
   __device__ __forceinline__ void activate(int step, T* left) const {
+    if (args.in_scale == nullptr) return;
     const ChunkThread<DepthInside> me(thread_index());
     const int depth = plan.product.depth;
     int k;
     const int tap = tap_of(step, &k);
     if (k >= depth) return;  // the chunk is of zeros, and so is the weight's
     float scale[kPacket], shift[kPacket];
-    load_vector_chunk(scale, args.in_scale, k, depth, plan.packets_in);
-    load_vector_chunk(shift, args.in_shift, k, depth, plan.packets_in);
+    load_vector_chunk(scale, args.in_scale, k, depth, kPackets);
+    load_vector_chunk(shift, args.in_shift, k, depth, kPackets);
 #pragma unroll
     for (int i = 0; i < kChunksOfThread; ++i)
       if (kWindow == 1 || has_position(i, tap)) activate_chunk(left + me.place(i), scale, shift);
   }
 };
 
-// What is done to the product: scale*acc + shift + residual_scale*r, where shift has the bias and the residual's shift
-// in it. vectors: [3][128] in shared memory, of the block's columns; thread i < 128 writes those of column i
-template <class T>
-__device__ __forceinline__ void prepare_output(const ConvForward& args, int i, int first_column, float* vectors) {
-  const int channel = first_column + i;
-  if (i >= kProductSide || channel >= args.out_channels) return;
-  float scale = 1.f, shift = 0.f, residual_scale = 1.f;
-  if (args.scale != nullptr) scale = args.scale[channel], shift = args.shift[channel];
-  if (args.bias != nullptr) shift = affine(to_float(static_cast<const T*>(args.bias)[channel]), scale, shift);
-  if (args.residual_scale != nullptr)
-    residual_scale = args.residual_scale[channel], shift += args.residual_shift[channel];
-  vectors[i] = scale, vectors[kProductSide + i] = shift, vectors[2 * kProductSide + i] = residual_scale;
-}
-
-// Stores a row's 8 channels, `valid` of which exist, and leaves in `value` what was stored.
-// vectors: those of prepare_output, from these channels on
-template <class T>
-__device__ __forceinline__ void store_output(const ConvForward& args, const float* vectors, int64_t place, int valid,
-                                             bool packets, float (&value)[kPacket]) {
-  const T* residual = static_cast<const T*>(args.residual);
-  T* y = static_cast<T*>(args.y);
-  float scale[kPacket], shift[kPacket];
-  read_packet(scale, vectors);
-  read_packet(shift, vectors + kProductSide);
-#pragma unroll
-  for (int i = 0; i < kPacket; ++i) value[i] = affine(value[i], scale[i], shift[i]);
-  if (residual != nullptr) {
-    const Packet<T, kPacket> r = load_part(residual + place, valid, packets);
-    read_packet(scale, vectors + 2 * kProductSide);
-#pragma unroll
-    for (int i = 0; i < kPacket; ++i) value[i] = affine(to_float(r.value[i]), scale[i], value[i]);
-  }
-  Packet<T, kPacket> out;
-  unsigned bits = 0;
-#pragma unroll
-  for (int i = 0; i < kPacket; ++i) {
-    out.value[i] = round_to<T>(value[i]);
-    const bool positive = passes(to_float(out.value[i]));
-    bits |= unsigned(positive) << i;
-    if (args.relu && !positive) out.value[i] = round_to<T>(0.f);
-    value[i] = to_float(out.value[i]);
-  }
-  store_part(y + place, out, valid, packets);
-  if (args.mask != nullptr) args.mask[place / kPacket] = uint8_t(bits);
-}
-
-template <class T, int kWindow, bool kPrologue, bool kStatistics>
+template <class T, int kWindow, bool kPackets, bool kPrologue, bool kStatistics>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
     conv_forward_kernel(ConvForward args, ConvForwardPlan plan, void* workspace) {
   FUSEDRES_SHARED(uint4, memory, kProductWords);
   T* ring = reinterpret_cast<T*>(memory);
-  float* staged = reinterpret_cast<float*>(memory);
-  float* vectors = staged + kStagedFloats;
   const ProductPlan& product = plan.product;
   const int first_column = product.first_column(int(blockIdx.x));
   ColumnMoments moments;
   for (int64_t tile = blockIdx.y; tile < product.row_tiles; tile += product.groups) {
-    const ConvOperands<T, kWindow> operands(args, plan, product.first_row(tile), first_column);
+    const ConvOperands<T, kWindow, kPackets> operands(args, plan, product.first_row(tile), first_column);
     Accumulators acc;
     acc.clear();
     __syncthreads();  // the tile before this one was read from the ring's memory
@@ -170,65 +116,20 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
           if constexpr (kPrologue) operands.activate(step, left);
         },
         [&](int, const T* left, const T* right) { multiply_step<DepthInside, DepthInside>(acc, left, right); });
-    const int thread = thread_index(), own = packet_column(thread);
-    prepare_output<T>(args, thread, first_column, vectors);
-    ColumnSums sums;
-    const int valid = product.columns - first_column - own;
-    const int64_t place = product.first_row(tile) * product.columns + first_column + own;
-    const int rows = product.rows_of_tile(tile);
-    for_each_packet<kStatistics>(acc, staged, rows, sums, [&](int row, float (&value)[kPacket]) {
-      if (valid <= 0) return;
-      const int64_t here = place + int64_t(row) * product.columns;
-      store_output<T>(args, vectors + own, here, valid, plan.packets_out, value);
-    });
-    if constexpr (kStatistics) {  // the earlier tiles of a block are whole
-      const int64_t before = (tile - int64_t(blockIdx.y)) / product.groups * kProductSide;
-      merge_tile(moments, sums, reinterpret_cast<ColumnSums*>(staged + kSumsPlace), before);
-    }
+    finish_tile<T, kStatistics>(args, plan, acc, tile, first_column, reinterpret_cast<float*>(memory), moments);
   }
-  if constexpr (!kStatistics) return;
-  __syncthreads();
-  if (!merge_groups(moments, reinterpret_cast<int*>(memory), workspace, product)) return;
-  const int column = first_column + int(threadIdx.x);
-  if (int(threadIdx.x) < kProductSide && column < product.columns) {
-    const float var = float(moments.m2 / double(product.rows));
-    args.mean[column] =
-        isnan(var) ? var : float(moments.mean);  // an infinity makes the mean NaN too, and so do no rows
-    args.var[column] = var;
-  }
+  if constexpr (kStatistics) finish_columns(args, product, moments, first_column, memory, workspace);
 }
 
 template <int kWindow>
-cudaError_t launch_conv_forward(const ConvForward& args, const Workspace& workspace, cudaStream_t stream) {
-  const int64_t numel = args.rows * args.out_channels;
-  if (args.out_channels == 0 || (numel == 0 && args.mean == nullptr)) return cudaSuccess;
-  DeviceLimits limits;
-  cudaError_t error = current_device_limits(&limits);
-  if (error != cudaSuccess) return error;
-  ConvForwardPlan plan{};
-  plan.product = plan_product(args.rows, args.out_channels, args.in_channels, limits);
-  plan.packets_in = args.in_channels % kPacket == 0 && aligned_to_16(args.x, args.weight, args.in_scale, args.in_shift);
-  plan.packets_out = args.out_channels % kPacket == 0 && aligned_to_16(args.y, args.residual, args.scale, args.shift,
-                                                                       args.residual_scale, args.residual_shift);
-  if (args.mean != nullptr && plan.product.groups > 1) {
-    error = prepare_workspace(workspace, plan.product.workspace_bytes(), plan.product.counter_bytes(), stream);
-    if (error != cudaSuccess) return error;
-  }
-  const bool bytes_of_rows = args.out_channels % kPacket == 0;  // a row's bits end where a byte does
-  ConvForward without_mask = args;
-  if (!bytes_of_rows) without_mask.mask = nullptr;
-  error = for_half_dtype(args.dtype, [&](auto type) {
-    return for_flag(args.in_scale != nullptr, [&](auto prologue) {
-      return for_flag(args.mean != nullptr, [&](auto statistics) {
-        using T = typename decltype(type)::type;
-        return launch(conv_forward_kernel<T, kWindow, prologue, statistics>,
-                      dim3(unsigned(plan.product.column_tiles), unsigned(plan.product.groups)), dim3(kProductThreads),
-                      stream, without_mask, plan, workspace.data);
+cudaError_t launch_implicit_product(const ConvForward& args, const Workspace& workspace, cudaStream_t stream) {
+  return launch_conv_forward(
+      args, workspace, stream,
+      [&](auto type, auto packets, auto prologue, auto statistics, const ConvForward& given,
+          const ConvForwardPlan& plan, dim3 blocks) {
+        return launch(conv_forward_kernel<typename decltype(type)::type, kWindow, packets, prologue, statistics>,
+                      blocks, dim3(kProductThreads), stream, given, plan, workspace.data);
       });
-    });
-  });
-  if (error != cudaSuccess || args.mask == nullptr || bytes_of_rows) return error;
-  return pack_mask(args.dtype, numel, args.y, args.mask, stream);
 }
 
 }  // namespace fusedres::cuda

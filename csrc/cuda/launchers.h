@@ -47,6 +47,7 @@ cudaError_t bn_relu_maxpool_backward_input(const BnReluMaxpoolBackwardInput& arg
 size_t conv_forward_workspace(const ConvForward& args);
 cudaError_t conv1x1_forward(const ConvForward& args, const Workspace& workspace, cudaStream_t stream);
 cudaError_t conv3x3_forward(const ConvForward& args, const Workspace& workspace, cudaStream_t stream);
+cudaError_t conv3x3_backward_input(const Conv3x3BnBackwardInput& args, cudaStream_t stream);
 cudaError_t conv1x1_backward_input(const Conv1x1BackwardInput& args, cudaStream_t stream);
 size_t conv1x1_backward_weight_workspace(const Conv1x1BackwardWeight& args);
 cudaError_t conv1x1_backward_weight(const Conv1x1BackwardWeight& args, const Workspace& workspace, cudaStream_t stream);

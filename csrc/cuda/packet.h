@@ -26,6 +26,24 @@ __device__ __forceinline__ float round_to<float>(float v) {
   return v;
 }
 
+// Two values, each rounded so, in one register, the first in its low half.
+template <class T>
+__device__ __forceinline__ uint32_t round_pair(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t round_pair<__half>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+template <>
+__device__ __forceinline__ uint32_t round_pair<__nv_bfloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
 template <class T, int V>
 struct Packet {
   T value[V];

@@ -31,6 +31,11 @@ struct DepthInside {  // [128][32]: the inner dimension is contiguous in memory
   __device__ static __forceinline__ int right_place(int side, int depth, int lane) {
     return place(side + lane % 8 + lane / 16 * 8, depth / kPacket + lane / 8 % 2);
   }
+  // The place 16*sides further along the side and 16*depths along the depth, from one at multiples of 64 and of 32 of
+  // them: in one operation, or none where they are constants.
+  __device__ static __forceinline__ int moved(int place, int sides, int depths) {
+    return (place + sides * 16 * kProductDepth) ^ (depths * 16);
+  }
 };
 struct DepthOutside {  // [32][128]
   static constexpr int kChunks = kProductSide / kPacket;
@@ -43,6 +48,9 @@ struct DepthOutside {  // [32][128]
   }
   __device__ static __forceinline__ int right_place(int side, int depth, int lane) {
     return place(depth + lane % 16, side / kPacket + lane / 16);
+  }
+  __device__ static __forceinline__ int moved(int place, int sides, int depths) {
+    return (place ^ (sides * 16)) + depths * 16 * kProductSide;
   }
 };
 
@@ -129,13 +137,24 @@ __device__ __forceinline__ T activate(T c, float scale, float shift) {
   return passes(to_float(rounded)) ? rounded : round_to<T>(0.f);
 }
 
+// The same of the 8 values of a chunk, two at a time.
+template <class T>
+__device__ __forceinline__ Packet<T, kPacket> activated(const Packet<T, kPacket>& c, const float (&scale)[kPacket],
+                                                        const float (&shift)[kPacket]) {
+  uint32_t pairs[kPacket / 2];
+#pragma unroll
+  for (int i = 0; i < kPacket; i += 2)
+    pairs[i / 2] = round_pair_relu<T>(affine(to_float(c.value[i]), scale[i], shift[i]),
+                                      affine(to_float(c.value[i + 1]), scale[i + 1], shift[i + 1]));
+  Packet<T, kPacket> out;
+  memcpy(&out, pairs, sizeof out);
+  return out;
+}
+
 // The same of a chunk in shared memory, in its place.
 template <class T>
 __device__ __forceinline__ void activate_chunk(T* at, const float (&scale)[kPacket], const float (&shift)[kPacket]) {
-  Packet<T, kPacket> chunk = read_chunk(at);
-#pragma unroll
-  for (int i = 0; i < kPacket; ++i) chunk.value[i] = activate(chunk.value[i], scale[i], shift[i]);
-  store_chunk(at, chunk);
+  store_chunk(at, activated(read_chunk(at), scale, shift));
 }
 
 // Eight values of a channel vector, 0 past its end.
@@ -163,19 +182,18 @@ struct Accumulators {
 // acc += left right, for one step
 template <class Left, class Right, class T>
 __device__ __forceinline__ void multiply_step(Accumulators& acc, const T* left, const T* right) {
-  const int thread = thread_index(), lane = thread % 32;
+  const int thread = int(threadIdx.x), lane = thread % 32;  // the places are kept from step to step
+  const int a_place = Left::left_place(Accumulators::first_row(thread), 0, lane);
+  const int b_place = Right::right_place(Accumulators::first_column(thread), 0, lane);
 #pragma unroll
-  for (int depth = 0; depth < kProductDepth; depth += 16) {
+  for (int k = 0; k < kProductDepth / 16; ++k) {
     uint32_t b[2][4];
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
-      load_matrices<Right::kTransposed>(
-          b[j], right + Right::right_place(Accumulators::first_column(thread) + 16 * j, depth, lane));
+    for (int j = 0; j < 2; ++j) load_matrices<Right::kTransposed>(b[j], right + Right::moved(b_place, j, k));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t a[4];
-      load_matrices<Left::kTransposed>(a,
-                                       left + Left::left_place(Accumulators::first_row(thread) + 16 * i, depth, lane));
+      load_matrices<Left::kTransposed>(a, left + Left::moved(a_place, i, k));
 #pragma unroll
       for (int j = 0; j < 4; ++j) multiply_add<T>(acc.value[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }

@@ -1,4 +1,5 @@
-// The instructions of a product: copies into shared memory that run beside it, loads of fragments, tensor cores.
+// The instructions of a product: copies into shared memory that run beside it, loads of fragments, tensor cores, and
+// what rounds two values at once.
 // They exist from compute capability 8.0 on.
 //
 // A fragment is the part of a 16x16 or 16x8 matrix that a lane of the warp holds. With g = lane / 4, t = lane % 4:
@@ -65,6 +66,18 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+}
+
+// relu of two values, each rounded, in one register, the first in its low half. NaN stays NaN.
+template <class T>
+__device__ __forceinline__ uint32_t round_pair_relu(float first, float second) {
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  }
+  return pair;
 }
 
 }  // namespace fusedres::cuda

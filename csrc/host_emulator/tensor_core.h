@@ -170,4 +170,12 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   emulator::execute_together("mma.sync", &mine, emulator::multiply_in_warp<T>);
 }
 
+template <class T>
+inline uint32_t round_pair_relu(float first, float second) {
+  const T values[2] = {T(first < 0.f ? 0.f : first), T(second < 0.f ? 0.f : second)};  // NaN is not below 0
+  uint32_t pair;
+  std::memcpy(&pair, values, sizeof pair);
+  return pair;
+}
+
 }  // namespace fusedres::cuda

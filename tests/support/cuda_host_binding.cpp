@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../../csrc/cuda/halo_plan.h"
 #include "../../csrc/cuda/launchers.h"
 #include "../../csrc/cuda/plan.h"
 #include "../../csrc/cuda/rows_plan.h"
@@ -129,6 +130,8 @@ void bind_convolutions(py::module_& m) {
   ADDRESS(input, I, dy), ADDRESS(input, I, c), ADDRESS(input, I, scale), ADDRESS(input, I, shift);
   ADDRESS(input, I, weight), ADDRESS(input, I, shortcut_dy), ADDRESS(input, I, mask), ADDRESS(input, I, dx);
   ADDRESS(input, I, dc);
+  using J = Conv3x3BnBackwardInput;
+  py::class_<J, I>(m, "Conv3x3BnBackwardInput").def(py::init<>()) VALUE(J, height) VALUE(J, width);
   using W = Conv1x1BackwardWeight;
   py::class_<W> weight(m, "Conv1x1BackwardWeight");
   weight.def(py::init<>()) VALUE(W, dtype) VALUE(W, rows) VALUE(W, in_channels) VALUE(W, out_channels);
@@ -229,6 +232,16 @@ void bind_plans(py::module_& m) {
   m.def("plan_rows", [](int64_t rows, int64_t left, int64_t right, bool upper, int multiprocessors) {
     return plan_rows(rows, left, right, upper, {multiprocessors, 50 << 20});
   });
+  py::class_<HaloPlan>(m, "HaloPlan")
+      .def_readonly("halves", &HaloPlan::halves)
+      .def("places", &HaloPlan::places)
+      .def("first_place", &HaloPlan::first_place)
+      .def("first_row", &HaloPlan::first_row)
+      .def("place_of", &HaloPlan::place_of)
+      .def("taps_inside", &HaloPlan::taps_inside);
+  m.def("halo_fits", halo_fits);
+  m.def("plan_halo", plan_halo);
+  m.attr("halo_places") = kHaloPlaces;
   m.def("plan_product", [](int64_t rows, int64_t columns, int64_t depth, int multiprocessors) {
     return plan_product(rows, columns, depth, {multiprocessors, 50 << 20});
   });
@@ -266,6 +279,7 @@ PYBIND11_MODULE(fusedres_cuda_host, m) {
   m.def("gram_backward_coefficients_workspace", gram_backward_coefficients_workspace);
   m.def("conv1x1_gram_backward_input_workspace", conv1x1_gram_backward_input_workspace);
   launcher(m, "conv3x3_forward", conv3x3_forward);
+  launcher(m, "conv3x3_backward_input", conv3x3_backward_input);
   for (const char* op : {"conv1x1_forward_workspace", "conv3x3_forward_workspace"}) m.def(op, conv_forward_workspace);
   m.def("bn_stats_workspace", bn_stats_workspace);
   m.def("bn_add_relu_backward_reduce_workspace", bn_add_relu_backward_reduce_workspace);

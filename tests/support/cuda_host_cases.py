@@ -15,6 +15,7 @@ BN_OPS = [op for op in raw_op_checks.CHECKS if op not in LIBRARY]
 PRODUCTS = [  # on tensor cores
     "conv1x1_forward",
     "conv3x3_forward",
+    "conv3x3_backward_input",
     "conv1x1_backward_input",
     "conv1x1_backward_weight",
     "gram",
@@ -40,9 +41,27 @@ EVERY_FORM = ("C17to24", "C130to33", "C40to136", "P1100")
 EVERY_FORM_OF = {"conv1x1_gram_backward_input": ("dy_mean1_P1100",)}
 # 512 rows a block, all products positive: what tensor cores cut off as they add would show
 LONG_SUM = ConvCase("P4096", (1, 16, 64, 64), cout=8, dy_mean=3.0, bias_before=3.0, form="mask")
-# several steps for each tap, and several tiles, which end within images and lines
-MANY_TILES = ConvCase("P338", (2, 40, 13, 13), cout=24)
-TILED_FORMS = ("prologue_identity_mask", "prologue_stats")
+# Of 3x3 convolutions. Two halos side by side, several steps and several tiles, which end within images and lines; one
+# halo at a time, whose last place a tap reads; lines too wide for a halo, and channels for two columns of tiles.
+HALOS = (ConvCase("P338", (2, 40, 13, 13), cout=40), ConvCase("W40", (1, 72, 5, 40), cout=72))
+WIDE = ConvCase("W127", (1, 16, 2, 127), cout=24)
+COLUMNS = ConvCase("C8to136", (1, 8, 3, 5), cout=136)
+CASES_3X3 = {
+    "conv3x3_forward": [
+        *(
+            replace(case, form=form)
+            for case in HALOS
+            for form in ("prologue_identity_mask", "prologue_stats")
+        ),
+        *(replace(WIDE, form=form) for form in ("prologue_identity_mask", "prologue_stats", "raw")),
+        replace(COLUMNS, form="stats"),
+    ],
+    "conv3x3_backward_input": [
+        *(replace(case, form=form) for case in HALOS for form in ("bn_identity_mask", "identity")),
+        replace(COLUMNS, form="bn_identity_mask"),
+        replace(COLUMNS, shape=(1, 136, 3, 5), cout=8, form="bn_identity_mask"),
+    ],
+}
 # under ThreadSanitizer: several blocks to merge, both ways to load, ragged ends, an unaligned start, hardly anything
 # and nothing at all
 RACES = ("groups", "groups_C129", "offset_C24", "C1", "C3", "C8", "nan_inf", "P1", "N0")
@@ -56,12 +75,23 @@ PRODUCT_RACES = {
         "N0-prologue_projection_mask",
     ),
     "conv3x3_forward": (
-        "C24to8-prologue_identity_mask",
-        "C3to17-prologue_stats",
-        "even-stride2_stats",
+        "W40-prologue_identity_mask",
+        "P338-prologue_stats",
+        "C8to136-stats",
         "even-raw",
         "C3to17-prologue_identity_mask",
+        "W127-prologue_identity_mask",
+        "W127-prologue_stats",
+        "W127-raw",
+        "even-stride2_stats",
+        "C3to17-stride2_stats",
         "N0-prologue_identity_mask",
+    ),
+    "conv3x3_backward_input": (
+        "W40-bn_identity_mask",
+        "P338-identity",
+        "C3to17-bn_identity_mask",
+        "N0-bn_identity_mask",
     ),
     "conv1x1_backward_input": ("C130to33-identity_mask", "P1100-frozen_identity_mask", "N0-identity_mask"),
     "conv1x1_backward_weight": ("C130to33-mask_center", "P1100-mask", "N0-mask_center"),
@@ -84,10 +114,15 @@ def dtypes_of(op: str, case: Case) -> list[torch.dtype]:
     return [torch.float16] if subtracted_after else list(HALF_DTYPES.values())
 
 
+def takes(op: str, case: Case) -> bool:
+    """Whether csrc/cuda has a kernel for it."""
+    return op != "conv3x3_backward_input" or "stride2" not in case.form
+
+
 def product_cases(op: str) -> list[Case]:
     """Every form on some shapes, and the first form on every shape and value."""
-    if op == "conv3x3_forward":  # whose own cases are small
-        return [replace(MANY_TILES, form=form) for form in TILED_FORMS] + list(cases_of(op))
+    if op in CASES_3X3:  # whose own cases are small
+        return CASES_3X3[op] + [case for case in cases_of(op) if takes(op, case)]
     long = [LONG_SUM] if op == "conv1x1_backward_weight" else []
     every_form = EVERY_FORM + EVERY_FORM_OF.get(op, ())
     return long + [case for case in cases_of(op) if case.form == FORMS[op][0] or case.id in every_form]

@@ -24,6 +24,7 @@ from fusedres.ops.contract import (
     Conv1x1BackwardWeight,
     Conv1x1Forward,
     Conv1x1GramBackwardInput,
+    Conv3x3BackwardInput,
     Conv3x3Forward,
     ConvOutput,
     Gram,
@@ -302,6 +303,20 @@ class HostCudaOps:
         sizes = {"rows": n * height * width, "in_channels": cin, "out_channels": cout}
         fields = {**given, **vectors, **sizes, "dtype": self._dtype(c), "relu": op.relu, "dx": dx, "dc": dc}
         self._launch("conv1x1_backward_input", self._args("Conv1x1BackwardInput", **fields))
+        return dx, dc
+
+    def conv3x3_backward_input(self, op: Conv3x3BackwardInput) -> tuple[Tensor, Tensor | None]:
+        dy, c, weight, shortcut_dy = (dense(t) for t in (op.dy, op.c, op.weight, op.shortcut_dy))
+        n, cin, height, width = op.x.shape
+        dx = torch.empty((n, cin, height, width), dtype=dy.dtype, memory_format=CHANNELS_LAST)
+        dc = None if c is None else torch.empty_like(c)
+        given = {"dy": dy, "c": c, "weight": weight, "shortcut_dy": shortcut_dy, "mask": op.shortcut_mask}
+        vectors = {} if op.vectors is None else {"scale": op.vectors.scale, "shift": op.vectors.shift}
+        sizes = {"rows": n * height * width, "in_channels": cin, "out_channels": dy.shape[1]}
+        sides = {"height": height, "width": width, "relu": op.relu and c is not None}
+        made = {"grads": self._grads(op.grads), "dtype": self._dtype(dy), "dx": dx, "dc": dc}
+        fields = {**given, **vectors, **sizes, **sides, **made}
+        self._launch("conv3x3_backward_input", self._args("Conv3x3BnBackwardInput", **fields))
         return dx, dc
 
     def conv1x1_backward_weight(self, op: Conv1x1BackwardWeight) -> tuple[Tensor, Tensor]:

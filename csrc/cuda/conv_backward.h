@@ -1,0 +1,104 @@
+// What the input gradients of convolutions have before their product, BN's backward, and after it, the shortcut's
+// gradient. Args: Conv1x1BackwardInput, or a struct that has its fields
+#pragma once
+
+#include "product_output.h"
+
+namespace fusedres::cuda {
+
+constexpr int kHalf = kPacket / 2;
+
+// Four values of a channel vector, 0 past its end.
+__device__ __forceinline__ float4 load_vector_half(const float* vector, int first, int channels, bool packets) {
+  if (packets) return __ldg(reinterpret_cast<const float4*>(vector + first));
+  const auto at = [&](int i) { return first + i < channels ? vector[first + i] : 0.f; };
+  return make_float4(at(0), at(1), at(2), at(3));
+}
+
+template <class T>
+struct HalfPacket {
+  T value[kHalf];
+};
+
+// Half a chunk in global memory, as load_part and store_part have a chunk.
+template <class T>
+__device__ __forceinline__ uint2 load_half(const T* from, int valid, bool packets) {
+  if (packets) return load_8_bytes(from);
+  HalfPacket<T> half;
+#pragma unroll
+  for (int e = 0; e < kHalf; ++e) half.value[e] = e < valid ? from[e] : round_to<T>(0.f);
+  uint2 word;
+  memcpy(&word, &half, sizeof word);
+  return word;
+}
+template <class T>
+__device__ __forceinline__ void store_half(T* to, uint2 word, int valid, bool packets) {
+  if (packets) return store_8_bytes(to, word);
+  HalfPacket<T> half;
+  memcpy(&half, &word, sizeof half);
+#pragma unroll
+  for (int e = 0; e < kHalf; ++e)
+    if (e < valid) to[e] = half.value[e];
+}
+
+// Four channels of scale, shift, A, B and K: of all eight channels of a chunk they would not fit the registers.
+struct ChannelVectors {
+  float4 scale, shift, A, B, K;
+
+  template <class Args>
+  __device__ __forceinline__ ChannelVectors(const Args& args, int first, bool packets) {
+    scale = B = K = make_float4(0.f, 0.f, 0.f, 0.f);
+    shift = make_float4(1.f, 1.f, 1.f, 1.f);  // without ReLU every sign is positive
+    const auto load = [&](const float* vector) {
+      return load_vector_half(vector, first, int(args.out_channels), packets);
+    };
+    if (args.relu) scale = load(args.scale), shift = load(args.shift);
+    A = load(args.grads.A);
+    if (args.grads.B != nullptr) B = load(args.grads.B), K = load(args.grads.K);
+  }
+};
+
+// The largest value that rounds to 0: half of the smallest subnormal number.
+template <class T>
+constexpr float kLargestZero = std::is_same_v<T, __half> ? 0x1p-25f : 0x1p-134f;
+
+// dc of 4 channels of a row, from dy and c.
+template <class T, class Args>
+__device__ __forceinline__ uint2 differentiated(const Args& args, uint2 dy_word, uint2 c_word,
+                                                const ChannelVectors& vectors) {
+  HalfPacket<T> dy, c;
+  memcpy(&dy, &dy_word, sizeof dy);
+  memcpy(&c, &c_word, sizeof c);
+  const float *scale = &vectors.scale.x, *shift = &vectors.shift.x;
+  const float *A = &vectors.A.x, *B = &vectors.B.x, *K = &vectors.K.x;
+  const bool training = args.grads.B != nullptr;
+  float dc[kHalf];
+#pragma unroll
+  for (int e = 0; e < kHalf; ++e) {
+    const float c_value = to_float(c.value[e]);
+    const bool gated = affine(c_value, scale[e], shift[e]) <= kLargestZero<T>;  // as `passes` of what it rounds to
+    const float dz = gated ? 0.f : to_float(dy.value[e]);
+    dc[e] = apply_coefficients(dz, c_value, A[e], B[e], K[e], training);
+  }
+  return make_uint2(round_pair<T>(dc[0], dc[1]), round_pair<T>(dc[2], dc[3]));
+}
+
+// dx of a row's 8 channels, `valid` of which exist.
+template <class T, class Args>
+__device__ __forceinline__ void store_gradient(const Args& args, int64_t place, int valid, bool packets,
+                                               const float (&value)[kPacket]) {
+  Packet<T, kPacket> out, shortcut;
+  unsigned bits = 0xffu;
+  if (args.shortcut_dy != nullptr) {
+    shortcut = load_part(static_cast<const T*>(args.shortcut_dy) + place, valid, packets);
+    if (args.mask != nullptr) bits = bits_at(args.mask, place, valid < kPacket ? valid : kPacket);
+  }
+#pragma unroll
+  for (int i = 0; i < kPacket; ++i) {
+    const bool added = args.shortcut_dy != nullptr && (bits >> i & 1u);
+    out.value[i] = round_to<T>(added ? value[i] + to_float(shortcut.value[i]) : value[i]);
+  }
+  store_part(static_cast<T*>(args.dx) + place, out, valid, packets);
+}
+
+}  // namespace fusedres::cuda

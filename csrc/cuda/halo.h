@@ -1,0 +1,137 @@
+// A tile of a 3x3 convolution without stride, from a halo in shared memory: a step of 32 channels of it is loaded, and
+// changed by the prologue, once for all nine taps. The weight's operands pass through a ring, a tap at a time.
+#pragma once
+
+#include "halo_plan.h"
+#include "product.h"
+
+namespace fusedres::cuda {
+
+constexpr int kHaloElements = kHaloPlaces * kProductDepth;
+static_assert(kHaloElements + kRing * kOperandElements == kProductWords * kPacket);
+static_assert(kTapsOfLine == kRing);  // a tap's place in the ring is its column
+
+// A lane of a warp gives load_matrices its row of each of four fragments, which are 16 rows apart.
+__device__ __forceinline__ int halo_row(int thread) { return Accumulators::first_row(thread) + thread % 16; }
+
+// Which taps of these rows are inside the image.
+struct TapsInside {
+  unsigned of_pair[2];  // of fragments 2i and 2i + 1, 16 bits each
+
+  // first_row: of the tile; rows: those it has
+  __device__ __forceinline__ TapsInside(const HaloPlan& plan, int64_t first_row, int rows) {
+    const int row = halo_row(thread_index());
+    const int64_t line = first_row / plan.width;
+    const int w = int(first_row - line * plan.width), h = int(line % plan.height);
+    unsigned taps[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) taps[i] = row + 16 * i < rows ? plan.taps_inside(h, w, row + 16 * i) : 0u;
+    of_pair[0] = taps[0] | taps[1] << 16, of_pair[1] = taps[2] | taps[3] << 16;
+  }
+  __device__ __forceinline__ bool has(int fragment, int line, int column) const {
+    return (of_pair[fragment / 2] >> (line * kTapsOfLine) & (1u << (fragment % 2 * 16 + column))) != 0u;
+  }
+};
+
+// acc += the halo's rows at one tap, times the weight's operand of that tap. first: the first of the halo's places
+template <class Right, class T>
+__device__ __forceinline__ void multiply_tap(Accumulators& acc, const T* halo, int first, const HaloPlan& plan,
+                                             const TapsInside& inside, int line, int column, int thread,
+                                             const T* right) {
+  const int lane = thread % 32;
+  const int b_place = Right::right_place(Accumulators::first_column(thread), 0, lane);
+  const int place =
+      int(sizeof(T)) * DepthInside::place(first + plan.place_of(halo_row(thread), line, column), lane / 16);
+#pragma unroll
+  for (int k = 0; k < kProductDepth / 16; ++k) {
+    uint32_t b[2][4];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) load_matrices<Right::kTransposed>(b[j], right + Right::moved(b_place, j, k));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      // in bytes, so that what is selected is a register or a constant, and nothing is left to compute
+      constexpr int kFragment = int(sizeof(T)) * 16 * kProductDepth,
+                    kZero = int(sizeof(T)) * kZeroPlace * kProductDepth;
+      const int at = inside.has(i, line, column) ? place ^ (k * 16 * int(sizeof(T))) : kZero - i * kFragment;
+      uint32_t a[4];
+      load_matrices<false>(a, reinterpret_cast<const char*>(halo) + at + i * kFragment);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) multiply_add<T>(acc.value[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
+  }
+}
+
+// use(place, row) for each place of the halo whose chunk this thread loads and changes; row: that of x, which may not
+// exist. first_row: of the tile
+template <class Use>
+__device__ __forceinline__ void for_each_place(const HaloPlan& plan, int64_t first_row, Use use) {
+  const ChunkThread<DepthInside> me(thread_index());
+  const int64_t row = plan.first_row(first_row);
+#pragma unroll 1
+  for (int place = me.row; place < plan.places(); place += me.kRowStep) use(place, row + place);
+}
+
+// Of a step, the first channel of the chunks that this thread loads and changes.
+__device__ __forceinline__ int halo_channel(int step) {
+  return step * kProductDepth + ChunkThread<DepthInside>(thread_index()).column * kPacket;
+}
+
+// Starts this thread's copies of a step of x [rows, depth] into the places of a halo, zeros where x has no such row.
+template <bool kPackets, class T>
+__device__ __forceinline__ void load_halo(T* halo, const T* x, const HaloPlan& plan, int64_t first_row, int depth,
+                                          int step) {
+  const int k = halo_channel(step), chunk = k / kPacket % DepthInside::kChunks;
+  for_each_place(plan, first_row, [&](int place, int64_t row) {
+    const bool exists = row >= 0 && row < plan.rows;
+    load_chunk(halo + DepthInside::place(place, chunk), x + row * depth + k, exists ? depth - k : 0, kPackets);
+  });
+}
+
+// Runs the steps of one tile. load(step, halo) starts a thread's copies into the places of a halo, prepare(step, halo)
+// changes what this thread has copied; `weights` gives the weight's operands in the order of taps and steps.
+// memory: kProductWords of shared memory, which nobody reads any more when this returns
+template <class Right, class T, class Weights, class Load, class Prepare>
+__device__ __forceinline__ void run_halo_steps(Accumulators& acc, T* memory, const HaloPlan& plan,
+                                               const TapsInside& inside, int steps, Weights weights, Load load,
+                                               Prepare prepare) {
+  T* ring = memory + kHaloElements;
+  const auto halo = [&](int step) { return memory + plan.first_place(step) * kProductDepth; };
+  if (thread_index() < kProductDepth / kPacket)
+    store_chunk(memory + DepthInside::place(kZeroPlace, thread_index()), Packet<T, kPacket>{});
+#pragma unroll
+  for (int tap = 0; tap < 2; ++tap) {
+    weights.load(ring + tap * kOperandElements, thread_index());
+    weights.next_tap();
+    commit_copies();
+  }
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    if (step == 0 || plan.halves == 1) {
+      if (step > 0) __syncthreads();  // nobody reads the step before this one
+      load(step, halo(step));
+      commit_copies();
+      wait_for_copies<0>();
+    }
+    prepare(step, halo(step));
+    const int first = plan.first_place(step), thread = thread_index();  // kept for the taps alone
+    const bool last = step + 1 == steps;
+#pragma unroll 1
+    for (int line = 0; line < kTapsOfLine; ++line) {
+#pragma unroll Weights::kUnrolled
+      for (int column = 0; column < kTapsOfLine; ++column) {
+        const bool ends = line + 1 == kTapsOfLine;
+        wait_for_copies<1>();
+        __syncthreads();  // the tap is there, and nobody reads the tap before it, whose place is loaded again
+        if (column == 0 || !ends || !last) weights.load(ring + (column + 2) % kRing * kOperandElements, thread);
+        column == 0 && ends ? weights.next_step() : weights.next_tap();
+        if (column == 0 && line == 0 && plan.halves == 2 && !last) load(step + 1, halo(step + 1));
+        commit_copies();  // an empty group too: waits count groups
+        multiply_tap<Right>(acc, memory, first, plan, inside, line, column, thread, ring + column * kOperandElements);
+      }
+    }
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+}
+
+}  // namespace fusedres::cuda
