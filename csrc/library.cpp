@@ -107,16 +107,17 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def("conv_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask) -> Tensor");
   // for a convolution with stride; adds to dx
   m.def("conv_backward_input_(Tensor(a!) dx, Tensor dy, Tensor weight, int stride_height, int stride_width) -> ()");
-  // 3x3 convolutions: on the CPU by Winograd's algorithm, without stride and mask; on CUDA, the forward alone, without
-  // it, tile 0. `finite`: whether every result of the convolution is; else the results
-  // are to be thrown away.
+  // 3x3 convolutions: on the CPU by Winograd's algorithm, without stride, mask and BN's backward; on CUDA without it,
+  // tile 0, and the input gradient without stride. `finite`: whether every result of the convolution is; else the
+  // results are to be thrown away.
   m.def(
       "conv3x3_forward(Tensor x, Tensor weight, Tensor? in_scale, Tensor? in_shift, Tensor? scale, Tensor? shift,"
       " Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, bool relu, bool save_stats, int tile,"
       " int stride=1, bool save_mask=False) -> (Tensor y, Tensor? mask, Tensor? mean, Tensor? var, bool finite)");
   m.def(
-      "conv3x3_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask, int tile)"
-      " -> (Tensor dx, bool finite)");
+      "conv3x3_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask, int tile,"
+      " Tensor? c=None, Tensor? scale=None, Tensor? shift=None, Tensor? A=None, Tensor? B=None, Tensor? K=None,"
+      " bool relu=False) -> (Tensor dx, Tensor? dc, bool finite)");
   m.def(
       "conv3x3_backward_weight(Tensor dy, Tensor x, Tensor? in_scale, Tensor? in_shift, int tile)"
       " -> (Tensor dw, bool finite)");

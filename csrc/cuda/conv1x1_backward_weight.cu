@@ -6,6 +6,12 @@
 
 namespace fusedres::cuda {
 
+struct Conv1x1BackwardWeightPlan {
+  RowsPlan product;
+  bool packets_left;   // rows of dy are whole chunks at multiples of 16 bytes
+  bool packets_right;  // the same of c and its vectors
+};
+
 // Before the product: what to subtract from a, `pivot`, and what is left of center to subtract after it, `rest`.
 // Far from 0 a - pivot is exact. Elsewhere it is rounded, and a pivot of 8 bits, a multiple of the spacing of a's
 // values, leaves that to the bits of a: all bits of center would round every row the same way. In bfloat16 it would
@@ -26,19 +32,21 @@ __global__ void __launch_bounds__(kSampleThreads)
 }
 
 // pivot: null without center. workspace: as RowsPlan has it
-template <class T, bool kPackets>
+template <class T>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
-    conv1x1_backward_weight_kernel(Conv1x1BackwardWeight args, RowsPlan product, const float* pivot, float* workspace) {
+    conv1x1_backward_weight_kernel(Conv1x1BackwardWeight args, Conv1x1BackwardWeightPlan plan, const float* pivot,
+                                   float* workspace) {
   FUSEDRES_SHARED(uint4, memory, kProductWords);
   T* ring = reinterpret_cast<T*>(memory);
+  const RowsPlan& product = plan.product;
   const int64_t first_row = product.first_row(blockIdx.y);
   const int rows = int(product.rows_from(first_row));
   int right_tile;
   const int left_tile = product.left_tile(blockIdx.x, &right_tile);
-  const RowsOperand<T, kPackets> dy{static_cast<const T*>(args.dy) + first_row * product.left, product.left,
-                                    left_tile * kProductSide};
-  const RowsOperand<T, kPackets> c{static_cast<const T*>(args.c) + first_row * product.right, product.right,
-                                   right_tile * kProductSide};
+  const RowsOperand<T> dy{static_cast<const T*>(args.dy) + first_row * product.left, product.left,
+                          left_tile * kProductSide, plan.packets_left};
+  const RowsOperand<T> c{static_cast<const T*>(args.c) + first_row * product.right, product.right,
+                         right_tile * kProductSide, plan.packets_right};
   unsigned bits[kChunksOfThread];  // of the step after the one that is multiplied
   const auto fetch = [&](int step) {
     const ChunkThread<DepthOutside> me(thread_index());
@@ -117,15 +125,16 @@ cudaError_t conv1x1_backward_weight(const Conv1x1BackwardWeight& args, const Wor
   DeviceLimits limits;
   cudaError_t error = current_device_limits(&limits);
   if (error != cudaSuccess) return error;
-  const RowsPlan plan = plan_of(args, limits);
+  Conv1x1BackwardWeightPlan plan{};
+  plan.product = plan_of(args, limits);
   const int64_t pivots = pivot_floats(args);
-  if (workspace.bytes < size_t(2 * pivots + plan.floats()) * 4 || !aligned_to_16(workspace.data))
+  if (workspace.bytes < size_t(2 * pivots + plan.product.floats()) * 4 || !aligned_to_16(workspace.data))
     return cudaErrorInvalidValue;
   float* pivot = pivots == 0 ? nullptr : static_cast<float*>(workspace.data);
   float* rest = pivots == 0 ? nullptr : pivot + pivots;
   float* partials = static_cast<float*>(workspace.data) + 2 * pivots;
-  const bool packets = args.out_channels % kPacket == 0 && args.in_channels % kPacket == 0 &&
-                       aligned_to_16(args.dy, args.c, args.scale, args.shift);
+  plan.packets_left = args.out_channels % kPacket == 0 && aligned_to_16(args.dy);
+  plan.packets_right = args.in_channels % kPacket == 0 && aligned_to_16(args.c, args.scale, args.shift);
   error = for_half_dtype(args.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (pivot != nullptr) {
@@ -134,14 +143,12 @@ cudaError_t conv1x1_backward_weight(const Conv1x1BackwardWeight& args, const Wor
           launch(conv1x1_pivot_kernel<T>, blocks, dim3(kSampleThreads), stream, args, pivot, rest);
       if (error != cudaSuccess) return error;
     }
-    return for_flag(packets, [&](auto flag) {
-      return launch(conv1x1_backward_weight_kernel<T, flag>, dim3(unsigned(plan.tiles), unsigned(plan.splits)),
-                    dim3(kProductThreads), stream, args, plan, static_cast<const float*>(pivot), partials);
-    });
+    return launch(conv1x1_backward_weight_kernel<T>, dim3(unsigned(plan.product.tiles), unsigned(plan.product.splits)),
+                  dim3(kProductThreads), stream, args, plan, static_cast<const float*>(pivot), partials);
   });
   if (error != cudaSuccess) return error;
   const int64_t blocks = ceil_div(args.in_channels * args.out_channels, kPacketThreads);
-  return launch(merge_backward_weight_kernel, dim3(unsigned(blocks)), dim3(kPacketThreads), stream, args, plan,
+  return launch(merge_backward_weight_kernel, dim3(unsigned(blocks)), dim3(kPacketThreads), stream, args, plan.product,
                 static_cast<const float*>(rest), static_cast<const float*>(partials));
 }
 

@@ -29,6 +29,7 @@ struct ReversedWeights {
     const ChunkThread<DepthOutside> me(thread_index());
     const int column = first_column + me.column * kPacket;
     left_columns = plan.columns - column, left_rows = plan.depth - me.row;
+    if (left_columns <= 0) left_rows = 0;
     at = static_cast<const T*>(args.weight) + (int64_t(me.row) * kTaps + kTaps - 1) * plan.columns + column;
   }
   __device__ __forceinline__ void load(T* operand, int thread) const {
@@ -36,7 +37,10 @@ struct ReversedWeights {
 #pragma unroll
     for (int i = 0; i < kChunksOfThread; ++i)
       load_chunk(operand + me.place(i), at + i * me.kRowStep * kTaps * int64_t(plan.columns),
-                 i * me.kRowStep < left_rows ? left_columns : 0, kPackets);
+                 i * me.kRowStep >= left_rows ? 0
+                 : kPackets                   ? kPacket
+                                              : left_columns,
+                 kPackets);
   }
   __device__ __forceinline__ void next_tap() { at -= plan.columns; }
   __device__ __forceinline__ void next_step() {
@@ -44,27 +48,27 @@ struct ReversedWeights {
   }
 };
 
-// Makes dc of this thread's chunks of dy in the halo, and stores that of rows of the tile if `store`.
-// halo: the first of its places; k: the first of the chunks' channels
+// Makes dc of this thread's chunks of dy in the halo, and stores that of rows of the tile in the first of the blocks
+// that make it. halo: the first of its places; k: the first of the chunks' channels
 template <class T, bool kPackets>
 __device__ __forceinline__ void differentiate_halo(const Conv3x3BnBackwardInput& args,
                                                    const Conv3x3BackwardInputPlan& plan, int64_t first_row, int k,
-                                                   T* halo, bool store) {
+                                                   T* halo) {
   const int depth = plan.product.depth, chunk = k / kPacket % DepthInside::kChunks;
+  const int64_t first = plan.halo.first_row(first_row) * depth + k;
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     const int channel = k + half * kHalf, valid = depth - channel;
     if (!kPackets && valid <= 0) return;
     const ChannelVectors vectors(args, channel, kPackets);
-    for_each_place(plan.halo, first_row, [&](int place, int64_t row) {
-      if (row < 0 || row >= plan.product.rows) return;
+    for_each_place(plan.halo.begin(first_row), plan.halo.end(first_row), [&](int place) {
       uint2* at = reinterpret_cast<uint2*>(halo + DepthInside::place(place, chunk)) + half;
-      const int64_t here = row * depth + channel;
+      const int64_t here = first + place * int64_t(depth) + half * kHalf;
       const uint2 dc =
           differentiated<T>(args, *at, load_half<T>(static_cast<const T*>(args.c) + here, valid, kPackets), vectors);
       *at = dc;
-      if (store && row >= first_row && row - first_row < kProductSide)
-        store_half(static_cast<T*>(args.dc) + here, dc, valid, kPackets);
+      const bool of_tile = unsigned(place - plan.halo.width - 1) < unsigned(kProductSide);
+      if (blockIdx.x == 0 && of_tile) store_half(static_cast<T*>(args.dc) + here, dc, valid, kPackets);
     });
   }
 }
@@ -90,7 +94,7 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
         [&](int step, T* halo) {
           const int k = halo_channel(step);
           if (!kPrologue || args.c == nullptr || k >= product.depth) return;
-          differentiate_halo<T, kPackets>(args, plan, first_row, k, halo, first_column == 0);
+          differentiate_halo<T, kPackets>(args, plan, first_row, k, halo);
         });
     ColumnSums unused;
     const int own = packet_column(thread_index()), valid = product.columns - first_column - own;

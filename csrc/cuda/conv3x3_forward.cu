@@ -62,9 +62,8 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
           float scale[kPacket], shift[kPacket];
           load_vector_chunk(scale, args.in_scale, k, product.depth, kPackets);
           load_vector_chunk(shift, args.in_shift, k, product.depth, kPackets);
-          for_each_place(halo_plan, first_row, [&](int place, int64_t) {
-            activate_chunk(halo + DepthInside::place(place, chunk), scale, shift);
-          });
+          for_each_place(halo_plan.begin(first_row), halo_plan.end(first_row),
+                         [&](int place) { activate_chunk(halo + DepthInside::place(place, chunk), scale, shift); });
         });
     finish_tile<T, kStatistics>(args, plan, acc, tile, first_column, reinterpret_cast<float*>(memory), moments);
   }

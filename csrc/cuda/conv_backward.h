@@ -6,25 +6,11 @@
 
 namespace fusedres::cuda {
 
-constexpr int kHalf = kPacket / 2;
-
-// Four values of a channel vector, 0 past its end.
-__device__ __forceinline__ float4 load_vector_half(const float* vector, int first, int channels, bool packets) {
-  if (packets) return __ldg(reinterpret_cast<const float4*>(vector + first));
-  const auto at = [&](int i) { return first + i < channels ? vector[first + i] : 0.f; };
-  return make_float4(at(0), at(1), at(2), at(3));
-}
-
-template <class T>
-struct HalfPacket {
-  T value[kHalf];
-};
-
 // Half a chunk in global memory, as load_part and store_part have a chunk.
 template <class T>
 __device__ __forceinline__ uint2 load_half(const T* from, int valid, bool packets) {
   if (packets) return load_8_bytes(from);
-  HalfPacket<T> half;
+  Packet<T, kHalf> half;
 #pragma unroll
   for (int e = 0; e < kHalf; ++e) half.value[e] = e < valid ? from[e] : round_to<T>(0.f);
   uint2 word;
@@ -34,7 +20,7 @@ __device__ __forceinline__ uint2 load_half(const T* from, int valid, bool packet
 template <class T>
 __device__ __forceinline__ void store_half(T* to, uint2 word, int valid, bool packets) {
   if (packets) return store_8_bytes(to, word);
-  HalfPacket<T> half;
+  Packet<T, kHalf> half;
   memcpy(&half, &word, sizeof half);
 #pragma unroll
   for (int e = 0; e < kHalf; ++e)
@@ -66,7 +52,7 @@ constexpr float kLargestZero = std::is_same_v<T, __half> ? 0x1p-25f : 0x1p-134f;
 template <class T, class Args>
 __device__ __forceinline__ uint2 differentiated(const Args& args, uint2 dy_word, uint2 c_word,
                                                 const ChannelVectors& vectors) {
-  HalfPacket<T> dy, c;
+  Packet<T, kHalf> dy, c;
   memcpy(&dy, &dy_word, sizeof dy);
   memcpy(&c, &c_word, sizeof c);
   const float *scale = &vectors.scale.x, *shift = &vectors.shift.x;

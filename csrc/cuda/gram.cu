@@ -6,6 +6,11 @@
 
 namespace fusedres::cuda {
 
+struct GramPlan {
+  RowsPlan product;
+  bool packets;  // rows of c are whole chunks at multiples of 16 bytes, and the vectors too
+};
+
 // reference [C]: where a's mean is far from 0 that mean, rounded, so that a - reference is exact; else 0.
 template <class T>
 __global__ void __launch_bounds__(kSampleThreads) gram_reference_kernel(Gram args, float* reference) {
@@ -15,18 +20,19 @@ __global__ void __launch_bounds__(kSampleThreads) gram_reference_kernel(Gram arg
   reference[i] = found.far ? to_float(round_to<T>(found.mean)) : 0.f;
 }
 
-template <class T, bool kPackets>
+template <class T>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
-    gram_kernel(Gram args, RowsPlan product, const float* reference, float* workspace) {
+    gram_kernel(Gram args, GramPlan plan, const float* reference, float* workspace) {
   FUSEDRES_SHARED(uint4, memory, kProductWords);
   T* ring = reinterpret_cast<T*>(memory);
+  const RowsPlan& product = plan.product;
   const int64_t first_row = product.first_row(blockIdx.y);
   const int rows = int(product.rows_from(first_row));
   int right_tile;
   const int left_tile = product.left_tile(blockIdx.x, &right_tile);
   const T* first = static_cast<const T*>(args.c) + first_row * product.left;
-  const RowsOperand<T, kPackets> c_left{first, product.left, left_tile * kProductSide};
-  const RowsOperand<T, kPackets> c_right{first, product.right, right_tile * kProductSide};
+  const RowsOperand<T> c_left{first, product.left, left_tile * kProductSide, plan.packets};
+  const RowsOperand<T> c_right{first, product.right, right_tile * kProductSide, plan.packets};
   ChunkSums sums = {};
   Accumulators acc;
   acc.clear();
@@ -81,25 +87,24 @@ cudaError_t gram(const Gram& args, const Workspace& workspace, cudaStream_t stre
   DeviceLimits limits;
   cudaError_t error = current_device_limits(&limits);
   if (error != cudaSuccess) return error;
-  const RowsPlan plan = plan_of(args, limits);
-  if (workspace.bytes < size_t(reference_floats(args) + plan.floats()) * 4 || !aligned_to_16(workspace.data))
+  GramPlan plan{};
+  plan.product = plan_of(args, limits);
+  if (workspace.bytes < size_t(reference_floats(args) + plan.product.floats()) * 4 || !aligned_to_16(workspace.data))
     return cudaErrorInvalidValue;
   float* reference = static_cast<float*>(workspace.data);
   float* partials = reference + reference_floats(args);
-  const bool packets = args.channels % kPacket == 0 && aligned_to_16(args.c, args.scale, args.shift);
+  plan.packets = args.channels % kPacket == 0 && aligned_to_16(args.c, args.scale, args.shift);
   error = for_half_dtype(args.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const dim3 blocks(unsigned(ceil_div(args.channels, kSampleThreads)));
     const cudaError_t error = launch(gram_reference_kernel<T>, blocks, dim3(kSampleThreads), stream, args, reference);
     if (error != cudaSuccess) return error;
-    return for_flag(packets, [&](auto flag) {
-      return launch(gram_kernel<T, flag>, dim3(unsigned(plan.tiles), unsigned(plan.splits)), dim3(kProductThreads),
-                    stream, args, plan, static_cast<const float*>(reference), partials);
-    });
+    return launch(gram_kernel<T>, dim3(unsigned(plan.product.tiles), unsigned(plan.product.splits)),
+                  dim3(kProductThreads), stream, args, plan, static_cast<const float*>(reference), partials);
   });
   if (error != cudaSuccess) return error;
   const int64_t blocks = ceil_div(args.channels * args.channels, kPacketThreads);
-  return launch(merge_gram_kernel, dim3(unsigned(blocks)), dim3(kPacketThreads), stream, args, plan,
+  return launch(merge_gram_kernel, dim3(unsigned(blocks)), dim3(kPacketThreads), stream, args, plan.product,
                 static_cast<const float*>(reference), static_cast<const float*>(partials));
 }
 

@@ -61,14 +61,13 @@ __device__ __forceinline__ void multiply_tap(Accumulators& acc, const T* halo, i
   }
 }
 
-// use(place, row) for each place of the halo whose chunk this thread loads and changes; row: that of x, which may not
-// exist. first_row: of the tile
+// use(place) for each place of the halo whose chunk this thread loads and changes, from `begin` to `end`.
 template <class Use>
-__device__ __forceinline__ void for_each_place(const HaloPlan& plan, int64_t first_row, Use use) {
+__device__ __forceinline__ void for_each_place(int begin, int end, Use use) {
   const ChunkThread<DepthInside> me(thread_index());
-  const int64_t row = plan.first_row(first_row);
 #pragma unroll 1
-  for (int place = me.row; place < plan.places(); place += me.kRowStep) use(place, row + place);
+  for (int place = me.row; place < end; place += me.kRowStep)
+    if (place >= begin) use(place);
 }
 
 // Of a step, the first channel of the chunks that this thread loads and changes.
@@ -81,9 +80,11 @@ template <bool kPackets, class T>
 __device__ __forceinline__ void load_halo(T* halo, const T* x, const HaloPlan& plan, int64_t first_row, int depth,
                                           int step) {
   const int k = halo_channel(step), chunk = k / kPacket % DepthInside::kChunks;
-  for_each_place(plan, first_row, [&](int place, int64_t row) {
-    const bool exists = row >= 0 && row < plan.rows;
-    load_chunk(halo + DepthInside::place(place, chunk), x + row * depth + k, exists ? depth - k : 0, kPackets);
+  const int begin = plan.begin(first_row), end = plan.end(first_row);
+  const T* from = x + plan.first_row(first_row) * depth + k;
+  for_each_place(0, plan.places(), [&](int place) {
+    load_chunk(halo + DepthInside::place(place, chunk), from + place * int64_t(depth),
+               begin <= place && place < end ? depth - k : 0, kPackets);
   });
 }
 

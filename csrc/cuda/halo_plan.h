@@ -28,6 +28,14 @@ struct HaloPlan {
   }
   // the row of x in the first of its places, of the tile from row `first` on
   FUSEDRES_HOST_DEVICE constexpr int64_t first_row(int64_t first) const { return first - width - 1; }
+  // of its places, those from begin to end are of rows that x has
+  FUSEDRES_HOST_DEVICE constexpr int begin(int64_t first) const {
+    return first_row(first) < 0 ? int(-first_row(first)) : 0;
+  }
+  FUSEDRES_HOST_DEVICE constexpr int end(int64_t first) const {
+    const int64_t left = rows - first_row(first);
+    return left < places() ? int(left) : places();
+  }
   // A bit for each tap that is inside the image, of the position `row` rows behind one in line `h` and column `w`.
   FUSEDRES_HOST_DEVICE constexpr unsigned taps_inside(int h, int w, int row) const {
     const int column = (w + row) % width, line = (h + (w + row) / width) % height;

@@ -137,16 +137,16 @@ __device__ __forceinline__ T activate(T c, float scale, float shift) {
   return passes(to_float(rounded)) ? rounded : round_to<T>(0.f);
 }
 
-// The same of the 8 values of a chunk, two at a time.
-template <class T>
-__device__ __forceinline__ Packet<T, kPacket> activated(const Packet<T, kPacket>& c, const float (&scale)[kPacket],
-                                                        const float (&shift)[kPacket]) {
-  uint32_t pairs[kPacket / 2];
+// The same of N neighbouring values, two at a time.
+template <class T, int N>
+__device__ __forceinline__ Packet<T, N> activated(const Packet<T, N>& c, const float (&scale)[N],
+                                                  const float (&shift)[N]) {
+  uint32_t pairs[N / 2];
 #pragma unroll
-  for (int i = 0; i < kPacket; i += 2)
+  for (int i = 0; i < N; i += 2)
     pairs[i / 2] = round_pair_relu<T>(affine(to_float(c.value[i]), scale[i], shift[i]),
                                       affine(to_float(c.value[i + 1]), scale[i + 1], shift[i + 1]));
-  Packet<T, kPacket> out;
+  Packet<T, N> out;
   memcpy(&out, pairs, sizeof out);
   return out;
 }
@@ -163,6 +163,15 @@ __device__ __forceinline__ void load_vector_chunk(float (&out)[kPacket], const f
   if (packets && first < channels) return load_vector(out, vector, first);
 #pragma unroll
   for (int i = 0; i < kPacket; ++i) out[i] = first + i < channels ? vector[first + i] : 0.f;
+}
+
+constexpr int kHalf = kPacket / 2;
+
+// Four values of a channel vector, 0 past its end.
+__device__ __forceinline__ float4 load_vector_half(const float* vector, int first, int channels, bool packets) {
+  if (packets) return __ldg(reinterpret_cast<const float4*>(vector + first));
+  const auto at = [&](int i) { return first + i < channels ? vector[first + i] : 0.f; };
+  return make_float4(at(0), at(1), at(2), at(3));
 }
 
 // The accumulators of one thread: its warp has 64 rows and 32 columns of the tile, as 4 x 4 fragments.

@@ -36,12 +36,12 @@ __device__ __forceinline__ void multiply_rows(Accumulators& acc, const T* left, 
 }
 
 // One operand's matrix [P, channels], and the block's share of it.
-// kPackets: its rows are whole chunks at multiples of 16 bytes, and so are the vectors
-template <class T, bool kPackets>
+template <class T>
 struct RowsOperand {
   const T* first;  // of the split's first row
   int channels;
   int channel;  // the first of the tile
+  bool packets;
 
   __device__ __forceinline__ int channel_of(const ChunkThread<DepthOutside>& me) const {
     return channel + me.column * kPacket;
@@ -55,7 +55,7 @@ struct RowsOperand {
 #pragma unroll
     for (int i = 0; i < kChunksOfThread; ++i) {
       const bool has_row = step * kProductDepth + me.row_of(i) < rows;
-      load_chunk(to + me.place(i), first + place(me, step, i), has_row ? channels - channel_of(me) : 0, kPackets);
+      load_chunk(to + me.place(i), first + place(me, step, i), has_row ? channels - channel_of(me) : 0, packets);
     }
   }
 };
@@ -68,26 +68,26 @@ struct ChunkSums {
 // a - pivot in place of c, with a = relu(scale*c + shift), rounded; rows and channels that do not exist stay 0. pivot
 // may be null: 0. The differences are added to `sums` before they are rounded, if there are any.
 // kAtOnce: as many chunks as the registers of the kernel allow
-template <int kAtOnce, class T, bool kPackets>
-__device__ __forceinline__ void center_chunks(T* tile, const RowsOperand<T, kPackets>& operand, int step, int rows,
+template <int kAtOnce, class T>
+__device__ __forceinline__ void center_chunks(T* tile, const RowsOperand<T>& operand, int step, int rows,
                                               const float* scale, const float* shift, const float* pivot,
                                               ChunkSums* sums) {
   const ChunkThread<DepthOutside> me(thread_index());
   const int channel = operand.channel_of(me);
   if (channel >= operand.channels) return;
   float s[kPacket], b[kPacket], p[kPacket];
-  load_vector_chunk(s, scale, channel, operand.channels, kPackets);
-  load_vector_chunk(b, shift, channel, operand.channels, kPackets);
+  load_vector_chunk(s, scale, channel, operand.channels, operand.packets);
+  load_vector_chunk(b, shift, channel, operand.channels, operand.packets);
 #pragma unroll
   for (int e = 0; e < kPacket; ++e) p[e] = 0.f;
-  if (pivot != nullptr) load_vector_chunk(p, pivot, channel, operand.channels, kPackets);
+  if (pivot != nullptr) load_vector_chunk(p, pivot, channel, operand.channels, operand.packets);
 #pragma unroll kAtOnce
   for (int i = 0; i < kChunksOfThread; ++i) {
     if (step * kProductDepth + me.row_of(i) >= rows) continue;
-    Packet<T, kPacket> chunk = activated(read_chunk(tile + me.place(i)), s, b);
+    Packet<T, kPacket> chunk = read_chunk(tile + me.place(i));
 #pragma unroll
     for (int e = 0; e < kPacket; ++e) {
-      const float difference = to_float(chunk.value[e]) - p[e];
+      const float difference = to_float(activate(chunk.value[e], s[e], b[e])) - p[e];
       if (sums != nullptr) sums->value[e] += difference;
       chunk.value[e] = round_to<T>(difference);
     }

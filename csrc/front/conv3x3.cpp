@@ -77,9 +77,15 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, bool> conv3x3
 
 // dy [N, Cout, H, W], weight [Cout, Cin, 3, 3], shortcut_dy and the result [N, Cin, H, W]
 template <class Device>
-std::tuple<Tensor, bool> conv3x3_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy,
-                                                OptionalTensor mask, int64_t tile) {
+std::tuple<Tensor, OptionalTensor, bool> conv3x3_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy,
+                                                                OptionalTensor mask, int64_t tile, OptionalTensor c,
+                                                                OptionalTensor scale, OptionalTensor shift,
+                                                                OptionalTensor a, OptionalTensor b, OptionalTensor k,
+                                                                bool relu) {
   const char* op = "conv3x3_backward_input";
+  if (c || scale || shift || a || b || k || relu) {
+    fail(op, "the call", "one with BN's backward", "the convolution alone", "use backend='reference'");
+  }
   const Conv3x3 sizes = check_3x3<Device>(op, "dy", dy, weight, 0, tile);
   Tensor dx = new_channels_last(dy, sizes.batch, sizes.in_channels, sizes.height, sizes.width, dtype_code(dy));
   check_like(op, "shortcut_dy", shortcut_dy, dx);
@@ -92,7 +98,7 @@ std::tuple<Tensor, bool> conv3x3_backward_input(Tensor dy, Tensor weight, Option
   const Device on(op, dy);
   const bool finite =
       on.launch(Conv3x3BackwardInput{sizes, data(dy), data(weight), data(shortcut_dy), byte_data(mask), written(dx)});
-  return {dx, finite};
+  return {dx, OptionalTensor(), finite};
 }
 
 // dy [N, Cout, H, W], x [N, Cin, H, W] -> [Cout, Cin, 3, 3], channels_last

@@ -125,6 +125,9 @@ void Cuda::launch(const ConvForward& args) const {
 void Cuda::launch(const Conv1x1BackwardInput& args) const {
   check_launch(op_, cuda::conv1x1_backward_input(args, stream_));
 }
+void Cuda::launch(const Conv3x3BnBackwardInput& args) const {
+  check_launch(op_, cuda::conv3x3_backward_input(args, stream_));
+}
 void Cuda::launch(const Conv1x1BackwardWeight& args) const {
   launch_in_scratch(args, cuda::conv1x1_backward_weight_workspace(args), cuda::conv1x1_backward_weight);
 }

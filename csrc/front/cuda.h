@@ -45,6 +45,7 @@ class Cuda {
   void launch(const BnReluMaxpoolBackwardInput& args) const;
   void launch(const ConvForward& args) const;
   void launch(const Conv1x1BackwardInput& args) const;
+  void launch(const Conv3x3BnBackwardInput& args) const;
   void launch(const Conv1x1BackwardWeight& args) const;
   void launch(const Gram& args) const;
   void launch(const GramOutputStats& args) const;

@@ -2,6 +2,7 @@
 // results and calls the launcher of CUDA: a build without CUDA leaves this file out.
 #include <tuple>
 
+#include "../cuda/halo_plan.h"
 #include "allocate.h"
 #include "conv_forward.h"
 #include "device_ops.h"
@@ -48,6 +49,46 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, bool> conv3x3
       conv_forward<Device>(op, 3, x, weight, std::nullopt, stride, in_scale, in_shift, scale, shift, residual,
                            residual_scale, residual_shift, relu, save_mask, save_stats);
   return {y, mask, mean, var, true};
+}
+
+// dy and c [N, Cout, H, W], weight [Cout, Cin, 3, 3], shortcut_dy [N, Cin, H, W] -> dx like it, dc like c. `tile` as in
+// the forward.
+template <class Device>
+std::tuple<Tensor, OptionalTensor, bool> conv3x3_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy,
+                                                                OptionalTensor mask, int64_t tile, OptionalTensor c,
+                                                                OptionalTensor scale, OptionalTensor shift,
+                                                                OptionalTensor a, OptionalTensor b, OptionalTensor k,
+                                                                bool relu) {
+  const char* op = "conv3x3_backward_input";
+  if (tile != 0) fail(op, "tile", std::to_string(tile), "0", "Winograd's algorithm is the CPU's");
+  const Shape shape = check_weight<Device>(op, "dy", dy, weight, 0, 3);
+  check_like(op, "c", c, dy);
+  check_together(op, "c, A", c.has_value(), a.has_value());
+  check_together(op, "c, scale", c.has_value(), scale.has_value());
+  VectorPair{"scale, shift", "scale", "shift", scale, shift}.check(op, shape.channels);
+  const Coefficients grads = check_coefficients(op, a, b, k, shape.channels);
+  if (!c && (b || relu)) fail(op, "c", "absent", "c with B, K and relu", "pass what BN was applied to");
+  const int64_t channels = weight.size(1), height = dy.size(2), width = dy.size(3);
+  if (!cuda::halo_fits(width)) {
+    fail(op, "dy", std::to_string(width) + " positions in a line", "fewer", "use backend='reference'");
+  }
+  const Device on(
+      op, dy,
+      {Named("c", c), Named("scale", scale), Named("shift", shift), Named("A", a), Named("B", b), Named("K", k),
+       Named("weight", weight), Named("shortcut_dy", shortcut_dy), Named("shortcut_mask", mask)});
+  Tensor dx = new_channels_last(dy, dy.size(0), channels, height, width, dtype_code(dy));
+  OptionalTensor dc;
+  if (c) dc = new_like(dy);
+  check_like(op, "shortcut_dy", shortcut_dy, dx);
+  if (mask && !shortcut_dy) fail(op, "shortcut_mask", "without shortcut_dy", "both or no mask", "pass the pair");
+  check_mask(op, mask, dx);
+  on.launch(
+      Conv3x3BnBackwardInput{{shape.dtype, shape.rows, channels, shape.channels, dy.const_data_ptr(), untyped(c), relu,
+                              data(scale), data(shift), grads, weight.const_data_ptr(), untyped(shortcut_dy),
+                              byte_data(mask), dx.mutable_data_ptr(), dc ? dc->mutable_data_ptr() : nullptr},
+                             height,
+                             width});
+  return {dx, dc, true};
 }
 
 Tensor new_matrix(const Tensor& like, int64_t rows, int64_t columns) {
@@ -220,6 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_gram_backward_input(Tensor dy, Option
 FUSEDRES_OPS(CUDA, m) {
   using namespace fusedres::front;
   m.impl("conv3x3_forward", TORCH_BOX(&conv3x3_forward<Cuda>));
+  m.impl("conv3x3_backward_input", TORCH_BOX(&conv3x3_backward_input<Cuda>));
   m.impl("conv1x1_backward_input", TORCH_BOX(&conv1x1_backward_input<Cuda>));
   m.impl("conv1x1_backward_weight", TORCH_BOX(&conv1x1_backward_weight<Cuda>));
   m.impl("gram", TORCH_BOX(&gram<Cuda>));

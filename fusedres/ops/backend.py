@@ -33,6 +33,7 @@ REASONS: dict[str, str] = {
     "no_channels": "there are no channels",
     "too_many_rows": "row numbers would pass 32 bits",
     "too_many_channels": "offsets inside a tile would pass 32 bits",
+    "too_wide": "a line of the image has no room in the kernel's halo",
     "odd_channels": "products of bfloat16 take channels in pairs",
     "mask": "the kernel does not take this mask",
     "groups": "grouped convolutions are the library's",

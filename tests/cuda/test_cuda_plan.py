@@ -5,6 +5,8 @@ import itertools
 import cuda_host_build
 import pytest
 
+from fusedres.ops.native.products import WIDEST_LINE
+
 pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="no CUDA headers here")
 
 CHANNELS = (1, 3, 8, 17, 24, 64, 256, 1000, 2048, 8 * 251)
@@ -136,3 +138,36 @@ def test_partial_products_are_at_most_five_percent_of_narrow_activations(host):
     rows, cout, cin = 256 * 56 * 56, 256, 64
     plan = host.plan_rows(rows, cout, cin, False, 132)
     assert plan.floats() * 4 <= 0.05 * rows * (cout + cin) * 2
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (5, 1), (7, 7), (3, 30), (4, 31), (2, 126)])
+def test_every_tap_inside_the_image_finds_its_position_in_the_halo(host, height, width):
+    rows = 3 * height * width
+    plan = host.plan_halo(height, width, rows)
+    for first in range(0, rows, 128):
+        h, w = first // width % height, first % width
+        for row in range(min(128, rows - first)):
+            bits = plan.taps_inside(h, w, row)
+            for tap in range(9):
+                line, column = (
+                    (first + row) // width % height + tap // 3 - 1,
+                    (first + row) % width + tap % 3 - 1,
+                )
+                assert bits >> tap & 1 == (0 <= line < height and 0 <= column < width)
+                place = plan.place_of(row, tap // 3, tap % 3)
+                assert 0 <= place < plan.places()
+                there = first + row + (tap // 3 - 1) * width + tap % 3 - 1
+                assert plan.first_row(first) + place == there
+                assert not bits >> tap & 1 or 0 <= there < rows
+        assert plan.place_of(127, 2, 2) == plan.places() - 1
+
+
+def test_halos_have_room_beside_the_place_of_zeros(host):
+    for width in range(1, WIDEST_LINE + 1):
+        plan = host.plan_halo(5, width, 5 * width)
+        firsts = [plan.first_place(step) for step in range(3)]
+        assert firsts == ([0, 192, 0] if plan.halves == 2 else [0, 0, 0])
+        assert max(firsts) + plan.places() < host.halo_places and host.halo_fits(width)
+        assert plan.places() <= 192 or plan.halves == 1
+    assert host.plan_halo(5, 30, 150).halves == 2 and host.plan_halo(5, 31, 155).halves == 1
+    assert not host.halo_fits(WIDEST_LINE + 1)

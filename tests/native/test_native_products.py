@@ -12,6 +12,7 @@ from fusedres.ops.contract import (
     Conv1x1BackwardWeight,
     Conv1x1Forward,
     Conv1x1GramBackwardInput,
+    Conv3x3BackwardInput,
     Conv3x3Forward,
     Gram,
     GramBackwardCoefficients,
@@ -98,6 +99,14 @@ FROZEN = {"m": None, "S": None, "center": None}
 FROZEN_INPUT = {"weight_a": None, "center": None, "offset": None}
 
 
+def backward_input3x3(**changes):
+    v, g = BatchNormVectors(*[vector(33)] * 5), BatchNormGrads(*[vector(33)] * 5)
+    mask = torch.empty(2 * 17 * 35, dtype=torch.uint8, device="cuda")
+    window = torch.empty(33, 17, 3, 3, dtype=torch.bfloat16, device="cuda")  # in any memory format
+    op = Conv3x3BackwardInput(image(33), image(17), window, 1, image(33), v, g, True, image(17), mask)
+    return op._replace(**changes)
+
+
 def test_products_take_any_number_of_channels_and_what_comes_with_them():
     backend = functions.backend()
     for changes in ({}, {"save_mask": True}, {"save_stats": True}, {"relu": True}, {"bias": None}):
@@ -113,6 +122,13 @@ def test_products_take_any_number_of_channels_and_what_comes_with_them():
         {"shortcut_dy": None, "shortcut_mask": None},
     ):
         assert backend.reason(backward_input(**changes)) is None
+    for changes in (
+        {},
+        {"grads": frozen},
+        {"c": None, "vectors": None, "grads": None},
+        {"shortcut_dy": None, "shortcut_mask": None},
+    ):
+        assert backend.reason(backward_input3x3(**changes)) is None
     for changes in ({}, {"mask": None}, {"center": None}):
         assert backend.reason(backward_weight(**changes)) is None
     assert backend.reason(Gram(image(17), vector(17), vector(17))) is None
@@ -159,6 +175,10 @@ def test_what_products_do_not_take():
             ),
             "vector_not_dense",
         ),
+        (backward_input3x3(stride=2), "stride_or_bias"),
+        (backward_input3x3(dy=torch.empty(2, 33, 5, 127, dtype=torch.bfloat16, device="cuda")), "too_wide"),
+        (backward_input3x3(c=image(33, dtype=torch.half)), "mixed_dtypes"),
+        (backward_input3x3(shortcut_mask=torch.empty(1190, dtype=torch.uint8)), "mixed_devices"),
         (backward_weight(mask=strided((2310,), (2,), torch.uint8)), "vector_not_dense"),
         (backward_weight(mask=torch.empty(2310, dtype=torch.uint8)), "mixed_devices"),
         (backward_weight(center=vector(17, torch.double)), "vector_not_float32"),

@@ -1,4 +1,4 @@
-"""What nvcc makes of each CUDA kernel: registers, shared memory, spills, wide loads and products in the machine code.
+"""What nvcc makes of each CUDA kernel: registers, shared memory, spills, and what its machine code has.
 
 python tests/support/cuda_resources.py        rewrites cuda_resources.csv, which CI compares with a fresh build
 """
@@ -15,6 +15,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from cuda_main_loop import Code, main_loop
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "cuda_resources"
@@ -37,6 +39,8 @@ class Kernel(NamedTuple):
     spill_bytes: int  # stores and loads
     loads_of_16_bytes: int  # LDG.E.128 instructions
     products: int  # HMMA instructions: of 16 x 8 x 16, by tensor cores
+    loop_instructions: int  # of the main loop, as `cuda_main_loop` has it
+    loop_products: int
 
 
 def nvcc_release() -> str | None:
@@ -64,8 +68,8 @@ def compile_all() -> list[Path]:
     return cubins
 
 
-def instructions(cubin: bytes) -> dict[str, list[tuple[int, int]]]:
-    """Of each kernel, by mangled name: an instruction has 128 bits, the low and the high half."""
+def instructions(cubin: bytes) -> dict[str, Code]:
+    """Of each kernel, by mangled name."""
     header_offset, header_size, count, names = struct.unpack_from("<Q10xHHH", cubin, 40)
     headers = [struct.unpack_from("<II16xQQ", cubin, header_offset + i * header_size) for i in range(count)]
     strings = headers[names][2]
@@ -128,13 +132,15 @@ def measure() -> list[Kernel]:
     for cubin in compile_all():
         arch, log = cubin.suffixes[0][1:], Path(f"{cubin}.log").read_text()
         counted = counts(cubin.read_bytes())
+        code = instructions(cubin.read_bytes())
         parts = re.split(r"Function properties for (\S+)", log)[1:]
         names = readable(parts[::2])
         for mangled, name, text in zip(parts[::2], names, parts[1::2], strict=True):
             spills = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
             registers, *_ = map(int, re.findall(r"Used (\d+) registers", text))
             shared = sum(map(int, re.findall(r"(\d+) bytes smem", text)))
-            kernels.append(Kernel(arch, name, registers, shared, spills, **counted[mangled]))
+            loop = main_loop(code[mangled], int(arch))
+            kernels.append(Kernel(arch, name, registers, shared, spills, *counted[mangled].values(), *loop))
     return sorted(kernels)
 
 

@@ -25,6 +25,7 @@ from fusedres.ops.contract import (
     Conv1x1BackwardWeight,
     Conv1x1Forward,
     Conv1x1GramBackwardInput,
+    Conv3x3BackwardInput,
     Conv3x3Forward,
     ConvBackwardInput,
     ConvBackwardWeight,
@@ -126,6 +127,16 @@ def conv3x3_forward(op: Conv3x3Forward, largest_tile: int = winograd.LARGE) -> C
     return ConvOutput(y, mask, mean, var)
 
 
+def conv3x3_backward_input(op: Conv3x3BackwardInput) -> tuple[Tensor, Tensor | None]:
+    dy, _, weight, _, c, v, g, relu, *shortcut = op
+    args = dy, winograd.channels_last(weight), *shortcut, winograd.NONE
+    if v is None or g is None:
+        dx, dc, _ = LIBRARY.conv3x3_backward_input(*args)
+    else:
+        dx, dc, _ = LIBRARY.conv3x3_backward_input(*args, c, v.scale, v.shift, g.A, g.B, g.K, relu)
+    return dx, dc
+
+
 def conv1x1_backward_input(op: Conv1x1BackwardInput) -> tuple[Tensor, Tensor]:
     dy, c, v, g, weight, relu, shortcut_dy, shortcut_mask = op
     bn = v.scale, v.shift, g.A, g.B, g.K
@@ -196,6 +207,7 @@ FUNCTIONS: dict[type, Function] = {
     GramBackwardCoefficients: gram_backward_coefficients,
     Conv1x1GramBackwardInput: conv1x1_gram_backward_input,
     Conv3x3Forward: conv3x3_forward,
+    Conv3x3BackwardInput: conv3x3_backward_input,
     ConvBackwardWeight: conv_backward_weight,
     ConvBackwardInput: conv_backward_input,
 }

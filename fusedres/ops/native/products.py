@@ -14,6 +14,7 @@ from fusedres.ops.contract import (
     Conv1x1BackwardWeight,
     Conv1x1Forward,
     Conv1x1GramBackwardInput,
+    Conv3x3BackwardInput,
     Conv3x3Forward,
     Gram,
     GramBackwardCoefficients,
@@ -25,6 +26,7 @@ from fusedres.ops.native.reasons import activations_reason, vectors_reason
 # names of the GPUs on which these kernels were measured to be no slower than what else serves the op
 MEASURED_PRODUCTS: frozenset[str] = frozenset()
 MOST_CHANNELS = 2**30
+WIDEST_LINE = 126  # of the halo of a 3x3 convolution's tile: as `halo_fits` in csrc/cuda/halo_plan.h
 
 
 def product_reason(x: Tensor, weight: Tensor | None, *others: Tensor | None) -> str | None:
@@ -92,6 +94,21 @@ def backward_input_reason(op: Conv1x1BackwardInput) -> str | None:
     )
 
 
+def backward_input3x3_reason(op: Conv3x3BackwardInput) -> str | None:
+    """With a stride four products of other taps would make dx, and nobody has written them."""
+    if op.stride != 1:
+        return "stride_or_bias"
+    if op.dy.dim() == 4 and op.dy.shape[3] > WIDEST_LINE:
+        return "too_wide"
+    v, g = op.vectors, op.grads
+    vectors = () if v is None or g is None else (v.scale, v.shift, g.A, g.B, g.K)
+    return (
+        product_reason(op.dy, op.weight, op.c, op.shortcut_dy)
+        or mask_reason(op.shortcut_mask, op.dy)
+        or given_vectors_reason(*vectors)
+    )
+
+
 def backward_weight_reason(op: Conv1x1BackwardWeight) -> str | None:
     return (
         product_reason(op.c, None, op.dy)
@@ -131,6 +148,7 @@ def gram_backward_input_reason(op: Conv1x1GramBackwardInput) -> str | None:
 PRODUCTS: dict[type, tuple[str, Reason]] = {
     Conv1x1Forward: ("x", forward_reason),
     Conv3x3Forward: ("x", forward3x3_reason),
+    Conv3x3BackwardInput: ("dy", backward_input3x3_reason),
     Conv1x1BackwardInput: ("c", backward_input_reason),
     Conv1x1BackwardWeight: ("c", backward_weight_reason),
     Gram: ("c", gram_reason),

@@ -129,7 +129,7 @@ def conv3x3_forward(op: Conv3x3Forward, largest: int = LARGE) -> ConvOutput:
 
 def conv_backward_input(op: ConvBackwardInput, largest: int) -> Tensor:
     args = op.dy, channels_last(op.weight), op.shortcut_dy, op.shortcut_mask
-    dx, finite = LIBRARY.conv3x3_backward_input(*args, gradient_tile(op, largest))
+    dx, _, finite = LIBRARY.conv3x3_backward_input(*args, gradient_tile(op, largest))
     return dx if finite else REFERENCE(op)
 
 
