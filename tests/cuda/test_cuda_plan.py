@@ -145,6 +145,8 @@ def test_every_tap_inside_the_image_finds_its_position_in_the_halo(host, height,
     rows = 3 * height * width
     plan = host.plan_halo(height, width, rows)
     for first in range(0, rows, 128):
+        of_x = [0 <= plan.first_row(first) + place < rows for place in range(plan.places())]
+        assert of_x == [plan.begin(first) <= place < plan.end(first) for place in range(plan.places())]
         h, w = first // width % height, first % width
         for row in range(min(128, rows - first)):
             bits = plan.taps_inside(h, w, row)

@@ -237,6 +237,8 @@ void bind_plans(py::module_& m) {
       .def("places", &HaloPlan::places)
       .def("first_place", &HaloPlan::first_place)
       .def("first_row", &HaloPlan::first_row)
+      .def("begin", &HaloPlan::begin)
+      .def("end", &HaloPlan::end)
       .def("place_of", &HaloPlan::place_of)
       .def("taps_inside", &HaloPlan::taps_inside);
   m.def("halo_fits", halo_fits);

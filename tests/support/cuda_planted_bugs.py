@@ -159,8 +159,8 @@ BUGS = {
     "wait_too_weak": PlantedBug(
         "conv1x1_forward",
         "product.h",
-        "    wait_for_copies<1>();\n    prepare(",
-        "    wait_for_copies<2>();\n    prepare(",
+        "    wait_for_copies<1>();\n    if (step + 1 < steps)",
+        "    wait_for_copies<2>();\n    if (step + 1 < steps)",
         "plain",
         WRONG,
     ),
@@ -424,8 +424,8 @@ BUGS = {
     "side_output_of_the_halo": PlantedBug(
         "conv3x3_backward_input",
         "conv3x3_backward_input.cu",
-        "X,
-        "if (store &&",
+        "if (blockIdx.x == 0 && of_tile) store_half",
+        "if (blockIdx.x == 0) store_half",
         "thread",
         RACE,
     ),
