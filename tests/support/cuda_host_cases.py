@@ -69,6 +69,7 @@ RACES = ("groups", "groups_C129", "offset_C24", "C1", "C3", "C8", "nan_inf", "P1
 PRODUCT_RACES = {
     "conv1x1_forward": (
         "C130to33-prologue_projection_mask",
+        "C40to136-prologue_projection_mask",
         "C40to136-prologue_stats",
         "C40to136-raw",
         "P1100-bias_stats",
