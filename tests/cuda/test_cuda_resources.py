@@ -56,7 +56,7 @@ def test_products_run_on_tensor_cores(kernels):
 
 
 def test_main_loops_of_convolutions_are_as_short_as_those_of_a_library(kernels):
-    """Those by packets: the forward, and what has its prologue outside the loop; of a 1x1 window with a prologue too."""
+    """Those by packets: the forward, and what has its prologue outside the loop; 1x1 ones with a prologue too."""
     plain = re.compile(r"conv_forward_kernel<\w+, \d, true, false|conv3x3_\w+<\w+, true")
     loops = {k: k.loop_instructions / k.loop_products for k in kernels if k.loop_products}
     short = {k.name for k, ratio in loops.items() if plain.match(k.name) and ratio <= 1.3 * CUTLASS}

@@ -425,7 +425,7 @@ BUGS = {
         "conv3x3_backward_input",
         "conv3x3_backward_input.cu",
         "if (blockIdx.x == 0 && of_tile) store_half",
-        "if (blockIdx.x == 0) store_half",
+        "if (blockIdx.x == 0 || of_tile) store_half",
         "thread",
         RACE,
     ),
