@@ -7,6 +7,7 @@ import pytest
 import torch
 from cuda_host_cases import GROUPS, OPS, SEEDS, dtypes_of, host_cases
 from cuda_host_checks import check_folded, check_order
+from cuda_host_list_checks import LIST_CHECKS
 from cuda_host_ops import HostCudaOps
 from every_raw_op import CHECKS
 from raw_op_cases import Case, Inputs
@@ -34,6 +35,13 @@ def test_op(ops, op, case):
         for seed in SEEDS:
             ops.module.seed(seed)
             CHECKS[op](ops, replace(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("op", LIST_CHECKS)
+def test_op_of_several_tensors(ops, op):
+    for seed in SEEDS:
+        ops.module.seed(seed)
+        LIST_CHECKS[op](ops, "plain")
 
 
 @pytest.mark.parametrize("case", GROUPS, ids=str)

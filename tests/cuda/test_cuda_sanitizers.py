@@ -11,12 +11,14 @@ import cuda_host_build
 import cuda_resources
 import pytest
 from cuda_host_cases import OPS
+from cuda_host_list_checks import LIST_CHECKS
 from cuda_planted_bugs import BUGS, HUGE, PlantedBug
 
 pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="no CUDA headers here")
 
+EVERY_OP = [*OPS, *LIST_CHECKS]
 # by variant; of the plain build, which `test_cuda_host.py` runs in full, only what is beyond 2^31 elements
-CLEAN = {"plain": ["relu_backward"], "address": OPS, "thread": OPS}
+CLEAN = {"plain": ["relu_backward"], "address": EVERY_OP, "thread": EVERY_OP}
 RUN = Path(__file__).parents[1] / "support" / "cuda_host_run.py"
 
 
@@ -60,7 +62,7 @@ def planted(clean):
 def test_every_kernel_is_clean(clean, variant):
     status, output = clean[variant]
     assert status == 0 and "passed" in output and HUGE in output, output[-6000:]
-    if CLEAN[variant] is not OPS:
+    if CLEAN[variant] is not EVERY_OP:
         return
     table = cuda_resources.read_table()[1]
     of_one_architecture = sum(kernel.arch == cuda_resources.ARCHITECTURES[0] for kernel in table)

@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "../../csrc/cuda/halo_plan.h"
 #include "../../csrc/cuda/launchers.h"
 #include "../../csrc/cuda/plan.h"
@@ -22,6 +25,19 @@ void address(py::class_<Struct>& cls, const char* name, Field Struct::* field) {
   cls.def_property(
       name, [field](const Struct& s) { return reinterpret_cast<uintptr_t>(s.*field); },
       [field](Struct& s, uintptr_t value) { s.*field = reinterpret_cast<Field>(value); });
+}
+
+// An array of a struct and its count, as one list.
+template <class Struct, class Item>
+void list(py::class_<Struct>& cls, const char* name, Item (Struct::*field)[Struct::kMost]) {
+  cls.attr("most") = Struct::kMost;
+  cls.def_property(
+      name, [field](const Struct& s) { return std::vector<Item>(s.*field, s.*field + s.count); },
+      [field](Struct& s, const std::vector<Item>& items) {
+        if (items.size() > size_t(Struct::kMost)) throw py::value_error("more than one launch takes");
+        s.count = int(items.size());
+        std::copy(items.begin(), items.end(), s.*field);
+      });
 }
 
 #define VALUE(Struct, name) .def_readwrite(#name, &Struct::name)
@@ -57,6 +73,25 @@ void bind_vectors(py::module_& m) {
   ADDRESS(backward, C, sum_dz), ADDRESS(backward, C, sum_dz_centered), ADDRESS(backward, C, mean);
   ADDRESS(backward, C, invstd), ADDRESS(backward, C, scale), ADDRESS(backward, C, dweight);
   ADDRESS(backward, C, B), ADDRESS(backward, C, K);
+}
+
+void bind_lists(py::module_& m) {
+  using R = BnRunningStats;
+  using N = R::Norm;
+  py::class_<N> norm(m, "BnRunningStatsNorm");
+  norm.def(py::init<>()) VALUE(N, channels) VALUE(N, keep) VALUE(N, weight) VALUE(N, unbiased);
+  ADDRESS(norm, N, mean), ADDRESS(norm, N, var), ADDRESS(norm, N, running_mean), ADDRESS(norm, N, running_var);
+  ADDRESS(norm, N, counter);
+  py::class_<R> running(m, "BnRunningStats");
+  running.def(py::init<>());
+  list(running, "norms", &R::norms);
+  using F = Cast::Flat;
+  py::class_<F> flat(m, "CastFlat");
+  flat.def(py::init<>()) VALUE(F, numel);
+  ADDRESS(flat, F, from), ADDRESS(flat, F, to);
+  py::class_<Cast> casts(m, "Cast");
+  casts.def(py::init<>()) VALUE(Cast, from) VALUE(Cast, to);
+  list(casts, "tensors", &Cast::tensors);
 }
 
 void bind_bn(py::module_& m) {
@@ -253,6 +288,7 @@ void bind_plans(py::module_& m) {
 
 PYBIND11_MODULE(fusedres_cuda_host, m) {
   bind_vectors(m);
+  bind_lists(m);
   bind_bn(m);
   bind_stem(m);
   bind_convolutions(m);
@@ -260,6 +296,8 @@ PYBIND11_MODULE(fusedres_cuda_host, m) {
   bind_plans(m);
   launcher(m, "bn_scale_shift", bn_scale_shift);
   launcher(m, "bn_backward_coefficients", bn_backward_coefficients);
+  launcher(m, "bn_running_stats", bn_running_stats);
+  launcher(m, "cast", cast);
   launcher(m, "bn_stats", bn_stats);
   launcher(m, "bn_add_relu_forward", bn_add_relu_forward);
   launcher(m, "bn_add_relu_backward_reduce", bn_add_relu_backward_reduce);

@@ -14,6 +14,7 @@ import torch
 from cuda_host_build import load
 from cuda_host_cases import GROUPS, SEEDS, dtypes_of, host_cases, runs_under_thread_sanitizer
 from cuda_host_checks import check_folded, check_order
+from cuda_host_list_checks import LIST_CHECKS
 from cuda_host_ops import HostCudaOps
 from every_raw_op import CHECKS
 
@@ -44,7 +45,10 @@ def main(module: str, variant: str, *names: str) -> None:
     for op in names:
         ops.module.set_device(4, 1 << 16)
         ops.module.run_only_blocks([])
-        for case in host_cases(op):
+        for seed in SEEDS if op in LIST_CHECKS else ():
+            ops.module.seed(seed)
+            LIST_CHECKS[op](ops, variant)
+        for case in host_cases(op) if op in CHECKS else ():
             if variant == "thread" and not runs_under_thread_sanitizer(op, case):
                 continue
             for dtype, seed in zip(dtypes_of(op, case), SEEDS, strict=False):
