@@ -14,9 +14,9 @@ __global__ void bn_running_stats_kernel(BnRunningStats args) {
 }
 
 cudaError_t bn_running_stats(const BnRunningStats& args, cudaStream_t stream) {
-  int64_t channels = 0;
+  if (args.count == 0) return cudaSuccess;
+  int64_t channels = 1;  // for a counter there may be without any
   for (int i = 0; i < args.count; ++i) channels = channels < args.norms[i].channels ? args.norms[i].channels : channels;
-  if (channels == 0) return cudaSuccess;
   constexpr int threads = 128;
   const dim3 blocks(unsigned(ceil_div(channels, threads)), unsigned(args.count));
   return launch(bn_running_stats_kernel, blocks, dim3(threads), stream, args);
