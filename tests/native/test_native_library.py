@@ -177,10 +177,10 @@ def test_refuses(ops, what):
 
 
 def test_calls_of_what_is_on_gpus_alone_are_those_of_the_schemas(ops):
-    """torch reads the arguments before it looks for a kernel."""
+    """torch reads the arguments before it looks for a kernel; that of conv3x3_backward_input takes fewer of them."""
     for op in (case.op for case in cases(SMALL[0], torch.bfloat16, torch.device("cpu"))):
         if type(op) in products.PRODUCTS and type(op) not in reasons.REASONS:
-            with pytest.raises(NotImplementedError, match="'CPU' backend"):
+            with pytest.raises(RuntimeError, match=r"'CPU' backend|fusedres conv3x3_backward_input: "):
                 functions.FUNCTIONS[type(op)](op)
 
 
