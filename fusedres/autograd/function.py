@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedres.autograd import passes
 from fusedres.autograd.graph_task import taken
-from fusedres.autograd.passes import as_units, without_autocast
+from fusedres.autograd.passes import as_units
 from fusedres.blocks import eager
 from fusedres.blocks.config import (
     BlockConfig,
@@ -25,6 +25,7 @@ from fusedres.blocks.config import (
     Shortcut,
     own_statistics,
 )
+from fusedres.ops.autocast import without_autocast
 from fusedres.ops.dispatch import Dispatcher
 from fusedres.ops.reference import unpack_mask
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.autograd.function import FIELDS, as_units, memory_format, without_autocast
+from fusedres.autograd.function import FIELDS, as_units, memory_format
 from fusedres.autograd.graph_task import taken
 from fusedres.blocks import RECIPES
 from fusedres.blocks.config import (
@@ -31,6 +31,7 @@ from fusedres.blocks.config import (
     own_statistics,
 )
 from fusedres.ops import fake
+from fusedres.ops.autocast import without_autocast
 from fusedres.ops.contract import BatchNormVectors
 from fusedres.ops.dispatch import Dispatcher, dispatcher
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from fusedres.blocks import RECIPES
 from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNTensors, Layout, Saved
+from fusedres.ops.autocast import without_autocast
 from fusedres.ops.contract import BatchNormVectors
 from fusedres.ops.dispatch import Dispatcher
 from fusedres.recording import replays
@@ -22,13 +21,6 @@ NOTHING: Layout = 0, 0, 0
 
 def as_units(flat: Flat) -> tuple[ConvBNTensors, ...]:
     return tuple(ConvBNTensors(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS))  # type: ignore[arg-type]
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Recipes choose every dtype themselves; autocast must not cast inside them."""
-    if not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 class Observer(Protocol):

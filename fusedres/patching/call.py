@@ -188,12 +188,13 @@ def decide(
     shortcut = tuple([modules[path] for path in plan.shortcut_paths])
     block = state.fits.found(key, plan, modules, x) if is_known else None
     if block is None:
+        seen = state.fits.before(key, plan, modules)
         what = fit(plan, modules, x, shortcut)
         if isinstance(what, str):
             return Decision(UNFUSED, what)
         block = what
-        if key:
-            state.fits.remember(key, plan, modules, block)
+        if seen is not None:
+            state.fits.remember(key, plan, modules, seen, block)
     gradients = wants_gradient(block)
     recipe, reason, turn = chosen(module, state, x, block, ops, gradients)
     if recipe == UNFUSED:

@@ -34,6 +34,9 @@ BUFFERS = 3  # of a BN
 Units = list[Tensor | None]
 
 
+Seen = tuple[list[Any], list[Any]]  # constants, and what tensors are like
+
+
 class Fit(NamedTuple):
     """A call that was found fit."""
 
@@ -62,22 +65,31 @@ class Fits:
             return None
         return as_call(fit.config, plan, modules, tensors, x)
 
-    def remember(self, key: tuple[Any, ...], plan: Plan, modules: dict[str, Any], call: BlockCall) -> None:
-        """Notes a call that was found fit."""
-        if (
-            self._remembered >= MOST_REMEMBERED
-            or not is_simple(plan)
-            or (what := gathered(plan, modules)) is None
-        ):
+    def before(self, key: tuple[Any, ...], plan: Plan, modules: dict[str, Any]) -> Seen | None:
+        """What a call is remembered by, to be asked for before it is read; None: it is not to be remembered."""
+        if not key or self._remembered >= MOST_REMEMBERED or not is_simple(plan):
+            return None
+        what = gathered(plan, modules)
+        return None if what is None else (what[0], likeness(what[1]))
+
+    def remember(
+        self, key: tuple[Any, ...], plan: Plan, modules: dict[str, Any], seen: Seen, call: BlockCall
+    ) -> None:
+        """Notes a call that was found fit.
+
+        seen: of before it was read. Where another thread has changed the block since, nobody knows what was read.
+        """
+        what = gathered(plan, modules)
+        constants, tensors = seen
+        if what is None or not all(map(is_, constants, what[0])) or likeness(what[1]) != tensors:
             return
-        constants, tensors = what
         flat = chain.from_iterable(c if type(c) is tuple else (c,) for c in constants)
         if not {*map(type, flat)} <= CONSTANT_TYPES:
             return
         if len(self._known) >= MOST:
             self._known.clear()
         self._remembered += 1
-        self._known[key] = Fit(constants, likeness(tensors), call.config)
+        self._known[key] = Fit(constants, tensors, call.config)
 
 
 def key_of(x: Tensor) -> tuple[Any, ...]:
@@ -119,15 +131,15 @@ def gathered(plan: Plan, modules: dict[str, Any]) -> tuple[list[Any], Units] | N
 
 
 def likeness(tensors: Units) -> list[Any]:
-    """Where the tensors lie, and what they are like; of one that is not plain, itself, which is like no other."""
+    """Where the tensors lie, and what they are like; where one is not plain or strided, what nothing equals."""
     given = [t for t in tensors if t is not None]
-    if not PLAIN.issuperset(map(type, given)):
+    if not PLAIN.issuperset(map(type, given)) or any(t.layout is not torch.strided for t in given):
         return [object()]
     found: list[Any] = [t is None for t in tensors]
     found += map(Tensor.data_ptr, given)
     found += map(Tensor.stride, given)
     for t in given:
-        found += (t.shape, t.dtype)
+        found += (t.shape, t.dtype, t.device)
     return found
 
 

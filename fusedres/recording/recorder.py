@@ -145,6 +145,8 @@ class Recorder(TorchDispatchMode):
         elif func is aten.add_.Tensor:
             self._note_add(*args, **kwargs)
         elif any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns):
+            if not isinstance(out, Tensor):
+                raise UnrecordableError("several views at once")
             base, made = self.slot(args[0]), self._made(out)
             self._bases[made] = self._bases.get(base, base)
             self.steps.append(code.view(made, base, out, args[0]))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fusedres.ops import set_aside
+from fusedres.ops.autocast import without_autocast
 from fusedres.ops.native import library
 from fusedres.ops.triton import launches_to, on_device_of
 from fusedres.recording.code import UnrecordableError
@@ -117,7 +118,8 @@ def run(key: Hashable, tensors: Tensors, compute: Callable[[], Result]) -> Resul
         return compute()
     for recording in found.recordings:
         try:
-            with on_device_of(inputs[0]), torch._C._AutoDispatchBelowAutograd():
+            x = inputs[0]
+            with on_device_of(x), without_autocast(x.device.type), torch._C._AutoDispatchBelowAutograd():
                 out = recording.run(list(inputs))
         except RuntimeError as error:
             return failed(error, recording, found, compute)

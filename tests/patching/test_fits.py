@@ -187,6 +187,34 @@ def test_where_tensors_move_between_calls_remembering_ends(
     assert patched.__dict__[STATE].fits._remembered == 3
 
 
+def test_what_another_thread_changes_while_a_call_is_read_is_not_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The call itself is mixed, as it was before; the ones after it are not."""
+    patched = fusedres.patch(block(), recipe="separate")
+    patched.eval()
+    fit = call.fit
+
+    def changed(*args: object) -> object:
+        found = fit(*args)  # type: ignore[arg-type]
+        patched.train()
+        return found
+
+    with monkeypatch.context() as during:
+        during.setattr(call, "fit", changed)
+        patched(images())
+    patched(images())
+    assert int(patched.bn1.num_batches_tracked) == 1
+
+
+def test_statistics_of_inference_mode_are_refused_as_torch_refuses_them() -> None:
+    with torch.inference_mode():
+        plain, other = block(), block()
+    for each in (plain, fusedres.patch(other, recipe="separate")):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="outside InferenceMode"):
+            each(images())
+
+
 def test_a_copy_of_a_block_remembers_nothing() -> None:
     patched = fusedres.patch(block(), recipe="separate")
     patched(images())

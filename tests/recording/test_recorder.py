@@ -129,6 +129,7 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "a sum into an input": (lambda x, w: (x.add_(x),), "a sum in place that is no plain one"),
     "a sum into a view": (lambda x, w: (x.clone()[1:].add_(x[1:]),), "a sum in place that is no plain one"),
     "a scalar": (lambda x, w: (x * 2,), "a tensor that is kept elsewhere|an argument of the type"),
+    "several views": (lambda x, w: x.unbind(0), "several views at once"),
     "a complex number": (lambda x, w: (torch.complex(x, x),), "a tensor of torch.complex64"),
 }
 KEPT = torch.ones(1)
@@ -148,7 +149,7 @@ def test_what_cannot_be_recorded_is_named_and_computed(name: str) -> None:
 
 def says_finite(x: Tensor, weight: Tensor) -> Sequence[Tensor | None]:
     """Four results of which some are optional, and a flag."""
-    x = x.clone()
+    weight = weight.contiguous(memory_format=torch.channels_last)
     y, *rest, finite = NATIVE.conv3x3_forward(x, weight, *[None] * 7, False, True, 2)
     assert finite is True
     return y, *rest

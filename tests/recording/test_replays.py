@@ -161,6 +161,20 @@ class Failing:
         monkeypatch.setattr(replays, "failed_step", lambda: self.step)
 
 
+def test_a_replay_casts_nothing_that_python_does_not_cast() -> None:
+    x = torch.randn(4, 4)
+
+    def compute() -> tuple[tuple[Tensor], None]:
+        with torch.autocast("cpu", enabled=False):
+            return (torch.mm(x, x),), None
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(4):
+            (y,), _ = replays.run("key", (x,), compute)
+            assert y is not None and torch.equal(y, compute()[0][0])
+    assert the_pass().recordings
+
+
 def test_where_a_replay_fails_python_computes_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     computed = Computed()
     for _ in range(3):

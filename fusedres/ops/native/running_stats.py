@@ -20,6 +20,9 @@ def takes(
     device = means[0].device
     if not library.is_loaded() or (device.type != "cpu" and device_reason(device) is not None):
         return False
+    is_writing = torch.is_inference_mode_enabled()  # into inference tensors, which torch refuses elsewhere
+    if not is_writing and any(t.is_inference() for t in (*means, *variances, *counters)):
+        return False
     for vectors in (means, variances, batch_means, batch_variances):
         for v in vectors:
             if v.dtype is not torch.float32 or v.device != device or v.dim() != 1 or not v.is_contiguous():
