@@ -100,9 +100,8 @@ def test_a_network_is_as_accurate_as_eager(native, recipe, dtype):
 def installed(native, monkeypatch):
     """`backend="native"` is the host build; the trace of what is served from now on."""
     trace = []
-    monkeypatch.setitem(dispatch.LOADERS, native.name, lambda: traced(native, trace))
-    monkeypatch.setitem(dispatch.LOADERS, REFERENCE.name, lambda: traced(REFERENCE, trace))
-    monkeypatch.delitem(dispatch.LOADERS, "triton", raising=False)
+    loaders = {b.name: partial(traced, b, trace) for b in (native, REFERENCE)}  # in order, and without Triton
+    monkeypatch.setattr(dispatch, "LOADERS", loaders)
     dispatch._dispatcher.cache_clear()
     yield trace
     dispatch._dispatcher.cache_clear()
