@@ -106,6 +106,9 @@ def wants_gradient(call: BlockCall) -> bool:
     return False
 
 
+MISSING = "none"  # in the place of a momentum
+
+
 class Observer(NamedTuple):
     """Moves the running statistics of a call's norms by the vectors of a batch."""
 
@@ -128,9 +131,6 @@ class Observer(NamedTuple):
     def norms(self) -> list[nn.BatchNorm2d]:
         pairs = zip(self.call.config.units, self.call.norms, strict=True)
         return [bn for unit, bn in pairs if unit.training and bn.training]
-
-
-MISSING = "none"
 
 
 def run(call: BlockCall, recipe: str, ops: Ops) -> Tensor:

@@ -173,8 +173,8 @@ def decide(
             return Decision(UNFUSED, reason)
     if (reason := guards.transformed()) is not None:
         return Decision(UNFUSED, reason)
-    key = () if compiling else key_of(x)
-    is_known = key in state.fits
+    key = () if compiling else key_of(x)  # a graph would be guarded by all that is remembered
+    is_known = not compiling and key in state.fits
     if not is_known and (reason := guards.unfit_input(x, plan.is_stem)) is not None:
         return Decision(UNFUSED, reason)
     ops, base = ops_for(state.backend), base_class(module)
@@ -188,7 +188,7 @@ def decide(
     shortcut = tuple([modules[path] for path in plan.shortcut_paths])
     block = state.fits.found(key, plan, modules, x) if is_known else None
     if block is None:
-        seen = state.fits.before(key, plan, modules)
+        seen = None if compiling else state.fits.before(key, plan, modules)
         what = fit(plan, modules, x, shortcut)
         if isinstance(what, str):
             return Decision(UNFUSED, what)

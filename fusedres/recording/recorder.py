@@ -59,9 +59,8 @@ class Recorder(TorchDispatchMode):
         self.mutated: dict[int, int] = {}  # inputs, and before how many steps they were first written into
         self._slots: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._bases: dict[int, int] = {}  # of a view's slot, that of the tensor whose storage it is
-        self.told: dict[
-            int, int
-        ] = {}  # how often torch's own operators wrote into an input, of which they tell autograd
+        # how often torch's own operators wrote into an input: they tell autograd of it
+        self.told: dict[int, int] = {}
         self.kernels: list[Any] = []  # Triton's, as they were loaded
         self._inputs, self._next = list(inputs), 0
         if len({id(t) for t in inputs}) < len(inputs):
@@ -76,9 +75,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "aten" and is_composite(
-            func.name()
-        ):  # in inference mode none was taken apart yet
+        # in inference mode none was taken apart yet
+        if func.namespace == "aten" and is_composite(func.name()):
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
