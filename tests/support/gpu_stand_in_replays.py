@@ -1,6 +1,6 @@
 """Training steps on the stand-in for a GPU, run by Python and replayed natively, as a line of JSON.
 
-Run as a script, in a process of its own; `tests/recording/test_gpu_stand_in.py` reads the line.
+Run as a script, in a process of its own; `tests/recording/test_recording_on_stand_in.py` reads the line.
 """
 
 from __future__ import annotations

@@ -621,7 +621,7 @@ def keeps_every_tensor_to_the_end():
     code.with_frees = lambda steps, kept, inputs: list(steps)
 
 
-@mutant("recording/test_patched_models.py::test_training_and_inference")
+@mutant("recording/test_recorded_models.py::test_training_and_inference")
 def records_composite_operators():
     recorder.is_composite = lambda name: False
 
