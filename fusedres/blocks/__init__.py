@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
-from fusedres.blocks import gram, separate
+from fusedres.blocks import gram, prologue, separate
 from fusedres.blocks.recipe import Recipe
 
-RECIPES: dict[str, Recipe] = {"separate": Recipe(separate), "gram": Recipe(gram)}
+RECIPES: dict[str, Recipe] = {
+    "separate": Recipe(separate),
+    "prologue": Recipe(prologue),
+    "gram": Recipe(gram),
+}

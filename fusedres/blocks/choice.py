@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, is_grad_enabled
 
-from fusedres.blocks import RECIPES, gram_form, unfused, user_table
+from fusedres.blocks import RECIPES, gram_form, prologue_form, unfused, user_table
 from fusedres.blocks.config import BlockConfig, ConvBNTensors
 from fusedres.blocks.unfused import Measured, Table
 from fusedres.ops.dispatch import Dispatcher, Ops
@@ -100,6 +100,8 @@ def choose(
         if not is_eager(ops):
             return Choice(UNFUSED, "compiled")
         return Choice(UNFUSED, unfused.cause(TABLE, x, config.dtype, ops, gradients, channels))
+    if wanted == "prologue" and (reason := prologue_form.unsuitable(config, units)) is not None:
+        return Choice("separate", reason)
     if wanted == "gram" and (reason := gram_form.unsuitable(config, units, x)) is not None:
         return Choice("separate", reason)
     return Choice(wanted, None)

@@ -153,13 +153,13 @@ Layout = tuple[int, int, int]
 class Saved(NamedTuple):
     """What forward keeps for backward, besides the inputs.
 
-    activations: inputs of main[1:] (recipe separate); convs: raw convolution outputs, as `units` (recipe gram
-    has none for the last of main); vectors: as `units`; mask: packed, of the ReLU of y, or of a block that ends in a
-    pool the pool's indices; moments: m, S and center (recipe gram, batch statistics); weights: as `units`, those that
-    were cast, or none at all.
+    activations: inputs of main[1:] (recipes separate, and prologue, where one was stored); convs: raw convolution
+    outputs, as `units` (recipe gram has none for the last of main); vectors: as `units`; mask: packed, of the ReLU of
+    y, or of a block that ends in a pool the pool's indices; moments: m, S and center (recipe gram, batch statistics);
+    weights: as `units`, those that were cast, or none at all.
     """
 
-    activations: tuple[Tensor, ...]
+    activations: tuple[Tensor | None, ...]
     convs: tuple[Tensor | None, ...]
     vectors: tuple[BatchNormVectors, ...]
     mask: Tensor | None
@@ -184,7 +184,7 @@ class Saved(NamedTuple):
         vectors, weights = tensors[starts[2] : starts[3]], tensors[starts[3] : starts[4]]
         mask, *moments = tensors[starts[4] :]
         return Saved(
-            tensors[: starts[1]],  # type: ignore[arg-type]
+            tensors[: starts[1]],
             tensors[starts[1] : starts[2]],
             tuple(BatchNormVectors(*vectors[i * fields : (i + 1) * fields]) for i in range(units)),  # type: ignore[arg-type]
             mask,

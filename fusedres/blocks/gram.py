@@ -37,10 +37,10 @@ from fusedres.blocks.config import (
     Saved,
     Shortcut,
 )
-from fusedres.blocks.conv_bn import (
+from fusedres.blocks.conv_bn import conv_bn_forward
+from fusedres.blocks.conv_bn_backward import (
     bn_parameter_grads,
     conv_bn_backward,
-    conv_bn_forward,
     convolution_backward,
     like_parameter,
 )

@@ -20,7 +20,7 @@ from fusedres.blocks.config import (
     ConvBNTensors,
     Saved,
 )
-from fusedres.blocks.conv_bn import like_parameter
+from fusedres.blocks.conv_bn_backward import like_parameter
 from fusedres.ops.dispatch import Dispatcher
 from fusedres.ops.native import casts
 

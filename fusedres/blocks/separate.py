@@ -20,12 +20,11 @@ from fusedres.blocks.config import (
     Saved,
     Shortcut,
 )
-from fusedres.blocks.conv_bn import (
+from fusedres.blocks.conv_bn import Unstored, conv_bn_add_relu, conv_bn_forward, unstored
+from fusedres.blocks.conv_bn_backward import (
     Onto,
     bn_parameter_grads,
-    conv_bn_add_relu,
     conv_bn_backward,
-    conv_bn_forward,
     convolution_backward,
     onto_masked,
 )
@@ -51,19 +50,24 @@ def forward(
     residual: Tensor | None,
     units: tuple[ConvBNTensors, ...],
     save: bool,
+    in_prologues: bool = False,
 ) -> BlockOutput:
-    """y [N, Cout, H', W'] from x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None."""
+    """y [N, Cout, H', W'] from x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None.
+
+    in_prologues: whether convolutions that can are to make their own activations (recipe `prologue`).
+    """
     if config.pool is not None:
         return pooled_forward(ops, config, x, units[0], save)
     last = len(config.main) - 1
-    activations: list[Tensor] = []
+    activations: list[Tensor | None] = []
     convs: list[Tensor] = []
     vectors: list[BatchNormVectors] = []
     # Frozen vectors need no convolution: all are formed now, before the convolutions fill the caches.
     frozen = [frozen_vectors(ops, unit, t, x) for unit, t in zip(config.units, units, strict=True)]
     shortcut: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     projected: tuple[Tensor, BatchNormVectors] | None = None
-    a, mask = x, None
+    a: Tensor | Unstored = x
+    mask = None
     for i, (unit, t) in enumerate(zip(config.main, units, strict=False)):
         if i == last and config.projection is not None:
             residual, v = projected = conv_bn_forward(ops, x, config.projection, units[-1], frozen[-1])
@@ -71,18 +75,27 @@ def forward(
         elif i == last:
             shortcut = x if config.shortcut is Shortcut.IDENTITY else residual, None, None
         known = None if save else frozen[i]
-        y = None if known is None else conv_bn_add_relu(ops, a, unit, t, known, unit.relu, shortcut)
+        y: Tensor | Unstored | None = None
+        if known is not None and not isinstance(a, Unstored):
+            y = conv_bn_add_relu(ops, a, unit, t, known, unit.relu, shortcut)
         if known is not None and y is not None:
             vectors.append(known)
         else:
             c, v = conv_bn_forward(ops, a, unit, t, frozen[i])
-            save_mask = save and unit.relu and i == last
-            y, mask = ops(BnAddReluForward(c, v.scale, v.shift, *shortcut, unit.relu, save_mask, not save))
+            y = None
+            if in_prologues and i < last and unit.relu:
+                y = unstored(ops, c, v, config.main[i + 1], units[i + 1], frozen[i + 1] is None)
+            if y is None:
+                save_mask = save and unit.relu and i == last
+                y, mask = ops(
+                    BnAddReluForward(c, v.scale, v.shift, *shortcut, unit.relu, save_mask, not save)
+                )
             vectors.append(v)
             if save:  # what nobody keeps is freed as the block goes on
                 convs.append(c)
-                activations.append(y)
+                activations.append(None if isinstance(y, Unstored) else y)
         a = y
+    assert not isinstance(a, Unstored)  # the join stores y
     if projected is not None:
         convs.append(projected[0])
         vectors.append(projected[1])
@@ -119,7 +132,10 @@ def backward(
         grads_shortcut = grads_of_batch(ops, projection, vs, c, sum_dz, sum_shortcut)
     identity, onto, first = shortcut is Shortcut.IDENTITY, None, saved.convs[0]
     if identity and needs.x and first is not None:
-        onto = onto_masked(ops, first, x, config.main[0], units[0], dy, saved.mask)
+        masked = Onto(dy, saved.mask)
+        onto = onto_masked(
+            ops, first, saved.vectors[0], x, config.main[0], units[0], masked, is_inner=last > 0
+        )
     save_dz = (identity and needs.x and onto is None) or (shortcut is Shortcut.TENSOR and needs.residual)
     dc, dshortcut = ops(
         BnAddReluBackwardInput(
@@ -130,7 +146,7 @@ def backward(
         onto = Onto(dshortcut)
 
     unit_grads: list[ConvBNGrads] = []
-    a = saved.activations[last - 1] if last else x
+    a = input_of(last, x, saved)
     da, dweight, dbias = convolution_backward(
         ops, dc, a, unit, units[last], needs.units[last], needs.below(last), None if last else onto
     )
@@ -140,7 +156,7 @@ def backward(
         if da is None or c is None:
             unit_grads.append(ConvBNGrads(None, None, None, None))
             continue
-        a = saved.activations[i - 1] if i else x
+        a = input_of(i, x, saved)
         da, grads_i = conv_bn_backward(
             ops,
             da,
@@ -165,6 +181,17 @@ def backward(
         parameter_grads = bn_parameter_grads(grads_shortcut, units[-1], needs.units[-1], shared=True)
         unit_grads.append(ConvBNGrads(dweight, dbias, *parameter_grads))
     return BlockGrads(dx, dresidual, tuple(unit_grads))
+
+
+def input_of(i: int, x: Tensor, saved: Saved) -> Tensor | Unstored:
+    """What main[i] convolves."""
+    if i == 0:
+        return x
+    kept, c = saved.activations[i - 1] if saved.activations else None, saved.convs[i - 1]
+    if kept is not None:
+        return kept
+    assert c is not None
+    return Unstored(c, saved.vectors[i - 1])
 
 
 def pooled_forward(

@@ -39,6 +39,7 @@ REASONS: dict[str, str] = {
     "groups": "grouped convolutions are the library's",
     "not_pointwise": "the kernel is that of a 1x1 convolution without padding or groups",
     "stride_or_bias": "the kernel takes neither stride nor bias",
+    "no_prologue": "the kernel takes the activation itself, and no BN and ReLU before it",
     "in_training": "the kernel is that of inference: no mask, no statistics, no prologue",
     "library_as_fast": "torch's own kernel was measured to be as fast at this size",
     "winograd_off": "FUSEDRES_WINOGRAD=0 leaves 3x3 convolutions to torch",

@@ -221,13 +221,14 @@ def product_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase]:
 
 def convolution_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase]:
     """Convolutions of inference, and the gradients of those that a library may serve."""
-    c, dy, _, _ = inner
+    c, dy, v, _ = inner
     wide, dy_wide, v_wide, _ = outer
     narrow, side = c.shape[1:3]
     reduce, expand = t.weight(narrow, wide.shape[1]), t.weight(wide.shape[1], narrow)
     _, mask = REFERENCE(BnAddReluForward(wide, v_wide.scale, v_wide.shift, save_mask=True))
     same, pointwise = ((1, 1), (1, 1), (1, 1), 1), ((1, 1), (0, 0), (1, 1), 1)
     yield OpCase(ConvBackwardWeight(dy, c, (3, 3), *same), "3x3")
+    yield OpCase(ConvBackwardWeight(dy, c, (3, 3), *same, v.scale, v.shift), "3x3 prologue")
     yield OpCase(ConvBackwardWeight(dy_wide, c, (1, 1), *pointwise), "1x1")
     yield OpCase(ConvBackwardInput(dy, c, t.weight(narrow, narrow, 3), *same, t.map(narrow)), "3x3")
     yield OpCase(ConvBackwardInput(dy, wide, reduce, *pointwise, dy_wide, mask), "masked")

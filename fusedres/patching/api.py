@@ -127,7 +127,7 @@ def patch(
     Args:
         model: any module; residual blocks are found by what they compute, not by name.
         backend: "auto", or a name of `fusedres.ops.dispatch.backend_names()`.
-        recipe: "auto" (per call, the fastest one measured), "separate", "gram" or "unfused".
+        recipe: "auto" (per call, the fastest one measured), "separate", "prologue", "gram" or "unfused".
         include: names of blocks, as fnmatch patterns ("layer1.*"); all by default.
         exclude: the same, of blocks to leave alone; none by default.
         strict: raise if any residual block cannot be patched; a stem may be left alone.

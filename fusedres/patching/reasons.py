@@ -48,6 +48,7 @@ REASONS: dict[str, str] = {
     "measuring": "on trial: calls run by the original forward and by each recipe in turns, until one is the fastest",
     "not_warm": "a CUDA graph is being captured, and no such call has run before: fusedres.warmup, then capture",
     "no_1x1_expansion": "gram needs a last 1x1 convolution that expands at least twofold; runs separate",
+    "no_plain_convolution": "prologue needs a plain 1x1 or 3x3 convolution behind a BN and ReLU; runs separate",
     "float32_product": "gram fuses products of float16 and bfloat16 on a GPU: use autocast; runs separate",
     "slow_float64": "gram multiplies weights in float64, which this GPU has little arithmetic for; runs separate",
     "few_values_per_channel": "gram's batch statistics need at least six values per channel; runs separate",

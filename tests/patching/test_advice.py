@@ -24,6 +24,7 @@ NOTHING_TO_DO = {
     *("unsupported_module", "class_resists", "checkpointed", "deep_stem", "stem_differs", "stem_not_called"),
     *("tracing", "fake_mode", "forward_ad", "empty_batch", "geometry_changed", "parameter_shape"),
     *("input_channels", "no_1x1_expansion", "few_values_per_channel", "float32_product", "slow_float64"),
+    "no_plain_convolution",
     *("no_faster_recipe", "measuring", "too_small", "compiled", "not_measured_here", "native_missing"),
 }
 # the line that is in the way comes out of the forward: what is left is a block like InPlaceAdd, which fuses

@@ -54,7 +54,7 @@ import fusedres
 from fusedres.blocks import choice, gram_form, user_table
 from fusedres.blocks.choice import cause_before_reading
 from fusedres.blocks.unfused import Measured
-from fusedres.models import Bottleneck, resnet18
+from fusedres.models import BasicBlock, Bottleneck, resnet18
 from fusedres.nn.residual_block import read_block
 from fusedres.ops import triton_reasons
 from fusedres.ops.native import library
@@ -267,6 +267,13 @@ def measured_unfused() -> str:
     return code_of(block)
 
 
+def grouped_basic() -> nn.Module:
+    """A basic block whose second convolution has groups."""
+    block = BasicBlock(16, 16)
+    block.conv2 = nn.Conv2d(16, 16, 3, padding=1, groups=2, bias=False)
+    return block
+
+
 def on_trial() -> str:
     """The code of a call that no table is for, and that is measured."""
     with tempfile.TemporaryDirectory() as folder, trials_on(Path(folder)) as patching:
@@ -293,6 +300,7 @@ CALLED: dict[str, Callable[[], str]] = {
     "measuring:0/7": on_trial,
     "not_warm:input, [2, 16, 6, 6]": called(call=captured_cold),
     "no_1x1_expansion": called(recipe="gram"),
+    "no_plain_convolution": called(build=grouped_basic, recipe="prologue"),
     "float32_product": lambda: gram_on_a_gpu(torch.float32, (8, 0)),
     "slow_float64": lambda: gram_on_a_gpu(torch.bfloat16, (8, 9)),
     "few_values_per_channel": called(

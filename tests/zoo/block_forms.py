@@ -187,8 +187,9 @@ FORMS = [
 RECIPE_FORMS = [
     (recipe, form)
     for form in FORMS
-    for recipe in ("separate", "gram")
-    if recipe == "separate" or form.has_gram
+    for recipe in ("separate", "prologue", "gram")
+    if recipe == "separate"
+    or (form.has_gram if recipe == "gram" else form.name in ("basic", "basic-projection"))
 ]
 RECIPE_FORM_IDS = [f"{recipe}-{form.name}" for recipe, form in RECIPE_FORMS]
 

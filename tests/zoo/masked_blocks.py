@@ -96,17 +96,15 @@ def join(
 
 
 def own_masks(ops: Dispatcher, config: BlockConfig, out: BlockOutput) -> Masks:
-    """The masks that a recipe's backward uses, from what its forward saved (recipe `gram` makes activations again)."""
+    """The masks that a recipe's backward uses, from what its forward saved (what it did not store is made again)."""
     assert out.saved is not None
     last = len(config.main) - 1
     found: list[Tensor | None] = []
     for i, unit in enumerate(config.main[:last]):
         c, v = out.saved.convs[i], out.vectors[i]
-        activation = (
-            out.saved.activations[i]
-            if out.saved.activations
-            else ops(BnAddReluForward(c, v.scale, v.shift, relu=unit.relu))[0]
-        )
+        activation = out.saved.activations[i] if out.saved.activations else None
+        if activation is None:
+            activation, _ = ops(BnAddReluForward(c, v.scale, v.shift, relu=unit.relu))
         found.append(~(activation <= 0) if unit.relu else None)
     mask = out.saved.mask
     return (*found, None if mask is None else unpack_mask(mask, out.y))

@@ -115,7 +115,9 @@ class Conv3x3BackwardInput(NamedTuple):
 
 
 class ConvBackwardWeight(NamedTuple):
-    """The weight gradient of any `conv2d(x, W)`, summed over the positions inside x: padding is never read.
+    """The weight gradient of any `conv2d(a, W)`, summed over the positions inside a: padding is never read.
+
+    Prologue: `a = relu(in_scale*x + in_shift)`, rounded, if in_scale is given, else a = x.
 
     Returns dW [Cout, Cin/groups, kh, kw], in the accumulation dtype and x's memory format.
     """
@@ -127,6 +129,8 @@ class ConvBackwardWeight(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    in_scale: Tensor | None = None  # [Cin]
+    in_shift: Tensor | None = None  # [Cin]
 
 
 class ConvBackwardInput(NamedTuple):

@@ -170,7 +170,7 @@ def conv1x1_gram_backward_input(op: Conv1x1GramBackwardInput) -> tuple[Tensor, T
 def conv_backward_weight(op: ConvBackwardWeight, largest_tile: int = winograd.LARGE) -> Tensor:
     if winograd.takes(op, largest_tile):
         return winograd.conv_backward_weight(op, largest_tile)
-    dy, x, kernel_size, stride, padding, dilation, _ = op
+    dy, x, kernel_size, stride, padding, dilation, *_ = op
     return LIBRARY.conv_backward_weight(dy, x, *kernel_size, *stride, *padding, *dilation)
 
 

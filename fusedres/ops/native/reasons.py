@@ -121,7 +121,10 @@ def weight_gradient_reason(op: ConvBackwardWeight, largest_tile: int = winograd.
     if op.groups != 1:
         return "groups"
     if winograd.takes(op, largest_tile):
-        return activations_reason(x, dy)
+        given = [v for v in (op.in_scale, op.in_shift) if v is not None]
+        return activations_reason(x, dy) or (vectors_reason(*given) if given else None)
+    if op.in_scale is not None:
+        return "no_prologue"
     cin, cout = x.shape[1], dy.shape[1]
     pointwise = tuple(op.kernel_size) == tuple(op.stride) == (1, 1)
     if min(cin, cout) < FEWEST_CHANNELS or (pointwise and cin * cout < FEWEST_WEIGHTS[x.dtype]):

@@ -134,5 +134,7 @@ def conv_backward_input(op: ConvBackwardInput, largest: int) -> Tensor:
 
 
 def conv_backward_weight(op: ConvBackwardWeight, largest: int) -> Tensor:
-    dw, finite = LIBRARY.conv3x3_backward_weight(op.dy, op.x, None, None, gradient_tile(op, largest))
+    dw, finite = LIBRARY.conv3x3_backward_weight(
+        op.dy, op.x, op.in_scale, op.in_shift, gradient_tile(op, largest)
+    )
     return dw if finite else REFERENCE(op)

@@ -31,10 +31,16 @@ from fusedres.ops.reference.values import (
 )
 
 
+def activated(op: Conv1x1Forward | Conv3x3Forward | ConvBackwardWeight) -> Tensor:
+    """a of x, by the prologue where there is one."""
+    if op.in_scale is None or op.in_shift is None:
+        return op.x
+    return activation(op.x, op.in_scale, op.in_shift)
+
+
 def convolved(op: Conv1x1Forward | Conv3x3Forward, bias: Tensor | None, padding: int) -> ConvOutput:
     """Prologue, convolution and epilogue of a forward."""
-    acc = accumulation_dtype(op.x.dtype)
-    a = op.x if op.in_scale is None or op.in_shift is None else activation(op.x, op.in_scale, op.in_shift)
+    acc, a = accumulation_dtype(op.x.dtype), activated(op)
     conv = F.conv2d(a.to(acc), op.weight.to(acc), None if bias is None else bias.to(acc), op.stride, padding)
     z = normalised(conv, op.scale, op.shift, op.residual, op.residual_scale, op.residual_shift)
     z = z.to(op.x.dtype).contiguous(memory_format=memory_format(op.x))  # the library's is the weight's
@@ -74,7 +80,7 @@ def conv3x3_backward_input(op: Conv3x3BackwardInput) -> tuple[Tensor, Tensor | N
 
 
 def conv_backward_weight(op: ConvBackwardWeight) -> Tensor:
-    dy, x = op.dy, op.x
+    dy, x = op.dy, activated(op)
     weight = x.new_empty((dy.shape[1], x.shape[1] // op.groups, *op.kernel_size))  # only its shape is read
     window = op.stride, op.padding, op.dilation, False, (0, 0), op.groups
     _, dw, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *window, [False, True, False])

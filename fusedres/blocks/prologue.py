@@ -1,0 +1,17 @@
+"""Recipe `prologue`: as `separate`, and no activation is stored that the next convolution can make as it reads.
+
+A plain 3x3 or 1x1 convolution behind a BN and ReLU applies both in its prologue, where a backend has it so, and its
+weight gradient does; where only the weight gradient does not, the activation is made again for it. A basic block keeps,
+besides its input x, the raw outputs c1 and c2 and one mask bit per element of y, where `separate` keeps a1 too.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fusedres.blocks import separate
+
+KEEPS_ACTIVATIONS = False  # but in eager those that were stored
+
+forward = partial(separate.forward, in_prologues=True)
+backward = separate.backward

@@ -1,0 +1,20 @@
+"""Which blocks have a convolution that can make its own activation: whether recipe `prologue` may run a call."""
+
+from __future__ import annotations
+
+from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors
+from fusedres.blocks.gram_form import is_plain_1x1
+
+
+def unsuitable(config: BlockConfig, units: tuple[ConvBNTensors, ...]) -> str | None:
+    """Why no convolution of this block can have the BN and ReLU below it in its prologue, as a reason code, or None."""
+    for below, unit, t in zip(config.main, config.main[1:], units[1:], strict=False):
+        if below.relu and (is_plain_1x1(unit, t) or (t.conv_bias is None and is_plain_3x3(unit, t))):
+            return None
+    return "no_plain_convolution"
+
+
+def is_plain_3x3(unit: ConvBNConfig, t: ConvBNTensors) -> bool:
+    """A 3x3 convolution with padding 1, stride 1 or 2, without dilation or groups."""
+    square = t.weight.shape[2:] == (3, 3) and unit.padding == (1, 1) and unit.stride in ((1, 1), (2, 2))
+    return square and unit.dilation == (1, 1) and unit.groups == 1
