@@ -87,18 +87,18 @@ def onto_masked(
     unit: ConvBNConfig,
     t: ConvBNTensors,
     onto: Onto,
-    is_inner: bool,
+    with_bn: bool,
 ) -> Onto | None:
     """`onto`, a gradient with a mask, if the input gradient of `convolve` takes it so as it adds it: then nobody need
     store dz.
 
     c, vectors: the convolution's output and its BN's vectors, of whose form their gradients will be.
-    is_inner: whether BN and ReLU follow, and not the join.
+    with_bn: as for `conv_bn_backward`.
     """
     dy, mask, *_ = onto
     if mask is None:
         return None
-    if is_inner:
+    if with_bn:
         grads = BatchNormGrads(
             *[vectors.scale] * len(BatchNormGrads._fields)
         )  # of the form that they will have
@@ -172,6 +172,7 @@ def conv_bn_backward(
     need_dx: bool,
     sums: tuple[Tensor, Tensor] | None = None,
     onto: Onto | None = None,
+    with_bn: bool = False,
 ) -> tuple[Tensor | None, ConvBNGrads]:
     """Backward of relu(BN(conv(a))) inside a block.
 
@@ -181,6 +182,7 @@ def conv_bn_backward(
         c: raw convolution output, like da.
         sums: `sum dz`, `sum dz*(c - mean)`, if the caller has them.
         onto: as for `convolution_backward`.
+        with_bn: whether the input gradient of a 3x3 convolution may be one op with BN's backward.
 
     Returns:
         The gradient of a if need_dx, and the gradients of the parameters.
@@ -193,9 +195,13 @@ def conv_bn_backward(
         return None, ConvBNGrads(None, None, *bn_parameter_grads(grads, t, needs))
     parameter_grads = bn_parameter_grads(grads, t, needs)
     x = a.c if isinstance(a, Unstored) else a
-    fused = bn_conv3x3_backward(da, x, c, vectors, grads, unit, t, relu, onto) if need_dx else None
-    backend = None if fused is None or (onto is not None and onto.mask is not None) else ops.serving(fused)
-    backend = onto.backend if onto is not None and onto.bn else backend
+    fused = (
+        bn_conv3x3_backward(da, x, c, vectors, grads, unit, t, relu, onto) if need_dx and with_bn else None
+    )
+    if onto is not None and onto.mask is not None:
+        backend = onto.backend if onto.bn else None
+    else:
+        backend = None if fused is None else ops.serving(fused)
     if fused is not None and backend is not None and not backend.is_plain:
         dx, dc = backend(fused._replace(weight=t.weight.to(x.dtype)))
         _, dweight, dbias = convolution_backward(ops, dc, a, unit, t, needs, False)

@@ -14,6 +14,14 @@ def unsuitable(config: BlockConfig, units: tuple[ConvBNTensors, ...]) -> str | N
     return "no_plain_convolution"
 
 
+def is_basic(config: BlockConfig, units: tuple[ConvBNTensors, ...]) -> bool:
+    """Whether the block ends BN, ReLU, conv3x3, of a form that can have both in its prologue."""
+    last = len(config.main) - 1
+    if last < 1 or not config.main[-2].relu or units[last].conv_bias is not None:
+        return False
+    return is_plain_3x3(config.main[-1], units[last])
+
+
 def is_plain_3x3(unit: ConvBNConfig, t: ConvBNTensors) -> bool:
     """A 3x3 convolution with padding 1, stride 1 or 2, without dilation or groups."""
     square = t.weight.shape[2:] == (3, 3) and unit.padding == (1, 1) and unit.stride in ((1, 1), (2, 2))

@@ -111,8 +111,9 @@ def backward(
     saved: Saved,
     dy: Tensor,
     needs: BlockNeeds,
+    in_prologues: bool = False,
 ) -> BlockGrads:
-    """Gradients of everything that `needs` names, from dy like y."""
+    """Gradients of everything that `needs` names, from dy like y. in_prologues: as in `forward`."""
     if config.pool is not None:
         return pooled_backward(ops, config, x, units[0], saved, dy, needs)
     last = len(config.main) - 1
@@ -134,7 +135,7 @@ def backward(
     if identity and needs.x and first is not None:
         masked = Onto(dy, saved.mask)
         onto = onto_masked(
-            ops, first, saved.vectors[0], x, config.main[0], units[0], masked, is_inner=last > 0
+            ops, first, saved.vectors[0], x, config.main[0], units[0], masked, in_prologues and last > 0
         )
     save_dz = (identity and needs.x and onto is None) or (shortcut is Shortcut.TENSOR and needs.residual)
     dc, dshortcut = ops(
@@ -168,6 +169,7 @@ def backward(
             needs.units[i],
             needs.below(i),
             onto=None if i else onto,
+            with_bn=in_prologues,
         )
         unit_grads.append(grads_i)
     unit_grads.reverse()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedres.autograd.function import saved_tensors_have_hooks
-from fusedres.blocks import RECIPES, gram_form, user_table
+from fusedres.blocks import RECIPES, gram_form, prologue_form, user_table
 from fusedres.blocks.choice import UNFUSED, is_untried
 from fusedres.nn.residual_block import BlockCall, compute_dtype
 from fusedres.ops.dispatch import Dispatcher
@@ -129,8 +129,11 @@ class OnBlock:
         if user_table.key_of(x, config, units, ops, gradients) in user_table.table():
             return None
         key = user_table.key_of(x, config, units, ops, gradients, exact=True)
-        gram = gram_form.unsuitable(config, units, x) is None
-        return Kind(key, clock_of(x.device), tuple(r for r in RECIPES if r != "gram" or gram))
+        suits = {
+            "gram": gram_form.unsuitable(config, units, x) is None,
+            "prologue": prologue_form.is_basic(config, units),  # of a bottleneck gram has more in prologues
+        }
+        return Kind(key, clock_of(x.device), tuple(r for r in RECIPES if suits.get(r, True)))
 
     def trial_for(self, kind: Kind, call: BlockCall, ops: Dispatcher, is_on: bool) -> Trial | None:
         """The trial of a kind, settled where a table has its verdict; None where it may not begin. is_on: whether

@@ -208,6 +208,13 @@ def test_products_that_nobody_measured_are_for_those_who_ask(accuracy, monkeypat
     for op in (plain, forward(), backward_input(), backward_weight(), *gram_form):
         assert dispatcher("native" + accuracy).backends[0].reason(op) is None
         assert dispatcher("auto" + accuracy).backends[0].reason(op) == "product_not_measured"
+    v, g = BatchNormVectors(*[vector(8)] * 5), BatchNormGrads(*[vector(8)] * 5)
+    square = torch.empty(8, 8, 3, 3, dtype=torch.bfloat16, device="cuda")
+    for op in (
+        Conv3x3Forward(image(8), square, in_scale=vector(8), in_shift=vector(8), save_stats=True),
+        Conv3x3BackwardInput(image(8), image(8), square, 1, image(8), v, g),
+    ):
+        assert dispatcher("auto" + accuracy).backends[0].reason(op) is None
     monkeypatch.setattr(products, "MEASURED_PRODUCTS", {"some GPU"})
     products.is_measured.cache_clear()
     assert AUTO_LOADERS["native"]().reason(plain) is None

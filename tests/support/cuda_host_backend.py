@@ -6,7 +6,7 @@ import torch
 from cuda_host_ops import HostCudaOps
 
 from fusedres.ops.backend import Backend, Reason
-from fusedres.ops.contract import ConvBackwardInput, ConvBackwardWeight, RawOp
+from fusedres.ops.contract import Conv3x3BackwardInput, ConvBackwardInput, ConvBackwardWeight, RawOp
 from fusedres.ops.native import functions, library, products
 
 LIBRARY_ON_GPUS = {ConvBackwardInput, ConvBackwardWeight}  # whose kernels are the CPU's alone
@@ -15,6 +15,8 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 def product_reason(deciding: str) -> Reason:
     def reason(op: RawOp) -> str | None:
+        if isinstance(op, Conv3x3BackwardInput) and (found := products.backward_input3x3_window_reason(op)):
+            return found
         return None if getattr(op, deciding).dtype in HALF_DTYPES else "float32_product"
 
     return reason

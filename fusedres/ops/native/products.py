@@ -94,12 +94,16 @@ def backward_input_reason(op: Conv1x1BackwardInput) -> str | None:
     )
 
 
-def backward_input3x3_reason(op: Conv3x3BackwardInput) -> str | None:
+def backward_input3x3_window_reason(op: Conv3x3BackwardInput) -> str | None:
     """With a stride four products of other taps would make dx, and nobody has written them."""
     if op.stride != 1:
         return "stride_or_bias"
-    if op.dy.dim() == 4 and op.dy.shape[3] > WIDEST_LINE:
-        return "too_wide"
+    return "too_wide" if op.dy.dim() == 4 and op.dy.shape[3] > WIDEST_LINE else None
+
+
+def backward_input3x3_reason(op: Conv3x3BackwardInput) -> str | None:
+    if (reason := backward_input3x3_window_reason(op)) is not None:
+        return reason
     v, g = op.vectors, op.grads
     vectors = () if v is None or g is None else (v.scale, v.shift, g.A, g.B, g.K)
     return (
@@ -163,11 +167,21 @@ def is_measured(device: torch.device) -> bool:
     return torch.cuda.get_device_name(device) in MEASURED_PRODUCTS
 
 
+def is_without_rival(op: RawOp) -> bool:
+    """Whether neither the library nor Triton has the like: a 3x3 convolution with a BN in its prologue.
+
+    None but recipe `prologue` calls it; whether that pays is for the trial to say.
+    """
+    if isinstance(op, Conv3x3Forward):
+        return op.in_scale is not None
+    return isinstance(op, Conv3x3BackwardInput) and op.c is not None
+
+
 def on_both_devices(reasons: Mapping[type, Reason], measured: bool) -> dict[type, Reason]:
     """The reasons of the ops above: on a GPU those of the products, on a CPU those given, or "no_kernel".
 
     Args:
-        measured: no product is served on a GPU where nobody has measured them.
+        measured: no product is served on a GPU where nobody has measured them, but for those without a rival.
     """
 
     def reason_of(kind: type) -> Reason:
@@ -178,7 +192,7 @@ def on_both_devices(reasons: Mapping[type, Reason], measured: bool) -> dict[type
             tensor = getattr(op, deciding)
             if not tensor.is_cuda:
                 return "no_kernel" if on_cpu is None else on_cpu(op)
-            if measured and not is_measured(tensor.device):
+            if measured and not is_without_rival(op) and not is_measured(tensor.device):
                 return "product_not_measured"
             return on_gpu(op)
 
