@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import native_on_meta
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,8 +31,8 @@ from triton.runtime import jit
 
 from fusedres import models
 from fusedres.blocks import RECIPES, separate
+from fusedres.blocks.choice import choose
 from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNNeeds, ConvBNTensors, Shortcut
-from fusedres.blocks.gram_form import unsuitable
 from fusedres.nn.numbers import square_window
 from fusedres.nn.residual_block import ConvBN, read_conv_bn
 from fusedres.ops import triton
@@ -162,8 +163,9 @@ def read(block: nn.Module) -> tuple[BlockConfig, tuple[ConvBNTensors, ...]]:
 class Chain:
     """Stem and blocks of a ResNet on meta tensors, forward and then backward, as a training step runs them."""
 
-    def __init__(self, model: nn.Module, recipe: str, counter: LaunchCounter) -> None:
-        self.ops = Dispatcher((META_TRITON, REFERENCE))
+    def __init__(self, model: nn.Module, recipe: str, counter: LaunchCounter, native: bool) -> None:
+        kernels = native_on_meta.backend(counter.note) if native else META_TRITON
+        self.ops = Dispatcher((kernels, REFERENCE))
         self.model, self.recipe, self.counter = model, recipe, counter
         self.backwards: list[Any] = []
 
@@ -190,8 +192,7 @@ class Chain:
     def block(self, name: str, block: nn.Module, x: Tensor) -> Tensor:
         self.enter(name, "forward")
         config, units = read(block)
-        suits = self.recipe != "gram" or unsuitable(config, units, x) is None
-        recipe = RECIPES[self.recipe if suits else "separate"]
+        recipe = RECIPES[choose(self.recipe, config, units, x, self.ops, True).recipe]
         out = recipe.forward(self.ops, config, x, None, units, True)
 
         def backward(dy: Tensor) -> Tensor:
@@ -213,18 +214,19 @@ class Chain:
             dy = backward(dy)
 
 
-def count(model: nn.Module, recipe: str, batch: int, side: int = 224) -> list[Counted]:
+def count(model: nn.Module, recipe: str, batch: int, side: int = 224, native: bool = False) -> list[Counted]:
     """Every launch of stem and blocks in a training step in bfloat16; pooling, classifier and optimiser apart.
 
     Args:
         model: a `fusedres.models.ResNet`; it is left alone.
-        recipe: "separate" or "gram".
+        recipe: "separate", "prologue" or "gram".
+        native: whether the native backend serves what it has, and not Triton: with every recipe but "gram".
     """
     made = copy.deepcopy(model).to("meta", torch.bfloat16, memory_format=torch.channels_last).train()
     shape, layout = (batch, 3, side, side), torch.channels_last
     x = torch.empty(shape, device="meta", dtype=torch.bfloat16, memory_format=layout)
     with counting() as counter:
-        Chain(made, recipe, counter).run(x)
+        Chain(made, recipe, counter, native).run(x)
     return counter.found
 
 
@@ -236,9 +238,10 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="resnet50", choices=("resnet50", "resnet18"))
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="gram")
+    parser.add_argument("--native", action="store_true", help="the native backend's kernels, not Triton's")
     parser.add_argument("--launches", action="store_true", help="list every launch")
     args = parser.parse_args()
-    found = count(models.create(args.model), args.recipe, args.batch)
+    found = count(models.create(args.model), args.recipe, args.batch, native=args.native)
     if args.launches:
         for launch in found:
             print(f"{launch.layer:12} {launch.phase:9} {launch.kernel:36} {launch.bytes / 1e6:10.2f} MB")

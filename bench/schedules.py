@@ -24,6 +24,19 @@ from typing import NamedTuple
 
 Line = tuple[str, str, str, str, str]
 
+# what is launched besides, on vectors and weights, where our own kernels run: of next to no bytes
+ALGEBRA: tuple[Line, ...] = (
+    ("conv", "bn_scale_shift", "", "", ""),
+    ("conv", "memset, of the statistics' counters", "", "", ""),
+    ("conv", "bn_backward_coefficients", "", "", ""),
+    ("join", "bn_running_stats", "", "", ""),
+    ("join", "cast, of weights", "", "", ""),
+    ("join", "cast, of their gradients", "", "", ""),
+    ("join", "memset, of the sums' counters", "", "", ""),
+    ("inner", "memset, of the sums' counters", "", "", ""),
+    ("shortcut", "copy of a sum that two BNs share", "", "", ""),
+)
+
 LIBRARY_FORWARD: tuple[Line, ...] = (("conv", "convolution", "sampled w", "c", "conv"),)
 LIBRARY_BACKWARD: tuple[Line, ...] = (
     ("conv", "convolution_backward_input", "dc w", "din", "conv"),
@@ -73,6 +86,7 @@ SEPARATE_BACKWARD: tuple[Line, ...] = (
     ("inner", "bn_add_relu_backward_input", "~da ~c", "dc", ""),
     *LIBRARY_BACKWARD,
     ("join", "add_gradients", "dx dx", "dx", ""),
+    *ALGEBRA,
 )
 SEPARATE: tuple[Line, ...] = (
     *LIBRARY_FORWARD,
@@ -98,6 +112,42 @@ SEPARATE_EPILOGUE_STATS: tuple[Line, ...] = (
     ("inner", "bn_add_relu_forward", "c", "a", ""),
     ("join", "bn_add_relu_forward", "c x_or_s", "y mask", ""),
     *SEPARATE_BACKWARD,
+)
+
+# no inner activation stored: prologues of plain 3x3 convolutions of our own, and BN's backward in those without stride
+PROLOGUE_EDGES: tuple[Line, ...] = (
+    ("main kxk", "conv3x3_forward", "in w", "c", "conv"),
+    ("main 1x1", "conv1x1_forward", "in w", "c", "conv"),
+    ("shortcut plain", "conv1x1_forward", "in w", "c", "conv"),
+    ("shortcut strided", "convolution", "sampled w", "c", "conv"),
+    ("shortcut strided", "bn_stats", "c", "", ""),
+    ("join", "bn_add_relu_forward", "c x_or_s", "y mask", ""),
+    ("join identity", "bn_add_relu_backward_reduce", "dy mask c", "", ""),
+    ("join projection", "bn_add_relu_backward_reduce", "dy mask c s", "", ""),
+    ("join projection", "bn_add_relu_backward_input", "~dy mask ~c ~s", "dc ds", ""),
+    ("main last", "convolution_backward_input", "dc w", "din", "conv"),
+    ("main upper", "bn_add_relu_forward, for the weight gradient", "in", "in", ""),
+    ("inner", "bn_add_relu_backward_reduce", "da c", "", ""),
+    ("inner kxk plain projection", "conv3x3_backward_input", "~da ~c w", "din dc", "conv"),
+    ("inner kxk strided", "bn_add_relu_backward_input", "~da ~c", "dc", ""),
+    ("inner kxk strided", "convolution_backward_input", "dc w", "din", "conv"),
+    ("inner 1x1", "bn_add_relu_backward_input", "~da ~c", "dc", ""),
+    ("inner 1x1", "convolution_backward_input", "dc w", "din", "conv"),
+    ("shortcut", "convolution_backward_input", "dc w", "din", "conv"),
+    ("join projection", "add_gradients", "dx dx", "dx", ""),
+    *WEIGHT_GRADIENT,
+    *ALGEBRA,
+)
+PROLOGUE_BASIC: tuple[Line, ...] = (
+    *PROLOGUE_EDGES,
+    ("join identity", "bn_add_relu_backward_input", "~dy mask ~c", "dc", ""),
+    ("inner kxk plain identity", "conv3x3_backward_input", "~da ~c w dy mask", "din dc", "conv"),
+)
+PROLOGUE_BOTTLENECK: tuple[Line, ...] = (
+    *PROLOGUE_EDGES,
+    ("join identity", "bn_add_relu_backward_input", "~dy mask ~c", "dc dz", ""),
+    ("inner kxk plain identity", "conv3x3_backward_input", "~da ~c w", "din dc", "conv"),
+    ("join identity", "add_gradients", "dx dx", "dx", ""),
 )
 
 # our 1x1 forward and input gradient; library kxk and weight gradients on side outputs; one Function a block
@@ -138,11 +188,43 @@ ACROSS_BLOCKS: tuple[Line, ...] = (
 )
 
 # the Gram identity: the last convolution's raw output never exists; library kxk
-GRAM_EDGES: tuple[Line, ...] = (
+GRAM_OWN_FORWARD: tuple[Line, ...] = (
     ("first 1x1", "conv1x1_forward", "in w", "c", "conv"),
     ("shortcut plain", "conv1x1_forward", "in w", "c", "conv"),
     ("shortcut strided", "convolution", "sampled w", "c", "conv"),
     ("shortcut strided", "bn_stats", "c", "", ""),
+)
+# where nobody has measured our products against the library's
+GRAM_LIBRARY_FORWARD: tuple[Line, ...] = (
+    ("first", "convolution", "in w", "c", "conv"),
+    ("first", "bn_stats", "c", "", ""),
+    ("shortcut", "convolution", "sampled w", "c", "conv"),
+    ("shortcut", "bn_stats", "c", "", ""),
+)
+GRAM_ALGEBRA: tuple[Line, ...] = (
+    ("conv", "bn_scale_shift", "", "", ""),
+    ("inner", "memset, of the statistics' counters", "", "", ""),
+    ("first", "memset, of the sums' counters", "", "", ""),
+    ("inner", "bn_backward_coefficients", "", "", ""),
+    ("shortcut", "memset, of the statistics' counters", "", "", ""),
+    ("shortcut", "memset, of the sums' counters", "", "", ""),
+    ("shortcut", "bn_backward_coefficients", "", "", ""),
+    ("join", "bn_running_stats", "", "", ""),
+    ("join", "cast, of weights", "", "", ""),
+    ("join", "cast, of their gradients", "", "", ""),
+    ("last", "gram_reference", "", "", ""),
+    ("last", "gram_finish", "", "", ""),
+    *(("last", f"{operand}, in float64", "", "", "") for operand in ("weight", "weight, again", "moments")),
+    *(("last", f"product of weights {i}", "", "", "") for i in (1, 2, 3)),
+    ("last", "gram_output_stats", "", "", ""),
+    ("last", "pivot", "", "", ""),
+    ("last", "gram_bn_backward", "", "", ""),
+    ("last", "gram_weight_gradient", "", "", ""),
+    ("last", "gram_offset", "", "", ""),
+    *(("last", f"split_weight, term {i}", "", "", "") for i in (1, 2)),
+    *(("last", f"merge_sums {i}", "", "", "") for i in (1, 2, 3, 4, 5)),
+)
+GRAM_EDGES: tuple[Line, ...] = (
     ("last", "gram", "below", "", "gram"),
     ("last", "conv1x1_forward", "below w x_or_s", "y mask", "conv"),
     ("last", "conv1x1_backward_weight", "dy mask below", "dw", "conv"),
@@ -199,6 +281,13 @@ STEM_INDUCTOR: tuple[Line, ...] = (
 )
 STEM_FUSED: tuple[Line, ...] = (
     *STEM_EDGES,
+    ("stem", "bn_scale_shift", "", "", ""),
+    ("stem", "memset, of the statistics' counters", "", "", ""),
+    ("stem", "memset, of the sums' counters", "", "", ""),
+    ("stem", "bn_backward_coefficients", "", "", ""),
+    ("stem", "bn_running_stats", "", "", ""),
+    ("stem", "cast, of weights", "", "", ""),
+    ("stem", "cast, of their gradients", "", "", ""),
     ("pool", "bn_relu_maxpool_forward", "~c", "p index1", ""),
     ("pool", "bn_relu_maxpool_backward_reduce", "dp index1 c", "", ""),
     ("pool", "bn_relu_maxpool_backward_input", "dp index1 ~c", "dc", ""),
@@ -220,8 +309,12 @@ SCHEDULES = {
     "separate": Schedule(STEM_FUSED, SEPARATE, SEPARATE),
     "separate_product_stats": Schedule(STEM_FUSED, SEPARATE_PRODUCT_STATS, SEPARATE_PRODUCT_STATS),
     "separate_epilogue_stats": Schedule(STEM_FUSED, SEPARATE_EPILOGUE_STATS, SEPARATE_EPILOGUE_STATS),
+    "prologue": Schedule(STEM_FUSED, PROLOGUE_BOTTLENECK, PROLOGUE_BASIC),
     "fused_1x1": Schedule(STEM_FUSED, FUSED_1X1, SEPARATE),
     "across_blocks": Schedule(STEM_FUSED, ACROSS_BLOCKS, ACROSS_BLOCKS),
-    "gram": Schedule(STEM_FUSED, (*GRAM_EDGES, *GRAM_LIBRARY_KXK), SEPARATE),
-    "gram_own_3x3": Schedule(STEM_FUSED, (*GRAM_EDGES, *GRAM_OWN_KXK), SEPARATE),
+    "gram": Schedule(
+        STEM_FUSED, (*GRAM_LIBRARY_FORWARD, *GRAM_EDGES, *GRAM_LIBRARY_KXK, *GRAM_ALGEBRA), SEPARATE
+    ),
+    "gram_own_1x1": Schedule(STEM_FUSED, (*GRAM_OWN_FORWARD, *GRAM_EDGES, *GRAM_LIBRARY_KXK), SEPARATE),
+    "gram_own_3x3": Schedule(STEM_FUSED, (*GRAM_OWN_FORWARD, *GRAM_EDGES, *GRAM_OWN_KXK), SEPARATE),
 }

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import dataclasses
 import os
 import shutil
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,15 +126,40 @@ def stand_in_for_triton() -> None:
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
 
 
+def native_backend(measured: bool) -> Any:
+    """measured: as for the native backend's own."""
+    from fusedres.ops import fake
+    from fusedres.ops.contract import Conv1x1Forward, Conv3x3BackwardInput, Conv3x3Forward, RawOp
+    from fusedres.ops.native import functions, products
+
+    def reason(op: RawOp) -> str | None:
+        if measured and not products.is_without_rival(op):
+            return "product_not_measured"
+        return products.backward_input3x3_window_reason(op) if isinstance(op, Conv3x3BackwardInput) else None
+
+    kinds = Conv1x1Forward, Conv3x3Forward, Conv3x3BackwardInput
+    kernels = functions.backend(measured=measured)
+    return dataclasses.replace(
+        kernels,
+        functions={**kernels.functions, **{kind: fake.FUNCTIONS[kind] for kind in kinds}},
+        reasons={**kernels.reasons, **dict.fromkeys(kinds, reason)},
+    )
+
+
 def stand_in_for_backends() -> None:
-    """Triton serves CPU tensors as it would a GPU's, and native kernels of convolutions, which no GPU has, none."""
+    """Triton serves CPU tensors as it would a GPU's. The native library's kernels of BN are the CPU's, its
+    convolutions give tensors without values, and others, which no GPU has, there are none."""
     from fusedres.ops import dispatch, triton, triton_reasons
-    from fusedres.ops.native import reasons, winograd
+    from fusedres.ops.native import casts, reasons, winograd
     from fusedres.triton_kernels import layout
 
     layout.capability = lambda x: CAPABILITY[0]  # type: ignore[assignment]
     reasons.product_dtypes = lambda: ()  # type: ignore[assignment]
     winograd.is_on = lambda: False  # type: ignore[assignment]
+    casts.takes = lambda tensor, dtype: {tensor.dtype, dtype} <= casts.DTYPES  # type: ignore[assignment]
+    casts.cast_into = torch._foreach_copy_  # type: ignore[assignment]
+    dispatch.LOADERS["native"] = partial(native_backend, measured=False)
+    dispatch.AUTO_LOADERS["native"] = partial(native_backend, measured=True)
     dispatch.LOADERS["triton"] = lambda: triton.backend(device_reason)
     measured = triton_reasons.MEASURED_PRODUCTS
     dispatch.AUTO_LOADERS["triton"] = lambda: triton.backend(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 import fusedres
 from fusedres.measuring.timing import bootstrap_interval, median
 from fusedres.models import resnet
+from fusedres.ops.backend import Backend
 from fusedres.ops.contract import RawOp, op_name
 from fusedres.ops.dispatch import Dispatcher
 from gpu_stand_in import StandIn
@@ -33,6 +34,7 @@ WIDTHS = 8, 16, 32, 64  # of the stages
 SHAPE = 8, 3, 16, 16  # 1 x 1 in the last two stages
 WARM_STEPS = 4
 EAGER = "eager"
+NO_RAW_OPS = ("bn_running_stats_",)  # of our own operators
 
 
 class Case(NamedTuple):
@@ -47,7 +49,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "resnet18": (Case(EAGER), Case("separate")),
+    "resnet18": (Case(EAGER), Case("separate"), Case("prologue", "native")),
     "resnet50": (Case(EAGER), Case("separate"), Case("gram")),
 }
 
@@ -57,7 +59,7 @@ class Counts(NamedTuple):
 
     raw_ops: dict[str, int]
     triton_launches: dict[str, int]
-    operators: int
+    operators: dict[str, int]
 
 
 class Step:
@@ -88,30 +90,38 @@ class Step:
 
 
 class Operators(TorchDispatchMode):
-    """Counts torch's operators, without views and without those that make an empty tensor."""
+    """Counts torch's operators by name, without views and without those that make an empty tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.counts: dict[str, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         schema = func._schema
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        self.count += not is_view and "empty" not in schema.name and "fusedres" not in schema.name
+        namespace, _, name = schema.name.partition("::")
+        is_ours = namespace.startswith("fusedres")
+        if not is_view and "empty" not in name and (not is_ours or name in NO_RAW_OPS):
+            self.counts[name] = self.counts.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def counted_raw_ops() -> Iterator[dict[str, int]]:
-    """Calls of each raw op, but for those of a backend that was asked for by itself."""
+    """Calls of each raw op, by a dispatcher or by the backend that it named."""
     counts: dict[str, int] = {}
-    call = Dispatcher.__call__
 
-    def counted(self: Dispatcher, op: RawOp) -> object:
-        counts[op_name(type(op))] = counts.get(op_name(type(op)), 0) + 1
-        return call(self, op)
+    def counted(call: Callable[[Any, RawOp], object]) -> Callable[[Any, RawOp], object]:
+        def run(self: Any, op: RawOp) -> object:
+            counts[op_name(type(op))] = counts.get(op_name(type(op)), 0) + 1
+            return call(self, op)
 
-    with mock.patch.object(Dispatcher, "__call__", counted):
+        return run
+
+    with (
+        mock.patch.object(Dispatcher, "__call__", counted(Dispatcher.__call__)),
+        mock.patch.object(Backend, "__call__", counted(Backend.__call__)),
+    ):
         yield counts
 
 
@@ -131,7 +141,7 @@ def count(step: Step) -> Counts:
     """Of one step, without compiling or launching anything."""
     with counted_raw_ops() as raw_ops, counted_launches() as launches, Operators() as operators:
         step()
-    return Counts(raw_ops, launches, operators.count)
+    return Counts(raw_ops, launches, operators.counts)
 
 
 def count_all() -> dict[str, dict[str, Counts]]:
@@ -183,6 +193,6 @@ def main(stand_in: StandIn, rounds: int) -> None:
                 *(name, case.name, f"{forward:.2f}", f"{backward:.2f}"),
                 f"{median(ratios):.2f} [{low:.2f} {high:.2f}]",
                 *map(str, (cubins[case], sum(counts.raw_ops.values()), sum(counts.triton_launches.values()))),
-                str(counts.operators),
+                str(sum(counts.operators.values())),
             )
     Console(width=140).print(table)

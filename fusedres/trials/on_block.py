@@ -131,7 +131,8 @@ class OnBlock:
         key = user_table.key_of(x, config, units, ops, gradients, exact=True)
         suits = {
             "gram": gram_form.unsuitable(config, units, x) is None,
-            "prologue": prologue_form.is_basic(config, units),  # of a bottleneck gram has more in prologues
+            # on a GPU, where its kernels are others than separate's; of a bottleneck gram has more in prologues
+            "prologue": x.is_cuda and prologue_form.is_basic(config, units),
         }
         return Kind(key, clock_of(x.device), tuple(r for r in RECIPES if suits.get(r, True)))
 

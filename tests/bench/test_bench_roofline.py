@@ -15,9 +15,13 @@ INDEPENDENT = {
     "separate": (81.37, 22.02),
     "separate_product_stats": (77.16, 21.04),  # of those, 4.21 GB less: raw outputs of plain 1x1 convolutions
     "separate_epilogue_stats": (76.03, 20.78),
+    # of separate_product_stats: 0.71 GB of statistics of 3x3 convolutions less, 0.62 GB of dc not read back, and
+    # 0.19 GB of raw outputs more that are no longer in the cache when activations are made again
+    "prologue": (76.04, 20.78),
     "fused_1x1": (71.11, 19.40),
     "across_blocks": (57.73, 15.69),
-    "gram": (56.49, 16.05),
+    "gram": (57.88, 16.37),  # 1.39 GB more: raw outputs of first convolutions, for their statistics
+    "gram_own_1x1": (56.49, 16.05),
     "gram_own_3x3": (52.15, 14.67),
 }
 
@@ -30,7 +34,7 @@ def resnet50():
 def correction(network, schedule: str) -> float:
     """GB that the launches move and the independent count leaves out."""
     found = launches(network, schedule, BATCH)
-    if schedule.startswith("separate"):
+    if schedule.startswith(("separate", "prologue")):
         # one autograd Function a block must return one dx: the count lets the block below read both summands
         return sum(x.bytes for x in found if x.kernel == "add_gradients") * 2 / 3 / 1e9
     if schedule.startswith("gram"):
@@ -79,7 +83,7 @@ def test_identity_block_by_hand(resnet50):
     # the mask is written once and read by R, da and the shortcut
     # dc of c1 is made by a pass of its own and read back
     gram = 5 + 2 + 2 + 1 + 1 + 9 + 5 + 6 + 2 + 3 + 2 + 2 + 2 + 11 + 1 + 5
-    assert moved["gram"] == gram * n + 4 * mask + weights * (2 + 2 + 4)
+    assert moved["gram_own_1x1"] == moved["gram"] - n == gram * n + 4 * mask + weights * (2 + 2 + 4)
 
 
 def test_basic_blocks_have_no_gram_form():

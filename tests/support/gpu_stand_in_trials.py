@@ -27,10 +27,9 @@ STEPS = 50
 HOST_BOUND = {
     "unfused": 1.0,
     "separate": 1.2,
-    "prologue": 1.2,
     "gram": 1.15,
 }  # as bench/results/cpu/host_cost_gpu_stand_in.txt
-DEVICE_BOUND = {"unfused": 1.6, "separate": 1.2, "prologue": 1.1, "gram": 1.0}
+DEVICE_BOUND = {"unfused": 1.6, "separate": 1.2, "gram": 1.0}
 
 
 class Event:

@@ -23,7 +23,7 @@ from fusedres.trials import on_block
 from fusedres.trials.clocks import Clock
 from fusedres.trials.trial import ORIGINAL
 
-SLOWER = {ORIGINAL: 1.0, "separate": 1.5, "prologue": 1.5, "gram": 1.5}
+SLOWER = {ORIGINAL: 1.0, "separate": 1.5, "gram": 1.5}
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from fusedres.ops.dispatch import Dispatcher
 from fusedres.trials import proof, proof_process, proof_record, registry
 from fusedres.trials.trial import ORIGINAL
 
-COSTS = {ORIGINAL: 1.5, "separate": 1.0, "prologue": 1.1}
+COSTS = {ORIGINAL: 1.5, "separate": 1.0}
 
 
 @pytest.fixture

@@ -25,6 +25,11 @@ def takes(tensor: Tensor, dtype: torch.dtype) -> bool:
     )
 
 
+def cast_into(to: list[Tensor], tensors: list[Tensor]) -> None:
+    """One launch: all of `to` have one dtype, and all of `tensors`, of whose sizes and strides they are."""
+    torch.ops.fusedres_native.cast_(to, tensors)
+
+
 def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Each in that dtype, as `t.to(dtype)`; each itself where it has that dtype already."""
     made = [t.to(dtype) if t.dtype is dtype or not takes(t, dtype) else None for t in tensors]
@@ -34,6 +39,6 @@ def cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     found = [torch.empty_like(t, dtype=dtype) for t in rest]
     for source in {t.dtype for t in rest}:
         pairs = [(f, t) for f, t in zip(found, rest, strict=True) if t.dtype is source]
-        torch.ops.fusedres_native.cast_([f for f, _ in pairs], [t for _, t in pairs])
+        cast_into([f for f, _ in pairs], [t for _, t in pairs])
     casts = iter(found)
     return [next(casts) if m is None else m for m in made]
