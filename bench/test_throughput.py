@@ -51,8 +51,9 @@ HEADLINE = {
 
 
 def has_form(architecture: str, implementation: str) -> bool:
-    """Whether this is not a repetition: without a 1x1 expansion, `gram` is `separate`."""
-    return "gram" not in implementation or architecture == "resnet50" or "bottleneck" in architecture
+    """Whether the recipe is one of this form of block: `gram` of bottlenecks, `prologue` of others."""
+    is_bottleneck = architecture == "resnet50" or "bottleneck" in architecture
+    return ("prologue" if is_bottleneck else "gram") not in implementation
 
 
 def pytest_generate_tests(metafunc):

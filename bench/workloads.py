@@ -39,7 +39,7 @@ COMPILE_OPTIONS: dict[str, dict[str, object]] = {
     "torch_compile_max_autotune_graph": {"mode": "max-autotune"},
 }
 EAGER = ("eager_nchw", BASELINE, "eager_channels_last_graph")
-FUSEDRES = ("fusedres_auto", "fusedres_separate", "fusedres_gram")
+FUSEDRES = ("fusedres_auto", "fusedres_separate", "fusedres_prologue", "fusedres_gram")
 RECIPES = FUSEDRES[1:]  # what runs fused wherever it is asked to
 GRAPHED = ("eager_channels_last_graphed", *(f"{name}_graphed" for name in FUSEDRES))
 COMPILED_RECIPES = {f"{name}_compile_graph": COMPILE_OPTIONS["torch_compile_graph"] for name in RECIPES}

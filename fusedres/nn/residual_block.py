@@ -195,7 +195,7 @@ def residual_block(
         main: the main path, from input to output.
         shortcut: a projection, a tensor like the output, or None.
         identity: add x itself (with shortcut None).
-        recipe: "separate", or "gram" where main ends in an expanding 1x1 convolution, or "auto".
+        recipe: "separate", "prologue", or "gram" where main ends in an expanding 1x1 convolution, or "auto".
         backend: a name of `fusedres.ops.dispatch.backend_names()`.
 
     Returns:

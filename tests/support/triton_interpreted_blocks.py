@@ -102,7 +102,7 @@ def strided(vector):
     return torch.stack((vector, torch.full_like(vector, 9.0)), 1)[:, 0]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SERVED)
 @pytest.mark.parametrize(
     "change",
     [strided_parameters, expanded_weights, strided_statistics, strided_bias],
@@ -119,7 +119,7 @@ def test_vectors_that_are_not_dense(change, recipe, save):
     torch.testing.assert_close(*outputs)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SERVED)
 def test_each_op_is_served_by_triton(recipe):
     block, x, dy = inputs(BY_NAME["bottleneck"], torch.float16)
     config, units = read(block, x)
@@ -129,7 +129,7 @@ def test_each_op_is_served_by_triton(recipe):
     assert {op for op, backend in trace if backend != "triton"} <= LIBRARY
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SERVED)
 def test_a_patched_block_runs_the_same_kernels(recipe):
     """Through patch and autograd: bitwise what the recipe gives by itself."""
     block, x, dy = inputs(BY_NAME["bottleneck"], torch.float16)
