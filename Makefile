@@ -42,9 +42,10 @@ test: $(STAMP) lint
 docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict --quiet -f docs/mkdocs.yml
 
-# wrong patchers, each of which its named test must catch
+# wrong patchers, and bugs planted in the kernels, each of which its named test or check must catch
 mutants: $(STAMP)
 	$(BIN)/python -P tests/support/mutants.py
+	$(BIN)/pytest -q -m mutant tests
 
 # the CPU kernels of the native library under AddressSanitizer and UBSan, and their launchers under ThreadSanitizer;
 # minutes to build, apart from the installed one

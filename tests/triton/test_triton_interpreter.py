@@ -17,7 +17,13 @@ SUPPORT = Path(__file__).parents[1] / "support"
 FILES = sorted(SUPPORT.glob("triton_interpreted_*.py"))
 
 
-@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
+MARKED = [
+    pytest.param(file, id=file.stem, marks=[pytest.mark.mutant] if "planted_bugs" in file.stem else [])
+    for file in FILES
+]
+
+
+@pytest.mark.parametrize("file", MARKED)
 def test_interpreted(file):
     command = [
         sys.executable,
