@@ -264,10 +264,10 @@ bool all_match(const std::vector<Form>& forms, const std::vector<Tensor>& tensor
 
 // The outputs; none where an input is of another form than the recorded one.
 std::vector<Tensor> replay(int64_t number, std::vector<Tensor> inputs) {
+  failed_step = 0;  // whatever fails before the first step
   const std::shared_ptr<const Recording> recording = store().at(number);
   if (!all_match(recording->inputs, inputs)) return {};
   Run run(*recording, std::move(inputs));
-  failed_step = 0;
   for (const Step& step : recording->steps) {
     std::visit(run, step);
     ++failed_step;

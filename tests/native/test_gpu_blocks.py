@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from block_accuracy import assert_block_as_accurate_as_eager, by_recipe, inputs, read
-from block_forms import FORMS, BlockForm, bottleneck, one_step, patched, projection, ran_as, randomize
+from block_forms import FORMS, BlockForm, basic, bottleneck, one_step, patched, projection, ran_as, randomize
 from triton_interpreted_blocks import CASES as TRAPS
 
 from fusedres.models import Bottleneck
@@ -30,10 +30,13 @@ LARGE = (
         size=14,
     ),
 )
-BY_NAME = {form.name: form for form in (*FORMS, *LARGE)}
+LARGE_BASIC = BlockForm("basic-256", basic(cin=256, width=256), 256, size=14)
+BY_NAME = {form.name: form for form in (*FORMS, *LARGE, LARGE_BASIC)}
+OF_PROLOGUE = ("basic", "basic-projection", "basic-256")
+OF_LARGE = [(recipe, form.name) for recipe in ("gram", "separate") for form in LARGE]
 CASES = [
     pytest.param(recipe, name, backend, dtype, id=f"{recipe}-{name}-{backend}-{dtype}")
-    for recipe, name in (*TRAPS, *((recipe, form.name) for recipe in ("gram", "separate") for form in LARGE))
+    for recipe, name in (*TRAPS, *OF_LARGE, *(("prologue", name) for name in OF_PROLOGUE))
     for backend in LOADERS
     for dtype in DTYPES
     if (recipe, dtype) != ("gram", "fp32")  # runs as `separate`

@@ -31,7 +31,8 @@ def recordings(monkeypatch):
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("backend", [name for name in LOADERS if name != REFERENCE.name])
 @pytest.mark.parametrize(
-    ("recipe", "block"), [("separate", BasicBlock), ("separate", Bottleneck), ("gram", Bottleneck)]
+    ("recipe", "block"),
+    [("separate", BasicBlock), ("prologue", BasicBlock), ("separate", Bottleneck), ("gram", Bottleneck)],
 )
 def test_training_and_inference(recipe, block, backend, autocast, monkeypatch):
     model = fusedres.patch(network(block).cuda(), recipe=recipe, backend=backend)

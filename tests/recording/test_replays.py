@@ -161,6 +161,17 @@ class Failing:
         monkeypatch.setattr(replays, "failed_step", lambda: self.step)
 
 
+def test_what_fails_before_the_first_step_has_written_nothing() -> None:
+    """Whatever step an earlier replay came to."""
+    computed = Computed()
+    for _ in range(4):
+        computed(torch.ones(3))
+    assert replays.failed_step() > 0
+    with pytest.raises(RuntimeError, match="no recording -1"):
+        torch.ops.fusedres_native.replay.default(-1, [torch.ones(3)])
+    assert replays.failed_step() == 0
+
+
 def test_a_replay_casts_nothing_that_python_does_not_cast() -> None:
     x = torch.randn(4, 4)
 
