@@ -5,7 +5,7 @@ from dataclasses import replace
 import cuda_host_build
 import pytest
 import torch
-from cuda_host_cases import GROUPS, OPS, SEEDS, dtypes_of, host_cases
+from cuda_host_cases import GROUPS, OPS, PRODUCTS, SEEDS, dtypes_of, host_cases
 from cuda_host_checks import check_folded, check_order
 from cuda_host_list_checks import LIST_CHECKS
 from cuda_host_ops import HostCudaOps
@@ -30,10 +30,11 @@ def ops():
 @pytest.mark.parametrize(("op", "case"), CASES)
 @pytest.mark.filterwarnings("ignore:var_mean")
 def test_op(ops, op, case):
-    """In every dtype, and in several orders of threads and blocks."""
-    for dtype in dtypes_of(op, case):
-        for seed in SEEDS:
-            ops.module.seed(seed)
+    """In every dtype, and in several orders of threads and blocks: a product in all of them, of others, whose order
+    has a test of its own below, each dtype in another one."""
+    for dtype, seed in zip(dtypes_of(op, case), SEEDS, strict=False):
+        for order in SEEDS if op in PRODUCTS else (seed,):
+            ops.module.seed(order)
             CHECKS[op](ops, replace(case, dtype=dtype))
 
 
