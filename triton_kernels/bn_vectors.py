@@ -10,9 +10,9 @@ from fusedres.triton_kernels.launch import launch
 BLOCK = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def bn_scale_shift_kernel(
-    mean, var, weight, bias, invstd, scale, shift, C: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr
+    mean, var, weight, bias, invstd, scale, shift, C, EPS: tl.constexpr, BLOCK: tl.constexpr
 ):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = i < C
@@ -30,9 +30,9 @@ def bn_scale_shift_kernel(
     tl.store(shift + i, offset.to(shift.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["P", "C"])
 def bn_backward_coefficients_kernel(
-    sum_dz, sum_dz_centered, mean, invstd, scale, dweight, B, K, P, C: tl.constexpr, BLOCK: tl.constexpr
+    sum_dz, sum_dz_centered, mean, invstd, scale, dweight, B, K, P, C, BLOCK: tl.constexpr
 ):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = i < C

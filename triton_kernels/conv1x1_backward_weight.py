@@ -24,7 +24,7 @@ def pivot_kernel(
     pivot,  # [CIN], out: what to subtract from a before the product
     rest,  # [CIN], out: center - pivot
     P,
-    CIN: tl.constexpr,
+    CIN,
     COARSE: tl.constexpr,
     SAMPLE: tl.constexpr,
     BN: tl.constexpr,

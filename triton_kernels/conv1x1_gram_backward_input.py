@@ -124,9 +124,9 @@ def split_weight_kernel(
     offset,  # [CIN]
     terms,  # [2, ROWS, CIN], out: weight in the activation dtype, and what that leaves of it
     moved_offset,  # [CIN], out: offset - center (the sum of the terms)
-    ROWS: tl.constexpr,
-    CIN: tl.constexpr,
-    SHARE: tl.constexpr,  # rows of a program: all of them where it adds them up
+    ROWS,
+    CIN,
+    SHARE,  # rows of a program: all of them where it adds them up
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):

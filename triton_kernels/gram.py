@@ -12,7 +12,7 @@ from fusedres.triton_kernels.merge import merge_sums
 
 
 @triton.jit
-def sample(c, scale, shift, i, P, CIN: tl.constexpr, SAMPLE: tl.constexpr):
+def sample(c, scale, shift, i, P, CIN, SAMPLE: tl.constexpr):
     """Mean in float32, M2 and number of `a = relu(scale*c + shift)`, channels i, over rows spread along c [P, CIN]."""
     step = tl.arange(0, SAMPLE)
     count = tl.minimum(P, SAMPLE)
@@ -40,7 +40,7 @@ def gram_reference_kernel(
     shift,
     reference,  # [CIN] float32, out: a value to subtract from a before squares are formed
     P,
-    CIN: tl.constexpr,
+    CIN,
     SAMPLE: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -54,9 +54,9 @@ def gram_reference_kernel(
 
 
 @triton.jit
-def upper_tile(i, j, TILES: tl.constexpr):
-    """Place of tile (i, j), i <= j, among the tiles of the upper triangle, row by row."""
-    return i * (2 * TILES - i - 1) // 2 + j
+def upper_tile(i, j, tiles):
+    """Place of tile (i, j), i <= j, among the tiles of the upper triangle, row by row, `tiles` in the first one."""
+    return i * (2 * tiles - i - 1) // 2 + j
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -115,7 +115,7 @@ def gram_finish_kernel(
     m,  # [CIN], out
     S,  # [CIN, CIN], out
     P,
-    CIN: tl.constexpr,
+    CIN,
     BN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

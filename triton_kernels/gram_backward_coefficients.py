@@ -48,8 +48,8 @@ def gram_bn_backward_kernel(
     wide,  # [COUT, CIN] float64, out: W; or None, with sloped: frozen statistics
     sloped,  # [COUT, CIN] float64, out: B W
     P,
-    CIN: tl.constexpr,
-    COUT: tl.constexpr,
+    CIN,
+    COUT,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -101,8 +101,8 @@ def gram_weight_gradient_kernel(
     products,  # [COUT, CIN] float64: W S
     dW,  # [COUT, CIN], out
     P,
-    CIN: tl.constexpr,
-    COUT: tl.constexpr,
+    CIN,
+    COUT,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
@@ -129,8 +129,8 @@ def gram_offset_kernel(
     weight_a,  # [CIN, CIN], out
     offset,  # [CIN], out
     P,
-    CIN: tl.constexpr,
-    COUT: tl.constexpr,
+    CIN,
+    COUT,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):

@@ -18,8 +18,8 @@ def gram_output_stats_kernel(
     mean,  # [COUT], out
     var,  # [COUT], out
     center,  # [CIN], out: m as a value of weight's dtype
-    CIN: tl.constexpr,
-    COUT: tl.constexpr,
+    CIN,
+    COUT,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):

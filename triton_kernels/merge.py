@@ -13,7 +13,7 @@ BLOCK_ROWS = 16
 BLOCK_COLUMNS = 128
 
 
-@triton.jit(do_not_specialize=["T", "W"])
+@triton.jit(do_not_specialize=["T", "W", "RIGHT"])
 def merge_sums_kernel(
     partials,  # [T, W]
     left,  # [LEFT] or None: the outer product left*right is subtracted from the sums
@@ -21,7 +21,7 @@ def merge_sums_kernel(
     out,  # [ceil(T / SPAN), W]
     T,
     W,
-    RIGHT: tl.constexpr,
+    RIGHT,
     FINITE_LEFT: tl.constexpr,  # of what is not finite in left, nothing is subtracted
     SPAN: tl.constexpr,
     BT: tl.constexpr,

@@ -33,7 +33,7 @@ from fusedres.triton_kernels import (
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # of kernels without tensor cores, and of rows that are not aligned
 FIRST_OF_THEIR_KIND = (80, 90, 100)
-# activations, vectors, merged sums, bytes, sizes
+# activations, vectors, merged sums, bytes, sizes; a channel count that a kernel specialises on is a multiple of 16
 KINDS = {"A": "*bf16", "F": "*fp32", "D": "*fp64", "U": "*u8", "I": "i32"}
 # the tiles of activations and weights that one step of a product loads
 OPERANDS = {
@@ -228,10 +228,10 @@ def elementwise_backward_forms() -> dict[str, dict[str, str]]:
 
 
 def small() -> Iterator[Entry]:
-    block = {"C": 256, "BLOCK": bn_vectors.BLOCK}
-    scale_shift = types(F="mean var weight bias invstd scale shift")
+    block = {"BLOCK": bn_vectors.BLOCK}
+    scale_shift = types(F="mean var weight bias invstd scale shift", I="C")
     yield Entry("bn_scale_shift", bn_vectors.bn_scale_shift_kernel, scale_shift, {**block, "EPS": 1e-5})
-    coefficients = types(F="sum_dz sum_dz_centered mean invstd scale dweight B K", I="P")
+    coefficients = types(F="sum_dz sum_dz_centered mean invstd scale dweight B K", I="P C")
     yield Entry("bn_backward_coefficients", bn_vectors.bn_backward_coefficients_kernel, coefficients, block)
     bytes_ = {"BYTES": relu_backward.BLOCK_BYTES}
     yield Entry("relu_mask", relu_backward.relu_mask_kernel, types(A="y", U="mask", I="N"), bytes_)
@@ -240,55 +240,50 @@ def small() -> Iterator[Entry]:
         "relu_backward", relu_backward.relu_backward_kernel, types(A="dy dz", U="mask", I="N"), elements
     )
     span = {"SPAN": tiles.MERGE_ROWS, "BT": merge.BLOCK_ROWS, "BC": merge.BLOCK_COLUMNS}
-    sums = types(F="partials left right out", I="T W")
-    yield Entry(
-        "merge_sums-outer", merge.merge_sums_kernel, sums, {**span, "RIGHT": 64, "FINITE_LEFT": False}
-    )
-    first = types(F="partials", D="out", I="T W")
-    yield Entry(
-        "merge_sums-first", merge.merge_sums_kernel, first, {**span, "RIGHT": 1, "FINITE_LEFT": False}
-    )
+    sums = types(F="partials left right out", I="T W RIGHT")
+    yield Entry("merge_sums-outer", merge.merge_sums_kernel, sums, {**span, "FINITE_LEFT": False})
+    first = types(F="partials", D="out", I="T W RIGHT")
+    yield Entry("merge_sums-first", merge.merge_sums_kernel, first, {**span, "FINITE_LEFT": False})
     moments = types(D="tile_mean out", F="tile_m2", I="T P C")
     yield Entry("merge_moments", merge.merge_moments_kernel, moments, {**span, "ROWS": tiles.STATISTICS_ROWS})
     finish = types(D="power_sums", F="mean var", I="T P C")
     rows = {"BT": merge.BLOCK_ROWS, "BC": merge.BLOCK_COLUMNS}
     yield Entry("finish_moments", merge.finish_moments_kernel, finish, rows)
-    sample = {"CIN": 256, "SAMPLE": tiles.GRAM_SAMPLE, "BN": tiles.GRAM_SAMPLE_COLUMNS}
-    reference = types(A="c", F="scale shift reference", I="P")
+    sample = {"SAMPLE": tiles.GRAM_SAMPLE, "BN": tiles.GRAM_SAMPLE_COLUMNS}
+    reference = types(A="c", F="scale shift reference", I="P CIN")
     yield Entry("gram_reference", gram.gram_reference_kernel, reference, sample)
-    pivot = types(A="c", F="scale shift center pivot rest", I="P")
+    pivot = types(A="c", F="scale shift center pivot rest", I="P CIN")
     yield Entry("conv1x1_pivot", conv1x1_backward_weight.pivot_kernel, pivot, {**sample, "COARSE": True})
-    finish = types(D="products sums", F="reference m S", I="P")
-    yield Entry("gram_finish", gram.gram_finish_kernel, finish, {"CIN": 256, "BN": 64, "BLOCK": 128})
+    finish = types(D="products sums", F="reference m S", I="P CIN")
+    yield Entry("gram_finish", gram.gram_finish_kernel, finish, {"BN": 64, "BLOCK": 128})
 
 
 def algebra() -> Iterator[Entry]:
     """Of Cout x Cin weights, in float64."""
-    by_rows = {"CIN": 512, "COUT": 2048, "BM": tiles.ALGEBRA_ROWS[0], "BK": tiles.ALGEBRA_ROWS[1]}
-    by_columns = {"CIN": 512, "COUT": 2048, "BM": tiles.ALGEBRA_COLUMNS[0], "BN": tiles.ALGEBRA_COLUMNS[1]}
-    stats = types(A="weight", D="products", F="m mean var center")
+    by_rows = {"BM": tiles.ALGEBRA_ROWS[0], "BK": tiles.ALGEBRA_ROWS[1]}
+    by_columns = {"BM": tiles.ALGEBRA_COLUMNS[0], "BN": tiles.ALGEBRA_COLUMNS[1]}
+    stats = types(A="weight", D="products", F="m mean var center", I="CIN COUT")
     kernel = gram_output_stats.gram_output_stats_kernel
     yield Entry("gram_output_stats", kernel, stats, by_rows)
     yield Entry("gram_output_stats-bias", kernel, {**stats, **types(A="bias")}, by_rows)
     kernel = gram_backward_coefficients.gram_bn_backward_kernel
-    common = types(F="r sum_dz invstd scale dweight weight_dz", A="weight", I="P")
+    common = types(F="r sum_dz invstd scale dweight weight_dz", A="weight", I="P CIN COUT")
     training = {**common, **types(F="m center B", D="wide sloped")}
     frozen = {**common, **types(F="mean dW")}
     yield Entry("gram_bn_backward-training", kernel, training, by_rows)
     yield Entry("gram_bn_backward-frozen", kernel, frozen, by_rows)
     yield Entry("gram_bn_backward-frozen_bias", kernel, {**frozen, **types(A="bias")}, by_rows)
     kernel = gram_backward_coefficients.gram_weight_gradient_kernel
-    gradient = types(F="r sum_dz scale B m center dW", D="products", I="P")
+    gradient = types(F="r sum_dz scale B m center dW", D="products", I="P CIN COUT")
     yield Entry("gram_weight_gradient", kernel, gradient, by_rows)
     kernel = gram_backward_coefficients.gram_offset_kernel
-    offset = types(D="products", F="weight_dz sum_dz m center weight_a offset", I="P")
+    offset = types(D="products", F="weight_dz sum_dz m center weight_a offset", I="P CIN COUT")
     yield Entry("gram_offset", kernel, offset, by_columns)
     kernel = conv1x1_gram_backward_input.split_weight_kernel
-    alone = types(F="weight", A="terms")
+    alone = types(F="weight", A="terms", I="ROWS CIN SHARE")
     moving = {**alone, **types(F="center offset moved_offset")}
-    size = {k: v for k, v in by_columns.items() if k != "COUT"}
-    yield Entry("split_weight", kernel, alone, {**size, "ROWS": 2048, "SHARE": size["BM"]})
-    yield Entry("split_weight-offset", kernel, moving, {**size, "ROWS": 512, "SHARE": 512})
+    yield Entry("split_weight", kernel, alone, by_columns)
+    yield Entry("split_weight-offset", kernel, moving, by_columns)
 
 
 def entries() -> list[Entry]:

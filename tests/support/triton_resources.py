@@ -33,12 +33,16 @@ def compile_entry(entry: Entry, architecture: int) -> dict[str, Any]:
     constants = {name: entry.constants.get(name) for name in names if name not in entry.signature}
     if "WAIT" in constants:
         constants["WAIT"] = waits_on(architecture // 10)
-    pointers = [i for i, n in enumerate(names) if entry.signature.get(n, "").startswith("*")]
+    aligned = [
+        i
+        for i, n in enumerate(names)
+        if n in entry.signature and n not in entry.kernel.do_not_specialize
+    ]
     source = ASTSource(
         fn=entry.kernel,
         signature={name: entry.signature.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     options = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
