@@ -1,4 +1,5 @@
-"""Every kernel is launched here, so that who records a block's steps sees the kernels among them."""
+"""Every kernel is launched here, so that who records a block's steps sees the kernels among them, and who compiles
+ahead has them compiled without launching any."""
 
 from __future__ import annotations
 
@@ -9,12 +10,15 @@ from typing import Any
 
 # of the kernel as it was compiled and loaded, its grid, and its arguments by name
 Listener = Callable[[Any, tuple[int, ...], dict[str, Any]], None]
+# of the kernel, its grid, its first arguments, and the others with how it is launched
+Instead = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 
 
 class Listening(threading.local):
-    """Who listens in this thread."""
+    """Who listens in this thread, and what is done in place of a launch."""
 
     listener: Listener | None = None
+    instead: Instead | None = None
 
 
 _listening = Listening()
@@ -22,6 +26,9 @@ _listening = Listening()
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """`kernel[grid](*args, **options)`. args: its first arguments; options: the others, and how it is launched."""
+    if _listening.instead is not None:
+        _listening.instead(kernel, grid, args, options)
+        return
     compiled = kernel[grid](*args, **options)
     if _listening.listener is not None:
         named = dict(zip(kernel.arg_names, args, strict=False))
@@ -38,3 +45,27 @@ def launches_to(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listening.listener = before
+
+
+def is_launching() -> bool:
+    """Whether this thread launches kernels, so that they write what they are to write."""
+    return _listening.instead is None
+
+
+@contextmanager
+def instead_of_launching(instead: Instead) -> Iterator[None]:
+    """Within the context, in this thread, this is called for every launch, and nothing is launched."""
+    before, _listening.instead = _listening.instead, instead
+    try:
+        yield
+    finally:
+        _listening.instead = before
+
+
+def compile_for(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Compiles the kernel as `launch` would: now, or by the pool of an `AsyncCompileMode` that is active here."""
+    kernel.warmup(*args, grid=grid, **options)
+
+
+def leave_out(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Neither compiles nor launches."""

@@ -84,7 +84,15 @@ def install(folder: str | None = None) -> StandIn:
     stand_in_for_decisions()
     stand_in_for_triton()
     replay_passes(True)
+    compile_ahead()
     return found
+
+
+def compile_ahead() -> None:
+    """`warmup` compiles for CPU tensors, as for those of a GPU."""
+    from fusedres.measuring import compile_ahead
+
+    compile_ahead.DEVICES = {"cpu"}
 
 
 def replay_passes(are_on: bool) -> None:

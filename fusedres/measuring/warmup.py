@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fusedres.errors import UnsupportedModelError
+from fusedres.measuring.compile_ahead import compile_step
+from fusedres.measuring.progress import Progress, untold
 from fusedres.modules.derived_class import STATE
 from fusedres.modules.lazy import initialised_copy, is_uninitialised
 from fusedres.patching.api import bind, check_model, is_patched, patched_blocks
@@ -68,23 +71,30 @@ def settle(
         after_step(done, MOST_STEPS)
 
 
-def warmup(model: nn.Module, example: Any, *, measure: bool = False) -> None:
+def warmup(model: nn.Module, example: Any, *, measure: bool = False, progress: Progress = untold) -> None:
     """Runs the patched model on an example, so that nothing is compiled or searched for afterwards.
 
-    One forward without gradients and, where anything wants one, a forward and a backward: in the mode the model is
-    in, under the autocast the caller is in. Call it again for another mode, dtype or shape of input, and before a
-    CUDA graph is captured. Parameters, their gradients, buffers, random number generators and modes are left as
-    they were; hooks run. On a CPU, where nothing is compiled, it is two plain steps.
+    One forward without gradients and, where anything wants one and the caller is not in `torch.no_grad()`, a forward
+    and a backward: in the mode the model is in, under the autocast the caller is in. Call it again for another mode,
+    dtype or shape of input, and before a CUDA graph is captured. Parameters, their gradients, buffers, random number
+    generators and modes are left as they were; hooks run. On a CPU, where nothing is compiled, it is two plain steps.
+
+    On a GPU the same runs once more before, by the reference, to find the Triton kernels that are needed, also by the
+    recipes on trial; as many threads as the process has cores compile them meanwhile. In a process group of
+    torch.distributed every rank has to call this: the first one of each machine (LOCAL_RANK 0; without that variable,
+    rank 0) compiles, and the others wait and find the kernels in Triton's cache.
 
     Args:
         model: a patched model.
         example: an input tensor, or a tuple of positional arguments, like those to come; it is left alone.
         measure: whether to go on until every recipe that is on trial has its verdict, as the first steps of training
             would come to otherwise; at most MOST_STEPS of each kind.
+        progress: called between kernels and between steps with what is done now, how many of it are over, and out of
+            how many.
 
     Raises:
         TypeError, UnsupportedModelError: as `fusedres.patch`, or no block of the model is patched.
-        RuntimeError: a CUDA graph is being captured: then it is too late.
+        RuntimeError: a CUDA graph is being captured: then it is too late; or the step failed on another rank.
     """
     check_model(model, "warmup")
     if not is_patched(model):
@@ -101,9 +111,13 @@ def warmup(model: nn.Module, example: Any, *, measure: bool = False) -> None:
             "fusedres.warmup: a CUDA graph is being captured, and compiling inside it fails; call warmup before."
         )
 
+    with_gradients = torch.is_grad_enabled()
+
     def step() -> None:
         with torch.no_grad():
             model(*example)
+        if not with_gradients:
+            return
         with torch.enable_grad():
             outputs = differentiable(model(*example))
             wanted = differentiable((list(model.parameters()), example))
@@ -113,8 +127,9 @@ def warmup(model: nn.Module, example: Any, *, measure: bool = False) -> None:
                 torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
 
     with torch.random.fork_rng(devices=devices), restored_buffers(model):
+        compile_step(model, step, [*tensors, *model.parameters()], progress)
         if measure:
-            settle(model, step)
+            settle(model, step, partial(progress, "trying recipes"))
         else:
             step()
     for device in devices:

@@ -6,6 +6,7 @@ and launchers, which know nothing of the rest of fusedres, in `fusedres.triton_k
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -45,6 +46,8 @@ from fusedres.ops.contract import (
 from fusedres.ops.reference import REFERENCE
 from fusedres.ops.triton_reasons import DECIDING, NAME, DeviceReason, Measured
 
+logger = logging.getLogger("fusedres")
+
 
 def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,11 +60,25 @@ def launchers() -> ModuleType:
     return launchers
 
 
-def launches_to(listener: Callable[..., None]) -> AbstractContextManager[None]:
-    """Within the context, in this thread, the listener is told of every launch: see `triton_kernels/launch.py`."""
+@cache
+def launching() -> ModuleType:
     from fusedres.triton_kernels import launch
 
-    return launch.launches_to(listener)
+    return launch
+
+
+def launches_to(listener: Callable[..., None]) -> AbstractContextManager[None]:
+    """Within the context, in this thread, the listener is told of every launch: see `triton_kernels/launch.py`."""
+    return launching().launches_to(listener)
+
+
+def compiles_only(is_compiling: bool) -> AbstractContextManager[None]:
+    """Within the context, in this thread, no kernel is launched, and the reference computes every op.
+
+    is_compiling: whether the kernels are compiled; else they are left out.
+    """
+    launch = launching()
+    return launch.instead_of_launching(launch.compile_for if is_compiling else launch.leave_out)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -73,14 +90,17 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 def launched(op: RawOp) -> Any:
     """The op's result, its kernels launched on the device of its tensors.
 
-    Kernels that cannot be compiled or loaded are set aside, and the reference computes this call. The interpreter has
-    no such excuse: what it raises is raised.
+    Kernels that cannot be compiled or loaded are set aside, and the reference computes this call, as it does every one
+    within `compiles_only`. The interpreter has no such excuse: what it raises is raised.
     """
     kind = type(op)
     tensor = getattr(op, DECIDING[kind])
+    is_launching = launching().is_launching()
     try:
         with on_device_of(tensor):
-            return LAUNCHES[kind](op)
+            found = LAUNCHES[kind](op)
+            if is_launching:
+                return found
     except Exception as error:
         if is_interpreted():
             raise
@@ -88,7 +108,10 @@ def launched(op: RawOp) -> Any:
         if not set_aside.is_of_toolchain(error):
             set_aside.explain(error, place)
             raise
-        set_aside.note(place, error)
+        if is_launching:
+            set_aside.note(place, error)
+        else:  # the launch that is to come finds it, says so, and sets the op aside
+            logger.debug("%s was not compiled ahead: %s", kind.__name__, error)
     return REFERENCE(op)
 
 

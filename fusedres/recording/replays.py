@@ -10,7 +10,9 @@ import logging
 import os
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -78,11 +80,24 @@ class Pass:
 _passes: OrderedDict[Hashable, Pass] = OrderedDict()
 
 
+_off: ContextVar[bool] = ContextVar("fusedres_replays_off", default=False)
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Within the context, in this thread, Python runs every pass, and nothing is recorded."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
 def are_on(x: Tensor) -> bool:
     """Whether passes over tensors like x are to be recorded."""
     if x.device.type not in DEVICES or not IS_ASKED_FOR or torch._C._len_torch_dispatch_stack():
         return False
-    return library.is_loaded()
+    return library.is_loaded() and not _off.get()
 
 
 def forget() -> None:

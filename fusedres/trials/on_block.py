@@ -16,6 +16,7 @@ from fusedres.blocks import RECIPES, gram_form, prologue_form, user_table
 from fusedres.blocks.choice import UNFUSED, is_untried
 from fusedres.nn.residual_block import BlockCall, compute_dtype
 from fusedres.ops.dispatch import Dispatcher
+from fusedres.ops.triton_reasons import NAME as TRITON
 from fusedres.trials import proof, registry, settings
 from fusedres.trials.clocks import clock_of
 from fusedres.trials.kind import Kind, Turn, is_out_of_memory
@@ -63,6 +64,7 @@ class OnBlock:
     latest: Kind | None = None
     left: dict[LeftCall, str] = field(default_factory=dict)  # to the original forward, for good; and why
     forced: str | None = None  # how every call on trial runs, while a CUDA graph of the model is made
+    planned: str | None = None  # the same, while Triton's kernels are compiled and none of them is launched
 
     def leave(self, call: LeftCall, reason: str) -> None:
         if len(self.left) >= MOST_KNOWN:
@@ -90,6 +92,9 @@ class OnBlock:
         kind = self.latest = self.kind_of(call, ops, gradients)
         if kind is None:
             return None
+        if self.planned is not None:
+            is_served = self.planned in kind.candidates and self.runs_nothing_unproved(kind, call, ops)
+            return Turn(kind, self.planned if is_served else UNFUSED, None)
         is_on = kind.final is not None or settings.is_on(x.device)
         if kind.trial is None:
             kind.trial = self.trial_for(kind, call, ops, is_on)
@@ -150,6 +155,13 @@ class OnBlock:
             kind.candidates = ()
             return registry.without_candidates(f"no kernel could be proved, {why}")
         return registry.trial_of(kind.key, kind.candidates)
+
+    @staticmethod
+    def runs_nothing_unproved(kind: Kind, call: BlockCall, ops: Dispatcher) -> bool:
+        """Whether a call that launches none of Triton's kernels runs no kernel of another backend without a proof."""
+        if all(backend.is_plain or backend.name == TRITON for backend in ops.backends):
+            return True
+        return proof.is_known(call.config, call.tensors, "gram" in kind.candidates, ops)
 
     def held(self, kind: Kind) -> Turn:
         """A checkpoint's call, or one whose saved tensors somebody else keeps."""

@@ -34,9 +34,7 @@ def compile_entry(entry: Entry, architecture: int) -> dict[str, Any]:
     if "WAIT" in constants:
         constants["WAIT"] = waits_on(architecture // 10)
     aligned = [
-        i
-        for i, n in enumerate(names)
-        if n in entry.signature and n not in entry.kernel.do_not_specialize
+        i for i, n in enumerate(names) if n in entry.signature and n not in entry.kernel.do_not_specialize
     ]
     source = ASTSource(
         fn=entry.kernel,
