@@ -26,7 +26,8 @@ def main() -> None:
     model = fusedres.models.create(options.model).to(memory_format=torch.channels_last).eval()
     fusedres.patch(model, recipe=options.recipe)
     images = torch.randn(options.batch, 3, options.size, options.size).to(memory_format=torch.channels_last)
-    fusedres.warmup(model, images)  # on a GPU nothing compiles in the first request then
+    with torch.no_grad():
+        fusedres.warmup(model, images)  # on a GPU nothing compiles in the first request then
 
     seconds = []
     with torch.inference_mode():

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fusedres.blocks import RECIPES
 from fusedres.blocks.choice import AUTO
 from fusedres.errors import VerificationError
+from fusedres.measuring.compile_ahead import compile_step
 from fusedres.measuring.progress import Progress, untold
 from fusedres.measuring.timing import bootstrap_interval, interleave, median, paired_ratios
 from fusedres.measuring.verify import VerifyReport, check_blocks, tensors, verify
@@ -150,11 +151,17 @@ def compare(
     plain = unpatch(initialised_copy(model, example))
     fused = patch(copy.deepcopy(plain), recipe=recipe, backend=backend)
     device = next((a.device for a in example if isinstance(a, Tensor)), torch.device("cpu"))
-    devices = cuda_devices(
-        [t for t in tree_leaves((example, list(plain.parameters()))) if isinstance(t, Tensor)]
-    )
+    computed_with = [t for t in tree_leaves((example, list(plain.parameters()))) if isinstance(t, Tensor)]
+    devices = cuda_devices(computed_with)
     phases = []
+
+    def step_of_each() -> None:
+        for steps_of in (training_step, inference):
+            if (step := steps_of(fused, example)) is not None:
+                step()
+
     with torch.random.fork_rng(devices=devices):
+        compile_step(fused, step_of_each, computed_with, progress, alone=True)
         steps = {
             phase: (of_plain, of_fused)
             for phase, steps_of in (("training", training_step), ("inference", inference))

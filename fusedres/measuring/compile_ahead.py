@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,11 @@ def recipes_of(states: list[BlockState], device: torch.device) -> list[str | Non
 
 
 def compile_step(
-    model: nn.Module, step: Callable[[], object], tensors: list[Tensor], progress: Progress = untold
+    model: nn.Module,
+    step: Callable[[], object],
+    tensors: list[Tensor],
+    progress: Progress = untold,
+    alone: bool = False,
 ) -> None:
     """Compiles the Triton kernels that a step of the model needs, in this process or in another one of this machine.
 
@@ -115,15 +119,17 @@ def compile_step(
         step: a step of the model, which runs once or, where recipes are on trial, once by each of them.
         tensors: all that the step computes with.
         progress: called as kernels are compiled, with how many are, out of how many.
+        alone: compiles in this process whatever others there are, which need not call this.
 
     Raises:
         RuntimeError: the step failed on another rank; what it raises here is raised as it is.
     """
     if not is_needed(model, tensors):
         return
-    states, is_compiling = states_of(model), ranks.is_first_here()
+    states, is_compiling = states_of(model), alone or ranks.is_first_here()
+    all_ranks = nullcontext() if alone else ranks.together("compiling the kernels of a step")
     device = next(t.device for t in tensors if t.device.type in DEVICES)
-    with ranks.together("compiling the kernels of a step"), ExitStack() as stack:
+    with all_ranks, ExitStack() as stack:
         if is_compiling:
             stack.enter_context(pool(progress))
         stack.enter_context(triton.compiles_only(is_compiling))

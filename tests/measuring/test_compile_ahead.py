@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from triton.runtime import jit
 
 import fusedres
-from fusedres.measuring import compile_ahead
+from fusedres.measuring import compile_ahead, ranks
 from fusedres.modules.derived_class import STATE
 from fusedres.ops import dispatch, set_aside
 from fusedres.ops import triton as triton_backend
@@ -162,6 +162,22 @@ def test_what_the_step_raises_is_raised_and_nothing_stays_planned(runs, x):
     with pytest.raises(ZeroDivisionError):
         fusedres.warmup(model, x)
     assert launch.is_launching() and not runs.of(warmup=False)
+
+
+def test_compare_plans_both_phases_before_its_first_step(runs, x, monkeypatch):
+    def stop(*args):
+        raise InterruptedError
+
+    monkeypatch.setattr("fusedres.measuring.compare.settle", stop)
+    monkeypatch.setattr(ranks, "together", stop)  # others in a process group need not compare
+    model = fusedres.unpatch(model_of("separate"))
+    with pytest.raises(InterruptedError):
+        fusedres.compare(model, x, recipe="separate", backend="triton", rounds=2)
+    order = [warmup for *_, warmup in runs]
+    assert order == sorted(order, reverse=True)
+    planned = runs.of(warmup=True)
+    assert any("backward" in name for name, *_ in planned)
+    assert runs.of(warmup=False) <= planned
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
