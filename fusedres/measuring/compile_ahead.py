@@ -127,8 +127,8 @@ def compile_step(
     if not is_needed(model, tensors):
         return
     states, is_compiling = states_of(model), alone or ranks.is_first_here()
-    all_ranks = nullcontext() if alone else ranks.together("compiling the kernels of a step")
     device = next(t.device for t in tensors if t.device.type in DEVICES)
+    all_ranks = nullcontext() if alone else ranks.together("compiling the kernels of a step", device)
     with all_ranks, ExitStack() as stack:
         if is_compiling:
             stack.enter_context(pool(progress))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+import torch
 import torch.distributed as dist
 
 
@@ -20,11 +21,12 @@ def is_first_here() -> bool:
 
 
 @contextmanager
-def together(what: str) -> Iterator[None]:
+def together(what: str, device: torch.device) -> Iterator[None]:
     """Leaves the context once every rank does.
 
     Args:
         what: is done in it, for the message.
+        device: of this rank, by which NCCL tells it from the others; the current one may not have been set.
 
     Raises:
         RuntimeError: another rank raised an error in it. An error of this rank is raised as it is, once all know.
@@ -38,7 +40,8 @@ def together(what: str) -> Iterator[None]:
     except Exception as raised:
         error = raised
     said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, None if error is None else f"{type(error).__name__}: {error}")
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        dist.all_gather_object(said, None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     failed = [(rank, text) for rank, text in enumerate(said) if text is not None]
