@@ -73,10 +73,10 @@ def pool(progress: Progress) -> Iterator[None]:
                     logger.debug("a kernel was not compiled ahead: %s", error)
                 progress("compiling kernels", done, len(futures))
         except BaseException:
-            for (
-                future
-            ) in mode.raw_futures:  # what has not begun is not worth waiting for; by itself, for a pool
-                future.cancel()  # that is shut down tells nobody of what it cancels, and the mode would wait for it
+            # What has not begun is not worth waiting for. Each by itself: a pool that is shut down tells nobody of
+            # what it cancels, and the mode would wait for it.
+            for future in mode.raw_futures:
+                future.cancel()
             raise
 
 
