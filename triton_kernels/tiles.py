@@ -1,8 +1,8 @@
 """Every tile size of the kernels, with its reason, and the heuristic that picks one. No timing decides here.
 
 Channel counts are compile-time constants of the products and of the passes over activations, which would be 9 to 50 %
-more instructions without, and up to 46 % more in a step of the loop. What works on vectors and weights takes them as arguments: one program then serves all stages of a
-network, and nothing waits for the few instructions more.
+more instructions without, and up to 46 % more in a step of the loop. What works on vectors and weights takes them as
+arguments: one program then serves all stages of a network, and nothing waits for the few instructions more.
 
 A tile is chosen from channel counts alone, so a shape always runs the same program. Numbers that enter a
 result (rows of a statistics tile, rows summed before a flush) are constants of their own, apart from tuning.
