@@ -138,8 +138,8 @@ def run_forward(
             seen = zip(config.units, out.vectors, strict=True)
             held = [t for unit, v in seen for t in ((v.mean, v.var) if unit.training else (None, None))]
         else:
-            # weights are cast again in backward; how many activations there are must not depend on who serves
-            stored = out.saved.activations if RECIPES[constants.recipe].KEEPS_ACTIVATIONS else ()
+            stored = RECIPES[constants.recipe].kept_activations(config, units, out.saved.activations)
+            # weights are cast again in backward
             held = [*out.saved._replace(activations=stored, weights=()).flatten()]
         return [out.y, *(x.new_empty(ABSENT) if t is None else t for t in held)]
 

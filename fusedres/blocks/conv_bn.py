@@ -107,7 +107,7 @@ def convolve_fused(
 
 def conv_bn_add_relu(
     ops: Dispatcher,
-    x: Tensor,
+    x: Tensor | Unstored,
     unit: ConvBNConfig,
     t: ConvBNTensors,
     vectors: BatchNormVectors,
@@ -118,9 +118,12 @@ def conv_bn_add_relu(
 
     shortcut: a tensor, and scale and shift of its BN or None.
     """
-    op = fused_convolution(x, unit, t) if x.is_cpu else None
+    given = x.c if isinstance(x, Unstored) else x
+    op = fused_convolution(given, unit, t) if given.is_cpu else None
     if op is None:
         return None
+    if isinstance(x, Unstored):
+        op = op._replace(in_scale=x.vectors.scale, in_shift=x.vectors.shift)
     residual, residual_scale, residual_shift = shortcut
     op = op._replace(
         scale=vectors.scale,

@@ -63,6 +63,7 @@ from fusedres.ops.contract import (
 from fusedres.ops.dispatch import Dispatcher
 
 KEEPS_ACTIVATIONS = False
+MAKES_ACTIVATIONS = True
 
 
 def product_parameters(t: ConvBNTensors, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

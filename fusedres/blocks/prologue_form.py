@@ -8,10 +8,18 @@ from fusedres.blocks.gram_form import is_plain_1x1
 
 def unsuitable(config: BlockConfig, units: tuple[ConvBNTensors, ...]) -> str | None:
     """Why no convolution of this block can have the BN and ReLU below it in its prologue, as a reason code, or None."""
-    for below, unit, t in zip(config.main, config.main[1:], units[1:], strict=False):
-        if below.relu and (is_plain_1x1(unit, t) or (t.conv_bias is None and is_plain_3x3(unit, t))):
-            return None
-    return "no_plain_convolution"
+    return None if any(in_prologues(config, units)) else "no_plain_convolution"
+
+
+def in_prologues(config: BlockConfig, units: tuple[ConvBNTensors, ...]) -> tuple[bool, ...]:
+    """Of the activations after main[:-1], whether the convolution behind each can make it: from forms alone, whatever
+    backend serves."""
+    return tuple(
+        [
+            below.relu and (is_plain_1x1(unit, t) or (t.conv_bias is None and is_plain_3x3(unit, t)))
+            for below, unit, t in zip(config.main, config.main[1:], units[1:], strict=False)
+        ]
+    )
 
 
 def is_basic(config: BlockConfig, units: tuple[ConvBNTensors, ...]) -> bool:

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fusedres.blocks import prologue_form
 from fusedres.blocks.config import (
     BlockConfig,
     BlockGrads,
@@ -31,13 +32,27 @@ class Recipe:
     """The pair of functions of a recipe.
 
     Args:
-        module: its `forward` and `backward` take units whose weights are of the activations' dtype, and leave gradients
-            of weights in any dtype and shape of as many elements.
+        module: its KEEPS_ACTIVATIONS says whether it stores any, MAKES_ACTIVATIONS whether backward can do without
+            those of `prologue_form.in_prologues`; its `forward` and `backward` take units whose weights are of the
+            activations' dtype, and leave gradients of weights in any dtype and shape of as many elements.
     """
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
         self.KEEPS_ACTIVATIONS: bool = module.KEEPS_ACTIVATIONS
+        self._makes_activations: bool = module.MAKES_ACTIVATIONS
+
+    def kept_activations(
+        self, config: BlockConfig, units: Units, stored: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Those of the stored ones that backward has to be given, as backward makes others again.
+
+        It depends on the block's form alone, where what is stored depends on who serves.
+        """
+        if not self._makes_activations:
+            return stored
+        made = prologue_form.in_prologues(config, units)
+        return tuple([None if again else a for a, again in zip(stored, made, strict=False)])
 
     def forward(
         self,

@@ -41,6 +41,7 @@ from fusedres.ops.contract import (
 from fusedres.ops.dispatch import Dispatcher
 
 KEEPS_ACTIVATIONS = True
+MAKES_ACTIVATIONS = False
 
 
 def forward(
@@ -76,7 +77,7 @@ def forward(
             shortcut = x if config.shortcut is Shortcut.IDENTITY else residual, None, None
         known = None if save else frozen[i]
         y: Tensor | Unstored | None = None
-        if known is not None and not isinstance(a, Unstored):
+        if known is not None:
             y = conv_bn_add_relu(ops, a, unit, t, known, unit.relu, shortcut)
         if known is not None and y is not None:
             vectors.append(known)
@@ -147,7 +148,7 @@ def backward(
         onto = Onto(dshortcut)
 
     unit_grads: list[ConvBNGrads] = []
-    a = input_of(last, x, saved)
+    a = input_of(config, last, x, saved)
     da, dweight, dbias = convolution_backward(
         ops, dc, a, unit, units[last], needs.units[last], needs.below(last), None if last else onto
     )
@@ -157,7 +158,7 @@ def backward(
         if da is None or c is None:
             unit_grads.append(ConvBNGrads(None, None, None, None))
             continue
-        a = input_of(i, x, saved)
+        a = input_of(config, i, x, saved)
         da, grads_i = conv_bn_backward(
             ops,
             da,
@@ -185,14 +186,14 @@ def backward(
     return BlockGrads(dx, dresidual, tuple(unit_grads))
 
 
-def input_of(i: int, x: Tensor, saved: Saved) -> Tensor | Unstored:
+def input_of(config: BlockConfig, i: int, x: Tensor, saved: Saved) -> Tensor | Unstored:
     """What main[i] convolves."""
     if i == 0:
         return x
-    kept, c = saved.activations[i - 1] if saved.activations else None, saved.convs[i - 1]
+    kept, c = saved.activations[i - 1], saved.convs[i - 1]
     if kept is not None:
         return kept
-    assert c is not None
+    assert c is not None and config.main[i - 1].relu
     return Unstored(c, saved.vectors[i - 1])
 
 

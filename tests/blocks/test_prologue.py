@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from accuracy import assert_same_float64
+from accuracy import assert_as_accurate_as_eager, assert_same_float64
 from block_accuracy import assert_block_as_accurate_as_eager, by_autograd, by_recipe, needs_of, read
-from block_forms import FORMS, one_step, patched, ran_as, randomize, tensors_for
+from block_forms import FORMS, one_step, patched, projection, ran_as, randomize, tensors_for
 from torch import nn
 from triton_harness import traced
 
@@ -151,7 +151,7 @@ def test_on_a_cpu_winograds_convolutions_make_activations():
 
 @native
 def test_a_patched_block_keeps_one_activation_less():
-    """And gives what `separate` gives, but for the rounding of one fused multiplication and addition."""
+    """And gives what `separate` gives, bitwise: each convolution that reads a makes the same a."""
     x, dy = wide_inputs()
     steps, kept = {}, {}
     for recipe in ("separate", "prologue"):
@@ -168,9 +168,10 @@ def test_a_patched_block_keeps_one_activation_less():
         steps[recipe] = one_step(fused, x, dy)
         assert ran_as(fused, recipe)
     assert kept["separate"] - kept["prologue"] == x.numel() * x.element_size()
-    # each convolution that reads a makes the same a, so that all is bitwise equal
-    assert torch.equal(steps["prologue"].y, steps["separate"].y)
-    assert torch.equal(steps["prologue"].dx, steps["separate"].dx)
+    found, expected = steps["prologue"], steps["separate"]
+    assert torch.equal(found.y, expected.y) and torch.equal(found.dx, expected.dx)
+    assert all(torch.equal(found.gradients[name], g) for name, g in expected.gradients.items())
+    assert all(torch.equal(found.buffers[name], b) for name, b in expected.buffers.items())
 
 
 @native
@@ -195,6 +196,54 @@ def test_in_a_compiled_graph():
     assert torch.equal(y, eager.y) and torch.equal(leaf.grad, eager.dx)
     for name, p in block.named_parameters():
         assert torch.equal(p.grad, eager.gradients[name]), name
+
+
+class WithoutInnerReLU(Bottleneck):
+    """No ReLU between the last two convolutions."""
+
+    def forward(self, x):
+        a = self.bn2(self.conv2(self.activation(self.bn1(self.conv1(x)))))
+        return self.activation(self.bn3(self.conv3(a)) + x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_a_graph_keeps_what_no_convolution_can_make(dtype):
+    """The activation without a ReLU; and makes the other again, whoever serves."""
+    block = randomize(WithoutInnerReLU(4 * CHANNELS, CHANNELS)).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4 * CHANNELS, 8, 8, generator=generator, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    dy = torch.randn(x.shape, generator=generator, dtype=dtype)
+    eager = one_step(patched(copy.deepcopy(block), "prologue"), x, dy)
+    fused = patched(block, "prologue")
+    leaf = x.clone().requires_grad_()
+    y = torch.compile(fused, fullgraph=True, backend="aot_eager")(leaf)
+    y.backward(dy)
+    assert torch.equal(y, eager.y) and torch.equal(leaf.grad, eager.dx)
+    for name, p in fused.named_parameters():
+        assert torch.equal(p.grad, eager.gradients[name]), name
+
+
+@native
+def test_in_inference_a_convolution_has_both_a_prologue_and_an_epilogue():
+    """Behind one without an epilogue, as with a stride."""
+    seen: list = []
+    block = randomize(BasicBlock(CHANNELS, CHANNELS, 2, randomize(projection(CHANNELS, CHANNELS, 2)))).eval()
+    x = torch.randn(2, CHANNELS, 16, 16).contiguous(memory_format=torch.channels_last)
+    config, units = read(block, x)
+    (kernels,) = [b for b in dispatcher("auto").backends if b.name == library.NAME]
+
+    def ran(op):
+        seen.append(op)
+        return kernels(op)
+
+    backend = Backend(library.NAME, dict.fromkeys(kernels.functions, ran), kernels.reasons)
+    with torch.no_grad():
+        y = RECIPES["prologue"].forward(Dispatcher((backend, REFERENCE)), config, x, None, units, False).y
+        eager, exact = block(x), copy.deepcopy(block).double()(x.double())
+    (convolution,) = [op for op in seen if isinstance(op, Conv3x3Forward)]
+    assert convolution.in_scale is not None and convolution.scale is not None and convolution.relu
+    assert_as_accurate_as_eager(y, eager, exact, "y")
 
 
 def test_as_a_function():
