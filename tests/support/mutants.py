@@ -19,7 +19,7 @@ import torch
 
 from fusedres.autograd import function as autograd
 from fusedres.autograd import graph_task
-from fusedres.blocks import separate, user_table
+from fusedres.blocks import recipe, separate, user_table
 from fusedres.matching import ambient, dry_run, every_path, grammar, own_sizes, owners, stems
 from fusedres.measuring import capturable, captured_state, cuda_graphs, verify
 from fusedres.modules import derived_class, own_code, shadows, tree
@@ -596,6 +596,19 @@ def asks_for_trials_in_a_graph():
 @mutant("trials/test_patched_models.py::test_the_wins_of_blocks_that_do_not_add_up_are_taken_back")
 def trusts_the_wins_of_blocks():
     whole_model.WholeModel.begin = lambda self, *call: (True, None)
+
+
+PROLOGUE = "blocks/test_prologue.py"
+
+
+@mutant(f"{PROLOGUE}::test_a_graph_keeps_what_no_convolution_can_make")
+def keeps_no_activation_in_a_graph():
+    recipe.Recipe.kept_activations = lambda self, config, units, stored: (None,) * len(stored)
+
+
+@mutant(f"{PROLOGUE}::test_no_inner_activation_is_stored")
+def stores_every_activation():
+    wrap(separate, "unstored", lambda right: lambda *args: None)
 
 
 REPLAYS = "recording/test_replays.py"
