@@ -38,10 +38,12 @@ SEPARATE = ("basic-projection", "bottleneck", "bottleneck-bias-before-1000")
 CASES = [
     *((recipe, name) for recipe, names in (("gram", TRAPS), ("separate", SEPARATE)) for name in names),
 ]
-# traps of 16 bits, in a third of this file's time
-IN_16_BITS = ("bottleneck-dy-mean-1-many-rows", "bottleneck-frozen-dy-mean-1")
+# on a GPU gram leaves products of float32 to the library: its kernels have that dtype in `triton_interpreted_ops.py`
 IN_DTYPES = [
-    (*case, dtype) for case in CASES for dtype in DTYPES if dtype == "fp16" or case[1] not in IN_16_BITS
+    (*case, dtype)
+    for case in CASES
+    for dtype in DTYPES
+    if dtype == "fp16" or case[0] != "gram" or case[1] == "bottleneck"
 ]
 
 BN = {"bn_scale_shift", "bn_stats", "bn_add_relu_forward", "bn_backward_coefficients"}
