@@ -38,13 +38,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 @contextmanager
-def launches_to(listener: Listener) -> Iterator[None]:
-    """Within the context, in this thread, the listener is told of every launch."""
-    before, _listening.listener = _listening.listener, listener
+def _within(name: str, value: Callable[..., None]) -> Iterator[None]:
+    before = getattr(_listening, name)
+    setattr(_listening, name, value)
     try:
         yield
     finally:
-        _listening.listener = before
+        setattr(_listening, name, before)
+
+
+@contextmanager
+def launches_to(listener: Listener) -> Iterator[None]:
+    """Within the context, in this thread, the listener is told of every launch."""
+    with _within("listener", listener):
+        yield
 
 
 def is_launching() -> bool:
@@ -55,11 +62,8 @@ def is_launching() -> bool:
 @contextmanager
 def instead_of_launching(instead: Instead) -> Iterator[None]:
     """Within the context, in this thread, this is called for every launch, and nothing is launched."""
-    before, _listening.instead = _listening.instead, instead
-    try:
+    with _within("instead", instead):
         yield
-    finally:
-        _listening.instead = before
 
 
 def compile_for(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:

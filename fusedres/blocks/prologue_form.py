@@ -24,10 +24,8 @@ def in_prologues(config: BlockConfig, units: tuple[ConvBNTensors, ...]) -> tuple
 
 def is_basic(config: BlockConfig, units: tuple[ConvBNTensors, ...]) -> bool:
     """Whether the block ends BN, ReLU, conv3x3, of a form that can have both in its prologue."""
-    last = len(config.main) - 1
-    if last < 1 or not config.main[-2].relu or units[last].conv_bias is not None:
-        return False
-    return is_plain_3x3(config.main[-1], units[last])
+    made, last = in_prologues(config, units), units[len(config.main) - 1]
+    return bool(made) and made[-1] and is_plain_3x3(config.main[-1], last)
 
 
 def is_plain_3x3(unit: ConvBNConfig, t: ConvBNTensors) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from triton_harness import traced
 
 import fusedres
-from fusedres.blocks import RECIPES
+from fusedres.blocks import RECIPES, prologue_form
 from fusedres.models import BasicBlock, Bottleneck
 from fusedres.nn.residual_block import residual_block
 from fusedres.ops.backend import Backend
@@ -47,7 +47,7 @@ def fusing(seen: list, without: tuple[type, ...] = ()) -> Dispatcher:
 
 
 def in_float64(form):
-    """config, units, x and dy of a block, and what autograd gives of them with the recipe's own masks."""
+    """config, units, x and dy of a block."""
     block = form.build().double()
     x, dy = tensors_for(form, block, torch.float64)
     return *read(block, x), x, dy
@@ -244,6 +244,18 @@ def test_in_inference_a_convolution_has_both_a_prologue_and_an_epilogue():
     (convolution,) = [op for op in seen if isinstance(op, Conv3x3Forward)]
     assert convolution.in_scale is not None and convolution.scale is not None and convolution.relu
     assert_as_accurate_as_eager(y, eager, exact, "y")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_basic"), [("basic", True), ("basic-projection", True), ("bottleneck", False)]
+)
+def test_which_blocks_have_it_on_trial(name, is_basic):
+    config, units, _, _ = in_float64(BY_NAME[name])
+    assert prologue_form.is_basic(config, units) is is_basic
+    assert prologue_form.unsuitable(config, units) is None
+    without_relu = config._replace(main=tuple(unit._replace(relu=False) for unit in config.main))
+    assert not prologue_form.is_basic(without_relu, units)
+    assert prologue_form.unsuitable(without_relu, units) == "no_plain_convolution"
 
 
 def test_as_a_function():
