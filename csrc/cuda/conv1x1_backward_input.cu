@@ -12,27 +12,27 @@ struct Conv1x1BackwardInputPlan {
 };
 
 // Makes dc of this thread's chunks of dy, in their place in shared memory. c: the same chunks of c; k: the first of
-// their channels.
-template <class T>
-__device__ __forceinline__ void differentiate_chunks(const Conv1x1BackwardInput& args, int k, bool packets,
-                                                     T* const (&at)[kChunksOfThread], const uint4 (&c)[kChunksOfThread],
-                                                     const bool (&has_row)[kChunksOfThread]) {
-#pragma unroll 1
+// their channels
+template <class T, bool kPackets, bool kTraining, Relu kRelu>
+__device__ __forceinline__ void differentiate_chunks(const Conv1x1BackwardInput& args, int k,
+                                                     T* const (&at)[kChunksOfThread],
+                                                     const uint4 (&c)[kChunksOfThread]) {
+#pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const ChannelVectors vectors(args, k + half * kHalf, packets);
+    const ChannelVectors vectors(args, k + half * kHalf, kPackets, kTraining, kRelu);
 #pragma unroll
     for (int i = 0; i < kChunksOfThread; ++i) {
       uint2* place = reinterpret_cast<uint2*>(at[i]) + half;
       const uint2 c_word = half == 0 ? make_uint2(c[i].x, c[i].y) : make_uint2(c[i].z, c[i].w);
-      if (has_row[i]) *place = differentiated<T>(args, *place, c_word, vectors);
+      *place = differentiated<T>(*place, c_word, vectors, kTraining);
     }
   }
 }
 
-template <class T, bool kPackets>
-__global__ void __launch_bounds__(kProductThreads, kProductBlocks)
+template <class T, bool kPackets, bool kTraining, Relu kRelu>
+__global__ void __launch_bounds__(kProductThreads, kBlocksOf<kPackets && !(kTraining && kRelu == Relu::kAny)>)
     conv1x1_backward_input_kernel(Conv1x1BackwardInput args, Conv1x1BackwardInputPlan plan) {
-  FUSEDRES_SHARED(uint4, memory, kProductWords);
+  FUSEDRES_SHARED(OperandRow, memory, kProductRows);
   T* ring = reinterpret_cast<T*>(memory);
   float* staged = reinterpret_cast<float*>(memory);
   const ProductPlan& product = plan.product;
@@ -48,9 +48,10 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
     const auto fetch = [&](int step) {
       const int k = step * kProductDepth + mine.column * kPacket;
 #pragma unroll
-      for (int i = 0; i < kChunksOfThread; ++i)
-        if (k < depth && has_row[i])
-          c[i] = load_word_part(static_cast<const T*>(args.c) + place(i) + k, depth - k, kPackets);
+      for (int i = 0; i < kChunksOfThread; ++i) {
+        const int64_t at = k < depth && has_row[i] ? place(i) + k : 0;  // what is made of others is not used
+        c[i] = load_word_part(static_cast<const T*>(args.c) + at, depth - k, kPackets);
+      }
     };
     Accumulators acc;
     acc.clear();
@@ -62,25 +63,32 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
           const int k = step * kProductDepth + mine.column * kPacket;
           const ChunkThread<DepthOutside> mine_of_weight(thread_index());
           const int column = first_column + mine_of_weight.column * kPacket;
-#pragma unroll
-          for (int i = 0; i < kChunksOfThread; ++i) {
-            load_chunk(left + mine.place(i), static_cast<const T*>(args.dy) + place(i) + k, has_row[i] ? depth - k : 0,
-                       kPackets);
-            const int row = step * kProductDepth + mine_of_weight.row_of(i);
-            load_chunk(right + mine_of_weight.place(i),
-                       static_cast<const T*>(args.weight) + int64_t(row) * product.columns + column,
-                       row < depth ? product.columns - column : 0, kPackets);
-          }
+          const auto row = [&](int i) { return step * kProductDepth + mine_of_weight.row_of(i); };
+          load_chunks<kPackets>(
+              left, mine, [&](int i) { return static_cast<const T*>(args.dy) + place(i) + k; },
+              [&](int i) { return has_row[i] ? depth - k : 0; });
+          load_chunks<kPackets>(
+              right, mine_of_weight,
+              [&](int i) { return static_cast<const T*>(args.weight) + int64_t(row(i)) * product.columns + column; },
+              [&](int i) { return row(i) < depth ? product.columns - column : 0; });
         },
         [&](int step, T* left, T*) {
           const int k = step * kProductDepth + mine.column * kPacket;
           if (k >= depth) return;  // the chunk is of zeros, and so are the weight's rows
           T* const at[] = {left + mine.place(0), left + mine.place(1)};
-          differentiate_chunks(args, k, kPackets, at, c, has_row);
+          differentiate_chunks<T, kPackets, kTraining, kRelu>(args, k, at,
+                                                              c);  // of rows that do not exist too: not stored
           if (first_column > 0) return;
 #pragma unroll
           for (int i = 0; i < kChunksOfThread; ++i)
-            if (has_row[i]) store_part(static_cast<T*>(args.dc) + place(i) + k, read_chunk(at[i]), depth - k, kPackets);
+            if (has_row[i]) {
+              T* dc = static_cast<T*>(args.dc) + place(i) + k;
+              if constexpr (kPackets) {
+                *reinterpret_cast<uint4*>(dc) = *reinterpret_cast<const uint4*>(at[i]);
+              } else {
+                store_part(dc, read_chunk(at[i]), depth - k, false);
+              }
+            }
         },
         [&](int step, const T* left, const T* right) {
           fetch(step + 1);
@@ -109,10 +117,18 @@ cudaError_t conv1x1_backward_input(const Conv1x1BackwardInput& args, cudaStream_
                                   args.grads.K, args.weight);
   plan.packets_out = args.in_channels % kPacket == 0 && aligned_to_16(args.dx, args.shortcut_dy);
   return for_half_dtype(args.dtype, [&](auto type) {
-    return for_flag(plan.packets_in, [&](auto packets) {
-      return launch(conv1x1_backward_input_kernel<typename decltype(type)::type, packets>,
-                    dim3(unsigned(plan.product.column_tiles), unsigned(plan.product.groups)), dim3(kProductThreads),
-                    stream, args, plan);
+    using T = typename decltype(type)::type;
+    return for_flag(args.grads.B != nullptr, [&](auto training) {
+      const auto run = [&](auto kernel) {
+        const dim3 blocks(unsigned(plan.product.column_tiles), unsigned(plan.product.groups));
+        return launch(kernel, blocks, dim3(kProductThreads), stream, args, plan);
+      };
+      if (!plan.packets_in) return run(conv1x1_backward_input_kernel<T, false, training, Relu::kAny>);
+      if constexpr (training) {
+        if (!args.relu) return run(conv1x1_backward_input_kernel<T, true, true, Relu::kNone>);
+        if (args.scale == args.grads.A) return run(conv1x1_backward_input_kernel<T, true, true, Relu::kScaleIsA>);
+      }
+      return run(conv1x1_backward_input_kernel<T, true, training, Relu::kAny>);
     });
   });
 }

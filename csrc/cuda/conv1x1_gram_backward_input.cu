@@ -16,20 +16,9 @@ constexpr int kTermRows = kProductThreads / kTermPackets;  // 32 rows side by si
 struct Conv1x1GramBackwardInputPlan {
   ProductPlan product;  // its columns are those of both terms
   TermsPlan terms;
-  bool packets_dy;   // rows of dy are whole chunks at multiples of 16 bytes
-  bool packets_c;    // the same of c and its vectors
+  bool packets_in;   // rows of dy and c are whole chunks at multiples of 16 bytes, and the vectors too
   bool packets_out;  // the same of dz_below and c
 };
-
-// dz in place of dy, in a chunk in shared memory.
-template <class T>
-__device__ __forceinline__ void select_chunk(T* at, unsigned bits) {
-  Packet<T, kPacket> chunk = read_chunk(at);
-#pragma unroll
-  for (int e = 0; e < kPacket; ++e)
-    if (!(bits >> e & 1u)) chunk.value[e] = round_to<T>(0.f);
-  store_chunk(at, chunk);
-}
 
 // Of a thread's rows, of its 8 channels.
 struct GradientSums {
@@ -95,11 +84,11 @@ __device__ __forceinline__ void add_sums(double& total, const GradientSums& sums
 }
 
 // offset: null with frozen statistics; workspace: as ProductPlan has it, a block leaves 128 sums in it
-template <class T>
+template <class T, bool kPackets>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
     conv1x1_gram_backward_input_kernel(Conv1x1GramBackwardInput args, Conv1x1GramBackwardInputPlan plan, const T* terms,
                                        const float* offset, void* workspace) {
-  FUSEDRES_SHARED(uint4, memory, kProductWords);
+  FUSEDRES_SHARED(OperandRow, memory, kProductRows);
   T* ring = reinterpret_cast<T*>(memory);
   float* staged = reinterpret_cast<float*>(memory);
   float* vectors = staged + kStagedFloats;
@@ -117,7 +106,8 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
 #pragma unroll
       for (int i = 0; i < kChunksOfThread; ++i)
         if (args.mask != nullptr && valid > 0 && mine.row_of(i) < rows)
-          bits[i] = bits_at(args.mask, (first_row + mine.row_of(i)) * cout + k, valid < kPacket ? valid : kPacket);
+          bits[i] = chunk_bits<kPackets>(args.mask, (first_row + mine.row_of(i)) * cout + k,
+                                         valid < kPacket ? valid : kPacket);
     };
     Accumulators acc;
     acc.clear();
@@ -137,7 +127,7 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
 #pragma unroll
           for (int i = 0; i < kChunksOfThread; ++i) {
             load_chunk(left + mine.place(i), first + int64_t(mine.row_of(i)) * depth,
-                       mine.row_of(i) < rows ? depth - k : 0, of_dz ? plan.packets_dy : plan.packets_c);
+                       mine.row_of(i) < rows ? depth - k : 0, kPackets);
             load_chunk(right + mine_of_terms.place(i), of_terms + mine_of_terms.row_of(i) * plan.terms.stride(),
                        kPacket, true);
           }
@@ -151,9 +141,10 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
             return;
           }
           const int k = (step - plan.terms.dz_steps) * kProductDepth + mine.column * kPacket;
+          if (k >= cin) return;
           float scale[kPacket], shift[kPacket];
-          load_vector_chunk(scale, args.scale, k, cin, plan.packets_c);
-          load_vector_chunk(shift, args.shift, k, cin, plan.packets_c);
+          read_vector_chunk<kPackets>(scale, args.scale, k, cin);
+          read_vector_chunk<kPackets>(shift, args.shift, k, cin);
 #pragma unroll
           for (int i = 0; i < kChunksOfThread; ++i) activate_chunk(left + mine.place(i), scale, shift);
         },
@@ -202,8 +193,8 @@ Conv1x1GramBackwardInputPlan plan_of(const Conv1x1GramBackwardInput& args, const
   Conv1x1GramBackwardInputPlan plan{};
   plan.terms = plan_terms(args);
   plan.product = plan_product(args.rows, plan.terms.stride(), args.out_channels, limits);
-  plan.packets_dy = args.out_channels % kPacket == 0 && aligned_to_16(args.dy);
-  plan.packets_c = args.in_channels % kPacket == 0 && aligned_to_16(args.c, args.scale, args.shift);
+  plan.packets_in = args.out_channels % kPacket == 0 && args.in_channels % kPacket == 0 &&
+                    aligned_to_16(args.dy, args.c, args.scale, args.shift);
   plan.packets_out = args.in_channels % kPacket == 0 && aligned_to_16(args.c, args.dz_below);
   return plan;
 }
@@ -244,9 +235,12 @@ cudaError_t conv1x1_gram_backward_input(const Conv1x1GramBackwardInput& args, co
     const cudaError_t error = launch(split_weights_kernel<T>, dim3(unsigned(parts * plan.product.column_tiles)),
                                      dim3(kSplitThreads), stream, args, plan.terms, terms, offset);
     if (error != cudaSuccess) return error;
-    return launch(conv1x1_gram_backward_input_kernel<T>,
-                  dim3(unsigned(plan.product.column_tiles), unsigned(plan.product.groups)), dim3(kProductThreads),
-                  stream, args, plan, static_cast<const T*>(terms), static_cast<const float*>(offset), workspace.data);
+    return for_flag(plan.packets_in, [&](auto packets) {
+      return launch(conv1x1_gram_backward_input_kernel<T, packets>,
+                    dim3(unsigned(plan.product.column_tiles), unsigned(plan.product.groups)), dim3(kProductThreads),
+                    stream, args, plan, static_cast<const T*>(terms), static_cast<const float*>(offset),
+                    workspace.data);
+    });
   });
 }
 

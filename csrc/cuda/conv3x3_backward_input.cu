@@ -56,16 +56,17 @@ __device__ __forceinline__ void differentiate_halo(const Conv3x3BnBackwardInput&
                                                    T* halo) {
   const int depth = plan.product.depth, chunk = k / kPacket % DepthInside::kChunks;
   const int64_t first = plan.halo.first_row(first_row) * depth + k;
+  const bool training = args.grads.B != nullptr;
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     const int channel = k + half * kHalf, valid = depth - channel;
     if (!kPackets && valid <= 0) return;
-    const ChannelVectors vectors(args, channel, kPackets);
+    const ChannelVectors vectors(args, channel, kPackets, training, Relu::kAny);
     for_each_place(plan.halo.begin(first_row), plan.halo.end(first_row), [&](int place) {
       uint2* at = reinterpret_cast<uint2*>(halo + DepthInside::place(place, chunk)) + half;
       const int64_t here = first + place * int64_t(depth) + half * kHalf;
-      const uint2 dc =
-          differentiated<T>(args, *at, load_half<T>(static_cast<const T*>(args.c) + here, valid, kPackets), vectors);
+      const uint2 dc = differentiated<T>(*at, load_half<T>(static_cast<const T*>(args.c) + here, valid, kPackets),
+                                         vectors, training);
       *at = dc;
       const bool of_tile = unsigned(place - plan.halo.width - 1) < unsigned(kProductSide);
       if (blockIdx.x == 0 && of_tile) store_half(static_cast<T*>(args.dc) + here, dc, valid, kPackets);
@@ -76,7 +77,7 @@ __device__ __forceinline__ void differentiate_halo(const Conv3x3BnBackwardInput&
 template <class T, bool kPackets, bool kPrologue>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
     conv3x3_backward_input_kernel(Conv3x3BnBackwardInput args, Conv3x3BackwardInputPlan plan) {
-  FUSEDRES_SHARED(uint4, memory, kProductWords);
+  FUSEDRES_SHARED(OperandRow, memory, kProductRows);
   const ProductPlan& product = plan.product;
   const int first_column = product.first_column(int(blockIdx.x));
   for (int64_t tile = blockIdx.y; tile < product.row_tiles; tile += product.groups) {

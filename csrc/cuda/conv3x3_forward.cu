@@ -40,7 +40,7 @@ struct ForwardWeights {
 template <class T, bool kPackets, bool kPrologue, bool kStatistics>
 __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
     conv3x3_forward_kernel(ConvForward args, ConvForwardPlan plan, HaloPlan halo_plan, void* workspace) {
-  FUSEDRES_SHARED(uint4, memory, kProductWords);
+  FUSEDRES_SHARED(OperandRow, memory, kProductRows);
   const ProductPlan& product = plan.product;
   const int first_column = product.first_column(int(blockIdx.x));
   ColumnMoments moments;

@@ -27,20 +27,25 @@ __device__ __forceinline__ void store_half(T* to, uint2 word, int valid, bool pa
     if (e < valid) to[e] = half.value[e];
 }
 
+// Whether there is a ReLU, and where its scale comes from: it is A, but for what a caller makes up.
+enum class Relu { kNone, kScaleIsA, kAny };  // kAny: as the arguments have it
+
 // Four channels of scale, shift, A, B and K: of all eight channels of a chunk they would not fit the registers.
 struct ChannelVectors {
   float4 scale, shift, A, B, K;
 
+  // training: whether B and K are there
   template <class Args>
-  __device__ __forceinline__ ChannelVectors(const Args& args, int first, bool packets) {
-    scale = B = K = make_float4(0.f, 0.f, 0.f, 0.f);
-    shift = make_float4(1.f, 1.f, 1.f, 1.f);  // without ReLU every sign is positive
+  __device__ __forceinline__ ChannelVectors(const Args& args, int first, bool packets, bool training, Relu relu) {
+    B = K = make_float4(0.f, 0.f, 0.f, 0.f);
+    shift = make_float4(INFINITY, INFINITY, INFINITY, INFINITY);  // without ReLU nothing is gated, whatever scale is
     const auto load = [&](const float* vector) {
       return load_vector_half(vector, first, int(args.out_channels), packets);
     };
-    if (args.relu) scale = load(args.scale), shift = load(args.shift);
-    A = load(args.grads.A);
-    if (args.grads.B != nullptr) B = load(args.grads.B), K = load(args.grads.K);
+    scale = A = load(args.grads.A);
+    if (relu == Relu::kScaleIsA || (relu == Relu::kAny && args.relu)) shift = load(args.shift);
+    if (relu == Relu::kAny && args.relu) scale = load(args.scale);
+    if (training) B = load(args.grads.B), K = load(args.grads.K);
   }
 };
 
@@ -49,21 +54,20 @@ template <class T>
 constexpr float kLargestZero = std::is_same_v<T, __half> ? 0x1p-25f : 0x1p-134f;
 
 // dc of 4 channels of a row, from dy and c.
-template <class T, class Args>
-__device__ __forceinline__ uint2 differentiated(const Args& args, uint2 dy_word, uint2 c_word,
-                                                const ChannelVectors& vectors) {
+template <class T>
+__device__ __forceinline__ uint2 differentiated(uint2 dy_word, uint2 c_word, const ChannelVectors& vectors,
+                                                bool training) {
   Packet<T, kHalf> dy, c;
   memcpy(&dy, &dy_word, sizeof dy);
   memcpy(&c, &c_word, sizeof c);
   const float *scale = &vectors.scale.x, *shift = &vectors.shift.x;
   const float *A = &vectors.A.x, *B = &vectors.B.x, *K = &vectors.K.x;
-  const bool training = args.grads.B != nullptr;
   float dc[kHalf];
 #pragma unroll
   for (int e = 0; e < kHalf; ++e) {
-    const float c_value = to_float(c.value[e]);
+    const float c_value = value_of(c, e);
     const bool gated = affine(c_value, scale[e], shift[e]) <= kLargestZero<T>;  // as `passes` of what it rounds to
-    const float dz = gated ? 0.f : to_float(dy.value[e]);
+    const float dz = gated ? 0.f : value_of(dy, e);
     dc[e] = apply_coefficients(dz, c_value, A[e], B[e], K[e], training);
   }
   return make_uint2(round_pair<T>(dc[0], dc[1]), round_pair<T>(dc[2], dc[3]));

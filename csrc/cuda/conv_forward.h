@@ -97,9 +97,9 @@ struct ConvOperands {
 };
 
 template <class T, int kWindow, bool kPackets, bool kPrologue, bool kStatistics>
-__global__ void __launch_bounds__(kProductThreads, kProductBlocks)
+__global__ void __launch_bounds__(kProductThreads, kBlocksOf<kPackets || kWindow == 1>)
     conv_forward_kernel(ConvForward args, ConvForwardPlan plan, void* workspace) {
-  FUSEDRES_SHARED(uint4, memory, kProductWords);
+  FUSEDRES_SHARED(OperandRow, memory, kProductRows);
   T* ring = reinterpret_cast<T*>(memory);
   const ProductPlan& product = plan.product;
   const int first_column = product.first_column(int(blockIdx.x));

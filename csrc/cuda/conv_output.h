@@ -60,7 +60,7 @@ __device__ __forceinline__ void store_output(const ConvForward& args, const floa
 }
 
 // Stores a tile, and takes what was stored into the moments of its columns.
-// memory: kProductWords of shared memory, which nobody reads any more
+// memory: kProductBytes of shared memory, which nobody reads any more
 template <class T, bool kStatistics>
 __device__ __forceinline__ void finish_tile(const ConvForward& args, const ConvForwardPlan& plan,
                                             const Accumulators& acc, int64_t tile, int first_column, float* memory,

@@ -8,7 +8,8 @@
 namespace fusedres::cuda {
 
 constexpr int kHaloElements = kHaloPlaces * kProductDepth;
-static_assert(kHaloElements + kRing * kOperandElements == kProductWords * kPacket);
+static_assert(kHaloElements + kRing * kOperandElements == kProductBytes / 2);
+static_assert(kHaloElements * 2 % int(sizeof(OperandRow)) == 0);
 static_assert(kTapsOfLine == kRing);  // a tap's place in the ring is its column
 
 // A lane of a warp gives load_matrices its row of each of four fragments, which are 16 rows apart.
@@ -39,14 +40,14 @@ __device__ __forceinline__ void multiply_tap(Accumulators& acc, const T* halo, i
                                              const TapsInside& inside, int line, int column, int thread,
                                              const T* right) {
   const int lane = thread % 32;
-  const int b_place = Right::right_place(Accumulators::first_column(thread), 0, lane);
+  const SharedAddress b_row = address_of(right, Right::right_place(Accumulators::first_column(thread), 0, lane));
   const int place =
       int(sizeof(T)) * DepthInside::place(first + plan.place_of(halo_row(thread), line, column), lane / 16);
 #pragma unroll
   for (int k = 0; k < kProductDepth / 16; ++k) {
     uint32_t b[2][4];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) load_matrices<Right::kTransposed>(b[j], right + Right::moved(b_place, j, k));
+    for (int j = 0; j < 2; ++j) load_matrices<Right::kTransposed>(b[j], Right::moved(b_row, j, k));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       // in bytes, so that what is selected is a register or a constant, and nothing is left to compute
@@ -90,7 +91,7 @@ __device__ __forceinline__ void load_halo(T* halo, const T* x, const HaloPlan& p
 
 // Runs the steps of one tile. load(step, halo) starts a thread's copies into the places of a halo, prepare(step, halo)
 // changes what this thread has copied; `weights` gives the weight's operands in the order of taps and steps.
-// memory: kProductWords of shared memory, which nobody reads any more when this returns
+// memory: kProductBytes of shared memory, which nobody reads any more when this returns
 template <class Right, class T, class Weights, class Load, class Prepare>
 __device__ __forceinline__ void run_halo_steps(Accumulators& acc, T* memory, const HaloPlan& plan,
                                                const TapsInside& inside, int steps, Weights weights, Load load,

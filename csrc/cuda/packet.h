@@ -49,6 +49,21 @@ struct Packet {
   T value[V];
 };
 
+// Value i of a packet. A bfloat16 is the upper half of a float, and of every other word it is in its place.
+template <int V>
+__device__ __forceinline__ float value_of(const Packet<__half, V>& packet, int i) {
+  return to_float(packet.value[i]);
+}
+template <int V>
+__device__ __forceinline__ float value_of(const Packet<__nv_bfloat16, V>& packet, int i) {
+  uint32_t word;
+  memcpy(&word, &packet.value[i & ~1], sizeof word);
+  const uint32_t bits = i & 1 ? word & 0xffff0000u : word << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 template <class T>
 constexpr int kWordsPerPacket = int(sizeof(T)) * kPacket / 16;  // 16-byte words
 

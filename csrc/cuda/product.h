@@ -13,8 +13,25 @@ namespace fusedres::cuda {
 
 constexpr int kOperandElements = kProductSide * kProductDepth;
 constexpr int kChunksOfThread = kOperandElements / kPacket / kProductThreads;  // 2
-constexpr int kRing = 3;  // steps: one is multiplied, one prepared, one loaded
-constexpr int kProductWords = kRing * 2 * kOperandElements / kPacket;  // of 16 bytes, 48 KiB
+constexpr int kRing = 3;                                         // steps: one is multiplied, one prepared, one loaded
+constexpr int kProductBytes = kRing * 2 * kOperandElements * 2;  // 48 KiB
+
+// A row of an operand of 16-bit values in shared memory, at a multiple of its size: the exclusive or of a place can be
+// that of its address.
+struct alignas(kProductSide * 2) OperandRow {
+  uint16_t bits[kProductSide];
+};
+constexpr int kProductRows = kProductBytes / int(sizeof(OperandRow));
+
+// Blocks of a multiprocessor: the registers of two are too few for some of those that load single elements.
+template <bool kPackets>
+constexpr int kBlocksOf = kPackets ? kProductBlocks : 1;
+
+// The address of an operand's element.
+template <class T>
+__device__ __forceinline__ SharedAddress address_of(const T* operand, int place) {
+  return shared_address(operand) + SharedAddress(place * int(sizeof(T)));
+}
 
 // Where an operand's chunks lie. Chunks of one bank that a fragment's load would read together are kept apart by an
 // exclusive or with the row.
@@ -31,10 +48,10 @@ struct DepthInside {  // [128][32]: the inner dimension is contiguous in memory
   __device__ static __forceinline__ int right_place(int side, int depth, int lane) {
     return place(side + lane % 8 + lane / 16 * 8, depth / kPacket + lane / 8 % 2);
   }
-  // The place 16*sides further along the side and 16*depths along the depth, from one at multiples of 64 and of 32 of
-  // them: in one operation, or none where they are constants.
-  __device__ static __forceinline__ int moved(int place, int sides, int depths) {
-    return (place + sides * 16 * kProductDepth) ^ (depths * 16);
+  // The address 16*sides further along the side and 16*depths along the depth, from one at multiples of 64 and of 32 of
+  // them: in one operation at most where these are constants.
+  __device__ static __forceinline__ SharedAddress moved(SharedAddress at, int sides, int depths) {
+    return (at ^ SharedAddress(depths * 32)) + SharedAddress(sides * 16 * kProductDepth * 2);
   }
 };
 struct DepthOutside {  // [32][128]
@@ -49,8 +66,8 @@ struct DepthOutside {  // [32][128]
   __device__ static __forceinline__ int right_place(int side, int depth, int lane) {
     return place(depth + lane % 16, side / kPacket + lane / 16);
   }
-  __device__ static __forceinline__ int moved(int place, int sides, int depths) {
-    return (place ^ (sides * 16)) + depths * 16 * kProductSide;
+  __device__ static __forceinline__ SharedAddress moved(SharedAddress at, int sides, int depths) {
+    return (at ^ SharedAddress(sides * 32)) + SharedAddress(depths * 16 * kProductSide * 2);
   }
 };
 
@@ -58,6 +75,7 @@ struct DepthOutside {  // [32][128]
 template <class Layout>
 struct ChunkThread {
   static constexpr int kRowStep = kProductThreads / Layout::kChunks;
+  static constexpr int kPlaceStep = kProductThreads * kPacket;  // as both layouts repeat within this many rows
   int row, column;
 
   __device__ __forceinline__ explicit ChunkThread(int thread)
@@ -91,6 +109,20 @@ __device__ __forceinline__ void load_chunk(T* to, const T* from, int valid, bool
   for (int i = 0; i < kPacket; ++i) to[i] = i < valid ? from[i] : round_to<T>(0.f);
 }
 
+// Loads this thread's chunks of an operand, as load_chunk does: chunk i from from(i), of which valid(i) elements exist.
+template <bool kPackets, class Layout, class T, class From, class Valid>
+__device__ __forceinline__ void load_chunks(T* operand, const ChunkThread<Layout>& me, From from, Valid valid) {
+  const SharedAddress to = address_of(operand, me.place(0));
+#pragma unroll
+  for (int i = 0; i < kChunksOfThread; ++i) {
+    if constexpr (kPackets) {
+      start_copy_of_16_bytes(to + SharedAddress(i * me.kPlaceStep * int(sizeof(T))), from(i), valid(i) > 0 ? 16 : 0);
+    } else {
+      load_chunk(operand + me.place(i), from(i), valid(i), false);
+    }
+  }
+}
+
 // A packet in global memory of which the first `valid` elements exist; others are read as 0, and not written.
 // packets: as for load_chunk
 template <class T>
@@ -101,10 +133,10 @@ __device__ __forceinline__ Packet<T, kPacket> load_part(const T* from, int valid
   for (int i = 0; i < kPacket; ++i) out.value[i] = i < valid ? from[i] : round_to<T>(0.f);
   return out;
 }
-// The same as the word that it is in memory: single elements would take a register each.
+// The same as the word that it is in memory: single elements would take a register each. Other blocks read it too.
 template <class T>
 __device__ __forceinline__ uint4 load_word_part(const T* from, int valid, bool packets) {
-  if (packets) return load_16_bytes(from, l2_policy(false));
+  if (packets) return __ldg(reinterpret_cast<const uint4*>(from));
   unsigned words[4] = {0u, 0u, 0u, 0u};
 #pragma unroll
   for (int i = 0; i < kPacket; ++i) {
@@ -130,6 +162,25 @@ __device__ __forceinline__ unsigned bits_at(const uint8_t* mask, int64_t place, 
   return bits >> first;
 }
 
+// The bits of a chunk. kPackets: its place is a multiple of 8
+template <bool kPackets>
+__device__ __forceinline__ unsigned chunk_bits(const uint8_t* mask, int64_t place, int valid) {
+  if constexpr (kPackets) {
+    return mask[uint64_t(place) / kPacket];
+  } else {
+    return bits_at(mask, place, valid);
+  }
+}
+
+// dz in place of dy, in a chunk in shared memory.
+__device__ __forceinline__ void select_chunk(void* at, unsigned bits) {
+  uint4* place = static_cast<uint4*>(at);
+  uint4 word = *place, kept;
+  spread_bits(kept.x, kept.y, bits);
+  spread_bits(kept.z, kept.w, bits >> 4);
+  *place = make_uint4(word.x & kept.x, word.y & kept.y, word.z & kept.z, word.w & kept.w);
+}
+
 // relu(scale*c + shift) of one value, rounded.
 template <class T>
 __device__ __forceinline__ T activate(T c, float scale, float shift) {
@@ -144,8 +195,8 @@ __device__ __forceinline__ Packet<T, N> activated(const Packet<T, N>& c, const f
   uint32_t pairs[N / 2];
 #pragma unroll
   for (int i = 0; i < N; i += 2)
-    pairs[i / 2] = round_pair_relu<T>(affine(to_float(c.value[i]), scale[i], shift[i]),
-                                      affine(to_float(c.value[i + 1]), scale[i + 1], shift[i + 1]));
+    pairs[i / 2] = round_pair_relu<T>(affine(value_of(c, i), scale[i], shift[i]),
+                                      affine(value_of(c, i + 1), scale[i + 1], shift[i + 1]));
   Packet<T, N> out;
   memcpy(&out, pairs, sizeof out);
   return out;
@@ -163,6 +214,20 @@ __device__ __forceinline__ void load_vector_chunk(float (&out)[kPacket], const f
   if (packets && first < channels) return load_vector(out, vector, first);
 #pragma unroll
   for (int i = 0; i < kPacket; ++i) out[i] = first + i < channels ? vector[first + i] : 0.f;
+}
+
+// The same where a thread has at least one of the channels. kPackets: it has all eight, at a multiple of 16 bytes
+template <bool kPackets>
+__device__ __forceinline__ void read_vector_chunk(float (&out)[kPacket], const float* vector, int first, int channels) {
+  if constexpr (kPackets) {
+#pragma unroll
+    for (int i = 0; i < kPacket; i += 4) {
+      const float4 word = __ldg(reinterpret_cast<const float4*>(vector + first + i));
+      out[i] = word.x, out[i + 1] = word.y, out[i + 2] = word.z, out[i + 3] = word.w;
+    }
+  } else {
+    load_vector_chunk(out, vector, first, channels, false);
+  }
 }
 
 constexpr int kHalf = kPacket / 2;
@@ -192,17 +257,18 @@ struct Accumulators {
 template <class Left, class Right, class T>
 __device__ __forceinline__ void multiply_step(Accumulators& acc, const T* left, const T* right) {
   const int thread = int(threadIdx.x), lane = thread % 32;  // the places are kept from step to step
-  const int a_place = Left::left_place(Accumulators::first_row(thread), 0, lane);
-  const int b_place = Right::right_place(Accumulators::first_column(thread), 0, lane);
+  const SharedAddress a_row = address_of(left, Left::left_place(Accumulators::first_row(thread), 0, lane));
+  const SharedAddress b_row =
+      address_of(right, Right::right_place(Accumulators::first_column(thread_index()), 0, thread_index() % 32));
 #pragma unroll
   for (int k = 0; k < kProductDepth / 16; ++k) {
     uint32_t b[2][4];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) load_matrices<Right::kTransposed>(b[j], right + Right::moved(b_place, j, k));
+    for (int j = 0; j < 2; ++j) load_matrices<Right::kTransposed>(b[j], Right::moved(b_row, j, k));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t a[4];
-      load_matrices<Left::kTransposed>(a, left + Left::moved(a_place, i, k));
+      load_matrices<Left::kTransposed>(a, Left::moved(a_row, i, k));
 #pragma unroll
       for (int j = 0; j < 4; ++j) multiply_add<T>(acc.value[i][j], a, b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
     }
@@ -211,7 +277,7 @@ __device__ __forceinline__ void multiply_step(Accumulators& acc, const T* left, 
 
 // Runs the steps of one tile. load(step, left, right) starts a thread's copies into two operands [128 * 32];
 // prepare(step, left, right) changes what this thread has copied; multiply(step, left, right) follows for all threads.
-// ring: kProductWords of shared memory, which nobody reads any more when this returns
+// ring: kProductBytes of shared memory, which nobody reads any more when this returns
 template <class T, class Load, class Prepare, class Multiply>
 __device__ __forceinline__ void run_steps(T* ring, int steps, Load load, Prepare prepare, Multiply multiply) {
   const auto left = [&](int slot) { return ring + slot * 2 * kOperandElements; };

@@ -100,7 +100,7 @@ __device__ __forceinline__ void for_each_packet(const Accumulators& acc, float* 
   }
 }
 
-static_assert(kSumsPlace * 4 + kProductThreads * int(sizeof(ColumnSums)) <= kProductWords * 16);
+static_assert(kSumsPlace * 4 + kProductThreads * int(sizeof(ColumnSums)) <= kProductBytes);
 
 // Mean and M2 of one column, over the tiles that a block has had: of many small parts, so in float64.
 struct ColumnMoments {

@@ -11,97 +11,133 @@ namespace fusedres::cuda {
 // would take away a part of a large mean: the products of a step are added up by themselves, and their sum is rounded.
 template <class T>
 __device__ __forceinline__ void multiply_rows(Accumulators& acc, const T* left, const T* right) {
-  const int thread = thread_index(), lane = thread % 32;
-  const int a_place = DepthOutside::left_place(Accumulators::first_row(thread), 0, lane);
-  const int b_place = DepthOutside::right_place(Accumulators::first_column(thread), 0, lane);
-  uint32_t b[2][2][4];  // [depth / 16][columns / 16]
+  const int kept = int(threadIdx.x), thread = thread_index();  // a's place is kept from step to step
+  const SharedAddress a_row = address_of(left, DepthOutside::left_place(Accumulators::first_row(kept), 0, kept % 32));
+  const SharedAddress b_row =
+      address_of(right, DepthOutside::right_place(Accumulators::first_column(thread), 0, thread % 32));
 #pragma unroll
-  for (int k = 0; k < 2; ++k)
+  for (int side = 0; side < 2; ++side) {  // fragments of all columns at once would not fit the registers
+    uint32_t b[2][4];                     // [depth / 16]
 #pragma unroll
-    for (int j = 0; j < 2; ++j) load_matrices<true>(b[k][j], right + DepthOutside::moved(b_place, j, k));
+    for (int k = 0; k < 2; ++k) load_matrices<true>(b[k], DepthOutside::moved(b_row, side, k));
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    uint32_t a[2][4];
+    for (int i = 0; i < 4; ++i) {
+      uint32_t a[2][4];
 #pragma unroll
-    for (int k = 0; k < 2; ++k) load_matrices<true>(a[k], left + DepthOutside::moved(a_place, i, k));
+      for (int k = 0; k < 2; ++k) load_matrices<true>(a[k], DepthOutside::moved(a_row, i, k));
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float part[4] = {0.f, 0.f, 0.f, 0.f};
+      for (int j = 0; j < 2; ++j) {
+        float part[4];
+        multiply<T>(part, a[0], b[0][2 * j], b[0][2 * j + 1]);
+        multiply_add<T>(part, a[1], b[1][2 * j], b[1][2 * j + 1]);
 #pragma unroll
-      for (int k = 0; k < 2; ++k) multiply_add<T>(part, a[k], b[k][j / 2][j % 2 * 2], b[k][j / 2][j % 2 * 2 + 1]);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc.value[i][j][e] += part[e];
+        for (int e = 0; e < 4; ++e) acc.value[i][2 * side + j][e] += part[e];
+      }
     }
   }
 }
 
+// Sums over rows of the tile's left channels, by tensor cores too: the products with ones. Of 16 channels of its warp,
+// a thread has two.
+struct LeftSums {
+  float value[2] = {0.f, 0.f};
+
+  // of the tile, as thread / 32 % 4 has a quarter of the warp's 64
+  __device__ static __forceinline__ int first_channel(int thread) {
+    return Accumulators::first_row(thread) + thread / 32 % 4 * 16;
+  }
+
+  // adds one step's
+  template <class T>
+  __device__ __forceinline__ void add(const T* left) {
+    constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+    const int thread = thread_index();
+    const SharedAddress row = address_of(left, DepthOutside::left_place(first_channel(thread), 0, thread % 32));
+    float part[4];  // its columns are equal
+    uint32_t a[4];
+    load_matrices<true>(a, row);
+    multiply<T>(part, a, kOnes, kOnes);
+    load_matrices<true>(a, DepthOutside::moved(row, 0, 1));
+    multiply_add<T>(part, a, kOnes, kOnes);
+    value[0] += part[0];
+    value[1] += part[2];
+  }
+
+  // sums: of the tile's first channel; channels: how many the tile has
+  __device__ __forceinline__ void store(float* sums, int channels) const {
+    const int thread = thread_index(), lane = thread % 32;
+    if (lane % 4 != 0) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int channel = first_channel(thread) + lane / 4 + 8 * half;
+      if (channel < channels) sums[channel] = value[half];
+    }
+  }
+};
+
+// As ChunkThread<DepthOutside>, whose place in shared memory is kept from step to step.
+struct OwnChunks {
+  int row, column, first_place;
+
+  __device__ __forceinline__ explicit OwnChunks(int own_place) : first_place(own_place) {
+    const int thread = thread_index();
+    row = thread / DepthOutside::kChunks, column = thread % DepthOutside::kChunks;
+  }
+  __device__ __forceinline__ int row_of(int i) const { return row + i * ChunkThread<DepthOutside>::kRowStep; }
+  __device__ __forceinline__ int place(int i) const {
+    return first_place + i * ChunkThread<DepthOutside>::kRowStep * kProductSide;
+  }
+};
+
 // One operand's matrix [P, channels], and the block's share of it.
-template <class T>
+// kPackets: rows are whole chunks at multiples of 16 bytes, as are the vectors
+template <class T, bool kPackets>
 struct RowsOperand {
   const T* first;  // of the split's first row
   int channels;
   int channel;  // the first of the tile
-  bool packets;
 
-  __device__ __forceinline__ int channel_of(const ChunkThread<DepthOutside>& me) const {
-    return channel + me.column * kPacket;
+  __device__ __forceinline__ int channel_of(const OwnChunks& me) const { return channel + me.column * kPacket; }
+  // the step's chunk i of this thread, in elements from `first`; a split has fewer than 2^32, see rows_plan.h
+  __device__ __forceinline__ unsigned place(const OwnChunks& me, int step, int i) const {
+    return unsigned(step * kProductDepth + me.row_of(i)) * unsigned(channels) + unsigned(channel_of(me));
   }
-  // the step's chunk i of this thread, in elements from `first`
-  __device__ __forceinline__ int64_t place(const ChunkThread<DepthOutside>& me, int step, int i) const {
-    return int64_t(step * kProductDepth + me.row_of(i)) * channels + channel_of(me);
-  }
-  __device__ __forceinline__ void load(T* to, int step, int rows) const {
-    const ChunkThread<DepthOutside> me(thread_index());
-#pragma unroll
+  __device__ __forceinline__ void load(const OwnChunks& me, T* to, int step, int rows) const {
+#pragma unroll(kPackets ? kChunksOfThread : 1)
     for (int i = 0; i < kChunksOfThread; ++i) {
       const bool has_row = step * kProductDepth + me.row_of(i) < rows;
-      load_chunk(to + me.place(i), first + place(me, step, i), has_row ? channels - channel_of(me) : 0, packets);
+      load_chunk(to + me.place(i), first + place(me, step, i), has_row ? channels - channel_of(me) : 0, kPackets);
+    }
+  }
+
+  // a - pivot in place of c, with a = relu(scale*c + shift), rounded; rows that do not exist stay 0. pivot may be null:
+  // 0
+  __device__ __forceinline__ void center(const OwnChunks& me, T* tile, int step, int rows, const float* scale,
+                                         const float* shift, const T* pivot) const {
+    const int own = channel_of(me) < channels ? channel_of(me) : 0;  // nobody uses the columns of others
+    float s[kPacket], b[kPacket];
+    read_vector_chunk<kPackets>(s, scale, own, channels);
+    read_vector_chunk<kPackets>(b, shift, own, channels);
+    uint4 p = make_uint4(0u, 0u, 0u, 0u);
+    if (pivot != nullptr) p = load_word_part(pivot + own, channels - own, kPackets);
+#pragma unroll(kPackets ? kChunksOfThread : 1)
+    for (int i = 0; i < kChunksOfThread; ++i) {
+      T* at = tile + me.place(i);
+      const Packet<T, kPacket> a = activated(read_chunk(at), s, b);
+      uint4 word;
+      memcpy(&word, &a, sizeof word);
+      word = make_uint4(subtract_pair<T>(word.x, p.x), subtract_pair<T>(word.y, p.y), subtract_pair<T>(word.z, p.z),
+                        subtract_pair<T>(word.w, p.w));
+      if (step * kProductDepth + me.row_of(i) < rows) *reinterpret_cast<uint4*>(at) = word;
     }
   }
 };
 
-// Eight sums over a thread's rows, of its 8 channels.
-struct ChunkSums {
-  float value[kPacket];
-};
-
-// a - pivot in place of c, with a = relu(scale*c + shift), rounded; rows and channels that do not exist stay 0. pivot
-// may be null: 0. The differences are added to `sums` before they are rounded, if there are any.
-// kAtOnce: as many chunks as the registers of the kernel allow
-template <int kAtOnce, class T>
-__device__ __forceinline__ void center_chunks(T* tile, const RowsOperand<T>& operand, int step, int rows,
-                                              const float* scale, const float* shift, const float* pivot,
-                                              ChunkSums* sums) {
-  const ChunkThread<DepthOutside> me(thread_index());
-  const int channel = operand.channel_of(me);
-  if (channel >= operand.channels) return;
-  float s[kPacket], b[kPacket], p[kPacket];
-  load_vector_chunk(s, scale, channel, operand.channels, operand.packets);
-  load_vector_chunk(b, shift, channel, operand.channels, operand.packets);
-#pragma unroll
-  for (int e = 0; e < kPacket; ++e) p[e] = 0.f;
-  if (pivot != nullptr) load_vector_chunk(p, pivot, channel, operand.channels, operand.packets);
-#pragma unroll kAtOnce
-  for (int i = 0; i < kChunksOfThread; ++i) {
-    if (step * kProductDepth + me.row_of(i) >= rows) continue;
-    Packet<T, kPacket> chunk = read_chunk(tile + me.place(i));
-#pragma unroll
-    for (int e = 0; e < kPacket; ++e) {
-      const float difference = to_float(activate(chunk.value[e], s[e], b[e])) - p[e];
-      if (sums != nullptr) sums->value[e] += difference;
-      chunk.value[e] = round_to<T>(difference);
-    }
-    store_chunk(tile + me.place(i), chunk);
-  }
-}
-
-// Leaves the tile and, if `with_sums`, the sums of its left channels in the workspace.
-// staged: the ring's memory, of no other use
-__device__ __forceinline__ void store_partial(const Accumulators& acc, const ChunkSums& sums, float* staged,
-                                              float* workspace, const RowsPlan& plan, int left_tile, int right_tile,
-                                              bool with_sums) {
-  const int thread = thread_index(), first = left_tile * kProductSide;
-  const int column = right_tile * kProductSide + packet_column(thread), valid = plan.right - column;
+// Leaves the tile from channels `first` and `first_column` on in the workspace. staged: the ring's memory, of no other
+// use
+__device__ __forceinline__ void store_partial(const Accumulators& acc, float* staged, float* workspace,
+                                              const RowsPlan& plan, int first, int first_column) {
+  const int thread = thread_index(), column = first_column + packet_column(thread), valid = plan.right - column;
   float* products = workspace + plan.products_of(blockIdx.y) + int64_t(first) * plan.right + column;
   ColumnSums unused;
   for_each_packet<false>(acc, staged, plan.left - first, unused, [&](int row, float (&value)[kPacket]) {
@@ -111,14 +147,6 @@ __device__ __forceinline__ void store_partial(const Accumulators& acc, const Chu
     for (int e = 0; e < kPacket; ++e)
       if (e < valid) to[e] = value[e];
   });
-  if (!with_sums) return;
-  __syncthreads();
-  write_packet(staged + packet_row(thread) * kProductSide + packet_column(thread), sums.value);
-  __syncthreads();
-  if (thread >= kProductSide || first + thread >= plan.left) return;
-  float sum = 0.f;
-  for (int row = 0; row < kPacketRows; ++row) sum += staged[row * kProductSide + thread];
-  workspace[plan.sums_of(blockIdx.y) + first + thread] = sum;
 }
 
 // The sum of one value of each split, in their order.

@@ -28,7 +28,8 @@
 
 #define FUSEDRES_SHARED(type, name, count)     \
   static const char declaration_of_##name = 0; \
-  type* name = static_cast<type*>(::fusedres::emulator::shared_array(&declaration_of_##name, sizeof(type) * (count)))
+  type* name = static_cast<type*>(             \
+      ::fusedres::emulator::shared_array(&declaration_of_##name, sizeof(type) * (count), alignof(type)))
 
 inline void __syncthreads() { fusedres::emulator::barrier(); }
 

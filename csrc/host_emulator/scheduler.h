@@ -61,7 +61,7 @@ struct Block {
   // One object for even and one for odd generations: with a single one, a fast thread would publish its later
   // writes to a slow one that is still leaving the barrier.
   char order[2] = {};
-  std::map<const void*, std::unique_ptr<unsigned char[]>> shared;
+  std::map<const void*, std::unique_ptr<unsigned char, void (*)(void*)>> shared;
 };
 
 struct Device {
@@ -134,14 +134,16 @@ FUSEDRES_UNINSTRUMENTED inline void barrier() {
 }
 
 // A shared array of the running block. Each declaration has one, of exactly its size, full of NaN at first.
-inline void* shared_array(const void* declaration, size_t bytes) {
+inline void* shared_array(const void* declaration, size_t bytes, size_t alignment) {
   Quiet quiet;
-  auto& memory = state().current->block->shared[declaration];
-  if (!memory) {
-    memory.reset(new unsigned char[bytes]);
-    std::memset(memory.get(), 0xff, bytes);
+  auto [found, is_new] = state().current->block->shared.try_emplace(declaration, nullptr, std::free);
+  if (is_new) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, std::max(alignment, sizeof(void*)), bytes) != 0) throw std::bad_alloc();
+    found->second.reset(static_cast<unsigned char*>(memory));
+    std::memset(memory, 0xff, bytes);
   }
-  return memory.get();
+  return found->second.get();
 }
 
 inline bool has_copies(const Thread& thread) {

@@ -143,10 +143,17 @@ FUSEDRES_UNINSTRUMENTED inline void multiply_in_warp(void* const* lanes) {
 
 namespace fusedres::cuda {
 
+using SharedAddress = uintptr_t;
+
+inline SharedAddress shared_address(const void* shared) { return reinterpret_cast<SharedAddress>(shared); }
+
 inline void start_copy_of_16_bytes(void* shared, const void* global, int bytes) {
   require_alignment(shared, 16);
   if (bytes > 0) require_alignment(global, 16);
   emulator::start_copy(shared, global, bytes);
+}
+inline void start_copy_of_16_bytes(SharedAddress shared, const void* global, int bytes) {
+  start_copy_of_16_bytes(reinterpret_cast<void*>(shared), global, bytes);
 }
 inline void commit_copies() { ++emulator::state().current->committed; }
 template <int kLeft>
@@ -163,6 +170,11 @@ inline void load_matrices(uint32_t (&registers)[4], const void* row) {
   std::memcpy(registers, mine.registers, sizeof registers);
 }
 
+template <bool kTransposed>
+inline void load_matrices(uint32_t (&registers)[4], SharedAddress row) {
+  load_matrices<kTransposed>(registers, reinterpret_cast<const void*>(row));
+}
+
 template <class T>
 inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint32_t b[2] = {b0, b1};
@@ -171,11 +183,31 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 }
 
 template <class T>
+inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  c[0] = c[1] = c[2] = c[3] = 0.f;
+  multiply_add<T>(c, a, b0, b1);
+}
+
+template <class T>
 inline uint32_t round_pair_relu(float first, float second) {
   const T values[2] = {T(first < 0.f ? 0.f : first), T(second < 0.f ? 0.f : second)};  // NaN is not below 0
   uint32_t pair;
   std::memcpy(&pair, values, sizeof pair);
   return pair;
+}
+
+template <class T>
+inline uint32_t subtract_pair(uint32_t left, uint32_t right) {
+  const float* value = emulator::values_of_bits<T>();
+  const T values[2] = {T(value[left & 0xffff] - value[right & 0xffff]), T(value[left >> 16] - value[right >> 16])};
+  uint32_t pair;
+  std::memcpy(&pair, values, sizeof pair);
+  return pair;
+}
+
+inline void spread_bits(uint32_t& first, uint32_t& second, unsigned bits) {
+  first = (bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u);
+  second = (bits & 4 ? 0xffffu : 0u) | (bits & 8 ? 0xffff0000u : 0u);
 }
 
 }  // namespace fusedres::cuda

@@ -273,6 +273,8 @@ def check_conv1x1_backward_input(ops: Any, case: ConvCase) -> None:
     dy = inputs.dy((n, case.cout, h, w))
     v = inputs.vectors(c, frozen="frozen" in form)
     grads = inputs.grads(v, n * h * w, frozen="frozen" in form)
+    if form == "identity":  # A may be another tensor than scale
+        grads = grads._replace(A=inputs.vector(v.scale.cpu()))
     weight = weight_of(inputs, case)
     relu = form != "no_relu"
     shortcut = inputs.dy(case.shape) if "identity" in form else None

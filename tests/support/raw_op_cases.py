@@ -241,7 +241,7 @@ class Inputs:
         return BatchNormVectors(*(self.vector(v) for v in vectors))
 
     def grads(self, vectors: BatchNormVectors, rows: int, frozen: bool = False) -> BatchNormGrads:
-        """Coefficients as a backward of `rows` rows would make them."""
+        """Coefficients as a backward of `rows` rows would make them: A is the tensor `vectors.scale`."""
         channels = vectors.mean.shape[0]
         root = max(rows, 1) ** 0.5
         sums = [
@@ -249,7 +249,8 @@ class Inputs:
         ]
         host = BatchNormVectors(*(v.cpu() for v in vectors))
         made = REFERENCE(BnBackwardCoefficients(*sums, host, max(rows, 1), not frozen))
-        return BatchNormGrads(*(None if v is None else self.vector(v) for v in made))
+        own = BatchNormGrads(*(None if v is None else self.vector(v) for v in made))
+        return own._replace(A=vectors.scale)
 
     def assert_unchanged(self, op: str) -> None:
         for buffer, before in self.buffers:
