@@ -48,7 +48,7 @@ mutants: $(STAMP)
 	$(BIN)/pytest -q -m mutant tests
 
 # the CPU kernels of the native library under AddressSanitizer and UBSan, and their launchers under ThreadSanitizer;
-# minutes to build, apart from the installed one
+# minutes to build, apart from the installed one. And the CUDA kernels, built for the host, under all three.
 SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 sanitize: $(STAMP)
 	CXX="$(CURDIR)/tests/support/sanitized_cxx.sh" FUSEDRES_BUILD=cpu $(BIN)/python -m pip install --quiet --no-build-isolation \
@@ -60,6 +60,7 @@ sanitize: $(STAMP)
 			tests/native/test_native_winograd.py; \
 	done
 	$(BIN)/python tests/support/thread_sanitizer/run.py
+	$(BIN)/pytest -q -m sanitizer tests/cuda/test_cuda_sanitizers.py
 
 check-package: $(STAMP)
 	$(BIN)/python tests/support/check_package.py

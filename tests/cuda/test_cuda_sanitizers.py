@@ -1,6 +1,7 @@
 """The host build of the CUDA kernels under sanitizers, and planted bugs, each caught by its own test.
 
-A few of the bugs are tried in every run; `make mutants` tries the others.
+Every run has a reduction and a product under both sanitizers, and a few of the bugs. `make sanitize` has every op,
+`make mutants` the other bugs.
 """
 
 import os
@@ -19,9 +20,10 @@ from cuda_planted_bugs import BUGS, HUGE, PlantedBug
 
 pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="no CUDA headers here")
 
-EVERY_OP = [*OPS, *LIST_CHECKS]
-# by variant; of the plain build, which `test_cuda_host.py` runs in full, only what is beyond 2^31 elements
-CLEAN = {"plain": ["relu_backward"], "address": EVERY_OP, "thread": EVERY_OP}
+EVERY_OP = (*OPS, *LIST_CHECKS)
+# blocks that merge what others left in memory, by counters; a ring in shared memory, which copies fill as it is read
+SOME_OPS = ("bn_stats", "conv1x1_forward")
+SANITIZERS = ("address", "thread")
 FEW = (
     "missing_barrier",
     "refilled_ring",
@@ -53,40 +55,65 @@ def run_with_bug(name: str, bug: PlantedBug) -> tuple[int, str]:
         copy.parent.mkdir(parents=True, exist_ok=True)
         if not copy.exists() or copy.read_text() != text:  # else there is nothing to compile again
             copy.write_text(text)
-    module = cuda_host_build.build(bug.variant, folder / "csrc", f"bugs/{name}", bug.op)
+    others = cuda_host_build.objects("plain")
+    if bug.variant in SANITIZERS:
+        others |= cuda_host_build.objects(cuda_host_build.some(bug.variant))
+    module = cuda_host_build.build(bug.variant, folder / "csrc", f"bugs/{name}", {bug.op}, others)
     return run(module, bug.variant, bug.op)
 
 
 @pytest.fixture(scope="module")
-def clean():
-    """(exit status, output) of each variant on its ops."""
-    modules = {variant: cuda_host_build.build(variant) for variant in cuda_host_build.FLAGS}
+def some_ops():
+    """(exit status, output) of each sanitizer on some ops."""
+    modules = [cuda_host_build.build_some(variant, SOME_OPS) for variant in SANITIZERS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(modules, pool.map(lambda v: run(modules[v], v, *CLEAN[v]), modules), strict=True))
+        runs = pool.map(lambda module, variant: run(module, variant, *SOME_OPS), modules, SANITIZERS)
+        return dict(zip(SANITIZERS, runs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def every_op():
+    """(exit status, output) of each sanitizer on every op."""
+    modules = [cuda_host_build.build(variant) for variant in SANITIZERS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = pool.map(lambda module, variant: run(module, variant, *EVERY_OP), modules, SANITIZERS)
+        return dict(zip(SANITIZERS, runs, strict=True))
 
 
 @pytest.fixture(scope="module")
 def planted(request):
     """(exit status, output) with each of the bugs that are to be tried now."""
-    for variant in cuda_host_build.FLAGS:
-        cuda_host_build.build(variant)
     here = [
         item for item in request.session.items if item.path == request.path and "name" in item.fixturenames
     ]
     names = [item.callspec.params["name"] for item in here]
+    cuda_host_build.build("plain")
+    for variant in {BUGS[name].variant for name in names}.intersection(SANITIZERS):
+        cuda_host_build.build_some(variant, SOME_OPS)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(names, pool.map(run_with_bug, names, map(BUGS.get, names)), strict=True))
 
 
-@pytest.mark.parametrize("variant", cuda_host_build.FLAGS)
-def test_every_kernel_is_clean(clean, variant):
-    status, output = clean[variant]
+@pytest.mark.parametrize("variant", SANITIZERS)
+def test_some_kernels_are_clean(some_ops, variant):
+    status, output = some_ops[variant]
+    assert status == 0 and "passed" in output, output[-6000:]
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("variant", SANITIZERS)
+def test_every_kernel_is_clean(every_op, variant):
+    status, output = every_op[variant]
     assert status == 0 and "passed" in output and HUGE in output, output[-6000:]
-    if CLEAN[variant] is not EVERY_OP:
-        return
     table = cuda_resources.read_table()[1]
     of_one_architecture = sum(kernel.arch == cuda_resources.ARCHITECTURES[0] for kernel in table)
     assert int(re.search(r"passed: (\d+) kernels", output).group(1)) == of_one_architecture
+
+
+def test_more_than_2_31_elements():
+    """Of the plain build, which `test_cuda_host.py` runs in full but for this."""
+    status, output = run(cuda_host_build.build("plain"), "plain", "relu_backward")
+    assert status == 0 and "passed" in output and HUGE in output, output[-6000:]
 
 
 @pytest.mark.parametrize("name", MARKED)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -51,25 +52,51 @@ def cuda_include() -> Path | None:
     return next((c for c in candidates if (c / "cuda_bf16.h").exists()), None)
 
 
-def build(variant: str, sources: Path = ROOT / "csrc", name: str | None = None, only: str = "") -> Path:
+def build(
+    variant: str,
+    sources: Path = ROOT / "csrc",
+    name: str | None = None,
+    only: Collection[str] = (),
+    others: Mapping[str, Path] | None = None,
+) -> Path:
     """The module's path.
 
     Args:
         variant: a key of FLAGS.
         sources: a folder like csrc/.
         name: of the build folder, the variant's by default.
-        only: an op to compile from `sources`; all else is linked from the variant's own build.
+        only: the sources to compile, by their names without a suffix; all by default.
+        others: what is linked for the sources that are not compiled, see `objects`.
     """
     units = [*sorted((sources / "cuda").glob("*.cu")), sources / "host_emulator" / "runtime.cpp"]
-    here = [u for u in units if not only or u.stem == only]
+    here = [u for u in units if not only or u.stem in only]
     lines = [f"build {u.stem}.o: compile {escape(u)}" for u in here]
-    # first come, first linked: the op's own templates win over those of the other objects
-    objects = [f"{u.stem}.o" for u in here]
-    objects += [escape(BUILDS / variant / f"{u.stem}.o") for u in units if u not in here]
-    lines.append(f"build {MODULE}.so: link {' '.join(objects)} {escape(build_binding())}")
+    # first come, first linked: templates of what is compiled win over those of the other objects
+    linked = [f"{u.stem}.o" for u in here]
+    linked += [escape((others or {})[u.stem]) for u in units if u not in here]
+    lines.append(f"build {MODULE}.so: link {' '.join(linked)} {escape(build_binding())}")
     folder = BUILDS / (name or variant)
     run_ninja(folder, FLAGS[variant], lines)
     return folder / f"{MODULE}.so"
+
+
+def build_some(variant: str, ops: Collection[str]) -> Path:
+    """The module with these ops alone in this variant, for a third of a whole build's time or less.
+
+    The other ops are of the plain build, and no part of what such a module is asked.
+    """
+    build("plain")
+    return build(variant, name=some(variant), only=(*ops, "launch", "runtime"), others=objects("plain"))
+
+
+def some(variant: str) -> str:
+    """The build folder of `build_some`."""
+    return f"{variant}_some"
+
+
+def objects(name: str) -> dict[str, Path]:
+    """The object files in a build folder, by the names of their sources."""
+    return {path.stem: path for path in (BUILDS / name).glob("*.o")}
 
 
 def build_binding() -> Path:
