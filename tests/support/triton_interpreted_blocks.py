@@ -122,21 +122,14 @@ def test_vectors_that_are_not_dense(change, recipe, save):
 
 
 @pytest.mark.parametrize("recipe", SERVED)
-def test_each_op_is_served_by_triton(recipe):
+def test_a_patched_block_runs_the_same_kernels(recipe):
+    """Each op is served by Triton; through patch and autograd it is bitwise what the recipe gives by itself."""
     block, x, dy = inputs(BY_NAME["bottleneck"], torch.float16)
     config, units = read(block, x)
     ops, trace = traced_ops()
-    by_recipe(ops, recipe, config, x, units, dy)
+    expected = by_recipe(ops, recipe, config, x, units, dy)
     assert {op for op, backend in trace if backend == "triton"} == SERVED[recipe]
     assert {op for op, backend in trace if backend != "triton"} <= LIBRARY
-
-
-@pytest.mark.parametrize("recipe", SERVED)
-def test_a_patched_block_runs_the_same_kernels(recipe):
-    """Through patch and autograd: bitwise what the recipe gives by itself."""
-    block, x, dy = inputs(BY_NAME["bottleneck"], torch.float16)
-    config, units = read(block, x)
-    expected = by_recipe(dispatcher("triton"), recipe, config, x, units, dy)
     fused = patched(block, recipe, backend="triton")
     step = one_step(fused, x, dy)
     assert ran_as(fused, recipe)

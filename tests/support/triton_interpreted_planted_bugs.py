@@ -8,6 +8,7 @@ import torch
 from every_raw_op import CHECKS, cases_of
 from planted_source import with_replacements
 from triton_harness import checked_margins, served_by_triton
+from triton_interpreted_ops import DTYPES, selected
 
 from fusedres.triton_kernels import launchers
 
@@ -148,6 +149,14 @@ BUGS = {
         (("(a > best)", "(a >= best)"),),
     ),
 }
+
+
+def test_every_run_has_their_cases():
+    every = {(op, str(case), case.dtype) for op, case in (p.values for p in selected(DTYPES, in_turn=True))}
+    missing = [
+        bug for bug, (op, name, dtype, _) in BUGS.items() if (op, name, getattr(torch, dtype)) not in every
+    ]
+    assert not missing
 
 
 @pytest.mark.parametrize("bug", BUGS)
