@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -231,8 +232,19 @@ def test_a_pickled_model_computes_the_same_in_a_fresh_process(tmp_path):
     assert fusedres.is_patched(pickle.loads(pickle.dumps(model)))
 
 
-@pytest.mark.parametrize("build", [resnet18, resnet50], ids=["resnet18", "resnet50"])
-@pytest.mark.parametrize("recipe", ["separate", "gram"])
+SHALLOW = (1, 1, 1, 1)
+
+
+@pytest.mark.no_cover
+@pytest.mark.parametrize(
+    ("build", "recipe"),
+    [
+        (resnet18, "separate"),
+        (partial(ResNet, Bottleneck, SHALLOW), "separate"),
+        (resnet50, "gram"),
+    ],
+    ids=["resnet18-separate", "bottlenecks-separate", "resnet50-gram"],
+)
 def test_three_sgd_steps_equal_unpatched_in_float64(build, recipe):
     torch.manual_seed(0)
     plain = build(num_classes=5, zero_init_residual=True).double()  # else noise grows tenfold a step
@@ -241,18 +253,14 @@ def test_three_sgd_steps_equal_unpatched_in_float64(build, recipe):
     assert_trained_alike(plain, fused, images, lambda y: nn.functional.cross_entropy(y, labels))
 
 
-SHALLOW = (1, 1, 1, 1)
-
-
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("block", "depths", "dtype"),
     [
         (BasicBlock, SHALLOW, torch.float32),
-        (BasicBlock, SHALLOW, torch.bfloat16),
-        (Bottleneck, SHALLOW, torch.float32),
         (Bottleneck, (3, 4, 6, 3), torch.bfloat16),  # ResNet-50, where most rounding errors add up
     ],
-    ids=["basic-fp32", "basic-bf16", "bottleneck-fp32", "resnet50-bf16"],
+    ids=["basic-fp32", "resnet50-bf16"],
 )
 def test_model_outputs_in_lower_precision_are_as_accurate_as_eager(block, depths, dtype):
     torch.manual_seed(0)
