@@ -5,6 +5,7 @@ And which files come first: of two processes, one would else be left with a minu
 
 import json
 import os
+from contextlib import contextmanager
 
 import pytest
 
@@ -13,21 +14,23 @@ from fusedres.blocks.user_table import KIND
 # pytest's worker processes are given a width that Rich, once imported, would keep
 os.environ.pop("COLUMNS", None)
 
-# the files that take a minute and more, the longest first
+# the files that take half a minute and more, the longest first
 FIRST = (
-    "test_triton_interpreter",
     "test_cuda_sanitizers",
-    "test_raw_ops",
-    "test_native_ops",
-    "test_cuda_host",
-    "test_bench_report",
-    "test_patching",
-    "test_compile",
-    "test_examples",
-    "test_docs",
-    "test_demo",
+    "test_triton_interpreter",
     "test_study",
+    "test_patching",
+    "test_cuda_host",
+    "test_examples",
+    "test_bench_report",
+    "test_docs",
+    "test_compile",
     "test_study_claims",
+    "test_cuda_host_networks",
+    "test_native_ops",
+    "test_demo",
+    "test_raw_ops",
+    "test_opaque_ops",
 )
 
 
@@ -35,6 +38,25 @@ def pytest_collection_modifyitems(items):
     """A file of tests goes to whichever process is free, in this order."""
     places = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(FIRST)))
+
+
+@pytest.fixture(scope="session")
+def untraced(pytestconfig):
+    """A context in which coverage does not trace, which takes as long again: of a fixture, as `no_cover` of a test."""
+    plugin = pytestconfig.pluginmanager.getplugin("_cov")
+    controller = plugin and plugin.cov_controller
+
+    @contextmanager
+    def context():
+        if controller:
+            controller.pause()
+        try:
+            yield
+        finally:
+            if controller:
+                controller.resume()
+
+    return context
 
 
 @pytest.fixture(autouse=True, scope="session")

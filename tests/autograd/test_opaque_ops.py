@@ -66,6 +66,7 @@ class Traced:
         return result
 
 
+@pytest.mark.no_cover  # of torch's symbolic shapes, which takes most of the time
 @pytest.mark.parametrize(("op", "case"), EVERY_FORM)
 def test_fake_of_symbolic_shapes(op, case):
     ops = Traced(op)

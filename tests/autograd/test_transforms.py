@@ -48,6 +48,7 @@ def test_scripting_finds_the_names_that_the_original_forward_uses():
     assert torch.equal(torch.jit.script(fused)(x), plain(x))
 
 
+@pytest.mark.no_cover
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "transform", [scripted, traced, symbolically_traced, exported, compiled], ids=lambda f: f.__name__

@@ -158,6 +158,7 @@ def test_the_images_are_split_without_overlap():
     assert shares.max() < 1.1 * shares.min()
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("depth", "recipe"), [(14, "separate"), (20, "gram")])
 def test_float64_steps_agree_in_every_loss(depth, recipe):
     small = data.Digits(*(part[:320] for part in data.load()))

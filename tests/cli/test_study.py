@@ -27,10 +27,10 @@ def small(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, untraced):
     """`study all` at the tiny size."""
     output = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patching:
+    with untraced(), pytest.MonkeyPatch.context() as patching:
         tiny_studies.use(patching)
         arguments = ("all", "--quick", "--seeds", 2, "--workers", 1, "--output", output)
         result = study(*arguments, catch_exceptions=False)
@@ -151,6 +151,7 @@ def within(seconds, condition):
         time.sleep(0.1)
 
 
+@pytest.mark.no_cover
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc to see a run's workers")
 def test_a_run_that_was_killed_goes_on_with_equal_results(tmp_path, small, whole):
     file = tmp_path / "program.py"
