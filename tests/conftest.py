@@ -34,6 +34,14 @@ FIRST = (
 )
 
 
+def pytest_configure(config):
+    """In a worker process pytest-cov starts a first tracer whose data it throws away, and a second one above it: where
+    `no_cover` stops that, the first would go on, and take the time that nobody wants to give."""
+    plugin = config.pluginmanager.getplugin("_cov")
+    if hasattr(config, "workerinput") and plugin and plugin.cov_controller:
+        plugin.cov_controller.cov.stop()
+
+
 def pytest_collection_modifyitems(items):
     """A file of tests goes to whichever process is free, in this order."""
     places = {name: place for place, name in enumerate(FIRST)}
