@@ -25,6 +25,8 @@ FIRST = (
     "test_bench_report",
     "test_docs",
     "test_compile",
+    "test_blocks",
+    "test_cli",
     "test_study_claims",
     "test_cuda_host_networks",
     "test_native_ops",

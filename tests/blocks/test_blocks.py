@@ -34,6 +34,8 @@ from fusedres.ops.backend import Backend
 from fusedres.ops.dispatch import Dispatcher
 from fusedres.ops.reference import REFERENCE
 
+pytestmark = pytest.mark.no_cover  # the tests of patched models call the same lines
+
 every_form = pytest.mark.parametrize(("recipe", "form"), RECIPE_FORMS, ids=RECIPE_FORM_IDS)
 
 
