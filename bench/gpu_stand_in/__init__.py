@@ -137,7 +137,7 @@ def stand_in_for_triton() -> None:
 def native_backend(measured: bool) -> Any:
     """measured: as for the native backend's own."""
     from fusedres.ops import fake
-    from fusedres.ops.contract import Conv1x1Forward, Conv3x3BackwardInput, Conv3x3Forward, RawOp
+    from fusedres.ops.contract import Conv3x3BackwardInput, RawOp
     from fusedres.ops.native import functions, products
 
     def reason(op: RawOp) -> str | None:
@@ -145,7 +145,7 @@ def native_backend(measured: bool) -> Any:
             return "product_not_measured"
         return products.backward_input3x3_window_reason(op) if isinstance(op, Conv3x3BackwardInput) else None
 
-    kinds = Conv1x1Forward, Conv3x3Forward, Conv3x3BackwardInput
+    kinds = tuple(products.PRODUCTS)
     kernels = functions.backend(measured=measured)
     return dataclasses.replace(
         kernels,

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import cuda_host_build
@@ -16,6 +17,7 @@ import cuda_resources
 import pytest
 from cuda_host_cases import OPS
 from cuda_host_list_checks import LIST_CHECKS
+from cuda_host_run import EVERY_ORDER
 from cuda_planted_bugs import BUGS, HUGE, PlantedBug
 
 pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="no CUDA headers here")
@@ -37,10 +39,10 @@ MARKED = [pytest.param(name, marks=[] if name in FEW else pytest.mark.mutant) fo
 RUN = Path(__file__).parents[1] / "support" / "cuda_host_run.py"
 
 
-def run(module: Path, variant: str, *ops: str) -> tuple[int, str]:
+def run(module: Path, variant: str, *ops: str, timeout: int = 900) -> tuple[int, str]:
     command = [sys.executable, "-W", "ignore", str(RUN), str(module), variant, *ops]
     environment = cuda_host_build.environment(variant)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     return done.returncode, f"{done.stdout}\n{done.stderr}\nexit {done.returncode}"
 
 
@@ -73,11 +75,12 @@ def some_ops():
 
 @pytest.fixture(scope="module")
 def every_op():
-    """(exit status, output) of each sanitizer on every op."""
-    modules = [cuda_host_build.build(variant) for variant in SANITIZERS]
+    """(exit status, output) of each variant on every op, in three orders of threads and blocks."""
+    modules = [cuda_host_build.build(variant) for variant in cuda_host_build.FLAGS]
+    in_orders = partial(run, timeout=3 * 3600)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = pool.map(lambda module, variant: run(module, variant, *EVERY_OP), modules, SANITIZERS)
-        return dict(zip(SANITIZERS, runs, strict=True))
+        runs = pool.map(lambda m, v: in_orders(m, v, EVERY_ORDER, *EVERY_OP), modules, cuda_host_build.FLAGS)
+        return dict(zip(cuda_host_build.FLAGS, runs, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +104,7 @@ def test_some_kernels_are_clean(some_ops, variant):
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("variant", SANITIZERS)
+@pytest.mark.parametrize("variant", cuda_host_build.FLAGS)
 def test_every_kernel_is_clean(every_op, variant):
     status, output = every_op[variant]
     assert status == 0 and "passed" in output and HUGE in output, output[-6000:]

@@ -1,9 +1,10 @@
 """Runs the checks of some ops on a host build, in a process of its own: for sanitizers and for planted bugs.
 
-    python cuda_host_run.py MODULE VARIANT OP...    exit 0, or the first failure: an assertion, a sanitizer's report
+    python cuda_host_run.py MODULE VARIANT [--every-order] OP...
 
-Every case of `cuda_host_cases`; under ThreadSanitizer, which takes ten times as long, those of some shapes. Each dtype
-sees another order of threads and blocks.
+Exit 0, or the first failure: an assertion, a sanitizer's report. Every case of `cuda_host_cases`; under
+ThreadSanitizer, which takes ten times as long, those of some shapes. Each dtype sees another order of threads and
+blocks, or all three.
 """
 
 import sys
@@ -17,6 +18,8 @@ from cuda_host_checks import ORDER_OPS, check_folded, check_order
 from cuda_host_list_checks import LIST_CHECKS
 from cuda_host_ops import HostCudaOps
 from every_raw_op import CHECKS
+
+EVERY_ORDER = "--every-order"
 
 
 def check_huge(ops: HostCudaOps, op: str) -> None:
@@ -40,6 +43,7 @@ def check_huge(ops: HostCudaOps, op: str) -> None:
 
 
 def main(module: str, variant: str, *names: str) -> None:
+    every_order, names = EVERY_ORDER in names, tuple(name for name in names if name != EVERY_ORDER)
     torch.set_num_threads(1)
     ops = HostCudaOps(load(Path(module)))
     for op in names:
@@ -52,8 +56,9 @@ def main(module: str, variant: str, *names: str) -> None:
             if variant == "thread" and not runs_under_thread_sanitizer(op, case):
                 continue
             for dtype, seed in zip(dtypes_of(op, case), SEEDS, strict=False):
-                ops.module.seed(seed)
-                CHECKS[op](ops, replace(case, dtype=dtype))
+                for order in SEEDS if every_order else (seed,):
+                    ops.module.seed(order)
+                    CHECKS[op](ops, replace(case, dtype=dtype))
         if op == "bn_stats" and (variant == "plain" or set(ORDER_OPS) <= set(names)):
             for case in GROUPS:
                 check_order(ops, case)
