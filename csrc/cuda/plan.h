@@ -26,7 +26,7 @@ constexpr int kTileLanes = 32;     // channel groups of 8 a block: 512 bytes of 
 constexpr int kTileLanesScalar = 128;
 constexpr int64_t kMaxGridX = 2147483647;
 constexpr int64_t kMaxGridY = 65535;
-constexpr int64_t kMaxChannels = 1 << 30;  // of products: a channel's number, rounded up to whole tiles, fits 32 bits
+constexpr int64_t kMaxChannels = 1 << 26;  // of products: a place within 32 rows fits 32 bits
 
 static_assert(kTileLanes <= kTileThreads / 2 && kTileLanesScalar <= kTileThreads / 2);
 

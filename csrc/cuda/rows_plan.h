@@ -11,6 +11,8 @@ namespace fusedres::cuda {
 
 constexpr int kMostRowsOfSplit = 4096;  // sums of float32 no longer than this
 constexpr int kFewestRowsOfSplit = 256;
+constexpr int64_t kMostElementsOfSplit = (int64_t(1) << 32) - 1;  // of an operand: a place fits 32 bits
+static_assert(kMaxChannels * kProductDepth <= kMostElementsOfSplit);
 
 struct RowsPlan {
   int64_t rows;
@@ -53,7 +55,8 @@ inline RowsPlan plan_rows(int64_t rows, int64_t left, int64_t right, bool upper,
   const int64_t wanted = std::max<int64_t>(1, int64_t(limits.multiprocessors) * kProductBlocks / plan.tiles);
   const int64_t even = std::clamp<int64_t>(ceil_div(rows, wanted), kFewestRowsOfSplit, kMostRowsOfSplit);
   const int64_t needed = std::max(even, ceil_div(rows, kMaxGridY));
-  plan.rows_of_split = ceil_div(needed, kProductDepth) * kProductDepth;
+  const int64_t most = kMostElementsOfSplit / std::max<int64_t>({left, right, 1}) / kProductDepth;
+  plan.rows_of_split = std::min(ceil_div(needed, kProductDepth), most) * kProductDepth;
   plan.splits = int(std::max<int64_t>(1, ceil_div(rows, plan.rows_of_split)));
   return plan;
 }

@@ -98,7 +98,7 @@ struct RowsOperand {
   int channel;  // the first of the tile
 
   __device__ __forceinline__ int channel_of(const OwnChunks& me) const { return channel + me.column * kPacket; }
-  // the step's chunk i of this thread, in elements from `first`; a split has fewer than 2^32, see rows_plan.h
+  // the step's chunk i of this thread, in elements from `first`; within kMostElementsOfSplit
   __device__ __forceinline__ unsigned place(const OwnChunks& me, int step, int i) const {
     return unsigned(step * kProductDepth + me.row_of(i)) * unsigned(channels) + unsigned(channel_of(me));
   }

@@ -76,7 +76,7 @@ void Cuda::check_convolutions(const char* op, const char* name, const Tensor& t)
     fail(op, name, dtype_name(t.scalar_type()), "float16 or bfloat16", "convert it, or use backend='reference'");
   }
   if (t.size(1) > cuda::kMaxChannels) {
-    fail(op, name, std::to_string(t.size(1)) + " channels", "at most 2^30", "use backend='reference'");
+    fail(op, name, std::to_string(t.size(1)) + " channels", "at most 2^26", "use backend='reference'");
   }
 }
 

@@ -167,7 +167,7 @@ Shape check_expansion(const char* op, const Tensor& weight, const OptionalTensor
     fail(op, "weight", sizes_of(weight), "[Cout, Cin, 1, 1]", "pass the weight of a 1x1 convolution");
   }
   if (shape.rows == 0 || shape.rows > cuda::kMaxChannels) {
-    fail(op, "weight", sizes_of(weight), "one to 2^30 output channels", "use backend='reference'");
+    fail(op, "weight", sizes_of(weight), "one to 2^26 output channels", "use backend='reference'");
   }
   if (!bias) return shape;
   check_same_dtype(op, "bias", *bias, weight);

@@ -134,6 +134,14 @@ def test_products_over_rows_have_every_tile_and_row_once(host, rows, left, right
     assert plan.floats() == products[-1]
 
 
+@pytest.mark.parametrize("channels", (1, 2048, 2**20, 2**26))
+def test_places_within_a_split_fit_32_bits(host, channels):
+    for rows in (1, 4096, 2**38 // channels):
+        plan = host.plan_rows(rows, 8, channels, False, 132)
+        assert 32 <= plan.rows_of_split <= (2**32 - 1) // channels and 1 <= plan.splits <= 65535
+        assert sum(plan.rows_from(plan.first_row(split)) for split in range(plan.splits)) == rows
+
+
 def test_partial_products_are_at_most_five_percent_of_narrow_activations(host):
     rows, cout, cin = 256 * 56 * 56, 256, 64
     plan = host.plan_rows(rows, cout, cin, False, 132)

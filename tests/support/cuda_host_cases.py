@@ -96,6 +96,7 @@ PRODUCT_RACES = {
     ),
     "conv1x1_backward_input": (
         "C130to33-identity_mask",
+        "C130to33-frozen_identity_mask",
         "C40to136-identity_mask",
         "C40to136-identity",
         "C40to136-no_relu",

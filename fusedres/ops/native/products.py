@@ -25,7 +25,7 @@ from fusedres.ops.native.reasons import activations_reason, vectors_reason
 
 # names of the GPUs on which these kernels were measured to be no slower than what else serves the op
 MEASURED_PRODUCTS: frozenset[str] = frozenset()
-MOST_CHANNELS = 2**30
+MOST_CHANNELS = 2**26
 WIDEST_LINE = 126  # of the halo of a 3x3 convolution's tile: as `halo_fits` in csrc/cuda/halo_plan.h
 
 
