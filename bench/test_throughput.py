@@ -25,17 +25,16 @@ from workloads import (
 
 from fusedres.measuring.timing import comparison, seconds
 
+NETWORKS = "resnet50", "resnext50", "resnet18", "resnet34", "cifar_resnet20"
 ARCHITECTURES = (
-    "resnet50",
-    "resnet18",
-    "cifar_resnet20",
+    *NETWORKS,
     "bottleneck_identity_2",
     "bottleneck_projection_2",
     "basic_identity_2",
     "basic_projection_2",
 )
 # images a step on a CPU and on a GPU
-BATCHES = {"resnet50": (8, 256), "resnet18": (8, 256), "cifar_resnet20": (64, 1024)}
+BATCHES = {**dict.fromkeys(NETWORKS, (8, 256)), "cifar_resnet20": (64, 1024)}
 BLOCK_BATCHES = (8, 256)
 ON_CPU = ("eager_nchw", BASELINE, "torch_compile", *FUSEDRES)
 HEADLINE = {
@@ -52,7 +51,7 @@ HEADLINE = {
 
 def has_form(architecture: str, implementation: str) -> bool:
     """Whether the recipe is one of this form of block: `gram` of bottlenecks, `prologue` of others."""
-    is_bottleneck = architecture == "resnet50" or "bottleneck" in architecture
+    is_bottleneck = architecture in ("resnet50", "resnext50") or "bottleneck" in architecture
     return ("prologue" if is_bottleneck else "gram") not in implementation
 
 

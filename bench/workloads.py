@@ -27,7 +27,7 @@ from torch._dynamo import OptimizedModule
 import fusedres
 from fusedres import models
 from fusedres.measuring.graphed import Graphed
-from fusedres.models.blocks import BasicBlock, Bottleneck, conv1x1
+from fusedres.models.blocks import BasicBlock, Bottleneck, conv1x1, conv3x3
 
 BASELINE = "eager_channels_last"
 
@@ -77,6 +77,17 @@ def block_input(stage: int, cout: int, projection: bool) -> tuple[int, int, int]
     return (64, side, side) if stage == 1 else (cout // 2, 2 * side, 2 * side)
 
 
+def resnext50() -> nn.Module:
+    """ResNeXt-50 32x4d: ResNet-50 whose 3x3 convolutions have twice the channels, in 32 groups."""
+    model = models.create("resnet50")
+    for block in [module for module in model.modules() if isinstance(module, Bottleneck)]:
+        stride, width = block.conv2.stride[0], 2 * block.conv2.out_channels
+        block.conv1, block.bn1 = conv1x1(block.conv1.in_channels, width), nn.BatchNorm2d(width)
+        block.conv2, block.bn2 = conv3x3(width, width, stride, groups=32), nn.BatchNorm2d(width)
+        block.conv3 = conv1x1(width, block.conv3.out_channels)
+    return model
+
+
 @dataclass(frozen=True)
 class Architecture:
     make: Callable[[], nn.Module]
@@ -87,7 +98,9 @@ class Architecture:
 def architectures() -> dict[str, Architecture]:
     found = {
         "resnet18": Architecture(partial(models.create, "resnet18"), (3, 224, 224), True),
+        "resnet34": Architecture(partial(models.create, "resnet34"), (3, 224, 224), True),
         "resnet50": Architecture(partial(models.create, "resnet50"), (3, 224, 224), True),
+        "resnext50": Architecture(resnext50, (3, 224, 224), True),
         "cifar_resnet20": Architecture(partial(models.create, "cifar_resnet20"), (3, 32, 32), True),
     }
     for kind, block in (("basic", BasicBlock), ("bottleneck", Bottleneck)):
