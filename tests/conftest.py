@@ -17,6 +17,7 @@ os.environ.pop("COLUMNS", None)
 # the files that take half a minute and more, the longest first
 FIRST = (
     "test_cuda_sanitizers",
+    "test_cuda_resources",
     "test_triton_interpreter",
     "test_study",
     "test_patching",
@@ -29,6 +30,11 @@ FIRST = (
     "test_cli",
     "test_study_claims",
     "test_cuda_host_networks",
+    "test_native_instruction_sets",
+    "test_verify",
+    "test_recording_on_stand_in",
+    "test_native_winograd",
+    "test_tuning",
     "test_native_ops",
     "test_demo",
     "test_raw_ops",

@@ -256,7 +256,8 @@ struct Accumulators {
 // acc += left right, for one step
 template <class Left, class Right, class T>
 __device__ __forceinline__ void multiply_step(Accumulators& acc, const T* left, const T* right) {
-  const int thread = int(threadIdx.x), lane = thread % 32;  // the places are kept from step to step
+  const int thread = int(threadIdx.x), lane = thread % 32;
+  // the left place is kept from step to step, for another one there is no register
   const SharedAddress a_row = address_of(left, Left::left_place(Accumulators::first_row(thread), 0, lane));
   const SharedAddress b_row =
       address_of(right, Right::right_place(Accumulators::first_column(thread_index()), 0, thread_index() % 32));

@@ -17,7 +17,7 @@ import cuda_resources
 import pytest
 from cuda_host_cases import OPS
 from cuda_host_list_checks import LIST_CHECKS
-from cuda_host_run import EVERY_ORDER
+from cuda_host_run import EVERY_ORDER, SOME_SHAPES
 from cuda_planted_bugs import BUGS, HUGE, PlantedBug
 
 pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="no CUDA headers here")
@@ -66,10 +66,12 @@ def run_with_bug(name: str, bug: PlantedBug) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def some_ops():
-    """(exit status, output) of each sanitizer on some ops."""
+    """(exit status, output) of each sanitizer on some shapes of some ops."""
     modules = [cuda_host_build.build_some(variant, SOME_OPS) for variant in SANITIZERS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = pool.map(lambda module, variant: run(module, variant, *SOME_OPS), modules, SANITIZERS)
+        runs = pool.map(
+            lambda module, variant: run(module, variant, SOME_SHAPES, *SOME_OPS), modules, SANITIZERS
+        )
         return dict(zip(SANITIZERS, runs, strict=True))
 
 

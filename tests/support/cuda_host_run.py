@@ -1,9 +1,9 @@
 """Runs the checks of some ops on a host build, in a process of its own: for sanitizers and for planted bugs.
 
-    python cuda_host_run.py MODULE VARIANT [--every-order] OP...
+    python cuda_host_run.py MODULE VARIANT [--every-order] [--some-shapes] OP...
 
-Exit 0, or the first failure: an assertion, a sanitizer's report. Every case of `cuda_host_cases`; under
-ThreadSanitizer, which takes ten times as long, those of some shapes. Each dtype sees another order of threads and
+Exit 0, or the first failure: an assertion, a sanitizer's report. Every case of `cuda_host_cases`; of some shapes where
+asked for, and under ThreadSanitizer, which takes ten times as long. Each dtype sees another order of threads and
 blocks, or all three.
 """
 
@@ -19,7 +19,7 @@ from cuda_host_list_checks import LIST_CHECKS
 from cuda_host_ops import HostCudaOps
 from every_raw_op import CHECKS
 
-EVERY_ORDER = "--every-order"
+EVERY_ORDER, SOME_SHAPES = "--every-order", "--some-shapes"
 
 
 def check_huge(ops: HostCudaOps, op: str) -> None:
@@ -43,7 +43,8 @@ def check_huge(ops: HostCudaOps, op: str) -> None:
 
 
 def main(module: str, variant: str, *names: str) -> None:
-    every_order, names = EVERY_ORDER in names, tuple(name for name in names if name != EVERY_ORDER)
+    every_order, some_shapes = EVERY_ORDER in names, SOME_SHAPES in names or variant == "thread"
+    names = tuple(name for name in names if name not in (EVERY_ORDER, SOME_SHAPES))
     torch.set_num_threads(1)
     ops = HostCudaOps(load(Path(module)))
     for op in names:
@@ -53,7 +54,7 @@ def main(module: str, variant: str, *names: str) -> None:
             ops.module.seed(seed)
             LIST_CHECKS[op](ops, variant)
         for case in host_cases(op) if op in CHECKS else ():
-            if variant == "thread" and not runs_under_thread_sanitizer(op, case):
+            if some_shapes and not runs_under_thread_sanitizer(op, case):
                 continue
             for dtype, seed in zip(dtypes_of(op, case), SEEDS, strict=False):
                 for order in SEEDS if every_order else (seed,):
