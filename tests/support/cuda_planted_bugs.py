@@ -255,8 +255,10 @@ BUGS = {
     "sums_cut_off_by_tensor_cores": PlantedBug(
         "conv1x1_backward_weight",
         "rows_product.h",
-        "float part[4];\n        multiply<T>(part, a[0]",
-        "float part[4] = {};\n        multiply_add<T>(acc.value[i][2 * side + j], a[0]",
+        "float part[4];\n        multiply<T>(part, a[0], b[0][2 * j], b[0][2 * j + 1]);\n"
+        "        multiply_add<T>(part, a[1],",
+        "float part[4] = {}, (&sum)[4] = acc.value[i][2 * side + j];\n"
+        "        multiply_add<T>(sum, a[0], b[0][2 * j], b[0][2 * j + 1]);\n        multiply_add<T>(sum, a[1],",
         "plain",
         WRONG,
     ),
