@@ -84,9 +84,7 @@ struct OwnChunks {
     row = thread / DepthOutside::kChunks, column = thread % DepthOutside::kChunks;
   }
   __device__ __forceinline__ int row_of(int i) const { return row + i * ChunkThread<DepthOutside>::kRowStep; }
-  __device__ __forceinline__ int place(int i) const {
-    return first_place + i * ChunkThread<DepthOutside>::kRowStep * kProductSide;
-  }
+  __device__ __forceinline__ int place(int i) const { return first_place + i * ChunkThread<DepthOutside>::kPlaceStep; }
 };
 
 // One operand's matrix [P, channels], and the block's share of it.
