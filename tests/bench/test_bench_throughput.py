@@ -29,6 +29,13 @@ CPU = torch.device("cpu")
 BLOCK = Workload("bottleneck_projection_4", "train", 1, torch.float32, CPU)
 
 
+def test_resnext_is_the_published_network():
+    """25,028,904 parameters, as torchvision's `resnext50_32x4d` has."""
+    model = workloads.resnext50()
+    assert sum(p.numel() for p in model.parameters()) == 25_028_904
+    assert {m.groups for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)} == {32}
+
+
 def test_ratio_is_paired():
     """Noise that both sides of a round share leaves no trace in the ratio."""
     noise = [1.0, 3.0, 10.0, 2.0, 5.0]

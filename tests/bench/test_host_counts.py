@@ -6,6 +6,7 @@ import sys
 
 import host_counts
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -13,6 +14,7 @@ from gpu_stand_in import steps
 from layers import read_network
 from native_on_meta import REDUCING
 from roofline import launches
+from torch import nn
 
 from fusedres.ops.contract import op_name
 
@@ -99,3 +101,20 @@ def test_launches_are_those_of_the_byte_model(found, network, case):
     expected = launches(narrow, MODELLED[case], steps.SHAPE[0])
     blocks = [x for x in expected if x.layer not in ("head", "optimizer")]
     assert launched(found[network][case], native=case.endswith("native")) == len(blocks)
+
+
+def test_convolutions_without_values_have_the_sizes_and_do_no_arithmetic():
+    x = torch.randn(2, 6, 7, 9, requires_grad=True)
+    convolution = nn.Conv2d(6, 4, 3, 2, padding=1, dilation=2, groups=2)
+    exact = convolution(x)
+    torch.use_deterministic_algorithms(True)  # memory that nobody has written is NaN
+    try:
+        with steps.convolutions_without_values():
+            y = convolution(x)
+            y.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert y.shape == exact.shape and y.dtype == exact.dtype and y.isnan().all()
+    for t in (x, *convolution.parameters()):
+        assert t.grad.shape == t.shape and t.grad.isnan().all()
+    assert torch.equal(convolution(x), exact), "they do not compute again afterwards"
