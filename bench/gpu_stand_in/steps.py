@@ -139,8 +139,9 @@ def counted_launches() -> Iterator[dict[str, int]]:
 
 
 @contextmanager
-def convolutions_without_values() -> Iterator[None]:
-    """torch's convolutions allocate what they return, and do nothing else: as the native ones do on the stand-in.
+def products_without_values() -> Iterator[None]:
+    """torch's convolutions and matrix products allocate what they return, and do nothing else: as the native ones do on
+    the stand-in.
 
     What is left of a step is what it costs the host, and native convolutions can be compared with torch's.
     """
@@ -161,11 +162,19 @@ def convolutions_without_values() -> Iterator[None]:
             dy.new_empty(bias_sizes) if wants_bias else None,
         )
 
+    def multiply(left, right):  # type: ignore[no-untyped-def]
+        return left.new_empty((left.shape[0], right.shape[1]))
+
+    def multiply_add(bias, left, right, *, beta=1, alpha=1):  # type: ignore[no-untyped-def]
+        return multiply(left, right)
+
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced is what this is for
         library.impl("convolution", forward, "CPU")
         library.impl("convolution_backward", backward, "CPU")
+        library.impl("mm", multiply, "CPU")
+        library.impl("addmm", multiply_add, "CPU")
     try:
         yield
     finally:
@@ -233,8 +242,8 @@ def measure(stand_in: StandIn, rounds: int, title: str) -> None:
 
 
 def main(stand_in: StandIn, rounds: int) -> None:
-    """Prints the table as it is, and without the arithmetic of convolutions."""
+    """Prints the table as it is, and without the arithmetic of convolutions and of the last layer."""
     torch.set_num_threads(1)
     measure(stand_in, rounds, "A training step's host time on the stand-in GPU, bfloat16 autocast")
-    with convolutions_without_values():
-        measure(stand_in, rounds, "The same, where no convolution computes anything")
+    with products_without_values():
+        measure(stand_in, rounds, "The same, where no product computes anything")

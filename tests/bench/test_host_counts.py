@@ -103,18 +103,22 @@ def test_launches_are_those_of_the_byte_model(found, network, case):
     assert launched(found[network][case], native=case.endswith("native")) == len(blocks)
 
 
-def test_convolutions_without_values_have_the_sizes_and_do_no_arithmetic():
+def test_products_without_values_have_the_sizes_and_do_no_arithmetic():
     x = torch.randn(2, 6, 7, 9, requires_grad=True)
     convolution = nn.Conv2d(6, 4, 3, 2, padding=1, dilation=2, groups=2)
     exact = convolution(x)
+    layer = nn.Linear(4, 5)
     torch.use_deterministic_algorithms(True)  # memory that nobody has written is NaN
     try:
-        with steps.convolutions_without_values():
+        with steps.products_without_values():
             y = convolution(x)
             y.sum().backward()
+            z = layer(y.detach().mean((2, 3)))
+            z.sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
     assert y.shape == exact.shape and y.dtype == exact.dtype and y.isnan().all()
+    assert z.shape == (2, 5) and z.isnan().all() and layer.weight.grad.isnan().all()
     for t in (x, *convolution.parameters()):
         assert t.grad.shape == t.shape and t.grad.isnan().all()
     assert torch.equal(convolution(x), exact), "they do not compute again afterwards"
