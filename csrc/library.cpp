@@ -62,6 +62,16 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "bn_backward_coefficients(Tensor sum_dz, Tensor sum_dz_centered, Tensor mean, Tensor invstd, Tensor scale,"
       " int rows, bool training) -> (Tensor dweight, Tensor? B, Tensor? K)");
+  // two of the ops above at once
+  m.def(
+      "bn_stats_scale_shift(Tensor c, Tensor? weight, Tensor? bias, float eps)"
+      " -> (Tensor mean, Tensor var, Tensor invstd, Tensor scale, Tensor shift)");
+  m.def(
+      "bn_add_relu_backward_reduce_coefficients(Tensor dy, Tensor c, Tensor mean, Tensor scale, Tensor shift,"
+      " Tensor? mask, bool relu, Tensor? shortcut_c, Tensor? shortcut_mean, Tensor invstd, int rows, bool training,"
+      " Tensor? shortcut_invstd, Tensor? shortcut_scale, bool shortcut_training)"
+      " -> (Tensor sum_dz, Tensor sum_dz_centered, Tensor? shortcut_sum, Tensor dweight, Tensor? B, Tensor? K,"
+      " Tensor? shortcut_dweight, Tensor? shortcut_B, Tensor? shortcut_K)");
   m.def(
       "bn_add_relu_backward_input(Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor A, Tensor? B, Tensor? K,"
       " Tensor? mask, bool relu, Tensor? shortcut_c, Tensor? shortcut_A, Tensor? shortcut_B, Tensor? shortcut_K,"
@@ -135,9 +145,16 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   // the steps of a block's pass, kept under a number until they are dropped; names: an operator a line
   m.def("recording_add(Tensor code, str names) -> int");
   m.def("recording_drop(int number) -> ()");
-  // no outputs where the inputs are of other forms than the recorded ones; on an error the step that failed is kept
-  m.def("replay(int number, Tensor[] inputs) -> Tensor[]");
+  // no outputs where the inputs are of other forms than the recorded ones; on an error the step that failed is kept.
+  // bundle: of tensors that are inputs too, behind the others, or 0; with `keeps` results but the first become one
+  m.def("replay(int number, Tensor[] inputs, int bundle=0, bool keeps=False) -> (Tensor[] outputs, int bundle)");
   m.def("replay_failed_step() -> int");
+  m.def("bundle_tensors(int number) -> Tensor[]");
+  m.def("bundle_drop(int number) -> ()");
+  // where tensors lie and what they are like, kept under a number until they are dropped; whether others are the same
+  m.def("places_add(Tensor?[] tensors) -> int");
+  m.def("places_drop(int number) -> ()");
+  m.def("places_hold(int number, Tensor?[] tensors) -> bool");
   // why the kernels cannot run on a device, such as no code for it or no driver for the CUDA version; "" if they can
   m.def("cuda_device_problem(int device) -> str");
 }

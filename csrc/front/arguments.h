@@ -38,6 +38,15 @@ inline Coefficients check_coefficients(const char* op, const OptionalTensor& a, 
   return {data(a), data(b), data(k)};
 }
 
+// Checks the tensors, apart from c, that dz is formed from.
+inline void check_gradient(const char* op, const Tensor& dy, const Tensor& c, const Tensor& scale, const Tensor& shift,
+                           const OptionalTensor& mask, int64_t channels) {
+  check_like(op, "dy", dy, c);
+  check_vector(op, "scale", scale, channels);
+  check_vector(op, "shift", shift, channels);
+  check_mask(op, mask, c);
+}
+
 // An argument and its name. The tensor is null where the argument is absent.
 struct Named {
   Named(const char* name, const Tensor& t) : name(name), tensor(&t) {}

@@ -76,15 +76,6 @@ void bn_add_relu_forward_(Tensor c, Tensor scale, Tensor shift, OptionalTensor r
   add_relu_forward<Device>(op, shape, c, scale, shift, residual, residual_scale, residual_shift, relu, c, {});
 }
 
-// Checks the tensors, apart from c, that dz is formed from.
-void check_gradient(const char* op, const Tensor& dy, const Tensor& c, const Tensor& scale, const Tensor& shift,
-                    const OptionalTensor& mask, int64_t channels) {
-  check_like(op, "dy", dy, c);
-  check_vector(op, "scale", scale, channels);
-  check_vector(op, "shift", shift, channels);
-  check_mask(op, mask, c);
-}
-
 template <class Device>
 std::tuple<Tensor, Tensor, OptionalTensor> bn_add_relu_backward_reduce(Tensor dy, Tensor c, Tensor mean, Tensor scale,
                                                                        Tensor shift, OptionalTensor mask, bool relu,

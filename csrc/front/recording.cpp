@@ -124,6 +124,7 @@ Recording read_recording(const torch::stable::Tensor& code, const std::string& n
   Recording recording;
   recording.slots = words.number();
   for (int64_t n = words.count(); n > 0; --n) recording.inputs.push_back(words.form());
+  recording.results = words.numbers();
   recording.outputs = words.numbers();
   const bool on_cpu = recording.inputs.empty() || recording.inputs[0].device == aoti_torch_device_type_cpu();
   while (!words.is_empty()) recording.steps.push_back(read_step(words, operators, on_cpu ? "CPU" : "CUDA"));

@@ -11,19 +11,13 @@
 #include <vector>
 
 #include "device_ops.h"
+#include "forms.h"
 
 namespace fusedres::front {
 
 // A slot holds a tensor; inputs have the first slots.
 using Slot = int64_t;
 constexpr Slot kNone = -1;
-
-// What an input must be like, or an allocated tensor is like.
-struct Form {
-  int32_t dtype, device, device_index;
-  bool aligned;  // whether the first element lies at a multiple of 16 bytes: asked of inputs alone
-  std::vector<int64_t> sizes, strides;
-};
 
 struct Allocate {
   Slot made;
@@ -85,11 +79,12 @@ struct Free {
 
 using Step = std::variant<Allocate, View, Copy, Add, Call, Launch, Free>;
 
+// results: of the pass, in their order; outputs: those of them that a replay makes, once each.
 struct Recording {
   int64_t slots;
   std::vector<Form> inputs;
   std::vector<Step> steps;
-  std::vector<Slot> outputs;
+  std::vector<Slot> results, outputs;
 };
 
 // Throws where `code`, int64 on the CPU, is no recording. names: "namespace::op.overload" of each operator, one a line.

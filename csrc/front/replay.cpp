@@ -7,12 +7,11 @@
 #include <array>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <optional>
-#include <unordered_map>
 
 #include "current_stream.h"
 #include "recording.h"
+#include "store.h"
 
 namespace fusedres::front {
 
@@ -58,19 +57,6 @@ void check_torch(AOTITorchError error, const std::string& step) {
   static const auto what = of_torch<What>("libtorch_cpu.so", "torch_exception_get_what_without_backtrace");
   const char* text = what == nullptr ? nullptr : what();
   throw std::runtime_error(text == nullptr ? "fusedres replay: " + step + " failed." : std::string(text));
-}
-
-bool matches(const Form& form, const Tensor& t) {
-  if (t.dim() != int64_t(form.sizes.size())) return false;
-  for (size_t i = 0; i < form.sizes.size(); ++i) {
-    if (t.size(int64_t(i)) != form.sizes[i] || t.stride(int64_t(i)) != form.strides[i]) return false;
-  }
-  int32_t dtype, device, index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
-  const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  return dtype == form.dtype && device == form.device && index == form.device_index && aligned == form.aligned;
 }
 
 // One run of a recording: the tensors, as they come and go.
@@ -212,36 +198,14 @@ class Run {
   std::vector<void*> addresses_;
 };
 
-// Recordings by their numbers. They are few, and live until they are dropped.
-class Store {
- public:
-  int64_t add(Recording recording) {
-    const std::lock_guard lock(mutex_);
-    recordings_.emplace(++last_, std::make_shared<const Recording>(std::move(recording)));
-    return last_;
-  }
-  void drop(int64_t number) {
-    const std::lock_guard lock(mutex_);
-    recordings_.erase(number);
-  }
-  std::shared_ptr<const Recording> at(int64_t number) const {
-    const std::lock_guard lock(mutex_);
-    const auto found = recordings_.find(number);
-    if (found == recordings_.end()) {
-      throw std::runtime_error("fusedres replay: there is no recording " + std::to_string(number) + ".");
-    }
-    return found->second;
-  }
+Store<Recording>& store() {
+  static auto* found = new Store<Recording>("recording");
+  return *found;
+}
 
- private:
-  mutable std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<const Recording>> recordings_;
-  int64_t last_ = 0;
-};
-
-// Never destroyed: threads may replay as the process ends.
-Store& store() {
-  static Store* found = new Store;
+// What a replay made for another one, which only that one reads.
+Store<std::vector<Tensor>>& bundles() {
+  static auto* found = new Store<std::vector<Tensor>>("bundle");
   return *found;
 }
 
@@ -262,21 +226,32 @@ bool all_match(const std::vector<Form>& forms, const std::vector<Tensor>& tensor
   return true;
 }
 
-// The outputs; none where an input is of another form than the recorded one.
-std::vector<Tensor> replay(int64_t number, std::vector<Tensor> inputs) {
+// The outputs; none where an input is of another form than the recorded one. bundle: of tensors that are inputs too,
+// behind the others, or 0. With `keeps` the results behind the first are kept in a bundle, whose number comes with it.
+std::tuple<std::vector<Tensor>, int64_t> replay(int64_t number, std::vector<Tensor> inputs, int64_t bundle,
+                                                bool keeps) {
   failed_step = 0;  // whatever fails before the first step
   const std::shared_ptr<const Recording> recording = store().at(number);
-  if (!all_match(recording->inputs, inputs)) return {};
+  if (bundle != 0) {
+    const auto kept = bundles().at(bundle);
+    inputs.insert(inputs.end(), kept->begin(), kept->end());
+  }
+  if (!all_match(recording->inputs, inputs)) return {std::vector<Tensor>(), 0};
   Run run(*recording, std::move(inputs));
   for (const Step& step : recording->steps) {
     std::visit(run, step);
     ++failed_step;
   }
-  std::vector<Tensor> outputs;
-  outputs.reserve(recording->outputs.size());
-  for (const Slot slot : recording->outputs) outputs.push_back(run.at(slot));
-  return outputs;
+  std::vector<Tensor> outputs, kept;
+  for (const Slot slot : keeps ? recording->results : recording->outputs) {
+    if (slot != kNone) (keeps && !outputs.empty() ? kept : outputs).push_back(run.at(slot));
+  }
+  return {std::move(outputs), keeps ? bundles().add(std::move(kept)) : 0};
 }
+
+std::vector<Tensor> bundle_tensors(int64_t number) { return *bundles().at(number); }
+
+void bundle_drop(int64_t number) { bundles().drop(number); }
 
 }  // namespace
 
@@ -288,4 +263,6 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
   m.impl("replay", TORCH_BOX(&replay));
   m.impl("recording_drop", TORCH_BOX(&recording_drop));
   m.impl("replay_failed_step", TORCH_BOX(&replay_failed_step));
+  m.impl("bundle_tensors", TORCH_BOX(&bundle_tensors));
+  m.impl("bundle_drop", TORCH_BOX(&bundle_drop));
 }

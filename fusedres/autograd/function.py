@@ -7,6 +7,9 @@ Forward calls a recipe and saves; backward unpacks and calls it. Under `create_g
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import repeat
+from operator import is_not
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ from fusedres.blocks.config import (
 from fusedres.ops.autocast import without_autocast
 from fusedres.ops.dispatch import Dispatcher
 from fusedres.ops.reference import unpack_mask
+from fusedres.recording.bundle import Bundle
 
 FIELDS = len(ConvBNTensors._fields)
 PARAMETERS = len(ConvBNNeeds._fields)  # of FIELDS, those that can want a gradient; the rest are statistics
@@ -88,13 +92,18 @@ class ResidualBlock(torch.autograd.Function):
         residual: Tensor | None,
         *flat: Tensor | None,
     ) -> Tensor:
-        flat = tuple(t for unit in as_units(flat) for t in own_statistics(unit))
-        y, saved, layout = passes.forward(recipe, ops, config, observer, x, residual, flat, True)
-        ctx.save_for_backward(x, *flat, *saved)
+        if any(not unit.training for unit in config.units):
+            flat = tuple(t for unit in as_units(flat) for t in own_statistics(unit))
+        ctx.held_by_hooks = saved_tensors_have_hooks()
+        may_bundle = not ctx.held_by_hooks  # hooks are to see all that is kept
+        y, saved, layout = passes.forward(
+            recipe, ops, config, observer, x, residual, flat, True, keeps=may_bundle
+        )
+        ctx.bundle = saved if isinstance(saved, Bundle) else None
+        ctx.save_for_backward(x, *flat, *(() if isinstance(saved, Bundle) else saved))
         ctx.config, ctx.recipe, ctx.ops = config, recipe, ops
         ctx.layout, ctx.inputs = layout, len(flat)
         ctx.residual = without_elements(residual)
-        ctx.held_by_hooks = saved_tensors_have_hooks()
         ctx.memory_format = memory_format(y)
         ctx.set_materialize_grads(False)
         return y
@@ -104,31 +113,69 @@ class ResidualBlock(torch.autograd.Function):
         if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         tensors = ctx.saved_tensors
-        x, flat = tensors[0], tensors[1 : 1 + ctx.inputs]
+        x, flat, saved = tensors[0], tensors[1 : 1 + ctx.inputs], ctx.bundle or tensors[1 + ctx.inputs :]
         wanted = asked_of_block(ctx, flat)
         if wants_differentiable(dy):
-            saved = Saved.unflatten(tensors[1 + ctx.inputs :], ctx.layout)
-            return differentiable_backward(ctx, wanted, x, flat, saved.mask, dy)
-        needs = BlockNeeds(
-            wanted[FIXED - 2],
-            wanted[FIXED - 1],
-            tuple(ConvBNNeeds(*wanted[i : i + PARAMETERS]) for i in range(FIXED, len(wanted), FIELDS)),
-            saved=ctx.held_by_hooks or torch._C._autograd._get_current_graph_task_keep_graph(),
-        )
+            mask = Saved.unflatten(tuple(passes.tensors_of(saved)), ctx.layout).mask
+            return differentiable_backward(ctx, wanted, x, flat, mask, dy)
+        keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+        needs = needs_of(tuple(wanted), ctx.held_by_hooks or keep_graph)
         dy = dy.contiguous(memory_format=ctx.memory_format)
-        grads = passes.backward(ctx.recipe, ctx.ops, ctx.config, tensors, ctx.inputs, ctx.layout, dy, needs)
+        grads = passes.backward(ctx.recipe, ctx.ops, ctx.config, x, flat, saved, ctx.layout, dy, needs)
+        if not keep_graph:
+            ctx.bundle = None  # as autograd gives back what it has saved
         return None, None, None, None, *grads
+
+
+apply_directly = super(torch.autograd.Function, ResidualBlock).apply
+
+
+def applied(
+    config: BlockConfig,
+    recipe: str,
+    ops: Dispatcher,
+    observer: passes.Observer,
+    x: Tensor,
+    residual: Tensor | None,
+    *flat: Tensor | None,
+) -> Tensor:
+    """`ResidualBlock.apply`, which goes through every argument in Python: for transformations by torch.func, and for
+    tensors that are left of them, as an input can be."""
+    if torch._C._are_functorch_transforms_active():
+        return ResidualBlock.apply(config, recipe, ops, observer, x, residual, *flat)
+    x, residual = (t if t is None else torch._C._functorch.unwrap_if_dead(t) for t in (x, residual))  # type: ignore[assignment]
+    return apply_directly(config, recipe, ops, observer, x, residual, *flat)
 
 
 def asked_of_block(ctx: Any, flat: tuple[Tensor | None, ...]) -> Sequence[bool]:
     """The flags of `ctx.needs_input_grad` for what the running backward takes; flat: the units' tensors."""
     wanted = ctx.needs_input_grad
-    residual = (FIXED - 1,) if ctx.config.shortcut is Shortcut.TENSOR else ()
-    given = FIXED - 2, *residual, *(i for i, t in enumerate(flat, FIXED) if t is not None)
-    asked = taken(ctx, wanted, given, NORMS)
+    norms, others = places(tuple(map(is_not, flat, repeat(None))), ctx.config.shortcut is Shortcut.TENSOR)
+    asked = taken(ctx, wanted, others)
     if asked[FIXED - 2] or asked[FIXED]:  # a gradient passes every BN on its way to x or to the first weight
         return asked
-    return taken(ctx, wanted, given)
+    return taken(ctx, asked, norms)
+
+
+Places = tuple[tuple[int, int], ...]
+
+
+@lru_cache(maxsize=256)
+def places(given: tuple[bool, ...], residual: bool) -> tuple[Places, Places]:
+    """Of the gradients of BN's parameters, which cost nothing, and of all others: as `taken` asks for them.
+
+    given: which of the units' tensors there are; residual: whether one is given.
+    """
+    tensors = FIXED - 2, *([FIXED - 1] if residual else []), *(i for i, t in enumerate(given, FIXED) if t)
+    norms = tuple((node, place) for node, place in enumerate(tensors) if place in NORMS)
+    return norms, tuple((node, place) for node, place in enumerate(tensors) if place not in NORMS)
+
+
+@lru_cache(maxsize=256)
+def needs_of(wanted: tuple[bool, ...], saved: bool) -> BlockNeeds:
+    """wanted: a flag for each argument of `ResidualBlock`; saved: as in BlockNeeds."""
+    units = (ConvBNNeeds(*wanted[i : i + PARAMETERS]) for i in range(FIXED, len(wanted), FIELDS))
+    return BlockNeeds(wanted[FIXED - 2], wanted[FIXED - 1], tuple(units), saved)
 
 
 def through_relu(

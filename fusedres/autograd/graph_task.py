@@ -6,7 +6,7 @@ and torch's own operations then compute no other: they ask the engine, as is don
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,22 +32,19 @@ def will_run(node: Any) -> bool:
         return True
 
 
-def taken(
-    ctx: Any, wanted: Sequence[bool], given: Iterable[int], unasked: Container[int] = ()
-) -> Sequence[bool]:
+def taken(ctx: Any, wanted: Sequence[bool], places: Iterable[tuple[int, int]]) -> Sequence[bool]:
     """`wanted` without the gradients that the running backward would drop.
 
     Args:
         ctx: of the Function whose backward runs.
         wanted: a flag for each argument of the Function.
-        given: the places of the arguments that are tensors, in order.
-        unasked: places whose flags stay, as their gradients cost nothing.
+        places: of the gradients that are asked about: where each stands among `receivers`, and in `wanted`.
     """
     nodes = receivers(ctx)
     if nodes is None:
         return wanted
     result = list(wanted)
-    for place, (node, _) in zip(given, nodes, strict=True):
-        if result[place] and place not in unasked:
-            result[place] = will_run(node)
+    for node, place in places:
+        if result[place]:
+            result[place] = will_run(nodes[node][0])
     return result

@@ -236,7 +236,7 @@ def backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         return None, None, [None] * sum(ctx.given), *(None for _ in rest)
     flags = wanted_x, wanted_residual, *wanted
     given = (i for i in range(len(flags)) if i != 1 or constants.shortcut == Shortcut.TENSOR.value)
-    wanted_x, wanted_residual, *wanted = taken(ctx, flags, given)
+    wanted_x, wanted_residual, *wanted = taken(ctx, flags, enumerate(given))
     x, *tensors = ctx.saved_tensors
     tensors, saved = tensors[: ctx.parameters], tensors[ctx.parameters :]
     left = iter(wanted)

@@ -13,6 +13,7 @@ from fusedres.ops.autocast import without_autocast
 from fusedres.ops.contract import BatchNormVectors
 from fusedres.ops.dispatch import Dispatcher
 from fusedres.recording import replays
+from fusedres.recording.bundle import Bundle
 
 FIELDS = len(ConvBNTensors._fields)
 Flat = Sequence[Tensor | None]
@@ -25,17 +26,15 @@ def as_units(flat: Flat) -> tuple[ConvBNTensors, ...]:
 
 class Observer(Protocol):
     """Is told the vectors of every BN before anything is saved for backward, to move running statistics. Later would be
-    too late: a checkpoint stops its second forward at the last tensor saved."""
+    too late: a checkpoint stops its second forward at the last tensor saved.
+
+    tensors: all that it reads and writes; constants: all else that it goes by.
+    """
+
+    tensors: list[Tensor | None]
+    constants: tuple[Any, ...]
 
     def __call__(self, vectors: tuple[BatchNormVectors, ...]) -> None: ...
-
-    @property
-    def tensors(self) -> list[Tensor | None]:
-        """All that it reads and writes."""
-
-    @property
-    def constants(self) -> tuple[Any, ...]:
-        """All else that it goes by."""
 
 
 def forward(
@@ -47,10 +46,11 @@ def forward(
     residual: Tensor | None,
     flat: Flat,
     save: bool,
-) -> tuple[Tensor, Flat, Layout]:
+    keeps: bool = False,
+) -> tuple[Tensor, Flat | Bundle, Layout]:
     """y; with `save`, what backward needs besides x and `flat`, as `Saved.flatten()`, and its layout.
 
-    flat: the fields of each ConvBNTensors of `config.units`.
+    flat: the fields of each ConvBNTensors of `config.units`; keeps: what backward needs may stay with a recording.
     """
 
     def by_recipe() -> tuple[Flat, Layout]:
@@ -63,41 +63,40 @@ def forward(
 
     if replays.are_on(x):
         key = "forward", recipe, ops, config, x.shape, observer.constants, save
-        (y, *saved), layout = replays.run(key, (x, residual, *flat, *observer.tensors), by_recipe)
+        given = x, residual, *flat, *observer.tensors
+        (y, *saved), layout = replays.run(key, given, by_recipe, keeps=keeps)
     else:
         (y, *saved), layout = by_recipe()
     assert y is not None
-    return y, saved, layout
+    return y, saved[0] if saved and isinstance(saved[0], Bundle) else saved, layout
 
 
 def backward(
     recipe: str,
     ops: Dispatcher,
     config: BlockConfig,
-    tensors: Flat,
-    inputs: int,
+    x: Tensor,
+    flat: Flat,
+    saved: Flat | Bundle,
     layout: Layout,
     dy: Tensor,
     needs: BlockNeeds,
 ) -> Flat:
-    """Gradients of x, of the residual, and of the fields of each unit.
-
-    tensors: x, the units' fields, which are `inputs` many, and what `forward` said that backward needs.
-    """
-    x = tensors[0]
-    assert x is not None
+    """Gradients of x, of the residual, and of the fields of each unit; saved: what `forward` said that it needs."""
 
     def by_recipe() -> tuple[Flat, None]:
-        units, saved = (
-            as_units(tensors[1 : 1 + inputs]),
-            Saved.unflatten(tuple(tensors[1 + inputs :]), layout),
-        )
+        kept = Saved.unflatten(tuple(tensors_of(saved)), layout)
         with without_autocast(x.device.type):
-            grads = RECIPES[recipe].backward(ops, config, x, units, saved, dy, needs)
+            grads = RECIPES[recipe].backward(ops, config, x, as_units(flat), kept, dy, needs)
         return (grads.x, grads.residual, *(g for unit in grads.units for g in (*unit, None, None))), None
 
     if not replays.are_on(x):
         return by_recipe()[0]
-    return replays.run(("backward", recipe, ops, config, x.shape, layout, needs), (*tensors, dy), by_recipe)[
-        0
-    ]
+    key = "backward", recipe, ops, config, x.shape, layout, needs
+    if isinstance(saved, Bundle):
+        return replays.run(key, (x, *flat, dy), by_recipe, bundle=saved)[0]
+    return replays.run(key, (x, *flat, dy, *saved), by_recipe)[0]
+
+
+def tensors_of(saved: Flat | Bundle) -> Flat:
+    return saved.tensors() if isinstance(saved, Bundle) else saved

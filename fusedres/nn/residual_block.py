@@ -6,13 +6,14 @@ The modules are read anew in every call: their parameters, modes and attributes 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fusedres.autograd import passes
-from fusedres.autograd.function import ResidualBlock
+from fusedres.autograd.function import applied
 from fusedres.autograd.operator import block_constants, residual_block_operator
 from fusedres.blocks.choice import UNFUSED, Choice, choose
 from fusedres.blocks.config import BlockConfig, ConvBNConfig, ConvBNTensors, Shortcut, Window, unit_sizes
@@ -39,6 +40,9 @@ class BlockCall(NamedTuple):
     norms: tuple[nn.BatchNorm2d, ...]  # as config.units
     x: Tensor
     residual: Tensor | None
+    statistics: Sequence[
+        Sequence[Tensor | None]
+    ]  # the running ones as `config.units`: of each BN its BUFFERS
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -93,7 +97,10 @@ def read_block(
         kind = Shortcut.PROJECTION
         projection, shortcut_tensors = read_conv_bn(shortcut)
         tensors, norms = (*tensors, shortcut_tensors), (*norms, shortcut.bn)
-    return BlockCall(BlockConfig(configs, kind, projection, dtype, pool), tensors, norms, x, residual)
+    statistics = tuple([[tensor(bn, name) for name in BUFFERS] for bn in norms])
+    return BlockCall(
+        BlockConfig(configs, kind, projection, dtype, pool), tensors, norms, x, residual, statistics
+    )
 
 
 def wants_gradient(call: BlockCall) -> bool:
@@ -109,33 +116,29 @@ def wants_gradient(call: BlockCall) -> bool:
 MISSING = "none"  # in the place of a momentum
 
 
-class Observer(NamedTuple):
-    """Moves the running statistics of a call's norms by the vectors of a batch."""
+class Observer:
+    """Moves the running statistics of a call's norms by the vectors of a batch.
 
-    call: BlockCall
+    tensors: all that is moved; constants: all else that counts for how.
+    """
+
+    def __init__(self, call: BlockCall) -> None:
+        self.call = call
+        self.tensors: list[Tensor | None] = []
+        momenta: list[Any] = []
+        for unit, bn, buffers in zip(call.config.units, call.norms, call.statistics, strict=True):
+            if unit.training and bn.training:
+                self.tensors += buffers
+                momenta.append(bn.momentum if bn.track_running_stats else MISSING)
+        self.constants = tuple(momenta)
 
     def __call__(self, vectors: tuple[BatchNormVectors, ...]) -> None:
         move_running_stats(self.call, [(v.mean, v.var) for v in vectors])
 
-    @property
-    def tensors(self) -> list[Tensor | None]:
-        """All that is moved."""
-        return [tensor(bn, name) for bn in self.norms for name in BUFFERS]
-
-    @property
-    def constants(self) -> tuple[Any, ...]:
-        """All else that counts for how."""
-        return tuple([bn.momentum if bn.track_running_stats else MISSING for bn in self.norms])
-
-    @property
-    def norms(self) -> list[nn.BatchNorm2d]:
-        pairs = zip(self.call.config.units, self.call.norms, strict=True)
-        return [bn for unit, bn in pairs if unit.training and bn.training]
-
 
 def run(call: BlockCall, recipe: str, ops: Ops) -> Tensor:
     """y of the block, by that recipe; running statistics are updated."""
-    config, tensors, _, x, residual = call
+    config, tensors, _, x, residual, _ = call
     if isinstance(ops, OpaqueBackend):
         constants = block_constants(config, tensors, recipe, ops.name)
         y, statistics = residual_block_operator(x, residual, tensors, constants, wants_gradient(call))
@@ -143,10 +146,10 @@ def run(call: BlockCall, recipe: str, ops: Ops) -> Tensor:
             move_running_stats(call, statistics)
         return y
 
-    flat = [t for unit in tensors for t in unit]
+    flat = list(chain.from_iterable(tensors))
     observer = Observer(call)
     if wants_gradient(call):
-        return ResidualBlock.apply(config, recipe, ops, observer, x, residual, *flat)
+        return applied(config, recipe, ops, observer, x, residual, *flat)
     with torch.no_grad():
         return passes.forward(recipe, ops, config, observer, x, residual, flat, False)[0]
 

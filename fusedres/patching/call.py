@@ -174,8 +174,8 @@ def decide(
     if (reason := guards.transformed()) is not None:
         return Decision(UNFUSED, reason)
     key = () if compiling else key_of(x)  # a graph would be guarded by all that is remembered
-    is_known = not compiling and key in state.fits
-    if not is_known and (reason := guards.unfit_input(x, plan.is_stem)) is not None:
+    known = None if compiling else state.fits.of(key)
+    if known is None and (reason := guards.unfit_input(x, plan.is_stem)) is not None:
         return Decision(UNFUSED, reason)
     ops, base = ops_for(state.backend), base_class(module)
     if getattr(type(module), ORIGINAL) is not getattr(base, plan.method):
@@ -186,7 +186,7 @@ def decide(
     if isinstance(modules, str):
         return Decision(UNFUSED, modules)
     shortcut = tuple([modules[path] for path in plan.shortcut_paths])
-    block = state.fits.found(key, plan, modules, x) if is_known else None
+    block = None if known is None else known.call(plan, modules, x)
     if block is None:
         seen = None if compiling else state.fits.before(key, plan, modules)
         what = fit(plan, modules, x, shortcut)

@@ -7,21 +7,25 @@ where they lie and what they are like. Only values may differ.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fusedres.blocks.config import BlockConfig, ConvBNTensors, Shortcut
 from fusedres.matching.plan import Plan
-from fusedres.nn.residual_block import BlockCall, compute_dtype
+from fusedres.nn.residual_block import BlockCall
+from fusedres.nn.running_stats import BUFFERS
+from fusedres.ops.native import places
 from fusedres.patching.guards import DEVICES, PLAIN_TENSORS
 
 MOST = 8  # of one block: forms of its input, and modes
 MOST_REMEMBERED = 64  # of one block, ever: where tensors move between calls, nothing is the same for long
 PLAIN = frozenset(PLAIN_TENSORS)
+PLAIN_OR_NONE = PLAIN | {type(None)}
 CONSTANT_TYPES = {
     int,
     float,
@@ -29,7 +33,13 @@ CONSTANT_TYPES = {
     str,
     type(None),
 }  # an object of one of them, or a tuple of them, never changes
-BUFFERS = 3  # of a BN
+# out of a convolution's and a BN's own attributes, their parameters and a BN's buffers
+numbers_of_conv = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
+numbers_of_bn = itemgetter("eps", "momentum", "training", "track_running_stats")
+weight_and_bias = itemgetter("weight", "bias")
+statistics = itemgetter(*BUFFERS)
+NONE = None, None
+new_tuple: Callable[..., Any] = tuple.__new__  # of a NamedTuple, as its own `__new__` takes twice as long
 
 Units = list[Tensor | None]
 
@@ -42,7 +52,24 @@ class Fit(NamedTuple):
 
     constants: list[Any]
     tensors: list[Any]  # as `likeness` has them
+    places: places.Places | None  # the same, where the native library can compare
     config: BlockConfig
+
+    def holds(self, tensors: Units) -> bool:
+        """Whether these lie where the call's did, and are like them."""
+        if self.places is None or torch._C._len_torch_dispatch_stack():  # a mode would see the operator
+            return likeness(tensors) == self.tensors
+        return PLAIN_OR_NONE.issuperset(map(type, tensors)) and self.places.hold(tensors)
+
+    def call(self, plan: Plan, modules: dict[str, Any], x: Tensor) -> BlockCall | None:
+        """The block's call now, where it is the same; None: it is to be read, and guards to be asked."""
+        what = gathered(plan, modules)
+        if what is None:
+            return None
+        constants, tensors = what
+        if not all(map(is_, constants, self.constants)) or not self.holds(tensors):
+            return None
+        return as_call(self.config, plan, modules, tensors, x)
 
 
 class Fits:
@@ -55,15 +82,8 @@ class Fits:
     def __contains__(self, key: tuple[Any, ...]) -> bool:
         return key in self._known
 
-    def found(self, key: tuple[Any, ...], plan: Plan, modules: dict[str, Any], x: Tensor) -> BlockCall | None:
-        """The call, where it is the same as the one of this key; None: it is to be read, and guards to be asked."""
-        fit, what = self._known.get(key), gathered(plan, modules)
-        if fit is None or what is None:  # another thread may have forgotten it
-            return None
-        constants, tensors = what
-        if not all(map(is_, constants, fit.constants)) or likeness(tensors) != fit.tensors:
-            return None
-        return as_call(fit.config, plan, modules, tensors, x)
+    def of(self, key: tuple[Any, ...]) -> Fit | None:
+        return self._known.get(key)
 
     def before(self, key: tuple[Any, ...], plan: Plan, modules: dict[str, Any]) -> Seen | None:
         """What a call is remembered by, to be asked for before it is read; None: it is not to be remembered."""
@@ -89,15 +109,17 @@ class Fits:
         if len(self._known) >= MOST:
             self._known.clear()
         self._remembered += 1
-        self._known[key] = Fit(constants, tensors, call.config)
+        self._known[key] = Fit(constants, tensors, places.of(what[1]), call.config)
 
 
 def key_of(x: Tensor) -> tuple[Any, ...]:
     """All that guards look at in the input of a block, a plain tensor; () where they take none like it."""
     device = x.device
-    if x.layout is not torch.strided or device.type not in DEVICES:
+    kind = device.type
+    if x.layout is not torch.strided or kind not in DEVICES:
         return ()
-    return x.shape, x.stride(), x.dtype, device, compute_dtype(x), torch.is_autocast_enabled(device.type)
+    casts_to = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return x.shape, x.stride(), x.dtype, device, casts_to
 
 
 def is_simple(plan: Plan) -> bool:
@@ -114,18 +136,19 @@ def gathered(plan: Plan, modules: dict[str, Any]) -> tuple[list[Any], Units] | N
     constants: list[Any] = []
     read: Units = []
     moved: Units = []
-    for names in plan.units:
-        conv, bn = modules[names.conv], modules[names.bn]
-        constants += (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-        constants += (bn.eps, bn.momentum, bn.training, bn.track_running_stats)
-        of_conv, of_bn, buffers = conv._parameters, bn._parameters, bn._buffers
-        if len(buffers) != BUFFERS:
-            return None
-        try:
-            read += (of_conv["weight"], of_conv["bias"], of_bn["weight"], of_bn["bias"])
-            moved += (buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"])
-        except KeyError:
-            return None
+    try:
+        for names in plan.units:
+            conv, bn = modules[names.conv].__dict__, modules[names.bn].__dict__
+            constants += numbers_of_conv(conv)
+            constants += numbers_of_bn(bn)
+            read += weight_and_bias(conv["_parameters"])
+            read += weight_and_bias(bn["_parameters"])
+            buffers = bn["_buffers"]
+            if len(buffers) != len(BUFFERS):
+                return None
+            moved += statistics(buffers)
+    except KeyError:
+        return None
     read += moved
     return constants, read
 
@@ -144,12 +167,12 @@ def likeness(tensors: Units) -> list[Any]:
 
 
 def as_call(config: BlockConfig, plan: Plan, modules: dict[str, Any], tensors: Units, x: Tensor) -> BlockCall:
-    units, statistics = [], 4 * len(plan.units)
+    """tensors: as `gathered` has them."""
+    units, running, moved = [], [], 4 * len(plan.units)
     for i, unit in enumerate(config.units):
-        weight, conv_bias, bn_weight, bn_bias = tensors[4 * i : 4 * i + 4]
-        mean, var, _ = tensors[statistics + 3 * i : statistics + 3 * i + 3]
-        assert weight is not None
-        frozen = (None, None) if unit.training else (mean, var)
-        units.append(ConvBNTensors(weight, conv_bias, bn_weight, bn_bias, *frozen))
-    norms: tuple[nn.BatchNorm2d, ...] = tuple([modules[names.bn] for names in plan.units])
-    return BlockCall(config, tuple(units), norms, x, None)
+        buffers = tensors[moved + 3 * i : moved + 3 * i + 3]
+        frozen = NONE if unit.training else buffers[1:]
+        units.append(new_tuple(ConvBNTensors, (*tensors[4 * i : 4 * i + 4], *frozen)))
+        running.append(buffers)
+    norms = tuple([modules[names.bn] for names in plan.units])
+    return new_tuple(BlockCall, (config, tuple(units), norms, x, None, running))

@@ -139,11 +139,18 @@ def with_frees(steps: Sequence[Step], kept: set[int], inputs: int) -> list[Step]
     return result
 
 
-def encoded(slots: int, inputs: Sequence[Tensor], steps: Iterable[Step], outputs: Sequence[int]) -> Tensor:
-    """All of it as int64 words on the CPU."""
+def encoded(
+    slots: int,
+    inputs: Sequence[Tensor],
+    steps: Iterable[Step],
+    results: Sequence[int],
+    outputs: Sequence[int],
+) -> Tensor:
+    """All of it as int64 words on the CPU. results: slots or NONE; outputs: those of them that the steps make."""
     words = [slots, len(inputs)]
     for t in inputs:
         words += form(t)
+    words += listed(results)
     words += listed(outputs)
     for step in steps:
         words += (step.opcode, *step.words)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres.recording import code
 from fusedres.recording.code import NONE, Kind, Opcode, Result, Step, UnrecordableError, Word
+from fusedres.recording.merging import Argument, Call, Return, merged
 
 aten = torch.ops.aten
 EMPTY = {
@@ -62,6 +63,10 @@ class Recorder(TorchDispatchMode):
         # how often torch's own operators wrote into an input: they tell autograd of it
         self.told: dict[int, int] = {}
         self.kernels: list[Any] = []  # Triton's, as they were loaded
+        self._last: tuple[int, Call | None] = (
+            0,
+            None,
+        )  # the newest call, and how many steps there were behind it
         self._inputs, self._next = list(inputs), 0
         if len({id(t) for t in inputs}) < len(inputs):
             raise UnrecordableError("an input that is given twice")
@@ -118,7 +123,12 @@ class Recorder(TorchDispatchMode):
         steps = code.with_frees(self.steps, set(made), len(self._inputs))
         taken = [i for i, step in enumerate(steps) if step.opcode is not Opcode.FREE]
         first = taken[min(self.mutated.values())] if self.mutated else len(steps)
-        return code.encoded(self._next, self._inputs, steps, made), "\n".join(self.operators), slots, first
+        return (
+            code.encoded(self._next, self._inputs, steps, slots, made),
+            "\n".join(self.operators),
+            slots,
+            first,
+        )
 
     def _made(self, t: Tensor) -> int:
         slot, self._next = self._next, self._next + 1
@@ -193,18 +203,27 @@ class Recorder(TorchDispatchMode):
     def _call(
         self,
         name: str,
-        arguments: list[tuple[Any, ...]],
-        returns: list[tuple[int, Result]],
+        arguments: list[Argument],
+        returns: list[Return],
         read: tuple[int, ...],
         made: tuple[int, ...],
     ) -> None:
-        words = [self.operators.setdefault(name, len(self.operators)), len(arguments)]
-        for kind, optional, value in arguments:
+        call = Call(name, arguments, returns)
+        before, last = self._last
+        if last is not None and before == len(self.steps) and (both := merged(last, call)) is not None:
+            call, step = both, self.steps.pop()
+            read, made = (
+                (*step.read, *(slot for slot in read if slot not in step.written)),
+                step.written + made,
+            )
+        words = [self.operators.setdefault(call.name, len(self.operators)), len(call.arguments)]
+        for kind, optional, value in call.arguments:
             words += [kind, int(optional), *(value if isinstance(value, tuple) else (value,))]
-        words.append(len(returns))
-        for slot, result in returns:
+        words.append(len(call.returns))
+        for slot, result in call.returns:
             words += [slot, result]
         self.steps.append(Step(Opcode.CALL, tuple(words), read, made))
+        self._last = len(self.steps), call
 
     def _argument(self, declared: str, value: Any) -> tuple[Kind, bool, Any]:
         optional = declared.startswith("Optional[")

@@ -13,6 +13,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import reduce
+from itertools import compress, repeat
+from operator import is_not, or_
 from typing import Any
 
 import torch
@@ -20,10 +23,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fusedres.ops import set_aside
-from fusedres.ops.autocast import without_autocast
 from fusedres.ops.native import library
 from fusedres.ops.triton import launches_to, on_device_of
-from fusedres.recording.code import UnrecordableError
+from fusedres.recording.bundle import Bundle
+from fusedres.recording.code import NONE, UnrecordableError
 from fusedres.recording.recorder import Recorder
 
 logger = logging.getLogger("fusedres")
@@ -34,9 +37,24 @@ FORMS = 4  # of one pass
 PASSES = 256  # in a process
 OUT_OF_MEMORY = "out of memory"
 PLAIN = {Tensor, torch.nn.Parameter}
+# of autograd and of autocast, which a replay goes past: it was recorded below them
+ABOVE = reduce(
+    or_,
+    [
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+        for name in (
+            "AutogradFunctionality",
+            "AutogradOther",
+            "AutogradNestedTensor",
+            "AutocastCPU",
+            "AutocastCUDA",
+        )
+    ],
+)
 
 Tensors = Sequence[Tensor | None]
-Result = tuple[Tensors, Any]  # and what a later replay is to hand out with them
+# what was computed, and what a later replay is to hand out with it; behind the first tensor there may be a bundle
+Result = tuple[Sequence[Any], Any]
 
 
 class Recording:
@@ -45,22 +63,36 @@ class Recording:
     def __init__(self, number: int, slots: list[int], inputs: int, versioned: list[int], first: int) -> None:
         self.number, self.first_mutation = number, first
         weakref.finalize(self, torch.ops.fusedres_native.recording_drop, number).atexit = False
+        self._replay = torch.ops.fusedres_native.replay.default
         self.versioned = versioned  # inputs of which autograd is told that they were written into
         self.note: Any = None
         self.kernels: list[Any] = []  # which are loaded as long as somebody holds them
         made = {slot: i for i, slot in enumerate(sorted({s for s in slots if s >= inputs}))}
-        # of each output: None, an input's index, or that of a tensor that was made, behind the inputs
-        self.outputs = [None if s < 0 else s if s < inputs else inputs + made[s] for s in slots]
+        # of each output: the index of None, of a tensor that was made, or of an input, one behind the other
+        self.outputs = [0 if s < 0 else 1 + made[s] if s >= inputs else 1 + len(made) + s for s in slots]
+        self.furthest = max(self.outputs, default=0)
+        first_output, *others = slots or [NONE]
+        self.kept = tuple([s >= 0 for s in others])  # of the results, in a bundle
+        # in a bundle an output would keep the graph alive that keeps the bundle, and an input is somebody else's
+        is_ours = all(s == NONE or s >= inputs for s in others)
+        self.may_keep = is_ours and first_output >= inputs and first_output not in others
 
-    def run(self, inputs: list[Tensor]) -> list[Tensor | None] | None:
-        """The outputs; None where the inputs are of another form."""
-        made = torch.ops.fusedres_native.replay.default(self.number, inputs)
+    def run(
+        self, inputs: list[Tensor], bundle: Bundle | None = None, keeps: bool = False
+    ) -> list[Any] | None:
+        """The results; None where the inputs are of another form. bundle, keeps: as of `run` below."""
+        keeps = keeps and self.may_keep
+        made, number = self._replay(self.number, inputs, 0 if bundle is None else bundle.number, keeps)
         if not made:
             return None
-        for slot in self.versioned:
-            increment_version(inputs[slot])
-        inputs += made
-        return [None if i is None else inputs[i] for i in self.outputs]
+        if self.versioned:
+            increment_version([inputs[slot] for slot in self.versioned if slot < len(inputs)])
+        if keeps:
+            return [*made, Bundle(number, self.kept)]
+        known = [None, *made, *inputs]
+        if bundle is not None and self.furthest >= len(known):
+            known += [t for t in bundle.tensors() if t is not None]
+        return [*map(known.__getitem__, self.outputs)]
 
 
 class Pass:
@@ -119,23 +151,32 @@ def pass_of(key: Hashable) -> Pass:
     return found
 
 
-def run(key: Hashable, tensors: Tensors, compute: Callable[[], Result]) -> Result:
+def run(
+    key: Hashable,
+    tensors: Tensors,
+    compute: Callable[[], Result],
+    bundle: Bundle | None = None,
+    keeps: bool = False,
+) -> Result:
     """What `compute()` gives, by a recording of it where there is one.
 
     Args:
         key: everything that `compute` depends on, but for the tensors' forms and their values.
         tensors: all that `compute` takes, x first.
         compute: makes tensors, and writes into none of `tensors` but through torch's operators.
+        bundle: of more tensors that `compute` takes, as if they came behind the others.
+        keeps: where a recording serves, the results behind the first are to come as one Bundle.
     """
-    found = pass_of((key, tuple([t is None for t in tensors]), set_aside.generation()))
-    inputs = [t for t in tensors if t is not None]
+    given = tuple(map(is_not, tensors, repeat(None)))
+    every = given if bundle is None else given + bundle.given
+    found = pass_of((key, every, set_aside.generation()))
+    inputs: list[Any] = list(compress(tensors, given))
     if not PLAIN.issuperset(map(type, inputs)):
         return compute()
     for recording in found.recordings:
         try:
-            x = inputs[0]
-            with on_device_of(x), without_autocast(x.device.type), torch._C._AutoDispatchBelowAutograd():
-                out = recording.run(list(inputs))
+            with on_device_of(inputs[0]), torch._C._ExcludeDispatchKeyGuard(ABOVE):
+                out = recording.run(inputs, bundle, keeps)
         except RuntimeError as error:
             return failed(error, recording, found, compute)
         if out is not None:
@@ -143,6 +184,8 @@ def run(key: Hashable, tensors: Tensors, compute: Callable[[], Result]) -> Resul
     if found.problem is not None or not found.was_seen or len(found.recordings) >= FORMS:
         found.was_seen = True
         return compute()
+    if bundle is not None:
+        inputs += [t for t in bundle.tensors() if t is not None]
     return recorded(found, inputs, compute)
 
 

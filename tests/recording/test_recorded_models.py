@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import fusedres
 from fusedres.models import BasicBlock, Bottleneck
 from fusedres.ops.native import library
 from fusedres.recording import replays
+from fusedres.recording.bundle import Bundle
 
 pytestmark = pytest.mark.skipif(not library.is_loaded(), reason="the compiled kernels are not built")
 
@@ -80,3 +83,70 @@ def test_a_second_backward_is_refused_as_python_refuses_it(monkeypatch: pytest.M
             with pytest.raises(RuntimeError, match="second time"):
                 y.backward()
             model.zero_grad()
+
+
+FUSED = 2  # of three blocks: autocast casts the first one's input
+
+
+def bundles() -> list[Bundle]:
+    gc.collect()
+    return [found for found in gc.get_objects() if type(found) is Bundle]
+
+
+def replayed(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A patched model whose passes are all replayed from now on."""
+    monkeypatch.setattr(replays, "DEVICES", {"cpu"})
+    model = fusedres.patch(network(Bottleneck), recipe="separate")
+    with torch.autocast("cpu", torch.bfloat16):
+        for i in range(4):
+            model(images(i)).sum().backward()
+    model.zero_grad()
+    return model
+
+
+def test_what_backward_needs_stays_with_the_library_until_it_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = replayed(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(images(0))
+        assert len(bundles()) == FUSED
+        y.sum().backward(retain_graph=True)
+        assert len(bundles()) == FUSED
+        y.sum().backward()
+        assert not bundles()
+        y = model(images(0))
+        assert len(bundles()) == FUSED
+    del y
+    assert not bundles()
+
+
+def test_hooks_on_saved_tensors_see_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = replayed(monkeypatch), []
+    with torch.autocast("cpu", torch.bfloat16), monkeypatch.context() as by_python:
+        for devices in ({"cpu"}, set()):
+            packed: list[torch.Size] = []
+            by_python.setattr(replays, "DEVICES", devices)
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, to=packed: to.append(t.shape) or t, lambda t: t
+            ):
+                y = model(images(0))
+            assert not bundles()
+            y.sum().backward()
+            seen.append(packed)
+    assert seen[0] == seen[1] and len(seen[0]) > 60
+
+
+@pytest.mark.parametrize("how", ["by Python", "as a graph"])
+def test_another_backward_of_a_replayed_forward(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a forward that Python ran."""
+    model = replayed(monkeypatch)
+    found = []
+    for is_replayed in (True, False):
+        with torch.autocast("cpu", torch.bfloat16), nullcontext() if is_replayed else replays.off():
+            y = model(images(0)).float().sum()
+        assert len(bundles()) == (FUSED if is_replayed else 0)
+        with replays.off() if how == "by Python" else nullcontext():
+            gradients = torch.autograd.grad(y, list(model.parameters()), create_graph=how == "as a graph")
+        found.append([gradient.detach() for gradient in gradients])
+        del y, gradients
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

@@ -26,7 +26,7 @@ from fusedres.modules import derived_class, own_code, shadows, tree
 from fusedres.nn import running_stats
 from fusedres.ops import flops
 from fusedres.patching import api, call, fits, guards, install, patched_class, resolve, state, warm
-from fusedres.recording import code, recorder, replays
+from fusedres.recording import bundle, code, recorder, replays
 from fusedres.trials import kind, proof, timed, whole_model
 
 residual_block = sys.modules["fusedres.nn.residual_block"]
@@ -641,7 +641,30 @@ def records_composite_operators():
 
 @mutant("patching/test_fits.py::test_a_weight_of_another_layout_is_seen")
 def compares_no_strides():
+    fits.places.of = lambda tensors: None  # else the native library compares
     wrap(fits, "likeness", lambda right: lambda tensors: [v for v in right(tensors) if type(v) is not tuple])
+
+
+@mutant("patching/test_fits.py::test_a_weight_of_another_layout_is_seen")
+def trusts_places():
+    fits.Fit.holds = lambda self, tensors: True
+
+
+@mutant("recording/test_replays.py::test_what_is_somebody_elses_is_not_kept")
+def bundles_what_is_somebody_elses():
+    def init(right):
+        def made(self, *args):
+            right(self, *args)
+            self.may_keep = True
+
+        return made
+
+    wrap(replays.Recording, "__init__", init)
+
+
+@mutant("recording/test_replays.py::test_a_bundle_is_given_back_with_the_last_that_holds_it")
+def keeps_bundles():
+    bundle.Bundle.__del__ = lambda self: None
 
 
 @mutant("patching/test_fits.py::test_a_change_between_two_calls_counts")
