@@ -203,13 +203,13 @@ Tensor relu_backward(Tensor dy, Tensor mask) {
 
 template <class Device>
 void register_ops(DeviceOps& m) {
-  m.impl("bn_stats", TORCH_BOX(&bn_stats<Device>));
-  m.impl("bn_scale_shift", TORCH_BOX(&bn_scale_shift<Device>));
-  m.impl("bn_add_relu_forward", TORCH_BOX(&bn_add_relu_forward<Device>));
-  m.impl("bn_add_relu_backward_reduce", TORCH_BOX(&bn_add_relu_backward_reduce<Device>));
-  m.impl("bn_backward_coefficients", TORCH_BOX(&bn_backward_coefficients<Device>));
-  m.impl("bn_add_relu_backward_input", TORCH_BOX(&bn_add_relu_backward_input<Device>));
-  m.impl("relu_backward", TORCH_BOX(&relu_backward<Device>));
+  m.impl<&bn_stats<Device>>("bn_stats");
+  m.impl<&bn_scale_shift<Device>>("bn_scale_shift");
+  m.impl<&bn_add_relu_forward<Device>>("bn_add_relu_forward");
+  m.impl<&bn_add_relu_backward_reduce<Device>>("bn_add_relu_backward_reduce");
+  m.impl<&bn_backward_coefficients<Device>>("bn_backward_coefficients");
+  m.impl<&bn_add_relu_backward_input<Device>>("bn_add_relu_backward_input");
+  m.impl<&relu_backward<Device>>("relu_backward");
 }
 
 }  // namespace
@@ -219,9 +219,9 @@ void register_ops(DeviceOps& m) {
 FUSEDRES_OPS(CPU, m) {
   using namespace fusedres::front;
   register_ops<Cpu>(m);
-  m.impl("bn_add_relu_forward_", TORCH_BOX(&bn_add_relu_forward_<Cpu>));
-  m.impl("bn_add_relu_backward_input_", TORCH_BOX(&bn_add_relu_backward_input_<Cpu>));
-  m.impl("bn_add_relu_backward_input_of_c_", TORCH_BOX(&bn_add_relu_backward_input_of_c_<Cpu>));
+  m.impl<&bn_add_relu_forward_<Cpu>>("bn_add_relu_forward_");
+  m.impl<&bn_add_relu_backward_input_<Cpu>>("bn_add_relu_backward_input_");
+  m.impl<&bn_add_relu_backward_input_of_c_<Cpu>>("bn_add_relu_backward_input_of_c_");
 }
 
 #ifdef USE_CUDA

@@ -105,8 +105,8 @@ Reduced bn_add_relu_backward_reduce_coefficients(Tensor dy, Tensor c, Tensor mea
 
 template <class Device>
 void register_ops(DeviceOps& m) {
-  m.impl("bn_stats_scale_shift", TORCH_BOX(&bn_stats_scale_shift<Device>));
-  m.impl("bn_add_relu_backward_reduce_coefficients", TORCH_BOX(&bn_add_relu_backward_reduce_coefficients<Device>));
+  m.impl<&bn_stats_scale_shift<Device>>("bn_stats_scale_shift");
+  m.impl<&bn_add_relu_backward_reduce_coefficients<Device>>("bn_add_relu_backward_reduce_coefficients");
 }
 
 }  // namespace

@@ -53,4 +53,4 @@ void cast_(std::vector<Tensor> to, std::vector<Tensor> from) {
 
 }  // namespace fusedres::front
 
-FUSEDRES_OPS(CUDA, m) { m.impl("cast_", TORCH_BOX(&fusedres::front::cast_)); }
+FUSEDRES_OPS(CUDA, m) { m.impl<&fusedres::front::cast_>("cast_"); }

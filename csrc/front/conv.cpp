@@ -109,14 +109,14 @@ ConvOutput conv1x1_forward(Tensor x, Tensor weight, OptionalTensor bias, int64_t
 
 FUSEDRES_OPS(CPU, m) {
   using namespace fusedres::front;
-  m.impl("conv_backward_weight", TORCH_BOX(&conv_backward_weight<Cpu>));
-  m.impl("conv1x1_forward", TORCH_BOX(&conv1x1_forward<Cpu>));
-  m.impl("conv_backward_input", TORCH_BOX(&conv_backward_input<Cpu>));
-  m.impl("conv_backward_input_", TORCH_BOX(&conv_backward_input_<Cpu>));
+  m.impl<&conv_backward_weight<Cpu>>("conv_backward_weight");
+  m.impl<&conv1x1_forward<Cpu>>("conv1x1_forward");
+  m.impl<&conv_backward_input<Cpu>>("conv_backward_input");
+  m.impl<&conv_backward_input_<Cpu>>("conv_backward_input_");
 }
 #ifdef USE_CUDA
 FUSEDRES_OPS(CUDA, m) {
   using namespace fusedres::front;
-  m.impl("conv1x1_forward", TORCH_BOX(&conv1x1_forward<Cuda>));
+  m.impl<&conv1x1_forward<Cuda>>("conv1x1_forward");
 }
 #endif

@@ -128,7 +128,7 @@ std::tuple<Tensor, bool> conv3x3_backward_weight(Tensor dy, Tensor x, OptionalTe
 
 FUSEDRES_OPS(CPU, m) {
   using namespace fusedres::front;
-  m.impl("conv3x3_forward", TORCH_BOX(&conv3x3_forward<Cpu>));
-  m.impl("conv3x3_backward_input", TORCH_BOX(&conv3x3_backward_input<Cpu>));
-  m.impl("conv3x3_backward_weight", TORCH_BOX(&conv3x3_backward_weight<Cpu>));
+  m.impl<&conv3x3_forward<Cpu>>("conv3x3_forward");
+  m.impl<&conv3x3_backward_input<Cpu>>("conv3x3_backward_input");
+  m.impl<&conv3x3_backward_weight<Cpu>>("conv3x3_backward_weight");
 }

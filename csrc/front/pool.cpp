@@ -94,9 +94,9 @@ Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tenso
 
 template <class Device>
 void register_ops(DeviceOps& m) {
-  m.impl("bn_relu_maxpool_forward", TORCH_BOX(&bn_relu_maxpool_forward<Device>));
-  m.impl("bn_relu_maxpool_backward_reduce", TORCH_BOX(&bn_relu_maxpool_backward_reduce<Device>));
-  m.impl("bn_relu_maxpool_backward_input", TORCH_BOX(&bn_relu_maxpool_backward_input<Device>));
+  m.impl<&bn_relu_maxpool_forward<Device>>("bn_relu_maxpool_forward");
+  m.impl<&bn_relu_maxpool_backward_reduce<Device>>("bn_relu_maxpool_backward_reduce");
+  m.impl<&bn_relu_maxpool_backward_input<Device>>("bn_relu_maxpool_backward_input");
 }
 
 }  // namespace

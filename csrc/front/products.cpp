@@ -260,12 +260,12 @@ std::tuple<Tensor, Tensor, Tensor> conv1x1_gram_backward_input(Tensor dy, Option
 
 FUSEDRES_OPS(CUDA, m) {
   using namespace fusedres::front;
-  m.impl("conv3x3_forward", TORCH_BOX(&conv3x3_forward<Cuda>));
-  m.impl("conv3x3_backward_input", TORCH_BOX(&conv3x3_backward_input<Cuda>));
-  m.impl("conv1x1_backward_input", TORCH_BOX(&conv1x1_backward_input<Cuda>));
-  m.impl("conv1x1_backward_weight", TORCH_BOX(&conv1x1_backward_weight<Cuda>));
-  m.impl("gram", TORCH_BOX(&gram<Cuda>));
-  m.impl("gram_output_stats", TORCH_BOX(&gram_output_stats<Cuda>));
-  m.impl("gram_backward_coefficients", TORCH_BOX(&gram_backward_coefficients<Cuda>));
-  m.impl("conv1x1_gram_backward_input", TORCH_BOX(&conv1x1_gram_backward_input<Cuda>));
+  m.impl<&conv3x3_forward<Cuda>>("conv3x3_forward");
+  m.impl<&conv3x3_backward_input<Cuda>>("conv3x3_backward_input");
+  m.impl<&conv1x1_backward_input<Cuda>>("conv1x1_backward_input");
+  m.impl<&conv1x1_backward_weight<Cuda>>("conv1x1_backward_weight");
+  m.impl<&gram<Cuda>>("gram");
+  m.impl<&gram_output_stats<Cuda>>("gram_output_stats");
+  m.impl<&gram_backward_coefficients<Cuda>>("gram_backward_coefficients");
+  m.impl<&conv1x1_gram_backward_input<Cuda>>("conv1x1_gram_backward_input");
 }

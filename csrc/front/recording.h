@@ -12,12 +12,9 @@
 
 #include "device_ops.h"
 #include "forms.h"
+#include "given.h"
 
 namespace fusedres::front {
-
-// A slot holds a tensor; inputs have the first slots.
-using Slot = int64_t;
-constexpr Slot kNone = -1;
 
 struct Allocate {
   Slot made;
@@ -41,16 +38,6 @@ struct Add {
   Slot made, left, right;
 };
 
-enum class Kind : int64_t { kNone, kTensor, kInt, kBool, kFloat, kTensors, kInts, kBools, kFloats };
-
-// value, values: slots, numbers, or the bits of doubles; is_optional: the schema's type ends in "?".
-struct Argument {
-  Kind kind;
-  bool is_optional;
-  int64_t value;
-  std::vector<int64_t> values;
-};
-
 // What the schema says of a result. A number is thrown away: it is always the same one.
 enum class Result : int64_t { kTensor, kOptionalTensor, kNumber };
 
@@ -58,7 +45,7 @@ enum class Result : int64_t { kTensor, kOptionalTensor, kNumber };
 // results, which are tensors, kNone for absent ones.
 struct Call {
   std::string name, overload;
-  BoxedOp own;
+  DirectOp own;
   std::vector<Argument> arguments;
   std::vector<std::pair<Slot, Result>> made;
 };

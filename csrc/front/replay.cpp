@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <memory>
 #include <optional>
 
@@ -103,14 +102,11 @@ class Run {
   }
 
   void operator()(const Call& step) {
+    if (step.own != nullptr) return call_own(step);
     stack_.assign(std::max(step.arguments.size(), step.made.size()), 0);
     for (size_t i = 0; i < step.arguments.size(); ++i) stack_[i] = value_of(step.arguments[i]);
-    if (step.own != nullptr) {
-      step.own(stack_.data(), step.arguments.size(), step.made.size());
-    } else {
-      check_torch(torch_call_dispatcher(step.name.c_str(), step.overload.c_str(), stack_.data(), TORCH_ABI_VERSION),
-                  step.name);
-    }
+    check_torch(torch_call_dispatcher(step.name.c_str(), step.overload.c_str(), stack_.data(), TORCH_ABI_VERSION),
+                step.name);
     for (size_t i = 0; i < step.made.size(); ++i) {
       const auto& [slot, result] = step.made[i];
       if (result == Result::kTensor) {
@@ -151,10 +147,12 @@ class Run {
     if (slot != kNone) slots_[size_t(slot)] = std::move(made);
   }
 
-  static double double_of(int64_t bits) {
-    double number;
-    std::memcpy(&number, &bits, sizeof number);
-    return number;
+  void call_own(const Call& step) {
+    results_.clear();
+    step.own(Given(step.arguments, slots_), results_);
+    for (size_t i = 0; i < step.made.size(); ++i) {
+      if (results_.at(i)) put(step.made[i].first, std::move(*results_[i]));
+    }
   }
 
   template <class T>
@@ -192,7 +190,7 @@ class Run {
     throw std::runtime_error("fusedres replay: an argument of no known kind.");
   }
 
-  std::vector<std::optional<Tensor>> slots_;
+  Slots slots_, results_;
   std::vector<StableIValue> stack_;
   std::vector<int64_t> words_;
   std::vector<void*> addresses_;

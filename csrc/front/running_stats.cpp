@@ -64,12 +64,8 @@ void bn_running_stats_(Tensors running_mean, Tensors running_var, Tensors counte
 
 }  // namespace fusedres::front
 
-FUSEDRES_OPS(CPU, m) {
-  m.impl("bn_running_stats_", TORCH_BOX(&fusedres::front::bn_running_stats_<fusedres::front::Cpu>));
-}
+FUSEDRES_OPS(CPU, m) { m.impl<&fusedres::front::bn_running_stats_<fusedres::front::Cpu>>("bn_running_stats_"); }
 
 #ifdef USE_CUDA
-FUSEDRES_OPS(CUDA, m) {
-  m.impl("bn_running_stats_", TORCH_BOX(&fusedres::front::bn_running_stats_<fusedres::front::Cuda>));
-}
+FUSEDRES_OPS(CUDA, m) { m.impl<&fusedres::front::bn_running_stats_<fusedres::front::Cuda>>("bn_running_stats_"); }
 #endif
