@@ -59,6 +59,7 @@ Reduced bn_add_relu_backward_reduce_coefficients(Tensor dy, Tensor c, Tensor mea
   const char* op = "bn_add_relu_backward_reduce_coefficients";
   const Shape shape = check_activation<Device>(op, "c", c);
   const int64_t channels = shape.channels;
+  if (rows < 0) fail(op, "rows", std::to_string(rows), "N*H*W", "pass the number of positions of c");
   check_gradient(op, dy, c, scale, shift, mask, channels);
   check_vector(op, "mean", mean, channels);
   check_vector(op, "invstd", invstd, channels);
