@@ -40,9 +40,9 @@ class BlockCall(NamedTuple):
     norms: tuple[nn.BatchNorm2d, ...]  # as config.units
     x: Tensor
     residual: Tensor | None
-    statistics: Sequence[
+    moved: Sequence[
         Sequence[Tensor | None]
-    ]  # the running ones as `config.units`: of each BN its BUFFERS
+    ]  # as config.units: BUFFERS of each BN that takes the batch's statistics
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -97,10 +97,10 @@ def read_block(
         kind = Shortcut.PROJECTION
         projection, shortcut_tensors = read_conv_bn(shortcut)
         tensors, norms = (*tensors, shortcut_tensors), (*norms, shortcut.bn)
-    statistics = tuple([[tensor(bn, name) for name in BUFFERS] for bn in norms])
-    return BlockCall(
-        BlockConfig(configs, kind, projection, dtype, pool), tensors, norms, x, residual, statistics
-    )
+    config = BlockConfig(configs, kind, projection, dtype, pool)
+    pairs = zip(config.units, norms, strict=True)
+    moved = [[tensor(bn, name) for name in BUFFERS] if unit.training else () for unit, bn in pairs]
+    return BlockCall(config, tensors, norms, x, residual, moved)
 
 
 def wants_gradient(call: BlockCall) -> bool:
@@ -126,7 +126,7 @@ class Observer:
         self.call = call
         self.tensors: list[Tensor | None] = []
         momenta: list[Any] = []
-        for unit, bn, buffers in zip(call.config.units, call.norms, call.statistics, strict=True):
+        for unit, bn, buffers in zip(call.config.units, call.norms, call.moved, strict=True):
             if unit.training and bn.training:
                 self.tensors += buffers
                 momenta.append(bn.momentum if bn.track_running_stats else MISSING)
