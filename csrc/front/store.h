@@ -22,9 +22,14 @@ class Store {
     values_.emplace(++last_, std::make_shared<const T>(std::move(value)));
     return last_;
   }
+  // What goes with the value goes behind the lock: a tensor's end may run Python, and that may come here again.
   void drop(int64_t number) {
+    std::shared_ptr<const T> dropped;
     const std::lock_guard lock(mutex_);
-    values_.erase(number);
+    const auto found = values_.find(number);
+    if (found == values_.end()) return;
+    dropped = std::move(found->second);
+    values_.erase(found);
   }
   std::shared_ptr<const T> at(int64_t number) const {
     const std::lock_guard lock(mutex_);
