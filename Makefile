@@ -47,8 +47,9 @@ mutants: $(STAMP)
 	$(BIN)/python -P tests/support/mutants.py
 	$(BIN)/pytest -q -m mutant tests
 
-# the CPU kernels of the native library under AddressSanitizer and UBSan, and their launchers under ThreadSanitizer;
-# minutes to build, apart from the installed one. And the CUDA kernels, built for the host, under all three.
+# the CPU kernels of the native library, and its replays, under AddressSanitizer and UBSan, and the kernels' launchers
+# under ThreadSanitizer; minutes to build, apart from the installed one. And the CUDA kernels, built for the host, under
+# all three.
 SANITIZERS = $(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libubsan.so)
 sanitize: $(STAMP)
 	CXX="$(CURDIR)/tests/support/sanitized_cxx.sh" FUSEDRES_BUILD=cpu $(BIN)/python -m pip install --quiet --no-build-isolation \
@@ -57,7 +58,8 @@ sanitize: $(STAMP)
 		LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/sanitized \
 			$${capability:+env ATEN_CPU_CAPABILITY=$$capability} $(BIN)/pytest -q tests/native/test_native_ops.py \
 			tests/native/test_native_convolutions.py tests/native/test_native_statistics.py \
-			tests/native/test_native_winograd.py; \
+			tests/native/test_native_winograd.py tests/native/test_merged_ops.py tests/recording/test_recorder.py \
+			tests/recording/test_replays.py; \
 	done
 	$(BIN)/python tests/support/thread_sanitizer/run.py
 	$(BIN)/pytest -q -m sanitizer tests/cuda/test_cuda_sanitizers.py

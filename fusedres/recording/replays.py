@@ -67,6 +67,7 @@ class Recording:
         self.versioned = versioned  # inputs of which autograd is told that they were written into
         self.note: Any = None
         self.kernels: list[Any] = []  # which are loaded as long as somebody holds them
+        self.times = 0  # that it has served
         made = {slot: i for i, slot in enumerate(sorted({s for s in slots if s >= inputs}))}
         # of each output: the index of None, of a tensor that was made, or of an input, one behind the other
         self.outputs = [0 if s < 0 else 1 + made[s] if s >= inputs else 1 + len(made) + s for s in slots]
@@ -102,6 +103,13 @@ class Pass:
         self.recordings: list[Recording] = []
         self.was_seen = False
         self.problem: str | None = None
+
+    def served_by(self, recording: Recording) -> None:
+        """What serves most often is asked first: forms of the first steps may never come again."""
+        recording.times += 1
+        place = self.recordings.index(recording) if recording in self.recordings else 0
+        if place and recording.times > self.recordings[place - 1].times:
+            self.recordings[place - 1 : place + 1] = recording, self.recordings[place - 1]
 
     def leave(self, problem: str) -> None:
         """Nothing more of it is recorded: Python runs it."""
@@ -173,13 +181,14 @@ def run(
     inputs: list[Any] = list(compress(tensors, given))
     if not PLAIN.issuperset(map(type, inputs)):
         return compute()
-    for recording in found.recordings:
+    for recording in tuple(found.recordings):
         try:
             with on_device_of(inputs[0]), torch._C._ExcludeDispatchKeyGuard(ABOVE):
                 out = recording.run(inputs, bundle, keeps)
         except RuntimeError as error:
             return failed(error, recording, found, compute)
         if out is not None:
+            found.served_by(recording)
             return out, recording.note
     if found.problem is not None or not found.was_seen or len(found.recordings) >= FORMS:
         found.was_seen = True

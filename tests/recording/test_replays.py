@@ -148,6 +148,16 @@ def test_what_cannot_be_recorded_is_computed_and_the_reason_is_kept() -> None:
     assert the_pass().problem == "aten._local_scalar_dense.default: a result that is a float"
 
 
+def test_the_form_that_comes_most_often_is_asked_first() -> None:
+    computed = Computed()
+    for x in [torch.ones(3), torch.ones(3), torch.ones(2, 2), torch.ones(2, 2)] + [torch.ones(2, 2)] * 3:
+        computed(x)
+    first, second = the_pass().recordings
+    assert (first.times, second.times) == (4, 0)
+    computed(torch.ones(3))
+    assert the_pass().recordings == [first, second] and second.times == 1
+
+
 class Failing:
     """A native replay that fails at a step."""
 
