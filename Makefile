@@ -59,7 +59,7 @@ sanitize: $(STAMP)
 			$${capability:+env ATEN_CPU_CAPABILITY=$$capability} $(BIN)/pytest -q tests/native/test_native_ops.py \
 			tests/native/test_native_convolutions.py tests/native/test_native_statistics.py \
 			tests/native/test_native_winograd.py tests/native/test_merged_ops.py tests/recording/test_recorder.py \
-			tests/recording/test_replays.py; \
+			tests/recording/test_replays.py tests/recording/test_bundles.py tests/recording/test_merging.py; \
 	done
 	$(BIN)/python tests/support/thread_sanitizer/run.py
 	$(BIN)/pytest -q -m sanitizer tests/cuda/test_cuda_sanitizers.py

@@ -130,21 +130,12 @@ class ResidualBlock(torch.autograd.Function):
 apply_directly = super(torch.autograd.Function, ResidualBlock).apply
 
 
-def applied(
-    config: BlockConfig,
-    recipe: str,
-    ops: Dispatcher,
-    observer: passes.Observer,
-    x: Tensor,
-    residual: Tensor | None,
-    *flat: Tensor | None,
-) -> Tensor:
-    """`ResidualBlock.apply`, which goes through every argument in Python: for transformations by torch.func, and for
-    tensors that are left of them, as an input can be."""
+def applied(*args: Any) -> Tensor:
+    """`ResidualBlock.apply(*args)`, without its walk through every argument in Python, which is for transformations by
+    torch.func. What is left of one, a wrapper without storage, torch's dispatcher takes away from every operator."""
     if torch._C._are_functorch_transforms_active():
-        return ResidualBlock.apply(config, recipe, ops, observer, x, residual, *flat)
-    x, residual = (t if t is None else torch._C._functorch.unwrap_if_dead(t) for t in (x, residual))  # type: ignore[assignment]
-    return apply_directly(config, recipe, ops, observer, x, residual, *flat)
+        return ResidualBlock.apply(*args)
+    return apply_directly(*args)
 
 
 def asked_of_block(ctx: Any, flat: tuple[Tensor | None, ...]) -> Sequence[bool]:

@@ -63,10 +63,8 @@ class Recorder(TorchDispatchMode):
         # how often torch's own operators wrote into an input: they tell autograd of it
         self.told: dict[int, int] = {}
         self.kernels: list[Any] = []  # Triton's, as they were loaded
-        self._last: tuple[int, Call | None] = (
-            0,
-            None,
-        )  # the newest call, and how many steps there were behind it
+        # how many steps there were with the newest call, and that call
+        self._last: tuple[int, Call | None] = 0, None
         self._inputs, self._next = list(inputs), 0
         if len({id(t) for t in inputs}) < len(inputs):
             raise UnrecordableError("an input that is given twice")
@@ -123,12 +121,8 @@ class Recorder(TorchDispatchMode):
         steps = code.with_frees(self.steps, set(made), len(self._inputs))
         taken = [i for i, step in enumerate(steps) if step.opcode is not Opcode.FREE]
         first = taken[min(self.mutated.values())] if self.mutated else len(steps)
-        return (
-            code.encoded(self._next, self._inputs, steps, slots, made),
-            "\n".join(self.operators),
-            slots,
-            first,
-        )
+        words = code.encoded(self._next, self._inputs, steps, slots, made)
+        return words, "\n".join(self.operators), slots, first
 
     def _made(self, t: Tensor) -> int:
         slot, self._next = self._next, self._next + 1
@@ -212,10 +206,8 @@ class Recorder(TorchDispatchMode):
         before, last = self._last
         if last is not None and before == len(self.steps) and (both := merged(last, call)) is not None:
             call, step = both, self.steps.pop()
-            read, made = (
-                (*step.read, *(slot for slot in read if slot not in step.written)),
-                step.written + made,
-            )
+            read = (*step.read, *(slot for slot in read if slot not in step.written))
+            made = step.written + made
         words = [self.operators.setdefault(call.name, len(self.operators)), len(call.arguments)]
         for kind, optional, value in call.arguments:
             words += [kind, int(optional), *(value if isinstance(value, tuple) else (value,))]

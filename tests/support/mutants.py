@@ -650,7 +650,7 @@ def trusts_places():
     fits.Fit.holds = lambda self, tensors: True
 
 
-@mutant("recording/test_replays.py::test_what_is_somebody_elses_is_not_kept")
+@mutant("recording/test_bundles.py::test_what_is_somebody_elses_is_not_kept")
 def bundles_what_is_somebody_elses():
     def init(right):
         def made(self, *args):
@@ -662,7 +662,7 @@ def bundles_what_is_somebody_elses():
     wrap(replays.Recording, "__init__", init)
 
 
-@mutant("recording/test_replays.py::test_a_bundle_is_given_back_with_the_last_that_holds_it")
+@mutant("recording/test_bundles.py::test_a_bundle_is_given_back_with_the_last_that_holds_it")
 def keeps_bundles():
     bundle.Bundle.__del__ = lambda self: None
 
