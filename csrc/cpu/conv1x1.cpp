@@ -1,11 +1,14 @@
 #include <algorithm>
 
 #include "launch.h"
+#include "scratch.h"
 #include "split.h"
 
 namespace fusedres::cpu {
 
 namespace {
+
+constexpr int64_t kDepth = 512;  // words summed at once, so that a tile's rows stay in the first cache
 
 using Pack = void (*)(const PackArgs&, int64_t begin, int64_t end);
 
@@ -21,16 +24,27 @@ Lines<float> pack(Pack kernel, Dtype dtype, PackArgs args, int64_t columns) {
   return packed;
 }
 
+// Memory for the rows that this thread works on. Products of bfloat16 are summed whole: a sum in parts would be rounded
+// to bfloat16 between them.
+RowsOfProduct rows_of_product(Dtype dtype, int64_t channels) {
+  const int64_t words = channels * size_of(dtype) / size_of(Dtype::kFloat32);
+  const int64_t depth = dtype == Dtype::kFloat32 ? std::min(words, kDepth) : words, pitch = odd_lines(depth);
+  return {scratch(Scratch::kOwn, kRowsOfProduct * pitch), depth, pitch};
+}
+
 }  // namespace
 
 void conv_backward_input(const ConvBackwardInput& args) {
   const Convolutions& kernel = *convolutions(args.dtype);
   const PackArgs given{args.in_channels, args.out_channels, args.weight, nullptr};
   const Lines<float> packed = pack(kernel.pack_weight, args.dtype, given, args.in_channels);
-  const Conv1x1InputArgs all{args, packed.data()};
+  const Conv1x1InputArgs all{args, packed.data(), {}};
   const int64_t positions = args.batch * args.height.out * args.width.out;
-  parallel_chunks(count_chunks(positions, args.in_channels), positions,
-                  [&](int64_t, int64_t begin, int64_t end) { kernel.conv1x1_backward_input(all, begin, end); });
+  parallel_chunks(count_chunks(positions, args.in_channels), positions, [&](int64_t, int64_t begin, int64_t end) {
+    Conv1x1InputArgs mine = all;
+    mine.rows_of_product = rows_of_product(args.dtype, args.out_channels);
+    kernel.conv1x1_backward_input(mine, begin, end);
+  });
 }
 
 void conv1x1_forward(const ConvForward& args) {
@@ -40,9 +54,12 @@ void conv1x1_forward(const ConvForward& args) {
   const Residual form = args.residual == nullptr         ? Residual::kNone
                         : args.residual_scale == nullptr ? Residual::kIdentity
                                                          : Residual::kProjection;
-  const Conv1x1Args all{args, form, packed.data()};
-  parallel_chunks(count_chunks(args.rows, args.out_channels), args.rows,
-                  [&](int64_t, int64_t begin, int64_t end) { kernel.conv1x1_forward(all, begin, end); });
+  const Conv1x1Args all{args, form, packed.data(), {}};
+  parallel_chunks(count_chunks(args.rows, args.out_channels), args.rows, [&](int64_t, int64_t begin, int64_t end) {
+    Conv1x1Args mine = all;
+    mine.rows_of_product = rows_of_product(args.dtype, args.in_channels);
+    kernel.conv1x1_forward(mine, begin, end);
+  });
 }
 
 }  // namespace fusedres::cpu

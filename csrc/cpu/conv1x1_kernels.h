@@ -11,24 +11,25 @@ namespace {
 using namespace fusedres::cpu;
 
 constexpr int64_t kRowsAhead = 16;  // rows of W to prefetch: each lies in a page of its own
-
-// How many words are summed at once, so that a tile's rows stay in the first cache. Products of bfloat16 are summed
-// whole: a sum in parts would be rounded to bfloat16 between them.
-template <class T>
-constexpr int64_t kDepth = sizeof(T) == sizeof(float) ? 512 : INT64_MAX;
+constexpr int64_t kRowsAtOnce = kRowsOfProduct / kPanel * kPanel;
+constexpr int64_t kDepthAhead = 16;      // rows of a panel to prefetch: a deep panel lies in the second cache
+constexpr int64_t kPanelsThatFetch = 2;  // of a tile: so that few fetches are under way at a time
 
 // result[p, n] = sum over k of a[p, k] * b[k, n], in words.
 struct Product {
   const float* a;         // [positions, depth]
   const float* packed_b;  // [panel][depth][kPanelIn]
   int64_t depth, columns;
+  RowsOfProduct rows;
 };
 
 // Some rows of a times a panel of b, over some of the depth.
 struct ProductTile {
-  const float* a;       // [rows, depth], at the first row
-  const float* b;       // [depth, kPanelIn]
-  const int64_t* rows;  // the row of the result for each row of a
+  const float* a;             // [rows][pitch], copied
+  const float* b;             // [depth, kPanelIn]
+  const int64_t* rows;        // the row of the result for each row of a
+  const float* next;          // [rows][Product::depth]: what will be copied next to these rows, fetched by ...
+  int64_t fetchers, fetcher;  // ... so many panels, of which this is number `fetcher`, if it is one of them
   int64_t depth, column, lanes;
   bool first, last;  // whether this is the first and the last part of the depth
 };
@@ -95,7 +96,7 @@ __attribute__((noinline)) void finish_some(const Product& product, const Product
   }
 }
 
-// fetch: prefetches the rows of a that follow the tile's rows. The hardware does not foresee short rows.
+// fetch: prefetches lines of `next`. The hardware does not foresee short rows.
 template <class T, int size, bool fetch, class Finish>
 void multiply(const Product& product, const ProductTile& tile, const Finish& finish) {
   Float sums[size][2];
@@ -106,10 +107,15 @@ void multiply(const Product& product, const ProductTile& tile, const Finish& fin
     _mm_prefetch(soon + tile.rows[r] * product.columns, _MM_HINT_T0);
     _mm_prefetch(soon + tile.rows[r] * product.columns + tile.lanes - 1, _MM_HINT_T0);
   }
-  const int64_t pitch = product.depth;
-  const float *a = tile.a, *b = tile.b, *next = a + size * pitch;
+  const int64_t pitch = product.rows.pitch;
+  const float *a = tile.a, *b = tile.b;
   for (int64_t k = 0; k < tile.depth; ++k, ++a, b += kPanelIn) {
-    if constexpr (fetch) _mm_prefetch(next + k * size, _MM_HINT_T0);
+    if constexpr (fetch) {
+      if (k % tile.fetchers == tile.fetcher) {
+        _mm_prefetch(tile.next + k % kLine<float> * product.depth + k / kLine<float> * kLine<float>, _MM_HINT_T0);
+      }
+    }
+    for (int64_t i = 0; i < kPanelIn; i += kLine<float>) _mm_prefetch(b + kDepthAhead * kPanelIn + i, _MM_HINT_T0);
     const Float low = load(b), high = load(b + kWidth);
 #pragma GCC unroll 14
     for (int r = 0; r < size; ++r) {
@@ -135,6 +141,8 @@ void multiply(const Product& product, const ProductTile& tile, const Finish& fin
   }
 }
 
+inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // The next smaller size of a tile. The largest is kPanel; smaller ones take the rows that are left.
 constexpr int smaller(int size) { return size > 8 ? 8 : size > 4 ? 4 : size / 2; }
 
@@ -144,7 +152,7 @@ inline int64_t multiply_some(int64_t left, const Product& product, const Product
   if constexpr (most > 1) {
     if (left < most) return multiply_some<T, smaller(most)>(left, product, tile, finish);
   }
-  if (tile.column == 0 && tile.depth == product.depth) {
+  if (tile.fetcher < tile.fetchers) {
     multiply<T, most, true>(product, tile, finish);
   } else {
     multiply<T, most, false>(product, tile, finish);
@@ -152,27 +160,42 @@ inline int64_t multiply_some(int64_t left, const Product& product, const Product
   return most;
 }
 
-// Multiplies positions [begin, end) of a; row(position) is the row of the result. All columns of a tile's rows are
-// finished before the next tile: the result and the operands added to it then pass in sequence, which saves more than
-// it costs to read W again for every tile.
+// Multiplies positions [begin, end) of a; row(position) is the row of the result. All columns of a few tiles' rows are
+// finished before the next: the result and the operands added to it then pass in sequence.
 template <class T, class Row, class Finish>
 inline void multiply_rows(const Product& product, int64_t begin, int64_t end, Row row, const Finish& finish) {
   const int64_t panels = (product.columns + kPanelIn - 1) / kPanelIn;
-  if (panels == 0) return;
-  int64_t size = 0;
-  for (int64_t position = begin; position < end; position += size) {
-    int64_t rows[kPanel];
-    for (int64_t i = 0; i < kPanel && position + i < end; ++i) rows[i] = row(position + i);
+  const int64_t fetchers = panels < kPanelsThatFetch ? 1 : kPanelsThatFetch;
+  int64_t rows[kRowsOfProduct];
+  for (int64_t first = begin; first < end; first += kRowsAtOnce) {
+    const int64_t last = smaller_of(end, first + kRowsAtOnce);
+    for (int64_t position = first; position < last; ++position) rows[position - first] = row(position);
     int64_t depth = 0;
     for (int64_t done = 0; done < product.depth; done += depth) {
-      depth = product.depth - done < kDepth<T> ? product.depth - done : kDepth<T>;
+      depth = smaller_of(product.depth - done, product.rows.depth);
+      for (int64_t position = first; position < last; ++position) {
+        __builtin_memcpy(product.rows.copied + (position - first) * product.rows.pitch,
+                         product.a + position * product.depth + done, depth * sizeof(float));
+      }
+      const bool whole = done + depth == product.depth;
+      const float* next = whole ? product.a + last * product.depth : product.a + first * product.depth + done + depth;
       for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t column = panel * kPanelIn, left = product.columns - column;
-        const float* a = product.a + position * product.depth + done;
+        const int64_t column = panel * kPanelIn;
         const float* b = product.packed_b + column * product.depth + done * kPanelIn;
-        const ProductTile tile{
-            a, b, rows, depth, column, left < kPanelIn ? left : kPanelIn, done == 0, done + depth == product.depth};
-        size = multiply_some<T, kPanel>(end - position, product, tile, finish);
+        for (int64_t i = 0; i < last - first;) {
+          const ProductTile tile{product.rows.copied + i * product.rows.pitch,
+                                 b,
+                                 rows + i,
+                                 next + i * product.depth,
+                                 fetchers,
+                                 panel,
+                                 depth,
+                                 column,
+                                 smaller_of(product.columns - column, kPanelIn),
+                                 done == 0,
+                                 whole};
+          i += multiply_some<T, kPanel>(last - first - i, product, tile, finish);
+        }
       }
     }
   }
@@ -240,7 +263,8 @@ inline int64_t row_of(const Conv1x1InputArgs& args, int64_t position) {
 template <class T>
 void conv1x1_backward_input(const Conv1x1InputArgs& args, int64_t begin, int64_t end) {
   const int64_t depth = args.out_channels / kPerWord<T>;
-  const Product product{static_cast<const float*>(args.dy), args.packed_weight, depth, args.in_channels};
+  const Product product{static_cast<const float*>(args.dy), args.packed_weight, depth, args.in_channels,
+                        args.rows_of_product};
   multiply_rows<T>(product, begin, end, [&](int64_t at) { return row_of(args, at); }, AddToShortcut<T>(args));
 }
 
@@ -248,7 +272,8 @@ void conv1x1_backward_input(const Conv1x1InputArgs& args, int64_t begin, int64_t
 template <class T>
 void conv1x1_forward(const Conv1x1Args& args, int64_t begin, int64_t end) {
   const int64_t depth = args.in_channels / kPerWord<T>;
-  const Product product{static_cast<const float*>(args.x), args.packed_weight, depth, args.out_channels};
+  const Product product{static_cast<const float*>(args.x), args.packed_weight, depth, args.out_channels,
+                        args.rows_of_product};
   with(args.form, [&](auto form) {
     with(args.relu, [&](auto relu) {
       const ScaleShiftAddRelu<T, form.value, relu.value> finish(args);

@@ -151,14 +151,24 @@ struct PackArgs {
   float* packed;       // whole panels, in words of one float or two bfloat16
 };
 
+// The rows of a product that are worked on together. They are copied: rows whose length is a multiple of a power of two
+// would share a few lines of the first cache.
+struct RowsOfProduct {
+  float* copied;         // [kRowsOfProduct][pitch] words, scratch
+  int64_t depth, pitch;  // depth: how many words are summed at once
+};
+constexpr int64_t kRowsOfProduct = 56;  // the weight passes once for so many
+
 struct Conv1x1Args : ConvForward {
   Residual form;
   const float* packed_weight;
+  RowsOfProduct rows_of_product;
 };
 
 // The kernel walks positions of dy.
 struct Conv1x1InputArgs : ConvBackwardInput {
   const float* packed_weight;
+  RowsOfProduct rows_of_product;
 };
 
 // The convolutions of one dtype. A 1x1 convolution of bfloat16 sums over an even number of channels only.
@@ -196,7 +206,7 @@ struct WinogradWeightArgs {
 
 // result[r, :] (+)= sum over k of a[r, k] * b[k, :] in each plane. All strides are in floats.
 struct PlaneProducts {
-  int64_t planes, rows, depth, panels;  // a panel: kPanelIn columns
+  int64_t planes, rows, depth, vectors;  // kWidth columns each, of which a panel has kVectorsOfPanel
   const float* a;
   int64_t a_plane, a_row, a_depth;
   const float* b;

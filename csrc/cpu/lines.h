@@ -10,6 +10,11 @@ namespace fusedres::cpu {
 
 constexpr int64_t kLineBytes = 64;
 
+inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// An odd number of cache lines: planes and rows that lie a power of two apart would share a few lines of the caches.
+inline int64_t odd_lines(int64_t floats) { return (divided_up(floats, 16) | 1) * 16; }
+
 template <class T>
 class Lines {
  public:

@@ -26,7 +26,8 @@ class Convolution {
         weight_{nullptr, args.in_channels, args.out_channels, 0, 0, nullptr, 0, 0},
         transform_weight_(reversed ? kernel_.transform_weight_reversed : kernel_.transform_weight),
         tiles_(count_tiles(in_)),
-        panels_(padded(results) / lanes_of_panel()),
+        vectors_(vectors_of(results)),
+        panels_(divided_up(vectors_, kVectorsOfPanel)),
         row_(odd_lines(padded(summed))),
         threads_(torch::stable::get_num_threads()) {}
 
@@ -43,7 +44,7 @@ class Convolution {
   }
 
   int64_t tasks() const { return threads_; }
-  int64_t padded_results() const { return panels_ * lanes_of_panel(); }
+  int64_t padded_results() const { return padded(out_.channels); }
 
  private:
   int64_t lanes() const { return lanes_of_panel(); }
@@ -85,10 +86,11 @@ class Convolution {
         const int64_t first = begin + (end - begin) * chunk / chunks,
                       last = begin + (end - begin) * (chunk + 1) / chunks;
         transform_input(first, last, transformed, in_plane);
-        multiply({kernel_.planes, last - first, summed(), panels_,  //
-                  transformed, in_plane, row_, 1,                   //
-                  weights, plane, panel, lanes(),                   //
-                  products, out_plane, padded_results(), false});
+        multiply({kernel_.planes, last - first, summed(), vectors_,  //
+                  transformed, in_plane, row_, 1,                    //
+                  weights, plane, panel, lanes(),                    //
+                  products, out_plane, padded_results(), false},
+                 kDepth);
         finish(task, first, last, products, out_plane, padded_results(), 0, out_.channels);
       }
     });
@@ -127,6 +129,7 @@ class Convolution {
     float* products = weights + kernel_.planes * plane;
     for (int64_t first = panels.begin; first < panels.end; first += kPanelsOfBlock) {
       const int64_t last = std::min(panels.end, first + kPanelsOfBlock);
+      const int64_t vectors = std::min(vectors_, last * kVectorsOfPanel) - first * kVectorsOfPanel;
       for (int64_t channel = 0; channel < summed(); channel += depth) {
         WinogradWeightArgs mine = weight_;
         mine.first = channel;
@@ -136,9 +139,9 @@ class Convolution {
         mine.panel = panel;
         transform_weight_(mine, first, last);
         const float* rows = input.transformed + tiles.begin * row_ + channel;
-        kernels()->multiply_planes({kernel_.planes, count, mine.last - channel, last - first,  //
-                                    rows, input.plane, row_, 1,                                //
-                                    weights, plane, panel, lanes(),                            //
+        kernels()->multiply_planes({kernel_.planes, count, mine.last - channel, vectors,  //
+                                    rows, input.plane, row_, 1,                           //
+                                    weights, plane, panel, lanes(),                       //
                                     products, out_plane, products_row, channel > 0});
       }
       finish(task, tiles.begin, tiles.end, products, out_plane, products_row, first * lanes(),
@@ -151,22 +154,6 @@ class Convolution {
     mine.transformed = transformed;
     mine.plane = plane;
     kernel_.transform_input(mine, begin, end);
-  }
-
-  // Plane by plane, kDepth channels at a time.
-  static void multiply(const PlaneProducts& all) {
-    for (int64_t plane = 0; plane < all.planes; ++plane) {
-      for (int64_t channel = 0; channel < all.depth; channel += kDepth) {
-        PlaneProducts part = all;
-        part.planes = 1;
-        part.depth = std::min(kDepth, all.depth - channel);
-        part.a += plane * all.a_plane + channel * all.a_depth;
-        part.b += plane * all.b_plane + channel * all.b_depth;
-        part.result += plane * all.result_plane;
-        part.add = channel > 0;
-        kernels()->multiply_planes(part);
-      }
-    }
   }
 
   void finish(int64_t task, int64_t begin, int64_t end, const float* products, int64_t plane, int64_t row,
@@ -185,7 +172,7 @@ class Convolution {
   TiledImages in_, out_;
   WinogradWeightArgs weight_;
   void (*transform_weight_)(const WinogradWeightArgs&, int64_t, int64_t);
-  int64_t tiles_, panels_, row_, threads_;
+  int64_t tiles_, vectors_, panels_, row_, threads_;
   TransformArgs input_{};
   WinogradOutputArgs output_{};
   std::atomic<bool> finite_{true};

@@ -17,15 +17,13 @@ inline const WinogradKernels& winograd(const Conv3x3& args) {
   return args.tile == 2 ? kernels()->small : kernels()->large;
 }
 
-inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int64_t lanes_of_panel() { return kVectorsOfPanel * kernels()->width; }
 
-// Channels, padded to whole panels.
-inline int64_t padded(int64_t channels) { return divided_up(channels, lanes_of_panel()) * lanes_of_panel(); }
+// How many vectors hold so many channels.
+inline int64_t vectors_of(int64_t channels) { return divided_up(channels, kernels()->width); }
 
-// An odd number of cache lines: planes and rows that lie a power of two apart would share a few lines of the caches.
-inline int64_t odd_lines(int64_t floats) { return (divided_up(floats, 16) | 1) * 16; }
+// Channels, padded to whole vectors.
+inline int64_t padded(int64_t channels) { return vectors_of(channels) * kernels()->width; }
 
 inline TiledImages tiled(const Conv3x3& args, int64_t channels, int64_t outputs) {
   return {
@@ -40,6 +38,22 @@ void share(int64_t tasks, int64_t size, F body) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) body(task, size * task / tasks, size * (task + 1) / tasks);
   });
+}
+
+// The products plane by plane, `depth` of what is summed at a time.
+inline void multiply(const PlaneProducts& all, int64_t depth) {
+  for (int64_t plane = 0; plane < all.planes; ++plane) {
+    for (int64_t k = 0; k < all.depth; k += depth) {
+      PlaneProducts part = all;
+      part.planes = 1;
+      part.depth = std::min(depth, all.depth - k);
+      part.a += plane * all.a_plane + k * all.a_depth;
+      part.b += plane * all.b_plane + k * all.b_depth;
+      part.result += plane * all.result_plane;
+      part.add = all.add || k > 0;
+      kernels()->multiply_planes(part);
+    }
+  }
 }
 
 }  // namespace fusedres::cpu

@@ -14,6 +14,7 @@ constexpr int64_t kFewestTiles = 24;                   // of a chunk: its sums a
 constexpr int64_t kBytesOfShared = int64_t(24) << 20;  // a chunk that all threads share, in the third cache
 constexpr int64_t kFewestShared = 64;                  // tiles of it
 constexpr int64_t kOutOfBlock = 48, kInOfBlock = 64;   // channels of products that one thread sums at a time
+constexpr int64_t kTilesSummed = 64;                   // at once: shorter sums have smaller errors
 
 class WeightGradient {
  public:
@@ -51,9 +52,9 @@ class WeightGradient {
         const int64_t first = begin + (end - begin) * chunk / chunks,
                       last = begin + (end - begin) * (chunk + 1) / chunks;
         transform(first, last, x, x_plane, dy, dy_plane);
-        kernels()->multiply_planes({kernel_.planes, args_.out_channels, last - first, row / lanes_of_panel(),  //
-                                    dy, dy_plane, 1, dy_row_,                                                  //
-                                    x, x_plane, lanes_of_panel(), x_row_,                                      //
+        kernels()->multiply_planes({kernel_.planes, args_.out_channels, last - first, vectors_of(args_.in_channels),  //
+                                    dy, dy_plane, 1, dy_row_,                                                         //
+                                    x, x_plane, lanes_of_panel(), x_row_,                                             //
                                     sums + task * copy, plane, row, chunk > 0});
       }
     });
@@ -64,7 +65,8 @@ class WeightGradient {
 
   // All threads transform a chunk of tiles together; then each takes some of the weights.
   void run_by_weights() {
-    const int64_t lanes = lanes_of_panel(), panels = padded(args_.in_channels) / lanes;
+    const int64_t lanes = lanes_of_panel(), vectors = vectors_of(args_.in_channels),
+                  panels = divided_up(vectors, kVectorsOfPanel);
     const int64_t most = std::max(kFewestShared, tiles_within(kBytesOfShared));
     const int64_t chunks = divided_up(tiles_, most), largest = divided_up(tiles_, chunks);
     const int64_t x_plane = odd_lines(largest * x_row_), dy_plane = odd_lines(largest * dy_row_);
@@ -94,10 +96,12 @@ class WeightGradient {
                   products_plane = odd_lines((out_last - out_first) * products_row);
                   products = scratch(Scratch::kOwn, kernel_.planes * products_plane);
                 }
-                kernels()->multiply_planes({kernel_.planes, out_last - out_first, last - first, in_last - in_first,  //
-                                            dy + out_first, dy_plane, 1, dy_row_,                                    //
-                                            x + in_first * lanes, x_plane, lanes, x_row_,                            //
-                                            products, products_plane, products_row, chunk > 0});
+                const int64_t in_vectors = std::min(vectors, in_last * kVectorsOfPanel) - in_first * kVectorsOfPanel;
+                multiply({kernel_.planes, out_last - out_first, last - first, in_vectors,  //
+                          dy + out_first, dy_plane, 1, dy_row_,                            //
+                          x + in_first * lanes, x_plane, lanes, x_row_,                    //
+                          products, products_plane, products_row, chunk > 0},
+                         kTilesSummed);
                 if (chunk + 1 == chunks) {
                   finish({products, 1, 0, products_plane, products_row, args_.in_channels, out_first, in_first * lanes,
                           std::min(args_.in_channels, in_last * lanes), args_.dw},

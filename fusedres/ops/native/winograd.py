@@ -27,7 +27,7 @@ FEWEST_CHANNELS = 16
 SHORTEST_SIDE = 4
 MANY_CHANNELS = 48  # with fewer the transforms cost more than the products, and most of those must be saved
 MOST_PRODUCTS, MOST_PRODUCTS_OF_FEW = 0.6, 0.4  # of those of a direct convolution
-LANES = {"avx2": 16, "avx512": 32}  # results are computed in groups of so many channels
+LANES = {"avx2": 8, "avx512": 16}  # results are computed in groups of so many channels
 # F(4x4, 3x3) has 2 to 3.5 times a direct convolution's error, less from so many summed channels on; over fewer values
 # than this, eager's batch statistics are exact enough that a network's whole error would show it
 MANY_SUMMED = 256
