@@ -8,7 +8,8 @@ namespace fusedres::cpu {
 
 namespace {
 
-constexpr int64_t kDepth = 512;  // words summed at once, so that a tile's rows stay in the first cache
+constexpr int64_t kDepth = 512;             // words summed at once, so that a tile's rows stay in the first cache
+constexpr int64_t kProductsOfElement = 64;  // in the time that an element takes to be read and written
 
 using Pack = void (*)(const PackArgs&, int64_t begin, int64_t end);
 
@@ -22,6 +23,11 @@ Lines<float> pack(Pack kernel, Dtype dtype, PackArgs args, int64_t columns) {
   parallel_chunks(count_chunks(panels, lanes * depth), panels,
                   [&](int64_t, int64_t begin, int64_t end) { kernel(args, begin, end); });
   return packed;
+}
+
+// As many elements as are read and written in the time that a row of `columns` sums of `depth` products takes.
+int64_t elements_for(int64_t columns, int64_t depth) {
+  return columns * std::max<int64_t>(1, depth / kProductsOfElement);
 }
 
 // Memory for the rows that this thread works on. Products of bfloat16 are summed whole: a sum in parts would be rounded
@@ -40,11 +46,12 @@ void conv_backward_input(const ConvBackwardInput& args) {
   const Lines<float> packed = pack(kernel.pack_weight, args.dtype, given, args.in_channels);
   const Conv1x1InputArgs all{args, packed.data(), {}};
   const int64_t positions = args.batch * args.height.out * args.width.out;
-  parallel_chunks(count_chunks(positions, args.in_channels), positions, [&](int64_t, int64_t begin, int64_t end) {
-    Conv1x1InputArgs mine = all;
-    mine.rows_of_product = rows_of_product(args.dtype, args.out_channels);
-    kernel.conv1x1_backward_input(mine, begin, end);
-  });
+  parallel_chunks(count_chunks(positions, elements_for(args.in_channels, args.out_channels)), positions,
+                  [&](int64_t, int64_t begin, int64_t end) {
+                    Conv1x1InputArgs mine = all;
+                    mine.rows_of_product = rows_of_product(args.dtype, args.out_channels);
+                    kernel.conv1x1_backward_input(mine, begin, end);
+                  });
 }
 
 void conv1x1_forward(const ConvForward& args) {
@@ -55,11 +62,12 @@ void conv1x1_forward(const ConvForward& args) {
                         : args.residual_scale == nullptr ? Residual::kIdentity
                                                          : Residual::kProjection;
   const Conv1x1Args all{args, form, packed.data(), {}};
-  parallel_chunks(count_chunks(args.rows, args.out_channels), args.rows, [&](int64_t, int64_t begin, int64_t end) {
-    Conv1x1Args mine = all;
-    mine.rows_of_product = rows_of_product(args.dtype, args.in_channels);
-    kernel.conv1x1_forward(mine, begin, end);
-  });
+  parallel_chunks(count_chunks(args.rows, elements_for(args.out_channels, args.in_channels)), args.rows,
+                  [&](int64_t, int64_t begin, int64_t end) {
+                    Conv1x1Args mine = all;
+                    mine.rows_of_product = rows_of_product(args.dtype, args.in_channels);
+                    kernel.conv1x1_forward(mine, begin, end);
+                  });
 }
 
 }  // namespace fusedres::cpu

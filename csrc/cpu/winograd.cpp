@@ -9,10 +9,11 @@ namespace fusedres::cpu {
 namespace {
 
 constexpr int64_t kDepth = 128;  // channels summed at once: shorter sums have smaller errors
-// Of two cores of Zen 3, where times depend little on any of them.
+// Of two cores of Zen 3, where times depend little on any of them; kFewTiles of two of Emerald Rapids.
 constexpr int64_t kSharedWeights = int64_t(12) << 20;  // bytes of a transformed weight that stays in the third cache
 constexpr int64_t kSharedInput = int64_t(32) << 20;    // the same of a transformed input, with what else is used
-constexpr int64_t kFewTiles = 6;                       // a thread: all weights would pass for so few
+constexpr int64_t kFewTiles = 32;                      // a thread: all weights would pass for so few
+constexpr int64_t kFewestTiles = 6;                    // of a thread that shares a panel of results
 constexpr int64_t kFewestRows = 4;                     // tiles of registers in a chunk: the weight passes once for each
 constexpr int64_t kDepthOfBlock = 64, kPanelsOfBlock = 2;  // of a weight that is transformed for one thread
 
@@ -104,7 +105,7 @@ class Convolution {
     });
     // Threads that are more than there are panels share the tiles of each.
     const int64_t columns = std::min(threads_, panels_);
-    const int64_t groups = std::clamp<int64_t>(threads_ / columns, 1, divided_up(tiles_, kFewTiles));
+    const int64_t groups = std::clamp<int64_t>(threads_ / columns, 1, divided_up(tiles_, kFewestTiles));
     share(columns * groups, columns * groups, [&](int64_t task, int64_t, int64_t) {
       const int64_t column = task % columns, group = task / columns;
       multiply_panels(task, {transformed, in_plane}, {tiles_ * group / groups, tiles_ * (group + 1) / groups},
