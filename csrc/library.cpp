@@ -22,6 +22,8 @@ bool cpu_multiplies_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
 
 bool cpu_products_of_bfloat16() { return fusedres::cpu::convolutions(fusedres::Dtype::kBFloat16) != nullptr; }
 
+bool cpu_library_is_wider() { return fusedres::cpu::library_is_wider(); }
+
 std::string cpu_capability() {
   const fusedres::cpu::Kernels* kernels = fusedres::cpu::kernels();
   return kernels == nullptr ? "none" : kernels->name;
@@ -137,6 +139,7 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def("cpu_multiplies_bfloat16() -> bool");
   // whether the processor has kernels for convolutions of bfloat16
   m.def("cpu_products_of_bfloat16() -> bool");
+  m.def("cpu_library_is_wider() -> bool");
   // the architectures that the binary holds GPU code for, such as "80;90;120+PTX"; "" without CUDA
   m.def("cuda_archs() -> str");
   m.def("cuda_archs_cover(str archs, int major, int minor) -> bool");
@@ -163,6 +166,7 @@ STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
   m.impl("cpu_multiplies_bfloat16", TORCH_BOX(&cpu_multiplies_bfloat16));
   m.impl("cpu_products_of_bfloat16", TORCH_BOX(&cpu_products_of_bfloat16));
+  m.impl("cpu_library_is_wider", TORCH_BOX(&cpu_library_is_wider));
   m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
   m.impl("cuda_archs_cover", TORCH_BOX(&cuda_archs_cover));
   m.impl("cuda_version", TORCH_BOX(&cuda_version));

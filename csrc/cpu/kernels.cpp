@@ -2,13 +2,20 @@
 #include "kernels.h"
 
 #include <cpuid.h>
+#include <strings.h>
 
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 namespace fusedres::cpu {
 
 namespace {
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
 
 const Kernels* choose() {
   const char* limit = std::getenv("ATEN_CPU_CAPABILITY");
@@ -16,9 +23,20 @@ const Kernels* choose() {
   if (limit != nullptr && std::strcmp(limit, "default") == 0) return nullptr;
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return nullptr;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return avx512 && !avx2_only ? &avx512_kernels : &avx2_kernels;
+  return has_avx512() && !avx2_only ? &avx512_kernels : &avx2_kernels;
+}
+
+// Whether oneDNN is told to use no more than AVX2. It takes the limit from either variable, in any case of letters.
+bool library_stays_below_avx512() {
+  for (const char* variable : {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}) {
+    const char* limit = std::getenv(variable);
+    if (limit == nullptr) continue;
+    for (const char* narrow : {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2"}) {
+      if (strcasecmp(limit, narrow) == 0) return true;
+    }
+    return false;
+  }
+  return false;
 }
 
 constexpr unsigned kAmxBf16 = 1u << 22;  // of EDX, CPUID leaf 7
@@ -33,6 +51,11 @@ bool has_amx() {
 const Kernels* kernels() {
   static const Kernels* const chosen = choose();
   return chosen;
+}
+
+bool library_is_wider() {
+  static const bool wider = kernels() == &avx2_kernels && has_avx512() && !library_stays_below_avx512();
+  return wider;
 }
 
 const Convolutions* convolutions(Dtype dtype) {

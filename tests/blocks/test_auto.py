@@ -55,11 +55,13 @@ MEASURED = [
     ("avx2", 8, 32, 56, "separate"),
     ("avx2", 7, 32, 56, "unfused"),
     ("avx2", 128, 15, 32, "unfused"),
-    ("avx512", 4, 64, 56, "separate"),
-    ("avx512", 3, 64, 56, "unfused"),
-    ("avx512", 2, 512, 7, "separate"),
+    ("avx512", 1, 64, 56, "separate"),
+    ("avx512", 1, 256, 14, "separate"),
+    ("avx512", 1, 64, 27, "unfused"),
     ("avx512", 1, 512, 7, "unfused"),
-    ("avx512", 16, 32, 56, "unfused"),
+    ("avx512", 8, 32, 56, "separate"),
+    ("avx512", 7, 32, 56, "unfused"),
+    ("avx512", 128, 15, 32, "unfused"),
 ]
 
 
@@ -73,10 +75,23 @@ def test_the_tables_as_they_were_measured(instructions, batch, width, side, reci
 
 
 def test_the_table_is_this_machines():
-    assert choice.table_of(library.instruction_set(), library.multiplies_bfloat16()) == choice.TABLE
+    here = library.instruction_set(), library.multiplies_bfloat16(), library.onednn_is_wider()
+    assert choice.table_of(*here) == choice.TABLE
     assert choice.table_of(None, True) == {}
     dtypes = [{key[2] for key in choice.table_of("avx512", half)} for half in (False, True)]
     assert dtypes == [{torch.float32}, {torch.float32, torch.bfloat16}]
+
+
+def test_narrow_blocks_are_left_to_a_library_with_wider_vectors():
+    channels = {
+        wider: {
+            entry.least_channels
+            for entries in choice.table_of("avx2", True, wider).values()
+            for entry in entries
+        }
+        for wider in (False, True)
+    }
+    assert channels == {False: {16, 64, 512}, True: {64, 512}}
 
 
 class Scaled(nn.Module):

@@ -62,6 +62,7 @@ LIBRARY_OPS = (
     "cpu_capability",
     "cpu_multiplies_bfloat16",
     "cpu_products_of_bfloat16",
+    "cpu_library_is_wider",
     "cuda_archs",
     "cuda_version",
     "cuda_device_problem",
@@ -181,4 +182,13 @@ def instruction_set() -> str | None:
 def multiplies_bfloat16() -> bool:
     """Whether this processor has instructions for products of bfloat16; False where the library is not loaded."""
     ask = getattr(torch.ops.fusedres_native, "cpu_multiplies_bfloat16", None)
+    return bool(ask and ask())
+
+
+def onednn_is_wider() -> bool:
+    """Whether oneDNN's convolutions have wider vectors than these kernels; False where the library is not loaded.
+
+    ATEN_CPU_CAPABILITY=avx2 limits torch and these kernels, and oneDNN only with ONEDNN_MAX_CPU_ISA=AVX2.
+    """
+    ask = getattr(torch.ops.fusedres_native, "cpu_library_is_wider", None)
     return bool(ask and ask())

@@ -108,7 +108,9 @@ def vectors_reason(first: Tensor, *others: Tensor | None) -> str | None:
 
 @cache
 def product_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes that the kernels of convolutions multiply on this processor."""
+    """The dtypes that the direct kernels of convolutions multiply on this processor: none where oneDNN is wider."""
+    if torch.ops.fusedres_native.cpu_library_is_wider():
+        return ()
     half = torch.ops.fusedres_native.cpu_products_of_bfloat16()
     return (torch.float32, torch.bfloat16) if half else (torch.float32,)
 

@@ -24,6 +24,7 @@ LIBRARY = torch.ops.fusedres_native  # empty until the library is loaded
 LARGE, SMALL, NONE = 4, 2, 0  # sides of a tile of results; 0: a direct convolution
 # against oneDNN 3.12 on two cores of Zen 3, bench/results/cpu/README.md: where a block of 16 channels or more pays
 FEWEST_CHANNELS = 16
+FEWEST_CHANNELS_BESIDE_WIDER = 32  # where oneDNN's vectors are twice as wide
 SHORTEST_SIDE = 4
 MANY_CHANNELS = 48  # with fewer the transforms cost more than the products, and most of those must be saved
 MOST_PRODUCTS, MOST_PRODUCTS_OF_FEW = 0.6, 0.4  # of those of a direct convolution
@@ -78,12 +79,17 @@ def reason(image: Tensor, channels: int, results: int, tile: int) -> str | None:
     if not is_on():
         return "winograd_off"
     height, width = image.shape[2:]
-    if min(height, width) < SHORTEST_SIDE or min(channels, results) < FEWEST_CHANNELS:
+    if min(height, width) < SHORTEST_SIDE or min(channels, results) < fewest_channels():
         return "library_as_fast"
     lanes = LANES[instruction_set()]
     computed = products(height, width, tile) * (-(-results // lanes) * lanes)
     most = MOST_PRODUCTS if min(channels, results) >= MANY_CHANNELS else MOST_PRODUCTS_OF_FEW
     return None if computed <= most * 9 * height * width * results else "library_as_fast"
+
+
+@cache
+def fewest_channels() -> int:
+    return FEWEST_CHANNELS_BESIDE_WIDER if LIBRARY.cpu_library_is_wider() else FEWEST_CHANNELS
 
 
 @cache
