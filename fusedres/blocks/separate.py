@@ -8,6 +8,7 @@ where eager keeps c, the activation and eight bytes.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fusedres.blocks.config import (
@@ -15,12 +16,13 @@ from fusedres.blocks.config import (
     BlockGrads,
     BlockNeeds,
     BlockOutput,
+    ConvBNConfig,
     ConvBNGrads,
     ConvBNTensors,
     Saved,
     Shortcut,
 )
-from fusedres.blocks.conv_bn import Unstored, conv_bn_add_relu, conv_bn_forward, unstored
+from fusedres.blocks.conv_bn import Unstored, conv_bn_add_relu, conv_bn_forward, convolve, unstored
 from fusedres.blocks.conv_bn_backward import (
     Onto,
     bn_parameter_grads,
@@ -40,6 +42,7 @@ from fusedres.ops.contract import (
 )
 from fusedres.ops.dispatch import Dispatcher
 
+BYTES_OF_PART = 8 << 20  # of a stem's c in inference: what the caches hold, and the C library gives out again
 KEEPS_ACTIVATIONS = True
 MAKES_ACTIVATIONS = False
 
@@ -203,9 +206,25 @@ def pooled_forward(
     """`forward` of a stem: y [N, Cout, H'', W'']."""
     assert config.pool is not None
     (unit,) = config.main
-    c, v = conv_bn_forward(ops, x, unit, t, frozen_vectors(ops, unit, t, x))
-    y, indices = ops(BnReluMaxpoolForward(c, v.scale, v.shift, *config.pool, save))
+    frozen = frozen_vectors(ops, unit, t, x)
+    if frozen is not None and not save and (images := images_of_part(x, unit, t)) < x.shape[0]:
+        v, indices = frozen, None
+        parts = (convolve(part, unit, t) for part in x.split(images))
+        y = torch.cat([ops(BnReluMaxpoolForward(c, v.scale, v.shift, *config.pool, save))[0] for c in parts])
+    else:
+        c, v = conv_bn_forward(ops, x, unit, t, frozen)
+        y, indices = ops(BnReluMaxpoolForward(c, v.scale, v.shift, *config.pool, save))
     return BlockOutput(y, (v,), Saved((), (c,), (v,), indices, None) if save else None)
+
+
+def images_of_part(x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> int:
+    """How many images of x a stem convolves at once in inference: on a CPU so few that c stays in the caches."""
+    n, _, height, width = x.shape
+    if not x.is_cpu or n * height * width == 0:
+        return n
+    sides = height // unit.stride[0], width // unit.stride[1]
+    bytes_of_image = t.weight.shape[0] * sides[0] * sides[1] * x.element_size()
+    return max(torch.get_num_threads(), BYTES_OF_PART // max(1, bytes_of_image))
 
 
 def pooled_backward(

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from accuracy import assert_same_float64
+from accuracy import assert_as_accurate_as_eager, assert_same_float64
 from block_forms import one_step, randomize
 from torch import nn
 
 import fusedres
+from fusedres.blocks import conv_bn, separate
 from fusedres.models import cifar_resnet, resnet18
 from fusedres.nn import ConvBN, stem_block
 
@@ -49,6 +50,31 @@ def test_stem_equals_autograd_in_float64(pool, training, bias):
         assert_same_float64(actual.gradients[name], expected.gradients[name], name)
     for name in ("bn.running_mean", "bn.running_var"):
         assert_same_float64(actual.buffers[name], expected.buffers[name], name)
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "NCHW"])
+def test_inference_convolves_a_few_images_at_a_time(channels_last, monkeypatch):
+    torch.manual_seed(0)
+    images = torch.get_num_threads()
+    plain = randomize(Stem(POOLS[0], True)).eval()
+    fused = copy.deepcopy(plain)
+    fused.fused = True
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2 * images + 1, 3, 21, 19).to(memory_format=layout)
+    convolved = []
+
+    def convolve(part, *args):
+        convolved.append(part.shape[0])
+        return conv_bn.convolve(part, *args)
+
+    monkeypatch.setattr(separate, "convolve", convolve)
+    monkeypatch.setattr(separate, "BYTES_OF_PART", 1)
+    with torch.no_grad():
+        found, expected = fused(x), plain(x)
+        exact = plain.double()(x.double())
+    assert convolved == [images, images, 1]
+    assert found.is_contiguous(memory_format=layout)
+    assert_as_accurate_as_eager(found, expected, exact)
 
 
 def test_second_derivatives():
