@@ -35,6 +35,7 @@ STYLE = {
 MACHINES = (  # the columns of the tables in docs/pages/benchmarks.md
     ("AMD Zen 5, float32", "cpu_avx512_zen5/{}_float32"),
     ("AMD Zen 5, bfloat16", "cpu_avx512_zen5/{}_bfloat16"),
+    ("Intel Emerald Rapids, float32", "cpu_avx512_amx/{}_float32"),
     ("Intel Cascade Lake, float32", "cpu_avx512_intel/{}_float32"),
     ("AMD Zen 3, float32", "cpu/{}_batch16"),
     ("AMD Zen 4, float32", "cpu_avx512/{}_float32"),
@@ -119,8 +120,9 @@ def block_sizes() -> Figure:
         (
             "float32",
             (
-                ("AMD Zen 3 (AVX2)", "cpu/block_sizes_{}", "oC2"),
+                ("AMD Zen 3 (AVX2)", "cpu/block_sizes_{}", "oC3"),
                 ("AMD Zen 4", "cpu_avx512/block_sizes_{}_float32", "sC0"),
+                ("Intel Emerald Rapids", "cpu_avx512_amx/block_sizes_{}_float32", "vC2"),
                 ("Intel Cascade Lake", "cpu_avx512_intel/block_sizes_{}_float32", "^C4"),
                 ("AMD Zen 5", "cpu_avx512_zen5/block_sizes_{}_float32", "DC1"),
             ),

@@ -14,6 +14,7 @@ PAGES = ROOT / "docs/pages"
 COLUMNS = (  # of both tables
     "cpu_avx512_zen5/{}_float32",
     "cpu_avx512_zen5/{}_bfloat16",
+    "cpu_avx512_amx/{}_float32",
     "cpu_avx512_intel/{}_float32",
     "cpu/{}_batch16",
     "cpu_avx512/{}_float32",
@@ -60,15 +61,17 @@ def test_the_tables(heading, file, count):
 
 def test_the_first_lines():
     said = re.findall(
-        r"trains (\S+)x and infers (\S+)x as fast as\s+eager,\s+(\S+)x and\s+(\S+)x as fast as torch", README
+        r"trains\s+(\S+)x\s+and\s+infers\s+(\S+)x\s+as\s+fast\s+as\s+eager,\s+(\S+)x\s+and\s+(\S+)x\s+as\s+fast\s+as\s+torch",
+        README,
     )
-    files = [f"cpu/{name}_batch16" for name in ("headline", "compiled_baseline")]
+    machines = "cpu_avx512_amx/{}_float32", "cpu/{}_batch16"
     measured = [
         tuple(
-            f"{result(file, model, phase, 'fusedres_auto')['ratio']:.2f}"
-            for file in files
+            f"{result(machine.format(file), model, phase, 'fusedres_auto')['ratio']:.2f}"
+            for file in ("headline", "compiled_baseline")
             for phase in ("train", "infer")
         )
+        for machine in machines
         for model in ("resnet50", "resnet18")
     ]
     assert said == measured
