@@ -32,6 +32,9 @@ CAUGHT = {
 }
 
 
+SEEDS = {"landscape": (0, 1, 2)}  # one seed's sharpness is chance, which differs from processor to processor
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """One folder for each way in which networks are broken: studies share their trainings."""
@@ -42,7 +45,7 @@ def run(study, how, folders, monkeypatch):
     monkeypatch.setattr(networks, "build", tiny_studies.BROKEN[how](networks.build))
     monkeypatch.setattr(networks, "patched", lambda model, kind: model)
     monkeypatch.setattr(networks, "check_ran", lambda model, kind: None)
-    return tiny_studies.found(study, folders[how], tiny_studies.of_seeds((0,)))
+    return tiny_studies.found(study, folders[how], tiny_studies.of_seeds(SEEDS.get(study, (0,))))
 
 
 @pytest.mark.parametrize(("how", "study"), [(how, study) for how in CAUGHT for study in CAUGHT[how]])
