@@ -264,7 +264,9 @@ def test_three_sgd_steps_equal_unpatched_in_float64(build, recipe):
 )
 def test_model_outputs_in_lower_precision_are_as_accurate_as_eager(block, depths, dtype):
     torch.manual_seed(0)
-    model = ResNet(block, depths, num_classes=5).to(dtype)
+    # A fresh BN scales by 1 - 5e-6: sums of two bfloat16s then lie just below a midpoint, and one rounding is biased
+    # where eager's two are not.
+    model = randomize(ResNet(block, depths, num_classes=5)).to(dtype)
     report = fusedres.verify(model, torch.randn(4, 3, 40, 40).to(dtype))
     assert report, str(report)
 
