@@ -32,6 +32,7 @@ pytestmark = pytest.mark.skipif(cuda_host_build.cuda_include() is None, reason="
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DRAWS = 4  # of ours: the host build is slow
+DRAWS_OF_EAGER = 64  # a sign or none differs in most of them
 
 
 def bottlenecks():
@@ -103,7 +104,9 @@ def test_a_network_is_as_accurate_as_eager(native, recipe, dtype):
     config, units = read_network(model, x)
     trace = []
     ops = Dispatcher((traced(native, trace), traced(REFERENCE, trace)))
-    assert_block_as_accurate_as_eager(partial(network_by_recipe, ops, recipe), config, x, units, dy, DRAWS)
+    assert_block_as_accurate_as_eager(
+        partial(network_by_recipe, ops, recipe), config, x, units, dy, DRAWS, DRAWS_OF_EAGER
+    )
     assert {op for op, backend in trace if backend == native.name} >= PRODUCTS_OF[recipe]
     assert {op for op, backend in trace if backend != native.name} <= LIBRARY
 

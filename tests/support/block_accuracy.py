@@ -209,16 +209,17 @@ def assert_block_as_accurate_as_eager(
     units: tuple[ConvBNTensors, ...],
     dy: Tensor,
     number: int = DRAWS,
+    of_eager: int = DRAWS,
 ) -> None:
     """What `run` gives on these arguments and on others like them, `number` in all, by the rule: signs, y and every
-    gradient. Eager's error is that of DRAWS."""
+    gradient. Eager's error is that of `of_eager` draws: where few signs differ at all, the largest is of few."""
     call = config, x, units, dy
     actual, eager = run(*call), eagerly(*call)
     dtypes = [[None if t is None else t.dtype for t in tensors_of(result)] for result in (actual, eager)]
     assert dtypes[0] == dtypes[1], f"dtypes {dtypes[0]}, eager {dtypes[1]}"
     _, exact = errors_of(actual, *call)
     found = errors_over_draws(run, *call, number).relative(exact)
-    own = errors_over_draws(eagerly, *call, DRAWS).relative(exact)
+    own = errors_over_draws(eagerly, *call, of_eager).relative(exact)
     for what, error, yardstick in zip(compared(config, actual), found, own, strict=True):
         limit = error_limit(yardstick, x.dtype)
         assert error <= limit, f"{what}: error {error:.3e} exceeds {limit:.3e} (eager's own: {yardstick:.3e})"
