@@ -37,3 +37,25 @@ def test_every_native_op_with_the_kernels_for_avx512():
 def test_every_native_op_with_the_kernels_for_avx2():
     site = Path(fusedres.__file__).parent.parent
     run_every_check("avx2", PYTHONPATH=str(site), ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
+
+
+LIMITS = [({}, True), ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, False), ({"DNNL_MAX_CPU_ISA": "avx512_core"}, True)]
+
+
+@pytest.mark.parametrize(("limit", "wider"), LIMITS, ids=["unlimited", "avx2", "avx512"])
+def test_direct_products_are_left_to_a_wider_onednn(limit, wider):
+    """torch is held to AVX2; oneDNN takes what the processor has, where its own variable does not hold it."""
+    program = (
+        "from fusedres.ops.native import library, reasons, winograd;"
+        "print(library.onednn_is_wider(), len(reasons.product_dtypes()), winograd.fewest_channels())"
+    )
+    kept = {k: v for k, v in os.environ.items() if not k.endswith("_MAX_CPU_ISA")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env={**kept, "ATEN_CPU_CAPABILITY": "avx2", **limit},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    has_avx512 = "avx512dq" in Path("/proc/cpuinfo").read_text()
+    assert done.stdout.split() == (["True", "0", "32"] if wider and has_avx512 else ["False", "1", "16"])
