@@ -91,12 +91,16 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "conv_backward_weight(Tensor dy, Tensor x, int kernel_height, int kernel_width, int stride_height,"
       " int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width) -> Tensor");
-  // on the CPU for inference: no bias, stride, prologue, mask and statistics
+  // on the CPU for inference: no bias, prologue, mask and statistics
   m.def(
       "conv1x1_forward(Tensor x, Tensor weight, Tensor? bias=None, int stride=1, Tensor? in_scale=None,"
       " Tensor? in_shift=None, Tensor? scale=None, Tensor? shift=None, Tensor? residual=None,"
       " Tensor? residual_scale=None, Tensor? residual_shift=None, bool relu=False, bool save_mask=False,"
       " bool save_stats=False) -> (Tensor y, Tensor? mask, Tensor? mean, Tensor? var)");
+  // the same on the CPU into y, which shares no memory with the other tensors
+  m.def(
+      "conv1x1_forward_out(Tensor x, Tensor weight, int stride, Tensor scale, Tensor shift, Tensor? residual,"
+      " Tensor? residual_scale, Tensor? residual_shift, bool relu, Tensor(a!) y) -> ()");
   // on CUDA alone
   m.def(
       "conv1x1_backward_input(Tensor dy, Tensor c, Tensor scale, Tensor shift, Tensor A, Tensor? B, Tensor? K,"
@@ -126,6 +130,11 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
       "conv3x3_forward(Tensor x, Tensor weight, Tensor? in_scale, Tensor? in_shift, Tensor? scale, Tensor? shift,"
       " Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, bool relu, bool save_stats, int tile,"
       " int stride=1, bool save_mask=False) -> (Tensor y, Tensor? mask, Tensor? mean, Tensor? var, bool finite)");
+  // the same on the CPU with an epilogue, without stride, mask and statistics, into y
+  m.def(
+      "conv3x3_forward_out(Tensor x, Tensor weight, Tensor? in_scale, Tensor? in_shift, Tensor scale, Tensor shift,"
+      " Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, bool relu, int tile, Tensor(a!) y)"
+      " -> (bool finite)");
   m.def(
       "conv3x3_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask, int tile,"
       " Tensor? c=None, Tensor? scale=None, Tensor? shift=None, Tensor? A=None, Tensor? B=None, Tensor? K=None,"

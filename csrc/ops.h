@@ -245,8 +245,8 @@ struct ConvForward {
   const float* residual_shift;              // [out_channels]
   bool relu;
   void* y;  // [P, out_channels]
+  ConvAxis height = {}, width = {};
   // CUDA alone
-  ConvAxis height = {}, width = {};  // of the 1x1 convolution not read without strides
   const void* bias = nullptr;        // [out_channels] in dtype, or null
   const float* in_scale = nullptr;   // [in_channels], null with in_shift: x itself, else relu(in_scale*x + in_shift)
   const float* in_shift = nullptr;   // [in_channels]

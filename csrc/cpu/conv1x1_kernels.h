@@ -15,11 +15,12 @@ constexpr int64_t kRowsAtOnce = kRowsOfProduct / kPanel * kPanel;
 constexpr int64_t kDepthAhead = 16;      // rows of a panel to prefetch: a deep panel lies in the second cache
 constexpr int64_t kPanelsThatFetch = 2;  // of a tile: so that few fetches are under way at a time
 
-// result[p, n] = sum over k of a[p, k] * b[k, n], in words.
+// result[row(p), n] = sum over k of a[source(p), k] * b[k, n], in words.
 struct Product {
-  const float* a;         // [positions, depth]
+  const float* a;         // [sources, depth]
   const float* packed_b;  // [panel][depth][kPanelIn]
   int64_t depth, columns;
+  int64_t step;  // words between most positions' rows of a
   RowsOfProduct rows;
 };
 
@@ -28,7 +29,7 @@ struct ProductTile {
   const float* a;             // [rows][pitch], copied
   const float* b;             // [depth, kPanelIn]
   const int64_t* rows;        // the row of the result for each row of a
-  const float* next;          // [rows][Product::depth]: what will be copied next to these rows, fetched by ...
+  const float* next;          // [rows][Product::step]: what will be copied next to these rows, fetched by ...
   int64_t fetchers, fetcher;  // ... so many panels, of which this is number `fetcher`, if it is one of them
   int64_t depth, column, lanes;
   bool first, last;  // whether this is the first and the last part of the depth
@@ -112,7 +113,7 @@ void multiply(const Product& product, const ProductTile& tile, const Finish& fin
   for (int64_t k = 0; k < tile.depth; ++k, ++a, b += kPanelIn) {
     if constexpr (fetch) {
       if (k % tile.fetchers == tile.fetcher) {
-        _mm_prefetch(tile.next + k % kLine<float> * product.depth + k / kLine<float> * kLine<float>, _MM_HINT_T0);
+        _mm_prefetch(tile.next + k % kLine<float> * product.step + k / kLine<float> * kLine<float>, _MM_HINT_T0);
       }
     }
     for (int64_t i = 0; i < kPanelIn; i += kLine<float>) _mm_prefetch(b + kDepthAhead * kPanelIn + i, _MM_HINT_T0);
@@ -160,10 +161,11 @@ inline int64_t multiply_some(int64_t left, const Product& product, const Product
   return most;
 }
 
-// Multiplies positions [begin, end) of a; row(position) is the row of the result. All columns of a few tiles' rows are
-// finished before the next: the result and the operands added to it then pass in sequence.
-template <class T, class Row, class Finish>
-inline void multiply_rows(const Product& product, int64_t begin, int64_t end, Row row, const Finish& finish) {
+// Multiplies positions [begin, end). All columns of a few tiles' rows are finished before the next: the result and the
+// operands added to it then pass in sequence.
+template <class T, class Source, class Row, class Finish>
+inline void multiply_rows(const Product& product, int64_t begin, int64_t end, Source source, Row row,
+                          const Finish& finish) {
   const int64_t panels = (product.columns + kPanelIn - 1) / kPanelIn;
   const int64_t fetchers = panels < kPanelsThatFetch ? 1 : kPanelsThatFetch;
   int64_t rows[kRowsOfProduct];
@@ -175,10 +177,10 @@ inline void multiply_rows(const Product& product, int64_t begin, int64_t end, Ro
       depth = smaller_of(product.depth - done, product.rows.depth);
       for (int64_t position = first; position < last; ++position) {
         __builtin_memcpy(product.rows.copied + (position - first) * product.rows.pitch,
-                         product.a + position * product.depth + done, depth * sizeof(float));
+                         product.a + source(position) * product.depth + done, depth * sizeof(float));
       }
       const bool whole = done + depth == product.depth;
-      const float* next = whole ? product.a + last * product.depth : product.a + first * product.depth + done + depth;
+      const float* next = product.a + source(whole ? last : first) * product.depth + (whole ? 0 : done + depth);
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t column = panel * kPanelIn;
         const float* b = product.packed_b + column * product.depth + done * kPanelIn;
@@ -186,7 +188,7 @@ inline void multiply_rows(const Product& product, int64_t begin, int64_t end, Ro
           const ProductTile tile{product.rows.copied + i * product.rows.pitch,
                                  b,
                                  rows + i,
-                                 next + i * product.depth,
+                                 next + i * product.step,
                                  fetchers,
                                  panel,
                                  depth,
@@ -250,34 +252,37 @@ void pack_weight_transposed(const PackArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// The row of dx for a position of dy, one of N*height.out*width.out.
-inline int64_t row_of(const Conv1x1InputArgs& args, int64_t position) {
-  const ConvAxis &height = args.height, &width = args.width;
+// The row of a convolution's input for a position of its output, one of N*height.out*width.out.
+inline int64_t input_row(const ConvAxis& height, const ConvAxis& width, int64_t position) {
   if (height.stride == 1 && width.stride == 1) return position;
   const int64_t line = position / width.out, image = line / height.out;
-  const int64_t x_line = image * height.in + line % height.out * height.stride;
-  return x_line * width.in + position % width.out * width.stride;
+  const int64_t input_line = image * height.in + line % height.out * height.stride;
+  return input_line * width.in + position % width.out * width.stride;
 }
 
 // Writes dx of positions [begin, end) of dy.
 template <class T>
 void conv1x1_backward_input(const Conv1x1InputArgs& args, int64_t begin, int64_t end) {
   const int64_t depth = args.out_channels / kPerWord<T>;
-  const Product product{static_cast<const float*>(args.dy), args.packed_weight, depth, args.in_channels,
-                        args.rows_of_product};
-  multiply_rows<T>(product, begin, end, [&](int64_t at) { return row_of(args, at); }, AddToShortcut<T>(args));
+  const auto same = [](int64_t at) { return at; };
+  const auto input = [&](int64_t at) { return input_row(args.height, args.width, at); };
+  const Product product{
+      static_cast<const float*>(args.dy), args.packed_weight, depth, args.in_channels, depth, args.rows_of_product};
+  multiply_rows<T>(product, begin, end, same, input, AddToShortcut<T>(args));
 }
 
 // Writes y of positions [begin, end).
 template <class T>
 void conv1x1_forward(const Conv1x1Args& args, int64_t begin, int64_t end) {
   const int64_t depth = args.in_channels / kPerWord<T>;
-  const Product product{static_cast<const float*>(args.x), args.packed_weight, depth, args.out_channels,
-                        args.rows_of_product};
+  const auto same = [](int64_t at) { return at; };
+  const auto input = [&](int64_t at) { return input_row(args.height, args.width, at); };
+  const Product product{static_cast<const float*>(args.x), args.packed_weight,  depth, args.out_channels,
+                        depth * args.width.stride,         args.rows_of_product};
   with(args.form, [&](auto form) {
     with(args.relu, [&](auto relu) {
       const ScaleShiftAddRelu<T, form.value, relu.value> finish(args);
-      multiply_rows<T>(product, begin, end, [](int64_t at) { return at; }, finish);
+      multiply_rows<T>(product, begin, end, input, same, finish);
     });
   });
 }

@@ -108,6 +108,13 @@ inline void check_like(const char* op, const char* name, const OptionalTensor& t
   if (t) check_like(op, name, *t, like);
 }
 
+// Whether the memory of dense a and b overlaps.
+inline bool share_memory(const Tensor& a, const Tensor& b) {
+  const auto begin = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()); };
+  const auto bytes = [](const Tensor& t) { return uintptr_t(t.numel()) * t.element_size(); };
+  return begin(a) < begin(b) + bytes(b) && begin(b) < begin(a) + bytes(a);
+}
+
 // v is a float32 vector [channels].
 inline void check_vector(const char* op, const char* name, const Tensor& v, int64_t channels) {
   if (v.scalar_type() != ScalarType::Float) {

@@ -98,9 +98,17 @@ ConvOutput conv1x1_forward(Tensor x, Tensor weight, OptionalTensor bias, int64_t
                            OptionalTensor residual_scale, OptionalTensor residual_shift, bool relu, bool save_mask,
                            bool save_stats) {
   const char* op = "conv1x1_forward";
-  Device::check_form(op, !bias && stride == 1 && !in_scale && scale && !save_mask && !save_stats);
+  Device::check_form(op, !bias && !in_scale && scale && !save_mask && !save_stats);
   return conv_forward<Device>(op, 1, x, weight, bias, stride, in_scale, in_shift, scale, shift, residual,
                               residual_scale, residual_shift, relu, save_mask, save_stats);
+}
+
+// The same, on the CPU, into y.
+template <class Device>
+void conv1x1_forward_out(Tensor x, Tensor weight, int64_t stride, Tensor scale, Tensor shift, OptionalTensor residual,
+                         OptionalTensor residual_scale, OptionalTensor residual_shift, bool relu, Tensor y) {
+  conv_forward<Device>("conv1x1_forward_out", 1, x, weight, {}, stride, {}, {}, scale, shift, residual, residual_scale,
+                       residual_shift, relu, false, false, y);
 }
 
 }  // namespace
@@ -111,6 +119,7 @@ FUSEDRES_OPS(CPU, m) {
   using namespace fusedres::front;
   m.impl<&conv_backward_weight<Cpu>>("conv_backward_weight");
   m.impl<&conv1x1_forward<Cpu>>("conv1x1_forward");
+  m.impl<&conv1x1_forward_out<Cpu>>("conv1x1_forward_out");
   m.impl<&conv_backward_input<Cpu>>("conv_backward_input");
   m.impl<&conv_backward_input_<Cpu>>("conv_backward_input_");
 }

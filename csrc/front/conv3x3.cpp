@@ -2,7 +2,7 @@
 // calls the CPU's launcher. No other device has one.
 #include <tuple>
 
-#include "allocate.h"
+#include "conv_checks.h"
 #include "device_ops.h"
 #include "devices.h"
 
@@ -39,16 +39,15 @@ void check_prologue(const char* op, const OptionalTensor& in_scale, const Option
   check_vector(op, "in_shift", in_shift, channels);
 }
 
-// x [N, Cin, H, W], weight [Cout, Cin, 3, 3], residual and y [N, Cout, H, W]
+// y, mask, mean, var, finite
+using Conv3x3Output = std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, bool>;
+
+// x [N, Cin, H, W], weight [Cout, Cin, 3, 3], residual and y [N, Cout, H, W]. out: what y is written into, or nothing.
 template <class Device>
-std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, bool> conv3x3_forward(
-    Tensor x, Tensor weight, OptionalTensor in_scale, OptionalTensor in_shift, OptionalTensor scale,
-    OptionalTensor shift, OptionalTensor residual, OptionalTensor residual_scale, OptionalTensor residual_shift,
-    bool relu, bool save_stats, int64_t tile, int64_t stride, bool save_mask) {
-  const char* op = "conv3x3_forward";
-  if (stride != 1 || save_mask) {
-    fail(op, "the call", "one with a stride or a mask", "neither", "use backend='reference'");
-  }
+Conv3x3Output forward_3x3(const char* op, Tensor x, Tensor weight, OptionalTensor in_scale, OptionalTensor in_shift,
+                          OptionalTensor scale, OptionalTensor shift, OptionalTensor residual,
+                          OptionalTensor residual_scale, OptionalTensor residual_shift, bool relu, bool save_stats,
+                          int64_t tile, OptionalTensor out) {
   const Conv3x3 sizes = check_3x3<Device>(op, "x", x, weight, 1, tile);
   check_prologue(op, in_scale, in_shift, sizes.in_channels);
   check_together(op, "scale, shift", scale.has_value(), shift.has_value());
@@ -61,7 +60,8 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, bool> conv3x3
     check_vector(op, name, v, sizes.out_channels);
   }
   if (save_stats && scale) fail(op, "save_stats", "given with an epilogue", "one of the two", "ask for one of them");
-  Tensor y = new_channels_last(x, sizes.batch, sizes.out_channels, sizes.height, sizes.width, dtype_code(x));
+  Tensor y = given_or_new(op, out, x, {sizes.batch, sizes.out_channels, sizes.height, sizes.width},
+                          {Named("x", x), Named("weight", weight), Named("residual", residual)});
   check_like(op, "residual", residual, y);
   OptionalTensor mean, var;
   if (save_stats) {
@@ -73,6 +73,28 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor, OptionalTensor, bool> conv3x3
                                                data(scale), data(shift), data(residual), data(residual_scale),
                                                data(residual_shift), relu, written(y), written(mean), written(var)});
   return {y, OptionalTensor(), mean, var, finite};
+}
+
+template <class Device>
+Conv3x3Output conv3x3_forward(Tensor x, Tensor weight, OptionalTensor in_scale, OptionalTensor in_shift,
+                              OptionalTensor scale, OptionalTensor shift, OptionalTensor residual,
+                              OptionalTensor residual_scale, OptionalTensor residual_shift, bool relu, bool save_stats,
+                              int64_t tile, int64_t stride, bool save_mask) {
+  const char* op = "conv3x3_forward";
+  if (stride != 1 || save_mask) {
+    fail(op, "the call", "one with a stride or a mask", "neither", "use backend='reference'");
+  }
+  return forward_3x3<Device>(op, x, weight, in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift,
+                             relu, save_stats, tile, {});
+}
+
+// The same in inference, into y.
+template <class Device>
+bool conv3x3_forward_out(Tensor x, Tensor weight, OptionalTensor in_scale, OptionalTensor in_shift, Tensor scale,
+                         Tensor shift, OptionalTensor residual, OptionalTensor residual_scale,
+                         OptionalTensor residual_shift, bool relu, int64_t tile, Tensor y) {
+  return std::get<4>(forward_3x3<Device>("conv3x3_forward_out", x, weight, in_scale, in_shift, scale, shift, residual,
+                                         residual_scale, residual_shift, relu, false, tile, y));
 }
 
 // dy [N, Cout, H, W], weight [Cout, Cin, 3, 3], shortcut_dy and the result [N, Cin, H, W]
@@ -129,6 +151,7 @@ std::tuple<Tensor, bool> conv3x3_backward_weight(Tensor dy, Tensor x, OptionalTe
 FUSEDRES_OPS(CPU, m) {
   using namespace fusedres::front;
   m.impl<&conv3x3_forward<Cpu>>("conv3x3_forward");
+  m.impl<&conv3x3_forward_out<Cpu>>("conv3x3_forward_out");
   m.impl<&conv3x3_backward_input<Cpu>>("conv3x3_backward_input");
   m.impl<&conv3x3_backward_weight<Cpu>>("conv3x3_backward_weight");
 }

@@ -18,12 +18,12 @@ inline ConvAxis strided(int64_t in, int64_t kernel, int64_t stride) {
 }
 
 // The op of a window of this side: x [N, Cin, H, W], weight [Cout, Cin, kernel, kernel], residual and
-// y [N, Cout, H', W']
+// y [N, Cout, H', W']; out: the tensor to write y into, or none
 template <class Device>
 ConvOutput conv_forward(const char* op, int64_t kernel, Tensor x, Tensor weight, OptionalTensor bias, int64_t stride,
                         OptionalTensor in_scale, OptionalTensor in_shift, OptionalTensor scale, OptionalTensor shift,
                         OptionalTensor residual, OptionalTensor residual_scale, OptionalTensor residual_shift,
-                        bool relu, bool save_mask, bool save_stats) {
+                        bool relu, bool save_mask, bool save_stats, OptionalTensor out = {}) {
   const Shape shape = check_weight<Device>(op, "x", x, weight, 1, kernel);
   const int64_t channels = weight.size(0);
   if (stride < 1 || stride > 1 << 20) {
@@ -47,7 +47,8 @@ ConvOutput conv_forward(const char* op, int64_t kernel, Tensor x, Tensor weight,
        Named("residual_scale", residual_scale), Named("residual_shift", residual_shift)});
   const ConvAxis height = strided(x.size(2), kernel, stride), width = strided(x.size(3), kernel, stride);
   const int64_t rows = x.size(0) * height.out * width.out;
-  Tensor y = new_channels_last(x, x.size(0), channels, height.out, width.out, dtype_code(x));
+  Tensor y = given_or_new(op, out, x, {x.size(0), channels, height.out, width.out},
+                          {Named("x", x), Named("weight", weight), Named("residual", residual)});
   check_like(op, "residual", residual, y);
   OptionalTensor mask, mean, var;
   if (save_mask) mask = new_bytes(x, (rows * channels + 7) / 8);

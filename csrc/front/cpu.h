@@ -43,7 +43,7 @@ struct Cpu {
   // inference: a convolution with no more than BN with known vectors, addition and ReLU.
   static void check_form(const char* op, bool inference) {
     if (inference) return;
-    fail(op, "the call", "one of training", "scale and shift, and no bias, stride, prologue, mask and statistics",
+    fail(op, "the call", "one of training", "scale and shift, and no bias, prologue, mask and statistics",
          "use backend='reference'");
   }
 

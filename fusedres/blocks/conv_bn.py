@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedres.blocks.config import ConvBNConfig, ConvBNTensors
-from fusedres.blocks.gram_form import is_plain_1x1
+from fusedres.blocks.gram_form import is_plain_1x1, is_strided_1x1
 from fusedres.blocks.prologue_form import is_plain_3x3
 from fusedres.blocks.statistics import vectors_of_batch
 from fusedres.ops.backend import Backend
@@ -34,12 +34,15 @@ def convolve(x: Tensor, unit: ConvBNConfig, t: ConvBNTensors) -> Tensor:
 
 
 def fused_convolution(
-    x: Tensor, unit: ConvBNConfig, t: ConvBNTensors
+    x: Tensor, unit: ConvBNConfig, t: ConvBNTensors, strided: bool = False
 ) -> Conv1x1Forward | Conv3x3Forward | None:
-    """The raw op of this convolution, to which more can be fused; None: there is none of its form."""
+    """The raw op of this convolution, to which more can be fused; None: there is none of its form.
+
+    strided: whether a 1x1 convolution may have a stride.
+    """
     bias = None if t.conv_bias is None else t.conv_bias.to(x.dtype)
-    if is_plain_1x1(unit, t):
-        return Conv1x1Forward(x, cast_later(t, x), bias)
+    if is_plain_1x1(unit, t) or (strided and is_strided_1x1(unit, t)):
+        return Conv1x1Forward(x, cast_later(t, x), bias, unit.stride[0])
     if bias is None and is_plain_3x3(unit, t):
         return Conv3x3Forward(x, cast_later(t, x), unit.stride[0])
     return None
@@ -119,7 +122,7 @@ def conv_bn_add_relu(
     shortcut: a tensor, and scale and shift of its BN or None.
     """
     given = x.c if isinstance(x, Unstored) else x
-    op = fused_convolution(given, unit, t) if given.is_cpu else None
+    op = fused_convolution(given, unit, t, strided=True) if given.is_cpu else None
     if op is None:
         return None
     if isinstance(x, Unstored):

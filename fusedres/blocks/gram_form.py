@@ -39,5 +39,10 @@ def unsuitable(config: BlockConfig, units: tuple[ConvBNTensors, ...], x: Tensor)
 
 def is_plain_1x1(unit: ConvBNConfig, t: ConvBNTensors) -> bool:
     """A 1x1 convolution without stride, padding or groups: a plain matrix product."""
+    return unit.stride == (1, 1) and is_strided_1x1(unit, t)
+
+
+def is_strided_1x1(unit: ConvBNConfig, t: ConvBNTensors) -> bool:
+    """A 1x1 convolution without padding or groups, of one stride along both axes."""
     pointwise = t.weight.shape[2:] == (1, 1) and unit.groups == 1
-    return pointwise and unit.stride == (1, 1) and unit.padding == (0, 0)
+    return pointwise and unit.stride[0] == unit.stride[1] and unit.padding == (0, 0)

@@ -64,18 +64,17 @@ def forward(
         return pooled_forward(ops, config, x, units[0], save)
     last = len(config.main) - 1
     activations: list[Tensor | None] = []
-    convs: list[Tensor] = []
+    convs: list[Tensor | None] = []
     vectors: list[BatchNormVectors] = []
     # Frozen vectors need no convolution: all are formed now, before the convolutions fill the caches.
     frozen = [frozen_vectors(ops, unit, t, x) for unit, t in zip(config.units, units, strict=True)]
     shortcut: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    projected: tuple[Tensor, BatchNormVectors] | None = None
+    projected: tuple[Tensor | None, BatchNormVectors] | None = None
     a: Tensor | Unstored = x
     mask = None
     for i, (unit, t) in enumerate(zip(config.main, units, strict=False)):
         if i == last and config.projection is not None:
-            residual, v = projected = conv_bn_forward(ops, x, config.projection, units[-1], frozen[-1])
-            shortcut = residual, v.scale, v.shift
+            projected, shortcut = project(ops, x, config.projection, units[-1], frozen[-1], save)
         elif i == last:
             shortcut = x if config.shortcut is Shortcut.IDENTITY else residual, None, None
         known = None if save else frozen[i]
@@ -105,6 +104,25 @@ def forward(
         vectors.append(projected[1])
     saved = Saved(tuple(activations[:last]), tuple(convs), tuple(vectors), mask, None) if save else None
     return BlockOutput(a, tuple(vectors), saved)
+
+
+def project(
+    ops: Dispatcher,
+    x: Tensor,
+    unit: ConvBNConfig,
+    t: ConvBNTensors,
+    frozen: BatchNormVectors | None,
+    save: bool,
+) -> tuple[tuple[Tensor | None, BatchNormVectors], tuple[Tensor, Tensor | None, Tensor | None]]:
+    """The projection's raw output, if it is stored, and its BN's vectors; the shortcut, and scale and shift of its BN
+    if that is still to come.
+    """
+    if frozen is not None and not save:
+        residual = conv_bn_add_relu(ops, x, unit, t, frozen, relu=False)
+        if residual is not None:
+            return (None, frozen), (residual, None, None)
+    c, v = conv_bn_forward(ops, x, unit, t, frozen)
+    return (c, v), (c, v.scale, v.shift)
 
 
 def backward(

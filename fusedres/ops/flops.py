@@ -79,6 +79,10 @@ def conv1x1_forward(x: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Any
     return convolution(x, weight, out_shape[0])
 
 
+def conv_forward_out(x: Shape, weight: Shape, *rest: Any, out_shape: Any) -> int:
+    return convolution(x, weight, rest[-1])
+
+
 def conv1x1_backward_input(dy: Shape, c: Shape, *rest: Any, out_shape: Sequence[Any]) -> int:
     weight: Shape = rest[5]  # behind scale, shift, A, B and K
     return convolution_gradients(out_shape[0], weight, dy, True, False)
@@ -122,6 +126,7 @@ def native_conv1x1_gram_backward_input(
 
 NATIVE: dict[str, Callable[..., int]] = {
     "conv1x1_forward": conv1x1_forward,
+    "conv1x1_forward_out": conv_forward_out,
     "conv1x1_backward_input": conv1x1_backward_input,
     "conv1x1_backward_weight": lambda dy, mask, c, *rest, out_shape: conv1x1_backward_weight(dy, c),
     "gram": lambda c, *rest, out_shape: gram(c),
@@ -133,6 +138,7 @@ NATIVE: dict[str, Callable[..., int]] = {
     "conv_backward_weight": conv_backward_weight,
     # as direct convolutions do: how much a model computes does not depend on the algorithm
     "conv3x3_forward": conv3x3_forward,
+    "conv3x3_forward_out": conv_forward_out,
     "conv3x3_backward_input": conv3x3_backward_input,
     "conv3x3_backward_weight": conv3x3_backward_weight,
 }

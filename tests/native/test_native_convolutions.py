@@ -81,6 +81,9 @@ def test_weight_gradient_is_left_to_the_library_where_threads_would_have_little_
 
 EPILOGUES = ("projection", "identity_no_relu", "affine")
 PRODUCTS = [c for c in conv1x1_cases.cases_of("conv1x1_forward") if c.form in EPILOGUES]
+PRODUCTS += [
+    replace(c, form=f"stride2_{c.form}") for c in PRODUCTS if c.id in ("P128", "P1100", "N0", "offset")
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,7 +94,7 @@ def test_product_with_its_epilogue(case, dtype, monkeypatch):
     ops, case = Recorder(), replace(case, dtype=DTYPES[dtype])
     conv1x1_checks.CHECKS["conv1x1_forward"](ops, case)
     dense = case.layout in ("channels_last", "offset")
-    dense = dense or (case.form == "affine" and case.layout in ("mixed", "expanded"))
+    dense = dense or (case.form.endswith("affine") and case.layout in ("mixed", "expanded"))
     half = case.dtype == torch.bfloat16
     dense = dense and not (half and (case.dtype not in reasons.product_dtypes() or case.shape[1] % 2))
     served = {name for op, name in ops.served if op == "conv1x1_forward"}
@@ -101,8 +104,9 @@ def test_product_with_its_epilogue(case, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", product_dtypes())
 @pytest.mark.parametrize("form", EPILOGUES)
 def test_product_of_more_than_it_sums_at_once(form, dtype):
-    case = conv1x1_cases.ConvCase("large", (2, 1030, 7, 9), cout=150, form=form, dtype=dtype)
-    conv1x1_checks.CHECKS["conv1x1_forward"](functions.backend(), case)
+    for given in (form, f"stride2_{form}"):
+        case = conv1x1_cases.ConvCase("large", (2, 1030, 15, 17), cout=150, form=given, dtype=dtype)
+        conv1x1_checks.CHECKS["conv1x1_forward"](functions.backend(), case)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +118,7 @@ def test_product_of_more_than_it_sums_at_once(form, dtype):
         ({"residual": torch.zeros(2, 16, 5, 6)}, r"residual is \[2, 16, 5, 6\]"),
         ({"residual_shift": None}, "residual_scale, residual_shift is given in part"),
         ({"residual": None}, "residual_scale is without residual"),
-        ({"stride": 2}, "the call is one of training"),
+        ({"stride": 2}, r"residual is \[2, 16, 5, 5\], needed \[2, 16, 3, 3\]"),
         ({"bias": torch.zeros(16)}, "the call is one of training, needed scale and shift, and no bias"),
         ({"scale": None, "shift": None}, "the call is one of training"),
     ],

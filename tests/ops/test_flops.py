@@ -139,9 +139,11 @@ def test_registered_in_whatever_order_one_imports(code):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_operators_of_cuda_count_as_the_convolution_does():
+def test_operators_that_few_calls_reach_count_as_the_convolution_does():
     image, wide, weight, vector = (2, 16, 3, 5), (2, 24, 3, 5), (24, 16, 1, 1), (24,)
     one = NATIVE["conv1x1_forward"](image, weight, out_shape=[wide, None, None, None])
+    into = vector, vector, None, None, None, True, wide
+    assert NATIVE["conv1x1_forward_out"](image, weight, 1, *into, out_shape=None) == one
     bn = vector, vector, vector, None, None
     assert NATIVE["conv1x1_backward_input"](wide, wide, *bn, weight, True, out_shape=[image, wide]) == one
     r = (24, 16), (24,)

@@ -45,8 +45,9 @@ def main(capability: str) -> None:
                 checked += 1
     for case in conv1x1_cases.cases_of("conv1x1_forward"):
         if case.id in PRODUCTS and case.form in ("projection", "affine"):
-            conv1x1_checks.CHECKS["conv1x1_forward"](ops, case)
-            checked += 1
+            for form in (case.form, f"stride2_{case.form}"):
+                conv1x1_checks.CHECKS["conv1x1_forward"](ops, replace(case, form=form))
+                checked += 1
     del os.environ[winograd.ENVIRONMENT_VARIABLE]
     for tile in (winograd.LARGE, winograd.SMALL):
         for op, case in conv3x3_cases():

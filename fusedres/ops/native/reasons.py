@@ -154,7 +154,7 @@ def inference_reason(op: Conv1x1Forward) -> str | None:
     x = op.x
     if op.scale is None or op.save_mask or op.save_stats or op.in_scale is not None:
         return "in_training"
-    if op.stride != 1 or op.bias is not None:
+    if op.bias is not None:
         return "stride_or_bias"
     if (reason := pointwise_reason(x, op.weight, x.shape[1])) is not None:
         return reason
