@@ -36,7 +36,7 @@ from fusedres.ops.contract import (
     GramOutputStats,
     ReluBackward,
 )
-from fusedres.ops.native import library, products, winograd
+from fusedres.ops.native import kept_memory, library, products, winograd
 from fusedres.ops.native.reasons import (
     REASONS,
     conv3x3_reason,
@@ -115,6 +115,13 @@ def bn_relu_maxpool_backward_input(op: BnReluMaxpoolBackwardInput) -> Tensor:
 
 
 def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
+    if op.x.is_cpu:
+        sides = [(side - 1) // op.stride + 1 for side in op.x.shape[2:]]
+        y = kept_memory.take(op.x, op.weight.shape[0], *sides)
+        if y is not None:
+            x, weight, _, stride, _, _, *fused, _, _ = op
+            LIBRARY.conv1x1_forward_out(x, weight, stride, *fused, y)
+            return ConvOutput(y, None, None, None)
     return ConvOutput(*LIBRARY.conv1x1_forward(*op))
 
 

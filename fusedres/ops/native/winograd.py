@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedres.ops.contract import Conv3x3Forward, ConvBackwardInput, ConvBackwardWeight, ConvOutput
+from fusedres.ops.native import kept_memory
 from fusedres.ops.reference import REFERENCE
 
 ENVIRONMENT_VARIABLE = "FUSEDRES_WINOGRAD"
@@ -127,6 +128,10 @@ def conv3x3_forward(op: Conv3x3Forward, largest: int = LARGE) -> ConvOutput:
     x, weight, _, in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift, relu, *_ = op
     tile = forward_tile(op, largest)
     vectors = in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift
+    y = None if scale is None else kept_memory.take(x, weight.shape[0], *x.shape[2:])
+    if y is not None:
+        finite = LIBRARY.conv3x3_forward_out(x, channels_last(weight), *vectors, relu, tile, y)
+        return ConvOutput(y, None, None, None) if finite else REFERENCE(op)
     y, _, mean, var, finite = LIBRARY.conv3x3_forward(
         x, channels_last(weight), *vectors, relu, op.save_stats, tile
     )

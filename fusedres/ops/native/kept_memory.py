@@ -1,0 +1,124 @@
+"""Memory of large results of inference on a CPU, kept between calls.
+
+The C library gives large blocks back to the system when they are freed and takes them anew: beyond 32 MiB always, and
+smaller ones whenever much is free. The system fills each page of 4 KiB with zeros at its first use, which takes about
+as long as the 1x1 convolution that writes it. So results of more than `LARGE` bytes lie in storages of torch's own that
+are kept here. A storage serves again once nothing else holds it: no tensor, view, array, capsule or graph. A result is
+an ordinary tensor on a storage of its size, which can be resized, shared or pickled as any other.
+
+    FUSEDRES_KEPT_MEMORY=0    keeps none
+
+A process keeps at most `MOST_BYTES`, and no storage that served none of the last `WINDOW` results.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+ENVIRONMENT_VARIABLE = "FUSEDRES_KEPT_MEMORY"
+LARGE = 8 << 20  # bytes
+MOST_BYTES = 1 << 30
+WINDOW = 256
+
+# how many hold a storage in C++; Python's object of it is one of them
+use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+@dataclass(eq=False)
+class Kept:
+    storage: torch.UntypedStorage
+    address: int
+    used: int = 0  # the number of the result that it last served
+
+    def is_as_made(self, size: int) -> bool:
+        """Whether it still has so many bytes, in the same place: nobody has resized or shared it."""
+        return self.storage.nbytes() == size and self.storage.data_ptr() == self.address
+
+    def holders(self) -> tuple[int, int]:
+        """How many hold the storage in C++ and in Python, of which each torch counts some of its own."""
+        assert use_count is not None
+        return use_count(self.storage._cdata), sys.getrefcount(self.storage)
+
+
+def make(size: int) -> Kept:
+    storage = torch.UntypedStorage(size)
+    return Kept(storage, storage.data_ptr())
+
+
+@cache
+def holders_of_free() -> tuple[int, int] | None:
+    """`Kept.holders` of a storage that nobody else holds; None where torch does not show who does."""
+    if use_count is None:
+        return None
+    kept = make(1)
+    before = kept.holders()
+    tensor = torch.empty(0, dtype=torch.uint8).set_(kept.storage)
+    with_tensor = kept.holders()
+    held = tensor.untyped_storage()
+    del tensor
+    with_object = kept.holders()
+    del held
+    return before if before == kept.holders() and before not in (with_tensor, with_object) else None
+
+
+def is_on() -> bool:
+    return os.environ.get(ENVIRONMENT_VARIABLE) != "0" and holders_of_free() is not None
+
+
+class KeptMemory:
+    """The storages, the last used first."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.storages: list[Kept] = []
+        self.results = 0
+
+    def storage(self, size: int) -> torch.UntypedStorage:
+        """One of so many bytes that nobody else holds. The lock is held until a tensor holds it."""
+        self.results += 1
+        free = holders_of_free()
+        found = [kept for kept in self.storages if kept.is_as_made(size) and kept.holders() == free]
+        kept = found[0] if found else make(size)
+        if found:
+            self.storages.remove(kept)
+        kept.used = self.results
+        self.storages.insert(0, kept)
+        self.limit()
+        return kept.storage
+
+    def limit(self) -> None:
+        """Gives up what is too much or has not been used for long; who still holds such a storage keeps it."""
+        total, left = 0, []
+        for kept in self.storages:
+            total += kept.storage.nbytes()
+            if total <= MOST_BYTES and self.results - kept.used < WINDOW:
+                left.append(kept)
+        self.storages = left
+
+
+KEPT = KeptMemory()
+
+
+def take(like: Tensor, channels: int, height: int, width: int) -> Tensor | None:
+    """An uninitialised [N, channels, height, width], channels_last, on a kept storage; None: not one to be kept."""
+    batch = like.shape[0]
+    elements = batch * channels * height * width
+    size = elements * like.element_size()
+    if size <= LARGE or size > MOST_BYTES or type(like) is not Tensor or not is_on():
+        return None
+    # who cannot have the lock at once does without: another thread, or a finaliser that runs meanwhile
+    if not KEPT.lock.acquire(blocking=False):
+        return None
+    try:
+        shape, row = (batch, channels, height, width), width * channels
+        strides = height * row, 1, row, channels
+        return torch.empty(0, dtype=like.dtype).set_(KEPT.storage(size), 0, shape, strides)
+    finally:
+        KEPT.lock.release()

@@ -1,0 +1,223 @@
+"""Memory of large results, kept between calls: it serves again once nobody holds it, and never before."""
+
+import itertools
+import threading
+
+import conv1x1_cases
+import conv1x1_checks
+import numpy as np
+import pytest
+import torch
+
+import fusedres
+from fusedres import models
+from fusedres.ops.native import functions, kept_memory, library
+
+pytestmark = pytest.mark.skipif(not library.is_built(), reason="no compiled library in this installation")
+
+X = torch.zeros(2, 8, 64, 64)  # of which results are taken that are alike
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch):
+    """An own one, which keeps results of any size."""
+    found = kept_memory.KeptMemory()
+    monkeypatch.setattr(kept_memory, "KEPT", found)
+    monkeypatch.setattr(kept_memory, "LARGE", 0)
+    return found
+
+
+def take(channels=8):
+    y = kept_memory.take(X, channels, 64, 64)
+    assert y is not None and y.is_contiguous(memory_format=torch.channels_last)
+    assert y.shape == (2, channels, 64, 64) and y.dtype == X.dtype and y._base is None
+    assert y.untyped_storage().nbytes() == y.numel() * y.element_size()
+    return y
+
+
+def test_memory_serves_again_once_it_is_dropped():
+    first = take()
+    address = first.data_ptr()
+    del first
+    assert take().data_ptr() == address
+
+
+HOLDERS = {
+    "the tensor": lambda y: y,
+    "a view": lambda y: y[1:, 3],
+    "a detached one": lambda y: y.detach(),
+    "its data": lambda y: y.data,
+    "its storage": lambda y: y.untyped_storage(),
+    "an array": lambda y: y.numpy(),
+    "a view of an array": lambda y: y.numpy()[0, :2],
+    "a capsule": lambda y: torch.utils.dlpack.to_dlpack(y),
+    "an array of a capsule": lambda y: np.from_dlpack(y),
+    "a graph": lambda y: (y * torch.ones(1, requires_grad=True)).grad_fn,
+    "another type": lambda y: y.view(torch.int32),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_memory_is_not_given_away_while_somebody_holds_it(holder):
+    y = take()
+    address = y.data_ptr()
+    held = HOLDERS[holder](y)
+    del y
+    taken = [take() for _ in range(3)]
+    assert address not in [t.data_ptr() for t in taken]
+    del held
+    assert take().data_ptr() == address
+
+
+def test_memory_that_somebody_changed_is_not_given_away():
+    resized, shared = take(), take()
+    addresses = resized.data_ptr(), shared.data_ptr()
+    resized.untyped_storage().resize_(0)
+    shared.share_memory_()
+    shared_address = shared.data_ptr()
+    del resized, shared
+    taken = [take() for _ in range(3)]
+    assert not {*addresses[1:], shared_address} & {t.data_ptr() for t in taken}
+    assert all(t.untyped_storage().nbytes() == t.numel() * 4 for t in taken)
+    assert not any(t.is_shared() for t in taken)
+
+
+def test_a_result_can_be_resized_as_any_other():
+    y = take()
+    y.resize_(4, 8, 64, 64)
+    assert y.shape[0] == 4
+
+
+def test_sizes_do_not_mix():
+    small, address = take(channels=4), take().data_ptr()
+    del small
+    assert take(channels=8).data_ptr() == address
+    assert take(channels=4).untyped_storage().nbytes() == 2 * 4 * 64 * 64 * 4
+
+
+def test_what_is_too_much_or_long_unused_is_given_up(kept, monkeypatch):
+    size = X.numel() * 4
+    monkeypatch.setattr(kept_memory, "MOST_BYTES", 3 * size)
+    held = [take() for _ in range(5)]
+    assert len(kept.storages) == 3
+    assert kept_memory.take(X, 64, 64, 64) is None  # more than all that may be kept
+    del held
+    monkeypatch.setattr(kept_memory, "WINDOW", 4)
+    for _ in range(4):
+        take()
+    assert len(kept.storages) == 1
+
+
+def test_threads_share_what_is_free_and_nothing_else():
+    seen, errors = [], []
+
+    def work(number):
+        for _ in range(200):
+            y = kept_memory.take(X, 8, 64, 64)
+            if y is None:  # another thread is taking one
+                continue
+            y.fill_(number)
+            if not bool((y == number).all()):
+                errors.append(number)
+            seen.append(y.data_ptr())
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors and len(set(seen)) <= 8
+
+
+def test_who_cannot_have_the_lock_does_without(kept):
+    """A finaliser within, or the child of a fork while another thread was within."""
+    with kept.lock:
+        assert kept_memory.take(X, 8, 64, 64) is None
+    take()
+
+
+def test_nothing_is_kept_where_it_is_switched_off_or_torch_does_not_count(monkeypatch):
+    monkeypatch.setenv(kept_memory.ENVIRONMENT_VARIABLE, "0")
+    assert kept_memory.take(X, 8, 64, 64) is None
+    monkeypatch.delenv(kept_memory.ENVIRONMENT_VARIABLE)
+    take()
+    try:
+        numbers = itertools.count()
+        for count in (None, lambda storage: next(numbers)):
+            kept_memory.holders_of_free.cache_clear()
+            monkeypatch.setattr(kept_memory, "use_count", count)
+            assert kept_memory.take(X, 8, 64, 64) is None
+    finally:
+        kept_memory.holders_of_free.cache_clear()
+
+
+def test_small_results_and_those_of_other_types_are_not_kept(monkeypatch):
+    monkeypatch.setattr(kept_memory, "LARGE", X.numel() * 4)
+    assert kept_memory.take(X, 8, 64, 64) is None
+    monkeypatch.setattr(kept_memory, "LARGE", 0)
+    assert kept_memory.take(torch.nn.Parameter(X), 8, 64, 64) is None
+
+
+@pytest.mark.parametrize("form", ["projection", "affine", "stride2_projection"])
+def test_products_into_kept_memory(form, kept):
+    case = conv1x1_cases.ConvCase("large", (2, 530, 15, 17), cout=150, form=form, dtype=torch.float32)
+    conv1x1_checks.CHECKS["conv1x1_forward"](functions.backend(), case)
+    assert kept.results > 0
+
+
+@pytest.mark.parametrize("recipe", ["separate", "prologue"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_patched_model_gives_results_that_stay(name, recipe, kept):
+    torch.manual_seed(0)
+    model = getattr(models, name)().eval().to(memory_format=torch.channels_last)
+    images = [torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last) for _ in range(3)]
+    outputs = []
+    fusedres.patch(model, recipe=recipe)
+    model.layer2.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        given = [model(x) for x in images]
+        held, copies = list(outputs), [y.clone() for y in outputs]
+        again = [model(x) for x in images]
+    assert kept.results > 0
+    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True))
+
+
+@pytest.mark.parametrize("held", ["x", "weight", "residual"])
+def test_a_convolution_does_not_write_over_what_it_reads(held):
+    library.load()
+    made = {"x": (2, 16, 9, 9), "weight": (16, 16, 1, 1), "residual": (2, 16, 9, 9)}
+    made = {
+        name: torch.zeros(shape).contiguous(memory_format=torch.channels_last) for name, shape in made.items()
+    }
+    v, ops = torch.zeros(16), torch.ops.fusedres_native
+    y = made[held] if held != "weight" else torch.empty_strided((2, 16, 9, 9), made["x"].stride())
+    if held == "weight":
+        y.set_(torch.zeros(y.numel() + 100).untyped_storage(), 64, y.shape, y.stride())
+        made["weight"].set_(y.untyped_storage(), 0, (16, 16, 1, 1), (16, 1, 16, 16))
+    with pytest.raises(RuntimeError, match=f"y is in the memory of {held}, needed memory of its own"):
+        ops.conv1x1_forward_out(made["x"], made["weight"], 1, v, v, made["residual"], None, None, True, y)
+    if held == "weight":
+        return
+    made["weight"] = torch.zeros(16, 16, 3, 3).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match=f"y is in the memory of {held}, needed memory of its own"):
+        ops.conv3x3_forward_out(
+            made["x"], made["weight"], None, None, v, v, made["residual"], None, None, True, 4, y
+        )
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (torch.zeros(2, 16, 9, 8), r"y is \[2, 16, 9, 8\], needed 9 along dimension 3"),
+        (torch.zeros(2, 16, 9, 9, dtype=torch.float64), "y is float64, needed float32"),
+        (torch.zeros(2, 16, 9), r"y is \[2, 16, 9\], needed \[N, C, H, W\]"),
+    ],
+)
+def test_a_convolution_says_what_is_wrong_with_its_result(y, message):
+    library.load()
+    y = y if y.dim() != 4 else y.contiguous(memory_format=torch.channels_last)
+    x, weight = torch.zeros(2, 16, 9, 9), torch.zeros(16, 16, 1, 1)
+    x, v = x.contiguous(memory_format=torch.channels_last), torch.zeros(16)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fusedres_native.conv1x1_forward_out(x, weight, 1, v, v, None, None, None, True, y)
