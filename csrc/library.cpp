@@ -142,6 +142,15 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "conv3x3_backward_weight(Tensor dy, Tensor x, Tensor? in_scale, Tensor? in_shift, int tile)"
       " -> (Tensor dw, bool finite)");
+  // 3x3 convolutions with groups and padding 1, float32, on the CPU; the input gradient without stride
+  m.def(
+      "grouped_conv3x3_forward(Tensor x, Tensor weight, int stride, Tensor? scale, Tensor? shift, bool relu)"
+      " -> Tensor");
+  m.def(
+      "grouped_conv3x3_forward_out(Tensor x, Tensor weight, int stride, Tensor? scale, Tensor? shift, bool relu,"
+      " Tensor(a!) y) -> ()");
+  m.def("grouped_conv3x3_backward_input(Tensor dy, Tensor weight) -> Tensor");
+  m.def("grouped_conv3x3_backward_weight(Tensor dy, Tensor x, int in_group, int stride) -> Tensor");
   // the instruction set in use; "none" below AVX2
   m.def("cpu_capability() -> str");
   // whether the processor has instructions for products of bfloat16

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../ops.h"
+#include "grouped.h"
 
 namespace fusedres::cpu {
 
@@ -266,6 +267,7 @@ struct Kernels {
   Convolutions float32;
   void (*multiply_planes)(const PlaneProducts&);
   WinogradKernels small, large;  // F(2x2, 3x3) and F(4x4, 3x3)
+  GroupedKernels grouped;
 };
 
 extern const Kernels avx2_kernels;

@@ -4,6 +4,7 @@
 #include "bn_kernels.h"
 #include "conv1x1_kernels.h"
 #include "conv_weight_kernels.h"
+#include "grouped_kernels.h"
 #include "pool_kernels.h"
 #include "winograd_kernels.h"
 
@@ -25,6 +26,7 @@ const Kernels avx512_kernels = {
     ::multiply_planes,
     winograd_of<SmallTile>(),
     winograd_of<LargeTile>(),
+    {::grouped_forward, ::grouped_backward_weight},
 };
 
 }  // namespace fusedres::cpu

@@ -80,6 +80,11 @@ inline Float lower_halves(Float v) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), set_int(0xffff)));
 }
 
+// Lane i is lane places[i] of v.
+inline Float permuted(Float v, const int32_t* places) {
+  return _mm256_permutevar8x32_ps(v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(places)));
+}
+
 // Stores a `v` that `rounded` returned.
 inline void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
 inline void store(BFloat16* p, Float v) {

@@ -80,6 +80,9 @@ inline Float lower_halves(Float v) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), set_int(0xffff)));
 }
 
+// Lane i is lane places[i] of v.
+inline Float permuted(Float v, const int32_t* places) { return _mm512_permutexvar_ps(_mm512_loadu_si512(places), v); }
+
 // Stores a `v` that `rounded` returned.
 inline void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
 inline void store(BFloat16* p, Float v) {

@@ -64,6 +64,9 @@ struct Cpu {
   static bool launch(const Conv3x3Forward& args) { return cpu::conv3x3_forward(args); }
   static bool launch(const Conv3x3BackwardInput& args) { return cpu::conv3x3_backward_input(args); }
   static bool launch(const Conv3x3BackwardWeight& args) { return cpu::conv3x3_backward_weight(args); }
+  static void launch(const cpu::Grouped3x3Forward& args) { cpu::grouped_conv3x3_forward(args); }
+  static void launch(const cpu::Grouped3x3BackwardInput& args) { cpu::grouped_conv3x3_backward_input(args); }
+  static void launch(const cpu::Grouped3x3BackwardWeight& args) { cpu::grouped_conv3x3_backward_weight(args); }
 };
 
 }  // namespace fusedres::front

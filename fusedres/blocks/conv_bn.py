@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedres.blocks.config import ConvBNConfig, ConvBNTensors
 from fusedres.blocks.gram_form import is_plain_1x1, is_strided_1x1
-from fusedres.blocks.prologue_form import is_plain_3x3
+from fusedres.blocks.prologue_form import is_grouped_3x3, is_plain_3x3
 from fusedres.blocks.statistics import vectors_of_batch
 from fusedres.ops.backend import Backend
 from fusedres.ops.contract import (
@@ -43,8 +43,8 @@ def fused_convolution(
     bias = None if t.conv_bias is None else t.conv_bias.to(x.dtype)
     if is_plain_1x1(unit, t) or (strided and is_strided_1x1(unit, t)):
         return Conv1x1Forward(x, cast_later(t, x), bias, unit.stride[0])
-    if bias is None and is_plain_3x3(unit, t):
-        return Conv3x3Forward(x, cast_later(t, x), unit.stride[0])
+    if bias is None and (is_plain_3x3(unit, t) or (x.is_cpu and is_grouped_3x3(unit, t))):
+        return Conv3x3Forward(x, cast_later(t, x), unit.stride[0], groups=unit.groups)
     return None
 
 

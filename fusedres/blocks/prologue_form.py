@@ -30,5 +30,10 @@ def is_basic(config: BlockConfig, units: tuple[ConvBNTensors, ...]) -> bool:
 
 def is_plain_3x3(unit: ConvBNConfig, t: ConvBNTensors) -> bool:
     """A 3x3 convolution with padding 1, stride 1 or 2, without dilation or groups."""
+    return unit.groups == 1 and is_grouped_3x3(unit, t)
+
+
+def is_grouped_3x3(unit: ConvBNConfig, t: ConvBNTensors) -> bool:
+    """The same, with groups or without."""
     square = t.weight.shape[2:] == (3, 3) and unit.padding == (1, 1) and unit.stride in ((1, 1), (2, 2))
-    return square and unit.dilation == (1, 1) and unit.groups == 1
+    return square and unit.dilation == (1, 1)

@@ -239,7 +239,7 @@ def convolution_cases(t: Tensors, inner: Layer, outer: Layer) -> Iterator[OpCase
 
 
 def conv3x3_cases(t: Tensors, layer: Layer) -> Iterator[OpCase]:
-    """The fused 3x3 convolutions, of both strides."""
+    """The fused 3x3 convolutions, of both strides and with groups."""
     c, dy, v, g = layer
     channels, half = c.shape[1], (t.shape.side + 1) // 2
     weight = t.weight(channels, channels, 3)
@@ -251,6 +251,13 @@ def conv3x3_cases(t: Tensors, layer: Layer) -> Iterator[OpCase]:
     joined = t.map(channels), mask
     yield OpCase(Conv3x3BackwardInput(dy, c, weight, 1, c, v, g, True, *joined), "joined")
     yield OpCase(Conv3x3BackwardInput(t.map(channels, half), c, weight, 2), "strided")
+    groups, weight = channels // 4, t.weight(channels, 4, 3)
+    same = (1, 1), (1, 1), (1, 1), groups
+    yield OpCase(
+        Conv3x3Forward(c, weight, 1, scale=v.scale, shift=v.shift, relu=True, groups=groups), "groups"
+    )
+    yield OpCase(ConvBackwardWeight(dy, c, (3, 3), *same), "groups")
+    yield OpCase(ConvBackwardInput(dy, c, weight, *same), "groups")
 
 
 def stem_cases(t: Tensors, pooled: Layer) -> Iterator[OpCase]:

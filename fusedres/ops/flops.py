@@ -141,6 +141,10 @@ NATIVE: dict[str, Callable[..., int]] = {
     "conv3x3_forward_out": conv_forward_out,
     "conv3x3_backward_input": conv3x3_backward_input,
     "conv3x3_backward_weight": conv3x3_backward_weight,
+    "grouped_conv3x3_forward": lambda x, weight, *rest, out_shape: convolution(x, weight, out_shape),
+    "grouped_conv3x3_forward_out": conv_forward_out,
+    "grouped_conv3x3_backward_input": conv_backward_input,
+    "grouped_conv3x3_backward_weight": conv_backward_weight,
 }
 
 # ---------------------------------------------------------------- torch's registry

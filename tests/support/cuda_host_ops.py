@@ -277,7 +277,11 @@ class HostCudaOps:
         given = op._asdict() | {"x": x, "weight": weight, "residual": residual}
         args = self._args(
             "ConvForward",
-            **{name: given[name] for name in given if name not in ("stride", "save_mask", "save_stats")},
+            **{
+                name: given[name]
+                for name in given
+                if name not in ("stride", "save_mask", "save_stats", "groups")
+            },
             dtype=self._dtype(x),
             rows=n * sides[0] * sides[1],
             in_channels=cin,

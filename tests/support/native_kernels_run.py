@@ -7,10 +7,12 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import conv1x1_cases
 import conv1x1_checks
 import conv3x3_checks
+import grouped_checks
 import torch
 from raw_op_cases import FORMS, Case, cases_of
 from raw_op_checks import CHECKS
@@ -18,13 +20,14 @@ from winograd_backends import with_tiles
 
 from fusedres.blocks import choice
 from fusedres.ops.backend import Backend
-from fusedres.ops.native import functions, library, winograd
+from fusedres.ops.native import functions, grouped, library, winograd
 
 # every remainder of a vector of 16, an unaligned start, NaN and Inf, sums over several threads, nothing at all
 CASES = ("C3", "C17", "C24", "offset", "nan_inf_C17", "rows8000", "N0")
 PRODUCTS = ("C3to17", "C17to24", "C40to136", "C130to33", "P1100", "nan_inf_C17")
 FUSED = ("prologue_stats", "prologue_projection", "identity_no_relu", "raw")
 GRADIENTS = {"conv_backward_weight": ("3x3",), "conv_backward_input": ("3x3_mask",)}
+SIDES_WITH_GROUPS = ((1, 9), (15, 11))
 SCALAR = ("bn_scale_shift", "bn_backward_coefficients")
 
 
@@ -48,6 +51,12 @@ def main(capability: str) -> None:
             for form in (case.form, f"stride2_{case.form}"):
                 conv1x1_checks.CHECKS["conv1x1_forward"](ops, replace(case, form=form))
                 checked += 1
+    grouped.MOST_IN_GROUP = grouped.MOST_IN_GROUP_WITH_BN = 64  # those too that the library is as fast with
+    for case in product(SIDES_WITH_GROUPS, grouped_checks.GROUPS, grouped_checks.STRIDES):
+        (height, width), (channels, in_group), stride = case
+        grouped_checks.check_forward(height, width, channels, in_group, stride)
+        grouped_checks.check_gradients(height, width, channels, in_group, stride)
+        checked += 2
     del os.environ[winograd.ENVIRONMENT_VARIABLE]
     for tile in (winograd.LARGE, winograd.SMALL):
         for op, case in conv3x3_cases():

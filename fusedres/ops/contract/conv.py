@@ -71,13 +71,13 @@ class Conv3x3Forward(NamedTuple):
     """`conv` is the 3x3 convolution of a with padding 1, then the epilogue of `BnAddReluForward`.
 
     Prologue and epilogue as in `Conv1x1Forward`. The padding is 0 whatever the prologue makes of x: it is of a, and
-    relu(in_shift) is not 0.
+    relu(in_shift) is not 0. With groups each output channel sums over those of its group, as in torch.
 
     Returns ConvOutput, as `Conv1x1Forward` does.
     """
 
     x: Tensor  # [N, Cin, H, W]
-    weight: Tensor  # [Cout, Cin, 3, 3]
+    weight: Tensor  # [Cout, Cin/groups, 3, 3]
     stride: int = 1  # or 2
     in_scale: Tensor | None = None  # [Cin]
     in_shift: Tensor | None = None  # [Cin]
@@ -89,6 +89,7 @@ class Conv3x3Forward(NamedTuple):
     relu: bool = False
     save_mask: bool = False
     save_stats: bool = False
+    groups: int = 1
 
 
 class Conv3x3BackwardInput(NamedTuple):

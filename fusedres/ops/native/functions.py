@@ -36,7 +36,7 @@ from fusedres.ops.contract import (
     GramOutputStats,
     ReluBackward,
 )
-from fusedres.ops.native import kept_memory, library, products, winograd
+from fusedres.ops.native import grouped, kept_memory, library, products, winograd
 from fusedres.ops.native.reasons import (
     REASONS,
     conv3x3_reason,
@@ -116,8 +116,7 @@ def bn_relu_maxpool_backward_input(op: BnReluMaxpoolBackwardInput) -> Tensor:
 
 def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
     if op.x.is_cpu:
-        sides = [(side - 1) // op.stride + 1 for side in op.x.shape[2:]]
-        y = kept_memory.take(op.x, op.weight.shape[0], *sides)
+        y = kept_memory.take_result(op)
         if y is not None:
             x, weight, _, stride, _, _, *fused, _, _ = op
             LIBRARY.conv1x1_forward_out(x, weight, stride, *fused, y)
@@ -127,8 +126,8 @@ def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
 
 def conv3x3_forward(op: Conv3x3Forward, largest_tile: int = winograd.LARGE) -> ConvOutput:
     if op.x.is_cpu:
-        return winograd.conv3x3_forward(op, largest_tile)
-    x, weight, stride, *fused, relu, save_mask, save_stats = op
+        return winograd.conv3x3_forward(op, largest_tile) if op.groups == 1 else grouped.conv3x3_forward(op)
+    x, weight, stride, *fused, relu, save_mask, save_stats, _ = op
     last = relu, save_stats, winograd.NONE, stride, save_mask
     y, mask, mean, var, _ = LIBRARY.conv3x3_forward(x, winograd.channels_last(weight), *fused, *last)
     return ConvOutput(y, mask, mean, var)
@@ -175,6 +174,8 @@ def conv1x1_gram_backward_input(op: Conv1x1GramBackwardInput) -> tuple[Tensor, T
 
 
 def conv_backward_weight(op: ConvBackwardWeight, largest_tile: int = winograd.LARGE) -> Tensor:
+    if op.groups != 1:
+        return grouped.conv_backward_weight(op)
     if winograd.takes(op, largest_tile):
         return winograd.conv_backward_weight(op, largest_tile)
     dy, x, kernel_size, stride, padding, dilation, *_ = op
@@ -182,6 +183,8 @@ def conv_backward_weight(op: ConvBackwardWeight, largest_tile: int = winograd.LA
 
 
 def conv_backward_input(op: ConvBackwardInput, largest_tile: int = winograd.LARGE) -> Tensor:
+    if op.groups != 1:
+        return grouped.conv_backward_input(op)
     if winograd.takes(op, largest_tile):
         return winograd.conv_backward_input(op, largest_tile)
     dy, _, weight, stride, _, _, _, shortcut_dy, shortcut_mask, reuse_shortcut = op

@@ -22,6 +22,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fusedres.ops.contract import Conv1x1Forward, Conv3x3Forward
+
 ENVIRONMENT_VARIABLE = "FUSEDRES_KEPT_MEMORY"
 LARGE = 8 << 20  # bytes
 MOST_BYTES = 1 << 30
@@ -104,6 +106,12 @@ class KeptMemory:
 
 
 KEPT = KeptMemory()
+
+
+def take_result(op: Conv1x1Forward | Conv3x3Forward) -> Tensor | None:
+    """Memory for the result of a convolution whose padding keeps the size where it has no stride, as `take`."""
+    height, width = ((side - 1) // op.stride + 1 for side in op.x.shape[2:])
+    return take(op.x, op.weight.shape[0], height, width)
 
 
 def take(like: Tensor, channels: int, height: int, width: int) -> Tensor | None:

@@ -74,6 +74,8 @@ def forward_reason(op: Conv1x1Forward) -> str | None:
 
 
 def forward3x3_reason(op: Conv3x3Forward) -> str | None:
+    if op.groups != 1:
+        return "groups"
     return product_reason(op.x, op.weight, op.residual) or fused_vectors_reason(op)
 
 

@@ -29,7 +29,7 @@ from fusedres.ops.contract import (
     ConvBackwardWeight,
     ReluBackward,
 )
-from fusedres.ops.native import winograd
+from fusedres.ops.native import grouped, winograd
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -121,10 +121,9 @@ def weight_gradient_reason(op: ConvBackwardWeight, largest_tile: int = winograd.
     if not x.is_cpu or x.dtype not in product_dtypes():
         return "no_kernel"
     if op.groups != 1:
-        return "groups"
+        return grouped.weight_gradient_reason(op) or activations_reason(x, dy)
     if winograd.takes(op, largest_tile):
-        given = [v for v in (op.in_scale, op.in_shift) if v is not None]
-        return activations_reason(x, dy) or (vectors_reason(*given) if given else None)
+        return activations_reason(x, dy) or given_reason(op.in_scale, op.in_shift)
     if op.in_scale is not None:
         return "no_prologue"
     cin, cout = x.shape[1], dy.shape[1]
@@ -170,6 +169,10 @@ def conv3x3_reason(op: Conv3x3Forward, largest_tile: int = winograd.LARGE) -> st
     x, weight = op.x, op.weight
     if not x.is_cpu or x.dtype != torch.float32:
         return "no_kernel"
+    if op.groups != 1:
+        if x.dtype not in product_dtypes():
+            return "no_kernel"
+        return grouped.forward_reason(op) or activations_reason(x) or given_reason(op.scale, op.shift)
     if op.stride != 1:
         return "stride_or_bias"
     if (
@@ -185,7 +188,11 @@ def conv3x3_reason(op: Conv3x3Forward, largest_tile: int = winograd.LARGE) -> st
         return reason
     if (reason := activations_reason(x, op.residual)) is not None or x.numel() == 0:
         return reason or "empty"
-    vectors = op.in_scale, op.in_shift, op.scale, op.shift, op.residual_scale, op.residual_shift
+    return given_reason(op.in_scale, op.in_shift, op.scale, op.shift, op.residual_scale, op.residual_shift)
+
+
+def given_reason(*vectors: Tensor | None) -> str | None:
+    """As `vectors_reason`, of those that are not None."""
     given = [v for v in vectors if v is not None]
     return vectors_reason(*given) if given else None
 
@@ -193,6 +200,8 @@ def conv3x3_reason(op: Conv3x3Forward, largest_tile: int = winograd.LARGE) -> st
 def input_gradient_reason(op: ConvBackwardInput, largest_tile: int = winograd.LARGE) -> str | None:
     """A 1x1 convolution's is a product, added where eager stores it and adds it in a pass of its own."""
     dy, x = op.dy, op.x
+    if op.groups != 1 and x.is_cpu and x.dtype in product_dtypes():
+        return grouped.input_gradient_reason(op) or activations_reason(dy, x)
     if winograd.takes(op, largest_tile):
         if op.weight.dtype != x.dtype:
             return "mixed_dtypes"

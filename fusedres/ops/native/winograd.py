@@ -128,7 +128,7 @@ def conv3x3_forward(op: Conv3x3Forward, largest: int = LARGE) -> ConvOutput:
     x, weight, _, in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift, relu, *_ = op
     tile = forward_tile(op, largest)
     vectors = in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift
-    y = None if scale is None else kept_memory.take(x, weight.shape[0], *x.shape[2:])
+    y = None if scale is None else kept_memory.take_result(op)
     if y is not None:
         finite = LIBRARY.conv3x3_forward_out(x, channels_last(weight), *vectors, relu, tile, y)
         return ConvOutput(y, None, None, None) if finite else REFERENCE(op)

@@ -38,10 +38,13 @@ def activated(op: Conv1x1Forward | Conv3x3Forward | ConvBackwardWeight) -> Tenso
     return activation(op.x, op.in_scale, op.in_shift)
 
 
-def convolved(op: Conv1x1Forward | Conv3x3Forward, bias: Tensor | None, padding: int) -> ConvOutput:
+def convolved(
+    op: Conv1x1Forward | Conv3x3Forward, bias: Tensor | None, padding: int, groups: int = 1
+) -> ConvOutput:
     """Prologue, convolution and epilogue of a forward."""
     acc, a = accumulation_dtype(op.x.dtype), activated(op)
-    conv = F.conv2d(a.to(acc), op.weight.to(acc), None if bias is None else bias.to(acc), op.stride, padding)
+    bias = None if bias is None else bias.to(acc)
+    conv = F.conv2d(a.to(acc), op.weight.to(acc), bias, op.stride, padding, groups=groups)
     z = normalised(conv, op.scale, op.shift, op.residual, op.residual_scale, op.residual_shift)
     z = z.to(op.x.dtype).contiguous(memory_format=memory_format(op.x))  # the library's is the weight's
     y, mask = rectified(z, op.relu, op.save_mask)
@@ -54,7 +57,7 @@ def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
 
 
 def conv3x3_forward(op: Conv3x3Forward) -> ConvOutput:
-    return convolved(op, None, 1)
+    return convolved(op, None, 1, op.groups)
 
 
 def conv1x1_backward_input(op: Conv1x1BackwardInput) -> tuple[Tensor, Tensor]:
