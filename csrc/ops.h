@@ -247,12 +247,12 @@ struct ConvForward {
   void* y;  // [P, out_channels]
   ConvAxis height = {}, width = {};
   // CUDA alone
-  const void* bias = nullptr;        // [out_channels] in dtype, or null
-  const float* in_scale = nullptr;   // [in_channels], null with in_shift: x itself, else relu(in_scale*x + in_shift)
-  const float* in_shift = nullptr;   // [in_channels]
-  uint8_t* mask = nullptr;           // [ceil(P*out_channels / 8)] of y, or null
-  float* mean = nullptr;             // [out_channels] of y, null with var: not wanted
-  float* var = nullptr;              // [out_channels] biased
+  const void* bias = nullptr;       // [out_channels] in dtype, or null
+  const float* in_scale = nullptr;  // [in_channels], null with in_shift: x itself, else relu(in_scale*x + in_shift)
+  const float* in_shift = nullptr;  // [in_channels]
+  uint8_t* mask = nullptr;          // [ceil(P*out_channels / 8)] of y, or null
+  float* mean = nullptr;            // [out_channels] of y, null with var: not wanted
+  float* var = nullptr;             // [out_channels] biased
 };
 
 // dc = A*dz + B*c + K, rounded, and dx = dc W, plus shortcut_dy, of a 1x1 convolution without stride. CUDA alone.
