@@ -24,52 +24,35 @@ UNFUSED = user_table.UNFUSED
 RECIPE_NAMES = (AUTO, UNFUSED, *RECIPES)
 
 
-FEWEST_CHANNELS_BESIDE_WIDER = 64  # of the first convolution, where oneDNN has vectors twice as wide
-ZEN4 = "2 cores of an AMD Zen 4, AVX-512, torch 2.13: bench/results/cpu_avx512/README.md"  # and its _intel, _zen5
-ZEN3 = "2 cores of an AMD Zen 3, AVX2, torch 2.13: bench/results/cpu/README.md"
-EMERALD_RAPIDS = (
-    "2 cores of an Intel Emerald Rapids, AVX-512, torch 2.13: bench/results/cpu_avx512_amx/README.md"
-)
-AVX2: Table = {  # against eager
+ZEN4 = "2 cores of an AMD Zen 4, AVX-512 and AVX2, torch 2.13: bench/results/cpu_avx512/README.md"
+EMERALD_RAPIDS = "2 cores of an Intel Emerald Rapids, torch 2.13: bench/results/cpu_avx512_amx/README.md"
+FLOAT32: Table = {  # against eager, with AVX2 and with AVX-512
     ("cpu", "native", torch.float32, True): (
-        Measured("separate", 100_000, 64, ZEN3),
-        Measured("separate", 50_000, 512, ZEN3),
-        Measured("separate", 800_000, 16, ZEN3),
+        Measured("separate", 16_000, 32, ZEN4),
+        Measured("separate", 130_000, 16, ZEN4),
     ),
-    ("cpu", "native", torch.float32, False): (
-        Measured("separate", 500_000, 64, ZEN3),
-        Measured("separate", 400_000, 512, ZEN3),
-        Measured("separate", 800_000, 16, ZEN3),
-    ),
+    ("cpu", "native", torch.float32, False): (Measured("separate", 16_000, 16, ZEN4),),
 }
-AVX512: Table = {
-    ("cpu", "native", torch.float32, True): (
-        Measured("separate", 50_000, 64, EMERALD_RAPIDS),
-        Measured("separate", 800_000, 16, EMERALD_RAPIDS),
-    ),
+BESIDE_WIDER: Table = {  # with AVX2, where oneDNN has vectors twice as wide: narrow blocks leave nothing to save
+    ("cpu", "native", torch.float32, True): (Measured("separate", 200_000, 64, EMERALD_RAPIDS),),
     ("cpu", "native", torch.float32, False): (
         Measured("separate", 500_000, 64, EMERALD_RAPIDS),
         Measured("separate", 400_000, 512, EMERALD_RAPIDS),
-        Measured("separate", 800_000, 16, EMERALD_RAPIDS),
     ),
-    # of a version whose 3x3 convolutions were torch's
+}
+BFLOAT16: Table = {  # with AVX-512, of a version whose 3x3 convolutions were torch's
     ("cpu", "native", torch.bfloat16, True): (Measured("separate", 800_000, 64, ZEN4),),
     ("cpu", "native", torch.bfloat16, False): (Measured("separate", 1_500_000, 64, ZEN4),),
 }
 
 
 def table_of(instructions: str | None, bfloat16: bool, onednn_is_wider: bool = False) -> Table:
-    """The table for kernels of an instruction set, on a processor that multiplies bfloat16, or does not.
-
-    onednn_is_wider: narrow blocks leave nothing to save then.
-    """
-    table = {"avx2": AVX2, "avx512": AVX512}.get(instructions or "", {})
-    least = FEWEST_CHANNELS_BESIDE_WIDER if onednn_is_wider else 0
-    return {
-        key: tuple(entry for entry in entries if entry.least_channels >= least)
-        for key, entries in table.items()
-        if bfloat16 or key[2] != torch.bfloat16
-    }
+    """The table for kernels of an instruction set, on a processor that multiplies bfloat16, or does not."""
+    if instructions is None:
+        return {}
+    if onednn_is_wider:
+        return BESIDE_WIDER
+    return {**FLOAT32, **BFLOAT16} if instructions == "avx512" and bfloat16 else FLOAT32
 
 
 TABLE: Table = table_of(library.instruction_set(), library.multiplies_bfloat16(), library.onednn_is_wider())

@@ -53,11 +53,7 @@ DIRECTIONS = {  # beginnings of the claims that show at this size, in every seed
         "A residual block moves",
         "A residual network loses less",
     ),
-    "landscape": (
-        "Shortcuts make the surface less sharp",
-        "Shortcuts make it closer to convex around",
-        "Shortcuts make it smoother",
-    ),
+    "landscape": ("Shortcuts make the surface less sharp", "Shortcuts make it smoother"),
 }
 
 
