@@ -59,7 +59,7 @@ def test_all_writes_tables_pictures_results_and_the_page(whole):
 @pytest.mark.parametrize("name", tiny_studies.DIRECTIONS)
 def test_the_directions_show(name, whole):
     found = json.loads((whole[0] / "results.json").read_text())["studies"][name]
-    for beginning in tiny_studies.DIRECTIONS[name]:
+    for beginning in set(tiny_studies.DIRECTIONS[name]) - set(tiny_studies.CHANCE):
         assert any(claim.startswith(beginning) for claim in tiny_studies.shown(found)), beginning
 
 

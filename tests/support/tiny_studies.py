@@ -39,7 +39,7 @@ TINY = Settings(
 )
 
 
-DIRECTIONS = {  # beginnings of the claims that show at this size, in every seed
+DIRECTIONS = {  # beginnings of the claims that show at this size, in every seed but for CHANCE
     "gradients": (
         "The gradient of a block's input is the sum",
         "In a plain network with sigmoid",
@@ -53,8 +53,13 @@ DIRECTIONS = {  # beginnings of the claims that show at this size, in every seed
         "A residual block moves",
         "A residual network loses less",
     ),
-    "landscape": ("Shortcuts make the surface less sharp", "Shortcuts make it smoother"),
+    "landscape": (
+        "Shortcuts make the surface less sharp",
+        "Shortcuts make it closer to convex around",
+        "Shortcuts make it smoother",
+    ),
 }
+CHANCE = ("Shortcuts make it closer to convex around",)  # shows in 4 of 5 seeds
 
 
 def few_images() -> data.Images:
