@@ -39,6 +39,15 @@ bool library_stays_below_avx512() {
   return false;
 }
 
+constexpr unsigned kZen4 = 0x19;  // family, also of Zen 3, which has no AVX-512
+
+// Whether vectors of AVX-512 are multiplied in two halves, so that those of AVX2 are as fast: on Zen 4.
+bool multiplies_halves() {
+  unsigned a, b, c, d;
+  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+  return (a >> 8 & 0xf) + (a >> 20 & 0xff) == kZen4;
+}
+
 constexpr unsigned kAmxBf16 = 1u << 22;  // of EDX, CPUID leaf 7
 
 bool has_amx() {
@@ -54,7 +63,8 @@ const Kernels* kernels() {
 }
 
 bool library_is_wider() {
-  static const bool wider = kernels() == &avx2_kernels && has_avx512() && !library_stays_below_avx512();
+  static const bool wider =
+      kernels() == &avx2_kernels && has_avx512() && !multiplies_halves() && !library_stays_below_avx512();
   return wider;
 }
 

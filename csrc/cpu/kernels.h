@@ -276,7 +276,7 @@ extern const Kernels avx512_kernels;
 // The best set for this processor that ATEN_CPU_CAPABILITY (torch's own switch) allows; null below AVX2.
 const Kernels* kernels();
 
-// Whether oneDNN's convolutions have wider vectors than these kernels: ATEN_CPU_CAPABILITY does not limit them.
+// Whether oneDNN multiplies wider vectors than these kernels: ATEN_CPU_CAPABILITY does not limit its convolutions.
 bool library_is_wider();
 
 extern const Convolutions avx512_bf16_convolutions;

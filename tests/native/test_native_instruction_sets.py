@@ -57,5 +57,9 @@ def test_direct_products_are_left_to_a_wider_onednn(limit, wider):
         text=True,
         check=True,
     )
-    has_avx512 = "avx512dq" in Path("/proc/cpuinfo").read_text()
-    assert done.stdout.split() == (["True", "0", "32"] if wider and has_avx512 else ["False", "1", "16"])
+    processor = Path("/proc/cpuinfo").read_text()
+    zen4 = "AuthenticAMD" in processor and re.search(
+        r"cpu family\s*: 25\n", processor
+    )  # multiplies in two halves
+    wider = wider and "avx512dq" in processor and not zen4
+    assert done.stdout.split() == (["True", "0", "32"] if wider else ["False", "1", "16"])
