@@ -64,7 +64,7 @@ def test_the_first_lines():
         r"trains\s+(\S+)x\s+and\s+infers\s+(\S+)x\s+as\s+fast\s+as\s+eager,\s+(\S+)x\s+and\s+(\S+)x\s+as\s+fast\s+as\s+torch",
         README,
     )
-    machines = "cpu_avx512_amx/{}_float32", "cpu/{}_batch16"
+    machines = "cpu_avx512/{}_float32", "cpu/{}_batch16"
     measured = [
         tuple(
             f"{result(machine.format(file), model, phase, 'fusedres_auto')['ratio']:.2f}"
