@@ -251,6 +251,8 @@ def conv3x3_cases(t: Tensors, layer: Layer) -> Iterator[OpCase]:
     joined = t.map(channels), mask
     yield OpCase(Conv3x3BackwardInput(dy, c, weight, 1, c, v, g, True, *joined), "joined")
     yield OpCase(Conv3x3BackwardInput(t.map(channels, half), c, weight, 2), "strided")
+    if channels % 4 != 0:
+        return
     groups, weight = channels // 4, t.weight(channels, 4, 3)
     same = (1, 1), (1, 1), (1, 1), groups
     yield OpCase(
