@@ -3,6 +3,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../../csrc/cpu/grouped.h"
 #include "../../../csrc/cpu/launch.h"
 #include "torch/csrc/stable/ops.h"
 
@@ -44,6 +45,29 @@ void convolve(const Sizes& s, int64_t tile) {
       {Dtype::kFloat32, s.batch, s.in, s.out, one, one, dy.data(), weight.data(), x.data(), nullptr, dx.data()});
 }
 
+// A 1x1 convolution of inference with stride 2, and convolutions with groups of four channels.
+void infer(const Sizes& s) {
+  const int64_t half = (s.side + 1) / 2, channels = 32, positions = s.batch * s.side * s.side;
+  const std::vector<float> x = values(positions * channels, 1), dy = values(positions * channels, 2);
+  const std::vector<float> weight = values(9 * channels * channels, 3), scale = values(channels, 4);
+  std::vector<float> y(positions * channels), dw(9 * 4 * channels);
+  ConvForward forward{};
+  forward.dtype = Dtype::kFloat32;
+  forward.rows = s.batch * half * half;
+  forward.in_channels = forward.out_channels = channels;
+  forward.x = x.data();
+  forward.weight = weight.data();
+  forward.scale = forward.shift = scale.data();
+  forward.y = y.data();
+  forward.height = forward.width = {s.side, half, 1, 2, 0, 1};
+  cpu::conv1x1_forward(forward);
+  const ConvAxis axis{s.side, s.side, 3, 1, 1, 1};
+  const cpu::Grouped3x3 sizes{s.batch, channels, 4, axis, axis};
+  cpu::grouped_conv3x3_forward({sizes, x.data(), weight.data(), scale.data(), scale.data(), true, y.data()});
+  cpu::grouped_conv3x3_backward_input({sizes, dy.data(), weight.data(), y.data()});
+  cpu::grouped_conv3x3_backward_weight({sizes, dy.data(), x.data(), dw.data()});
+}
+
 void normalise(const Sizes& s) {
   const int64_t rows = s.batch * s.side * s.side;
   const Shape shape{Dtype::kFloat32, rows, s.out};
@@ -66,6 +90,7 @@ void run(uint32_t threads) {
     convolve(s, 4);
     convolve(s, 2);
     normalise(s);
+    infer(s);
   }
 }
 
