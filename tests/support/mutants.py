@@ -25,6 +25,7 @@ from fusedres.measuring import capturable, captured_state, cuda_graphs, verify
 from fusedres.modules import derived_class, own_code, shadows, tree
 from fusedres.nn import running_stats
 from fusedres.ops import flops
+from fusedres.ops.native import kept_memory
 from fusedres.patching import api, call, fits, guards, install, patched_class, resolve, state, warm
 from fusedres.recording import bundle, code, recorder, replays
 from fusedres.trials import kind, proof, timed, whole_model
@@ -675,6 +676,22 @@ def compares_no_constants():
 @mutant("patching/test_fits.py::test_a_list_of_numbers_is_read_always")
 def trusts_lists():
     fits.CONSTANT_TYPES.add(list)
+
+
+@mutant("native/test_kept_memory.py::test_memory_is_not_given_away_while_somebody_holds_it[a view]")
+def gives_away_memory_that_is_held():
+    kept_memory.Kept.holders = lambda self: kept_memory.holders_of_free()
+
+
+@mutant("native/test_kept_memory.py::test_memory_is_not_given_away_while_somebody_holds_it[its storage]")
+def looks_at_the_tensors_alone():
+    kept_memory.Kept.holders = lambda self: kept_memory.use_count(self.storage._cdata)
+    kept_memory.holders_of_free = lambda: 1
+
+
+@mutant("native/test_kept_memory.py::test_memory_that_somebody_changed_is_not_given_away")
+def gives_away_memory_that_was_shared():
+    kept_memory.Kept.is_as_made = lambda self, size: self.storage.nbytes() == size
 
 
 def run(name: str) -> None:
