@@ -21,7 +21,7 @@ from fusedres.ops.contract import (
     GramOutputStats,
     RawOp,
 )
-from fusedres.ops.native.reasons import activations_reason, vectors_reason
+from fusedres.ops.native.reasons import activations_reason, given_reason, vectors_reason
 
 # names of the GPUs on which these kernels were measured to be no slower than what else serves the op
 MEASURED_PRODUCTS: frozenset[str] = frozenset()
@@ -48,12 +48,6 @@ def product_reason(x: Tensor, weight: Tensor | None, *others: Tensor | None) -> 
     return None
 
 
-def given_vectors_reason(*vectors: Tensor | None) -> str | None:
-    """As `vectors_reason`, of those that are not None."""
-    given = [v for v in vectors if v is not None]
-    return vectors_reason(*given) if given else None
-
-
 def bias_reason(bias: Tensor | None, x: Tensor) -> str | None:
     if bias is None:
         return None
@@ -63,9 +57,7 @@ def bias_reason(bias: Tensor | None, x: Tensor) -> str | None:
 
 
 def fused_vectors_reason(op: Conv1x1Forward | Conv3x3Forward) -> str | None:
-    return given_vectors_reason(
-        op.in_scale, op.in_shift, op.scale, op.shift, op.residual_scale, op.residual_shift
-    )
+    return given_reason(op.in_scale, op.in_shift, op.scale, op.shift, op.residual_scale, op.residual_shift)
 
 
 def forward_reason(op: Conv1x1Forward) -> str | None:
@@ -92,7 +84,7 @@ def backward_input_reason(op: Conv1x1BackwardInput) -> str | None:
     return (
         product_reason(op.c, op.weight, op.dy, op.shortcut_dy)
         or mask_reason(op.shortcut_mask, op.c)
-        or given_vectors_reason(v.scale, v.shift, g.A, g.B, g.K)
+        or given_reason(v.scale, v.shift, g.A, g.B, g.K)
     )
 
 
@@ -111,7 +103,7 @@ def backward_input3x3_reason(op: Conv3x3BackwardInput) -> str | None:
     return (
         product_reason(op.dy, op.weight, op.c, op.shortcut_dy)
         or mask_reason(op.shortcut_mask, op.dy)
-        or given_vectors_reason(*vectors)
+        or given_reason(*vectors)
     )
 
 
@@ -119,7 +111,7 @@ def backward_weight_reason(op: Conv1x1BackwardWeight) -> str | None:
     return (
         product_reason(op.c, None, op.dy)
         or mask_reason(op.mask, op.c)
-        or given_vectors_reason(op.scale, op.shift, op.center)
+        or given_reason(op.scale, op.shift, op.center)
     )
 
 
@@ -129,7 +121,7 @@ def gram_reason(op: Gram) -> str | None:
 
 def gram_output_stats_reason(op: GramOutputStats) -> str | None:
     weight = op.weight
-    return product_reason(weight, weight) or bias_reason(op.bias, weight) or given_vectors_reason(op.m, op.S)
+    return product_reason(weight, weight) or bias_reason(op.bias, weight) or given_reason(op.m, op.S)
 
 
 def gram_coefficients_reason(op: GramBackwardCoefficients) -> str | None:
@@ -137,7 +129,7 @@ def gram_coefficients_reason(op: GramBackwardCoefficients) -> str | None:
     return (
         product_reason(weight, weight)
         or bias_reason(op.bias, weight)
-        or given_vectors_reason(op.r, op.sum_dz, v.mean, v.invstd, v.scale, op.m, op.S, op.center)
+        or given_reason(op.r, op.sum_dz, v.mean, v.invstd, v.scale, op.m, op.S, op.center)
     )
 
 
@@ -146,7 +138,7 @@ def gram_backward_input_reason(op: Conv1x1GramBackwardInput) -> str | None:
     return (
         product_reason(op.c, None, op.dy)
         or mask_reason(op.mask, op.c)
-        or given_vectors_reason(v.mean, v.scale, v.shift, op.weight_dz, op.weight_a, op.center, op.offset)
+        or given_reason(v.mean, v.scale, v.shift, op.weight_dz, op.weight_a, op.center, op.offset)
     )
 
 
