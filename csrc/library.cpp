@@ -48,6 +48,9 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
       " Tensor? residual_shift, bool relu, bool save_mask) -> (Tensor y, Tensor? mask)");
   // The ops in place write y into c; dc into dy; dc into c, and the gradient of a projection into shortcut_c.
   m.def(
+      "bn_add_relu_forward_out(Tensor c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
+      " Tensor? residual_shift, bool relu, bool save_mask, Tensor(a!) y) -> (Tensor? mask)");
+  m.def(
       "bn_add_relu_forward_(Tensor(a!) c, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale,"
       " Tensor? residual_shift, bool relu) -> ()");
   m.def(
@@ -89,6 +92,9 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
       "bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tensor A, Tensor? B, Tensor? K,"
       " int kernel_size, int stride, int padding) -> Tensor");
   m.def(
+      "bn_relu_maxpool_backward_input_out(Tensor dy, Tensor indices, Tensor c, Tensor A, Tensor? B, Tensor? K,"
+      " int kernel_size, int stride, int padding, Tensor(a!) dc) -> ()");
+  m.def(
       "conv_backward_weight(Tensor dy, Tensor x, int kernel_height, int kernel_width, int stride_height,"
       " int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width) -> Tensor");
   // on the CPU for inference: no bias, prologue, mask and statistics
@@ -97,9 +103,10 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
       " Tensor? in_shift=None, Tensor? scale=None, Tensor? shift=None, Tensor? residual=None,"
       " Tensor? residual_scale=None, Tensor? residual_shift=None, bool relu=False, bool save_mask=False,"
       " bool save_stats=False) -> (Tensor y, Tensor? mask, Tensor? mean, Tensor? var)");
-  // the same on the CPU into y, which shares no memory with the other tensors
+  // An op whose name ends in _out writes its largest result into a tensor that shares no memory with the others: on the
+  // CPU alone.
   m.def(
-      "conv1x1_forward_out(Tensor x, Tensor weight, int stride, Tensor scale, Tensor shift, Tensor? residual,"
+      "conv1x1_forward_out(Tensor x, Tensor weight, int stride, Tensor? scale, Tensor? shift, Tensor? residual,"
       " Tensor? residual_scale, Tensor? residual_shift, bool relu, Tensor(a!) y) -> ()");
   // on CUDA alone
   m.def(
@@ -121,6 +128,9 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
       " Tensor weight_dz, Tensor? weight_a, Tensor? center, Tensor? offset)"
       " -> (Tensor dz_below, Tensor sum_dz, Tensor sum_dz_centered)");
   m.def("conv_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask) -> Tensor");
+  m.def(
+      "conv_backward_input_out(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask, Tensor(a!) dx)"
+      " -> ()");
   // for a convolution with stride; adds to dx
   m.def("conv_backward_input_(Tensor(a!) dx, Tensor dy, Tensor weight, int stride_height, int stride_width) -> ()");
   // 3x3 convolutions: on the CPU by Winograd's algorithm, without stride, mask and BN's backward; on CUDA without it,
@@ -130,15 +140,17 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
       "conv3x3_forward(Tensor x, Tensor weight, Tensor? in_scale, Tensor? in_shift, Tensor? scale, Tensor? shift,"
       " Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, bool relu, bool save_stats, int tile,"
       " int stride=1, bool save_mask=False) -> (Tensor y, Tensor? mask, Tensor? mean, Tensor? var, bool finite)");
-  // the same on the CPU with an epilogue, without stride, mask and statistics, into y
   m.def(
-      "conv3x3_forward_out(Tensor x, Tensor weight, Tensor? in_scale, Tensor? in_shift, Tensor scale, Tensor shift,"
-      " Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, bool relu, int tile, Tensor(a!) y)"
-      " -> (bool finite)");
+      "conv3x3_forward_out(Tensor x, Tensor weight, Tensor? in_scale, Tensor? in_shift, Tensor? scale, Tensor? shift,"
+      " Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, bool relu, bool save_stats, int tile,"
+      " Tensor(a!) y) -> (Tensor? mean, Tensor? var, bool finite)");
   m.def(
       "conv3x3_backward_input(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask, int tile,"
       " Tensor? c=None, Tensor? scale=None, Tensor? shift=None, Tensor? A=None, Tensor? B=None, Tensor? K=None,"
       " bool relu=False) -> (Tensor dx, Tensor? dc, bool finite)");
+  m.def(
+      "conv3x3_backward_input_out(Tensor dy, Tensor weight, Tensor? shortcut_dy, Tensor? shortcut_mask, int tile,"
+      " Tensor(a!) dx) -> (bool finite)");
   m.def(
       "conv3x3_backward_weight(Tensor dy, Tensor x, Tensor? in_scale, Tensor? in_shift, int tile)"
       " -> (Tensor dw, bool finite)");

@@ -230,6 +230,7 @@ struct ConvBackwardInput {
   const void* shortcut_dy;  // like dx, added to the gradient, or null; in place, dx
   const uint8_t* mask;      // one bit an element: where shortcut_dy is added; null: everywhere
   void* dx;                 // [N, height.in, width.in, in_channels]
+  bool reused = false;      // whether dx lies in memory that has been written before
 };
 
 // A 1x1 convolution, or on CUDA a 3x3 one with padding 1, BN with known vectors, addition and ReLU.
@@ -238,7 +239,7 @@ struct ConvForward {
   int64_t rows, in_channels, out_channels;  // P, of y
   const void* x;                            // [N, height.in, width.in, in_channels]: [P, in_channels] without strides
   const void* weight;                       // [out_channels, kernel, kernel, in_channels]
-  const float* scale;                       // [out_channels], null with shift, on CUDA: 1 and 0
+  const float* scale;                       // [out_channels], null with shift: 1 and 0
   const float* shift;                       // [out_channels]
   const void* residual;                     // like y, or null
   const float* residual_scale;              // [out_channels], null with residual_shift: the residual as it is
@@ -253,6 +254,8 @@ struct ConvForward {
   uint8_t* mask = nullptr;          // [ceil(P*out_channels / 8)] of y, or null
   float* mean = nullptr;            // [out_channels] of y, null with var: not wanted
   float* var = nullptr;             // [out_channels] biased
+  // on the CPU alone: whether y lies in memory that has been written before
+  bool reused = false;
 };
 
 // dc = A*dz + B*c + K, rounded, and dx = dc W, plus shortcut_dy, of a 1x1 convolution without stride. CUDA alone.

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kDepth = 512;             // words summed at once, so that a tile's rows stay in the first cache
 constexpr int64_t kProductsOfElement = 64;  // in the time that an element takes to be read and written
+constexpr int64_t kPastCaches = int64_t(8) << 20;  // bytes of a result that is written to memory itself
 
 using Pack = void (*)(const PackArgs&, int64_t begin, int64_t end);
 
@@ -38,14 +39,22 @@ RowsOfProduct rows_of_product(Dtype dtype, int64_t channels) {
   return {scratch(Scratch::kOwn, kRowsOfProduct * pitch), depth, pitch};
 }
 
+// Whether the result goes to memory itself: one that the caches would not keep is not read into them first. Pages that
+// the system has just cleared are in the caches.
+bool goes_past_caches(bool reused, Dtype dtype, const void* result, int64_t rows, int64_t channels) {
+  return reused && dtype == Dtype::kFloat32 && rows * channels * size_of(dtype) >= kPastCaches &&
+         channels % kernels()->width == 0 && reinterpret_cast<uintptr_t>(result) % kLineBytes == 0;
+}
+
 }  // namespace
 
 void conv_backward_input(const ConvBackwardInput& args) {
   const Convolutions& kernel = *convolutions(args.dtype);
   const PackArgs given{args.in_channels, args.out_channels, args.weight, nullptr};
   const Lines<float> packed = pack(kernel.pack_weight, args.dtype, given, args.in_channels);
-  const Conv1x1InputArgs all{args, packed.data(), {}};
   const int64_t positions = args.batch * args.height.out * args.width.out;
+  const bool past_caches = goes_past_caches(args.reused, args.dtype, args.dx, positions, args.in_channels);
+  const Conv1x1InputArgs all{args, past_caches, packed.data(), {}};
   parallel_chunks(count_chunks(positions, elements_for(args.in_channels, args.out_channels)), positions,
                   [&](int64_t, int64_t begin, int64_t end) {
                     Conv1x1InputArgs mine = all;
@@ -61,7 +70,8 @@ void conv1x1_forward(const ConvForward& args) {
   const Residual form = args.residual == nullptr         ? Residual::kNone
                         : args.residual_scale == nullptr ? Residual::kIdentity
                                                          : Residual::kProjection;
-  const Conv1x1Args all{args, form, packed.data(), {}};
+  const bool past_caches = goes_past_caches(args.reused, args.dtype, args.y, args.rows, args.out_channels);
+  const Conv1x1Args all{args, form, past_caches, packed.data(), {}};
   parallel_chunks(count_chunks(args.rows, elements_for(args.out_channels, args.in_channels)), args.rows,
                   [&](int64_t, int64_t begin, int64_t end) {
                     Conv1x1Args mine = all;

@@ -1,19 +1,17 @@
-// 1x1 convolutions as matrix products: the forward in inference, with BN, addition and ReLU; the input gradient, added
+// 1x1 convolutions as matrix products: the forward, in inference with BN, addition and ReLU; the input gradient, added
 // to the gradient that reaches x by the shortcut. Sums are float. Included after vec_avx2.h or vec_avx512.h.
 #pragma once
 
-#include "kernels.h"
+#include "conv1x1_finish.h"
 #include "select.h"
-#include "words.h"
 
 namespace {
 
 using namespace fusedres::cpu;
 
-constexpr int64_t kRowsAhead = 16;  // rows of W to prefetch: each lies in a page of its own
 constexpr int64_t kRowsAtOnce = kRowsOfProduct / kPanel * kPanel;
 constexpr int64_t kDepthAhead = 16;      // rows of a panel to prefetch: a deep panel lies in the second cache
-constexpr int64_t kPanelsThatFetch = 2;  // of a tile: so that few fetches are under way at a time
+constexpr int64_t kPanelsThatFetch = 2;  // at most, half of a row each: so that few fetches are under way at a time
 
 // result[row(p), n] = sum over k of a[source(p), k] * b[k, n], in words.
 struct Product {
@@ -24,65 +22,27 @@ struct Product {
   RowsOfProduct rows;
 };
 
+// Lines that are fetched while a tile multiplies, of the rows that are copied next to its own: those of sixteen rows in
+// turn. The hardware does not foresee short rows.
+struct Ahead {
+  const float* rows;
+  int64_t step, line;  // words between rows and between lines; 0: nothing is fetched
+  int64_t slower;      // 1: half as many
+
+  FUSEDRES_INLINE void fetch(int64_t k) const {
+    k >>= slower;
+    _mm_prefetch(rows + k % kLine<float> * step + k / kLine<float> * line, _MM_HINT_T0);
+  }
+};
+
 // Some rows of a times a panel of b, over some of the depth.
 struct ProductTile {
-  const float* a;             // [rows][pitch], copied
-  const float* b;             // [depth, kPanelIn]
-  const int64_t* rows;        // the row of the result for each row of a
-  const float* next;          // [rows][Product::step]: what will be copied next to these rows, fetched by ...
-  int64_t fetchers, fetcher;  // ... so many panels, of which this is number `fetcher`, if it is one of them
+  const float* a;       // [rows][pitch], copied
+  const float* b;       // [depth, kPanelIn]
+  const int64_t* rows;  // the row of the result for each row of a
+  Ahead ahead;
   int64_t depth, column, lanes;
-  bool first, last;  // whether this is the first and the last part of the depth
-};
-
-// Finishes the input gradient: adds the sums to the shortcut's gradient and writes dx.
-template <class T>
-struct AddToShortcut {
-  explicit AddToShortcut(const Conv1x1InputArgs& args)
-      : shortcut_dy(static_cast<const T*>(args.shortcut_dy)), mask(args.mask), dx(static_cast<T*>(args.dx)) {}
-
-  const T* soon() const { return shortcut_dy == nullptr ? dx : shortcut_dy; }
-  void operator()(const ProductTile& tile, int64_t element, int64_t, Float sum, int64_t lanes) const {
-    store_lanes(dx + element, rounded<T>(sum + before(tile, element, lanes)), lanes);
-  }
-
- private:
-  Float before(const ProductTile& tile, int64_t element, int64_t lanes) const {
-    if (!tile.first) return load_lanes(dx + element, lanes);
-    if (shortcut_dy == nullptr) return zero();
-    const Float v = load_lanes(shortcut_dy + element, lanes);
-    return mask == nullptr ? v : select(unpack_bits_lanes(mask + element / 8, lanes), v);
-  }
-
-  const T* shortcut_dy;
-  const uint8_t* mask;
-  T* dx;
-};
-
-// Finishes the forward: y, once the sum is whole.
-template <class T, Residual form, bool with_relu>
-struct ScaleShiftAddRelu {
-  explicit ScaleShiftAddRelu(const Conv1x1Args& args)
-      : args(args), residual(static_cast<const T*>(args.residual)), y(static_cast<T*>(args.y)) {}
-
-  const T* soon() const { return form == Residual::kNone ? y : residual; }
-  void operator()(const ProductTile& tile, int64_t element, int64_t channel, Float sum, int64_t lanes) const {
-    if (!tile.first) sum = sum + load_lanes(y + element, lanes);
-    if (!tile.last) return store_lanes(y + element, rounded<T>(sum), lanes);
-    Float z = fma(load_lanes(args.scale + channel, lanes), sum, load_lanes(args.shift + channel, lanes));
-    if constexpr (form == Residual::kIdentity) z = z + load_lanes(residual + element, lanes);
-    if constexpr (form == Residual::kProjection) {
-      const Float scale = load_lanes(args.residual_scale + channel, lanes);
-      z = z + fma(scale, load_lanes(residual + element, lanes), load_lanes(args.residual_shift + channel, lanes));
-    }
-    z = rounded<T>(z);
-    store_lanes(y + element, with_relu ? relu(z) : z, lanes);
-  }
-
- private:
-  const Conv1x1Args& args;
-  const T* residual;
-  T* y;
+  Part part;
 };
 
 // Finishes a tile with fewer columns than a panel, from [size][kPanelIn] sums.
@@ -92,31 +52,40 @@ __attribute__((noinline)) void finish_some(const Product& product, const Product
   for (int64_t r = 0; r < size; ++r) {
     for (int64_t i = 0; i < tile.lanes; i += kWidth) {
       const int64_t column = tile.column + i;
-      finish(tile, tile.rows[r] * product.columns + column, column, load(sums + r * kPanelIn + i), tile.lanes - i);
+      finish(tile.part, tile.rows[r] * product.columns + column, column, load(sums + r * kPanelIn + i), tile.lanes - i);
     }
   }
 }
 
-// fetch: prefetches lines of `next`. The hardware does not foresee short rows.
+// What the end of a tile reads. The lines are fetched one by one while the tile multiplies: many at once would keep the
+// panel waiting.
+template <class T>
+struct Operands {
+  const T* tensor;  // [rows, columns], from the tile's first column on, or null
+  const int64_t* rows;
+  int64_t columns, size;  // size: how many rows the tile has
+
+  static constexpr int64_t kLinesOfRow = kPanelIn / kLine<T>;
+  int64_t lines() const { return tensor == nullptr ? 0 : size * kLinesOfRow; }
+  FUSEDRES_INLINE void fetch(int64_t index) const {
+    if (index >= lines()) return;
+    _mm_prefetch(tensor + rows[index / kLinesOfRow] * columns + index % kLinesOfRow * kLine<T>, _MM_HINT_T0);
+  }
+};
+
+inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Not inlined: with what surrounds it some of AVX2's sixteen registers would be in memory, at half the speed.
-template <class T, int size, bool fetch, class Finish>
+template <class T, int size, class Finish>
 __attribute__((noinline)) void multiply(const Product& product, const ProductTile& tile, const Finish& finish) {
   Float sums[size][2];
-  const T* soon = finish.soon() + tile.column;
+  const T* soon = finish.soon();
+  const Operands<T> operands{soon == nullptr ? nullptr : soon + tile.column, tile.rows, product.columns, size};
 #pragma GCC unroll 14
-  for (int r = 0; r < size; ++r) {
-    sums[r][0] = sums[r][1] = zero();
-    _mm_prefetch(soon + tile.rows[r] * product.columns, _MM_HINT_T0);
-    _mm_prefetch(soon + tile.rows[r] * product.columns + tile.lanes - 1, _MM_HINT_T0);
-  }
+  for (int r = 0; r < size; ++r) sums[r][0] = sums[r][1] = zero();
   const int64_t pitch = product.rows.pitch;
   const float *a = tile.a, *b = tile.b;
-  for (int64_t k = 0; k < tile.depth; ++k, ++a, b += kPanelIn) {
-    if constexpr (fetch) {
-      if (k % tile.fetchers == tile.fetcher) {
-        _mm_prefetch(tile.next + k % kLine<float> * product.step + k / kLine<float> * kLine<float>, _MM_HINT_T0);
-      }
-    }
+  const auto add = [&]() __attribute__((always_inline)) {
     for (int64_t i = 0; i < kPanelIn; i += kLine<float>) _mm_prefetch(b + kDepthAhead * kPanelIn + i, _MM_HINT_T0);
     const Float low = load(b), high = load(b + kWidth);
 #pragma GCC unroll 14
@@ -125,7 +94,16 @@ __attribute__((noinline)) void multiply(const Product& product, const ProductTil
       sums[r][0] = multiply_add<T>(one, low, sums[r][0]);
       sums[r][1] = multiply_add<T>(one, high, sums[r][1]);
     }
+    ++a;
+    b += kPanelIn;
+  };
+  const int64_t fetching = smaller_of(tile.depth, tile.ahead.line != 0 ? tile.depth : operands.lines());
+  for (int64_t k = 0; k < fetching; ++k) {
+    tile.ahead.fetch(k);
+    operands.fetch(k);
+    add();
   }
+  for (int64_t k = fetching; k < tile.depth; ++k) add();
   if (tile.lanes < kPanelIn) {
     float rest[size][kPanelIn];
 #pragma GCC unroll 14
@@ -138,12 +116,10 @@ __attribute__((noinline)) void multiply(const Product& product, const ProductTil
 #pragma GCC unroll 14
   for (int r = 0; r < size; ++r) {  // unrolled, or `sums` would live in memory
     const int64_t element = tile.rows[r] * product.columns + tile.column;
-    finish(tile, element, tile.column, sums[r][0], kWidth);
-    finish(tile, element + kWidth, tile.column + kWidth, sums[r][1], kWidth);
+    finish(tile.part, element, tile.column, sums[r][0], kWidth);
+    finish(tile.part, element + kWidth, tile.column + kWidth, sums[r][1], kWidth);
   }
 }
-
-inline int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The next smaller size of a tile. The largest is kPanel; smaller ones take the rows that are left.
 constexpr int smaller(int size) { return size > 8 ? 8 : size > 4 ? 4 : size / 2; }
@@ -154,11 +130,7 @@ inline int64_t multiply_some(int64_t left, const Product& product, const Product
   if constexpr (most > 1) {
     if (left < most) return multiply_some<T, smaller(most)>(left, product, tile, finish);
   }
-  if (tile.fetcher < tile.fetchers) {
-    multiply<T, most, true>(product, tile, finish);
-  } else {
-    multiply<T, most, false>(product, tile, finish);
-  }
+  multiply<T, most>(product, tile, finish);
   return most;
 }
 
@@ -182,6 +154,10 @@ inline void multiply_rows(const Product& product, int64_t begin, int64_t end, So
       }
       const bool whole = done + depth == product.depth;
       const float* next = product.a + source(whole ? last : first) * product.depth + (whole ? 0 : done + depth);
+      const auto ahead = [&](const float* rows, int64_t panel) {
+        if (panel >= fetchers) return Ahead{product.packed_b, 0, 0, 0};
+        return Ahead{rows + panel * (depth / 2), product.step, kLine<float>, fetchers - 1};
+      };
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t column = panel * kPanelIn;
         const float* b = product.packed_b + column * product.depth + done * kPanelIn;
@@ -189,64 +165,12 @@ inline void multiply_rows(const Product& product, int64_t begin, int64_t end, So
           const ProductTile tile{product.rows.copied + i * product.rows.pitch,
                                  b,
                                  rows + i,
-                                 next + i * product.step,
-                                 fetchers,
-                                 panel,
+                                 ahead(next + i * product.step, panel),
                                  depth,
                                  column,
                                  smaller_of(product.columns - column, kPanelIn),
-                                 done == 0,
-                                 whole};
+                                 {done == 0, whole}};
           i += multiply_some<T, kPanel>(last - first - i, product, tile, finish);
-        }
-      }
-    }
-  }
-}
-
-// Packs W [out_channels, in_channels] as [panel][out_channels][kPanelIn], panels [begin, end). A word of bfloat16 holds
-// two output channels. Columns beyond the last channel are 0.
-template <class T>
-void pack_weight(const PackArgs& args, int64_t begin, int64_t end) {
-  const int64_t step = kPerWord<T> * args.in_channels, depth = args.out_channels / kPerWord<T>;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const int64_t channel = panel * kPanelIn, left = args.in_channels - channel;
-    float* packed = args.packed + channel * depth;
-    const T* weight = static_cast<const T*>(args.weight) + channel;
-    for (int64_t o = 0; o < depth; ++o, weight += step, packed += kPanelIn) {
-      for (int64_t i = 0; i < kPanelIn; i += kLine<T>) _mm_prefetch(weight + kRowsAhead * step + i, _MM_HINT_T0);
-      store_words(packed, weight, args.in_channels, left);
-    }
-  }
-}
-
-// Transposes four rows of four words, `pitch` apart, to four rows of a panel, kPanelIn apart.
-inline void transpose(const float* weight, int64_t pitch, float* packed) {
-  __m128 a = _mm_loadu_ps(weight), b = _mm_loadu_ps(weight + pitch);
-  __m128 c = _mm_loadu_ps(weight + 2 * pitch), d = _mm_loadu_ps(weight + 3 * pitch);
-  _MM_TRANSPOSE4_PS(a, b, c, d);
-  _mm_storeu_ps(packed, a);
-  _mm_storeu_ps(packed + kPanelIn, b);
-  _mm_storeu_ps(packed + 2 * kPanelIn, c);
-  _mm_storeu_ps(packed + 3 * kPanelIn, d);
-}
-
-// Packs W [out_channels, in_channels] as [panel][in_channels][kPanelIn], with panels of output channels.
-template <class T>
-void pack_weight_transposed(const PackArgs& args, int64_t begin, int64_t end) {
-  const int64_t depth = args.in_channels / kPerWord<T>;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    float* packed = args.packed + panel * kPanelIn * depth;
-    for (int64_t lane = 0; lane < kPanelIn; lane += 4) {
-      const int64_t out = panel * kPanelIn + lane;
-      const float* weight = static_cast<const float*>(args.weight) + out * depth;
-      int64_t i = 0;
-      if (out + 4 <= args.out_channels) {
-        for (; i + 4 <= depth; i += 4) transpose(weight + i, depth, packed + i * kPanelIn + lane);
-      }
-      for (; i < depth; ++i) {
-        for (int64_t l = 0; l < 4; ++l) {
-          packed[i * kPanelIn + lane + l] = out + l < args.out_channels ? word(weight + l * depth + i) : 0;
         }
       }
     }
@@ -269,7 +193,12 @@ void conv1x1_backward_input(const Conv1x1InputArgs& args, int64_t begin, int64_t
   const auto input = [&](int64_t at) { return input_row(args.height, args.width, at); };
   const Product product{
       static_cast<const float*>(args.dy), args.packed_weight, depth, args.in_channels, depth, args.rows_of_product};
-  multiply_rows<T>(product, begin, end, same, input, AddToShortcut<T>(args));
+  with(args.past_caches, [&](auto past_caches) {
+    const AddToShortcut<T, past_caches.value> finish{static_cast<T*>(args.dx), static_cast<const T*>(args.shortcut_dy),
+                                                     args.mask};
+    multiply_rows<T>(product, begin, end, same, input, finish);
+    if (past_caches.value) fence_past_caches();
+  });
 }
 
 // Writes y of positions [begin, end).
@@ -280,11 +209,16 @@ void conv1x1_forward(const Conv1x1Args& args, int64_t begin, int64_t end) {
   const auto input = [&](int64_t at) { return input_row(args.height, args.width, at); };
   const Product product{static_cast<const float*>(args.x), args.packed_weight,  depth, args.out_channels,
                         depth * args.width.stride,         args.rows_of_product};
-  with(args.form, [&](auto form) {
-    with(args.relu, [&](auto relu) {
-      const ScaleShiftAddRelu<T, form.value, relu.value> finish(args);
-      multiply_rows<T>(product, begin, end, input, same, finish);
-    });
+  const auto run = [&](const auto& finish) { multiply_rows<T>(product, begin, end, input, same, finish); };
+  with(args.past_caches, [&](auto past_caches) {
+    if (args.scale == nullptr) {
+      run(AddToShortcut<T, past_caches.value>{static_cast<T*>(args.y)});
+    } else {
+      with(args.form, [&](auto form) {
+        with(args.relu, [&](auto relu) { run(ScaleShiftAddRelu<T, form.value, relu.value, past_caches.value>(args)); });
+      });
+    }
+    if (past_caches.value) fence_past_caches();
   });
 }
 

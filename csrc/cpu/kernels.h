@@ -162,12 +162,14 @@ constexpr int64_t kRowsOfProduct = 56;  // the weight passes once for so many
 
 struct Conv1x1Args : ConvForward {
   Residual form;
+  bool past_caches;  // whether y is written to memory itself: of float32, all of its vectors whole and aligned
   const float* packed_weight;
   RowsOfProduct rows_of_product;
 };
 
 // The kernel walks positions of dy.
 struct Conv1x1InputArgs : ConvBackwardInput {
+  bool past_caches;  // as above, of dx
   const float* packed_weight;
   RowsOfProduct rows_of_product;
 };

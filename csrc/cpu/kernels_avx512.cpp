@@ -3,6 +3,7 @@
 
 #include "bn_kernels.h"
 #include "conv1x1_kernels.h"
+#include "conv1x1_packing.h"
 #include "conv_weight_kernels.h"
 #include "grouped_kernels.h"
 #include "pool_kernels.h"

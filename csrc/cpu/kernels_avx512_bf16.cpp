@@ -2,6 +2,7 @@
 #include "vec_avx512.h"
 
 #include "conv1x1_kernels.h"
+#include "conv1x1_packing.h"
 #include "conv_weight_kernels.h"
 
 namespace fusedres::cpu {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#define FUSEDRES_INLINE inline __attribute__((always_inline))
+
 namespace {
 
 // The other lanes are 0.

@@ -93,6 +93,12 @@ inline void store(BFloat16* p, Float v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 
+// As `store`, to memory itself, where nothing is read before. p is aligned to the vector. `fence_past_caches` comes
+// before another thread reads.
+inline void store_past_caches(float* p, Float v) { _mm256_stream_ps(p, v); }
+inline void store_past_caches(BFloat16* p, Float v) { store(p, v); }
+inline void fence_past_caches() { _mm_sfence(); }
+
 inline Int load_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }

@@ -10,11 +10,11 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "lanes.h"
 
 namespace {
 
 #define FUSEDRES_UNROLLED _Pragma("GCC unroll 8")
-#define FUSEDRES_INLINE inline __attribute__((always_inline))
 
 // F(2x2, 3x3), at the points 0, 1, -1 and infinity: more accurate than nine products summed.
 struct SmallTile {

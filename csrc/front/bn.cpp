@@ -3,6 +3,7 @@
 #include "allocate.h"
 #include "device_ops.h"
 #include "devices.h"
+#include "results.h"
 
 namespace fusedres::front {
 
@@ -65,6 +66,21 @@ std::tuple<Tensor, OptionalTensor> bn_add_relu_forward(Tensor c, Tensor scale, T
   if (save_mask) mask = new_bytes(c, (c.numel() + 7) / 8);
   add_relu_forward<Device>(op, shape, c, scale, shift, residual, residual_scale, residual_shift, relu, y, mask);
   return {y, mask};
+}
+
+// The same, on the CPU, into y.
+template <class Device>
+OptionalTensor bn_add_relu_forward_out(Tensor c, Tensor scale, Tensor shift, OptionalTensor residual,
+                                       OptionalTensor residual_scale, OptionalTensor residual_shift, bool relu,
+                                       bool save_mask, Tensor y) {
+  const char* op = "bn_add_relu_forward_out";
+  const Shape shape = check_activation<Device>(op, "c", c);
+  given_or_new(op, {"y", y}, c, {c.size(0), c.size(1), c.size(2), c.size(3)},
+               {Named("c", c), Named("residual", residual)});
+  OptionalTensor mask;
+  if (save_mask) mask = new_bytes(c, (c.numel() + 7) / 8);
+  add_relu_forward<Device>(op, shape, c, scale, shift, residual, residual_scale, residual_shift, relu, y, mask);
+  return mask;
 }
 
 // Writes y into the storage of c.
@@ -220,6 +236,7 @@ FUSEDRES_OPS(CPU, m) {
   using namespace fusedres::front;
   register_ops<Cpu>(m);
   m.impl<&bn_add_relu_forward_<Cpu>>("bn_add_relu_forward_");
+  m.impl<&bn_add_relu_forward_out<Cpu>>("bn_add_relu_forward_out");
   m.impl<&bn_add_relu_backward_input_<Cpu>>("bn_add_relu_backward_input_");
   m.impl<&bn_add_relu_backward_input_of_c_<Cpu>>("bn_add_relu_backward_input_of_c_");
 }

@@ -53,13 +53,15 @@ Tensor conv_backward_weight(Tensor dy, Tensor x, int64_t kernel_height, int64_t 
   return dw;
 }
 
-// dy [N, Cout, H, W], weight [Cout, Cin, 1, 1], shortcut_dy and the result [N, Cin, H, W]
+// dy [N, Cout, H, W], weight [Cout, Cin, 1, 1], shortcut_dy and dx [N, Cin, H, W]; out: the tensor to write dx into, or
+// none
 template <class Device>
-Tensor conv_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy, OptionalTensor mask) {
-  const char* op = "conv_backward_input";
+Tensor backward_input(const char* op, const Tensor& dy, const Tensor& weight, const OptionalTensor& shortcut_dy,
+                      const OptionalTensor& mask, const OptionalTensor& out) {
   const Shape shape = check_1x1<Device>(op, "dy", dy, weight, 0);
   const int64_t batch = dy.size(0), channels = weight.size(1), height = dy.size(2), width = dy.size(3);
-  Tensor dx = new_channels_last(dy, batch, channels, height, width, dtype_code(dy));
+  Tensor dx = given_or_new(op, {"dx", out}, dy, {batch, channels, height, width},
+                           {Named("dy", dy), Named("weight", weight), Named("shortcut_dy", shortcut_dy)});
   check_like(op, "shortcut_dy", shortcut_dy, dx);
   if (mask && !shortcut_dy) fail(op, "shortcut_mask", "without shortcut_dy", "both or no mask", "pass the pair");
   check_mask(op, mask, dx);
@@ -70,8 +72,20 @@ Tensor conv_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy,
   const Device on(op, dy, {Named("weight", weight), Named("shortcut_dy", shortcut_dy), Named("shortcut_mask", mask)});
   const ConvAxis down{height, height, 1, 1, 0, 1}, across{width, width, 1, 1, 0, 1};
   on.launch(ConvBackwardInput{shape.dtype, batch, channels, shape.channels, down, across, dy.const_data_ptr(),
-                              weight.const_data_ptr(), untyped(shortcut_dy), byte_data(mask), dx.mutable_data_ptr()});
+                              weight.const_data_ptr(), untyped(shortcut_dy), byte_data(mask), dx.mutable_data_ptr(),
+                              out.has_value()});
   return dx;
+}
+
+template <class Device>
+Tensor conv_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy, OptionalTensor mask) {
+  return backward_input<Device>("conv_backward_input", dy, weight, shortcut_dy, mask, {});
+}
+
+// The same, on the CPU, into dx.
+template <class Device>
+void conv_backward_input_out(Tensor dy, Tensor weight, OptionalTensor shortcut_dy, OptionalTensor mask, Tensor dx) {
+  backward_input<Device>("conv_backward_input_out", dy, weight, shortcut_dy, mask, dx);
 }
 
 // Adds to dx [N, Cin, H, W]; dy [N, Cout, H', W'], weight [Cout, Cin, 1, 1].
@@ -98,17 +112,20 @@ ConvOutput conv1x1_forward(Tensor x, Tensor weight, OptionalTensor bias, int64_t
                            OptionalTensor residual_scale, OptionalTensor residual_shift, bool relu, bool save_mask,
                            bool save_stats) {
   const char* op = "conv1x1_forward";
-  Device::check_form(op, !bias && !in_scale && scale && !save_mask && !save_stats);
+  Device::check_form(op, !bias && !in_scale && !save_mask && !save_stats && (scale || (!residual && !relu)));
   return conv_forward<Device>(op, 1, x, weight, bias, stride, in_scale, in_shift, scale, shift, residual,
                               residual_scale, residual_shift, relu, save_mask, save_stats);
 }
 
 // The same, on the CPU, into y.
 template <class Device>
-void conv1x1_forward_out(Tensor x, Tensor weight, int64_t stride, Tensor scale, Tensor shift, OptionalTensor residual,
-                         OptionalTensor residual_scale, OptionalTensor residual_shift, bool relu, Tensor y) {
-  conv_forward<Device>("conv1x1_forward_out", 1, x, weight, {}, stride, {}, {}, scale, shift, residual, residual_scale,
-                       residual_shift, relu, false, false, y);
+void conv1x1_forward_out(Tensor x, Tensor weight, int64_t stride, OptionalTensor scale, OptionalTensor shift,
+                         OptionalTensor residual, OptionalTensor residual_scale, OptionalTensor residual_shift,
+                         bool relu, Tensor y) {
+  const char* op = "conv1x1_forward_out";
+  Device::check_form(op, scale || (!residual && !relu));
+  conv_forward<Device>(op, 1, x, weight, {}, stride, {}, {}, scale, shift, residual, residual_scale, residual_shift,
+                       relu, false, false, y);
 }
 
 }  // namespace
@@ -121,6 +138,7 @@ FUSEDRES_OPS(CPU, m) {
   m.impl<&conv1x1_forward<Cpu>>("conv1x1_forward");
   m.impl<&conv1x1_forward_out<Cpu>>("conv1x1_forward_out");
   m.impl<&conv_backward_input<Cpu>>("conv_backward_input");
+  m.impl<&conv_backward_input_out<Cpu>>("conv_backward_input_out");
   m.impl<&conv_backward_input_<Cpu>>("conv_backward_input_");
 }
 #ifdef USE_CUDA

@@ -60,7 +60,7 @@ Conv3x3Output forward_3x3(const char* op, Tensor x, Tensor weight, OptionalTenso
     check_vector(op, name, v, sizes.out_channels);
   }
   if (save_stats && scale) fail(op, "save_stats", "given with an epilogue", "one of the two", "ask for one of them");
-  Tensor y = given_or_new(op, out, x, {sizes.batch, sizes.out_channels, sizes.height, sizes.width},
+  Tensor y = given_or_new(op, {"y", out}, x, {sizes.batch, sizes.out_channels, sizes.height, sizes.width},
                           {Named("x", x), Named("weight", weight), Named("residual", residual)});
   check_like(op, "residual", residual, y);
   OptionalTensor mean, var;
@@ -88,28 +88,29 @@ Conv3x3Output conv3x3_forward(Tensor x, Tensor weight, OptionalTensor in_scale, 
                              relu, save_stats, tile, {});
 }
 
-// The same in inference, into y.
+// The same, into y: mean, var, finite.
 template <class Device>
-bool conv3x3_forward_out(Tensor x, Tensor weight, OptionalTensor in_scale, OptionalTensor in_shift, Tensor scale,
-                         Tensor shift, OptionalTensor residual, OptionalTensor residual_scale,
-                         OptionalTensor residual_shift, bool relu, int64_t tile, Tensor y) {
-  return std::get<4>(forward_3x3<Device>("conv3x3_forward_out", x, weight, in_scale, in_shift, scale, shift, residual,
-                                         residual_scale, residual_shift, relu, false, tile, y));
+std::tuple<OptionalTensor, OptionalTensor, bool> conv3x3_forward_out(Tensor x, Tensor weight, OptionalTensor in_scale,
+                                                                     OptionalTensor in_shift, OptionalTensor scale,
+                                                                     OptionalTensor shift, OptionalTensor residual,
+                                                                     OptionalTensor residual_scale,
+                                                                     OptionalTensor residual_shift, bool relu,
+                                                                     bool save_stats, int64_t tile, Tensor y) {
+  const auto [result, mask, mean, var, finite] =
+      forward_3x3<Device>("conv3x3_forward_out", x, weight, in_scale, in_shift, scale, shift, residual, residual_scale,
+                          residual_shift, relu, save_stats, tile, y);
+  return {mean, var, finite};
 }
 
-// dy [N, Cout, H, W], weight [Cout, Cin, 3, 3], shortcut_dy and the result [N, Cin, H, W]
+// dy [N, Cout, H, W], weight [Cout, Cin, 3, 3], shortcut_dy and dx [N, Cin, H, W]. out: what dx is written into, or
+// nothing. Returns dx and whether it is finite.
 template <class Device>
-std::tuple<Tensor, OptionalTensor, bool> conv3x3_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy,
-                                                                OptionalTensor mask, int64_t tile, OptionalTensor c,
-                                                                OptionalTensor scale, OptionalTensor shift,
-                                                                OptionalTensor a, OptionalTensor b, OptionalTensor k,
-                                                                bool relu) {
-  const char* op = "conv3x3_backward_input";
-  if (c || scale || shift || a || b || k || relu) {
-    fail(op, "the call", "one with BN's backward", "the convolution alone", "use backend='reference'");
-  }
+std::pair<Tensor, bool> backward_input_3x3(const char* op, const Tensor& dy, const Tensor& weight,
+                                           const OptionalTensor& shortcut_dy, const OptionalTensor& mask, int64_t tile,
+                                           const OptionalTensor& out) {
   const Conv3x3 sizes = check_3x3<Device>(op, "dy", dy, weight, 0, tile);
-  Tensor dx = new_channels_last(dy, sizes.batch, sizes.in_channels, sizes.height, sizes.width, dtype_code(dy));
+  Tensor dx = given_or_new(op, {"dx", out}, dy, {sizes.batch, sizes.in_channels, sizes.height, sizes.width},
+                           {Named("dy", dy), Named("weight", weight), Named("shortcut_dy", shortcut_dy)});
   check_like(op, "shortcut_dy", shortcut_dy, dx);
   if (mask && !shortcut_dy) fail(op, "shortcut_mask", "without shortcut_dy", "both or no mask", "pass the pair");
   check_mask(op, mask, dx);
@@ -120,7 +121,28 @@ std::tuple<Tensor, OptionalTensor, bool> conv3x3_backward_input(Tensor dy, Tenso
   const Device on(op, dy);
   const bool finite =
       on.launch(Conv3x3BackwardInput{sizes, data(dy), data(weight), data(shortcut_dy), byte_data(mask), written(dx)});
+  return {dx, finite};
+}
+
+template <class Device>
+std::tuple<Tensor, OptionalTensor, bool> conv3x3_backward_input(Tensor dy, Tensor weight, OptionalTensor shortcut_dy,
+                                                                OptionalTensor mask, int64_t tile, OptionalTensor c,
+                                                                OptionalTensor scale, OptionalTensor shift,
+                                                                OptionalTensor a, OptionalTensor b, OptionalTensor k,
+                                                                bool relu) {
+  const char* op = "conv3x3_backward_input";
+  if (c || scale || shift || a || b || k || relu) {
+    fail(op, "the call", "one with BN's backward", "the convolution alone", "use backend='reference'");
+  }
+  const auto [dx, finite] = backward_input_3x3<Device>(op, dy, weight, shortcut_dy, mask, tile, {});
   return {dx, OptionalTensor(), finite};
+}
+
+// The same, into dx: whether it is finite.
+template <class Device>
+bool conv3x3_backward_input_out(Tensor dy, Tensor weight, OptionalTensor shortcut_dy, OptionalTensor mask, int64_t tile,
+                                Tensor dx) {
+  return backward_input_3x3<Device>("conv3x3_backward_input_out", dy, weight, shortcut_dy, mask, tile, dx).second;
 }
 
 // dy [N, Cout, H, W], x [N, Cin, H, W] -> [Cout, Cin, 3, 3], channels_last
@@ -153,5 +175,6 @@ FUSEDRES_OPS(CPU, m) {
   m.impl<&conv3x3_forward<Cpu>>("conv3x3_forward");
   m.impl<&conv3x3_forward_out<Cpu>>("conv3x3_forward_out");
   m.impl<&conv3x3_backward_input<Cpu>>("conv3x3_backward_input");
+  m.impl<&conv3x3_backward_input_out<Cpu>>("conv3x3_backward_input_out");
   m.impl<&conv3x3_backward_weight<Cpu>>("conv3x3_backward_weight");
 }

@@ -47,7 +47,7 @@ ConvOutput conv_forward(const char* op, int64_t kernel, Tensor x, Tensor weight,
        Named("residual_scale", residual_scale), Named("residual_shift", residual_shift)});
   const ConvAxis height = strided(x.size(2), kernel, stride), width = strided(x.size(3), kernel, stride);
   const int64_t rows = x.size(0) * height.out * width.out;
-  Tensor y = given_or_new(op, out, x, {x.size(0), channels, height.out, width.out},
+  Tensor y = given_or_new(op, {"y", out}, x, {x.size(0), channels, height.out, width.out},
                           {Named("x", x), Named("weight", weight), Named("residual", residual)});
   check_like(op, "residual", residual, y);
   OptionalTensor mask, mean, var;
@@ -76,7 +76,8 @@ ConvOutput conv_forward(const char* op, int64_t kernel, Tensor x, Tensor weight,
                         data(in_shift),
                         written_bytes(mask),
                         written(mean),
-                        written(var)});
+                        written(var),
+                        out.has_value()});
   return {y, mask, mean, var};
 }
 

@@ -40,10 +40,10 @@ struct Cpu {
     fail(op, name, dtype_name(t.scalar_type()), "float32 on this processor", "convert it, or use backend='reference'");
   }
 
-  // inference: a convolution with no more than BN with known vectors, addition and ReLU.
-  static void check_form(const char* op, bool inference) {
-    if (inference) return;
-    fail(op, "the call", "one of training", "scale and shift, and no bias, prologue, mask and statistics",
+  // known: whether it is a form of a convolution that there are kernels for.
+  static void check_form(const char* op, bool known) {
+    if (known) return;
+    fail(op, "the call", "another form", "no bias, prologue, mask and statistics; residual and relu after scale alone",
          "use backend='reference'");
   }
 

@@ -60,7 +60,7 @@ Tensor grouped_forward(const char* op, Tensor x, Tensor weight, int64_t stride, 
   const Shape shape = check_activation<Device>(op, "x", x);
   const Grouped3x3 sizes = check_weighted<Device>(op, x, weight, stride);
   VectorPair{"scale, shift", "scale", "shift", scale, shift}.check(op, shape.channels);
-  Tensor y = given_or_new(op, out, x, {sizes.batch, sizes.channels, sizes.height.out, sizes.width.out},
+  Tensor y = given_or_new(op, {"y", out}, x, {sizes.batch, sizes.channels, sizes.height.out, sizes.width.out},
                           {Named("x", x), Named("weight", weight)});
   const Device on(op, x);
   on.launch(cpu::Grouped3x3Forward{sizes, data(x), data(weight), data(scale), data(shift), relu, written(y)});

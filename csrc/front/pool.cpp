@@ -4,6 +4,7 @@
 #include "allocate.h"
 #include "device_ops.h"
 #include "devices.h"
+#include "results.h"
 
 namespace fusedres::front {
 
@@ -77,19 +78,37 @@ std::tuple<Tensor, Tensor> bn_relu_maxpool_backward_reduce(Tensor dy, Tensor ind
   return {sum, centered};
 }
 
+// out: the tensor to write dc, like c, into, or none
 template <class Device>
-Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tensor a, OptionalTensor b, OptionalTensor k,
-                                      int64_t kernel_size, int64_t stride, int64_t padding) {
-  const char* op = "bn_relu_maxpool_backward_input";
+Tensor backward_input(const char* op, const Tensor& dy, const Tensor& indices, const Tensor& c, const Tensor& a,
+                      const OptionalTensor& b, const OptionalTensor& k, int64_t kernel_size, int64_t stride,
+                      int64_t padding, const OptionalTensor& out) {
   const Shape shape = check_activation<Device>(op, "c", c);
   const Pooling pooling = pooling_of(op, c, shape, kernel_size, stride, padding);
   check_pooled(op, dy, indices, c, pooling);
   const Coefficients grads = check_coefficients(op, a, b, k, shape.channels);
   const Device on(op, c, {Named("dy", dy), Named("indices", indices), Named("A", a), Named("B", b), Named("K", k)});
-  Tensor dc = new_like(c);
+  Tensor dc =
+      given_or_new(op, {"dc", out}, c, {c.size(0), c.size(1), c.size(2), c.size(3)}, {Named("c", c), Named("dy", dy)});
   on.launch(BnReluMaxpoolBackwardInput{pooling, dy.const_data_ptr(), byte_data(indices), c.const_data_ptr(), grads,
                                        dc.mutable_data_ptr()});
   return dc;
+}
+
+template <class Device>
+Tensor bn_relu_maxpool_backward_input(Tensor dy, Tensor indices, Tensor c, Tensor a, OptionalTensor b, OptionalTensor k,
+                                      int64_t kernel_size, int64_t stride, int64_t padding) {
+  return backward_input<Device>("bn_relu_maxpool_backward_input", dy, indices, c, a, b, k, kernel_size, stride, padding,
+                                {});
+}
+
+// The same, on the CPU, into dc.
+template <class Device>
+void bn_relu_maxpool_backward_input_out(Tensor dy, Tensor indices, Tensor c, Tensor a, OptionalTensor b,
+                                        OptionalTensor k, int64_t kernel_size, int64_t stride, int64_t padding,
+                                        Tensor dc) {
+  backward_input<Device>("bn_relu_maxpool_backward_input_out", dy, indices, c, a, b, k, kernel_size, stride, padding,
+                         dc);
 }
 
 template <class Device>
@@ -103,7 +122,11 @@ void register_ops(DeviceOps& m) {
 
 }  // namespace fusedres::front
 
-FUSEDRES_OPS(CPU, m) { fusedres::front::register_ops<fusedres::front::Cpu>(m); }
+FUSEDRES_OPS(CPU, m) {
+  using namespace fusedres::front;
+  register_ops<Cpu>(m);
+  m.impl<&bn_relu_maxpool_backward_input_out<Cpu>>("bn_relu_maxpool_backward_input_out");
+}
 
 #ifdef USE_CUDA
 FUSEDRES_OPS(CUDA, m) { fusedres::front::register_ops<fusedres::front::Cuda>(m); }

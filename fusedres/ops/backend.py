@@ -40,7 +40,7 @@ REASONS: dict[str, str] = {
     "not_pointwise": "the kernel is that of a 1x1 convolution without padding or groups",
     "stride_or_bias": "the kernel takes neither stride nor bias",
     "no_prologue": "the kernel takes the activation itself, and no BN and ReLU before it",
-    "in_training": "the kernel is that of inference: no mask, no statistics, no prologue",
+    "in_training": "the kernel makes no mask and no prologue, and statistics of the convolution alone",
     "library_as_fast": "torch's own kernel was measured to be as fast at this size",
     "winograd_off": "FUSEDRES_WINOGRAD=0 leaves 3x3 convolutions to torch",
     "too_many_threads": "a thread's share would be too small",

@@ -92,6 +92,10 @@ def conv_backward_input(dy: Shape, weight: Shape, *rest: Any, out_shape: Shape) 
     return convolution_gradients(out_shape, weight, dy, True, False)
 
 
+def conv_backward_input_out(dy: Shape, weight: Shape, *rest: Any, out_shape: Any) -> int:
+    return convolution_gradients(rest[-1], weight, dy, True, False)
+
+
 def conv_backward_input_onto(dx: Shape, dy: Shape, weight: Shape, *rest: Any, out_shape: None) -> int:
     return convolution_gradients(dx, weight, dy, True, False)
 
@@ -134,12 +138,14 @@ NATIVE: dict[str, Callable[..., int]] = {
     "gram_backward_coefficients": native_gram_backward_coefficients,
     "conv1x1_gram_backward_input": native_conv1x1_gram_backward_input,
     "conv_backward_input": conv_backward_input,
+    "conv_backward_input_out": conv_backward_input_out,
     "conv_backward_input_": conv_backward_input_onto,
     "conv_backward_weight": conv_backward_weight,
     # as direct convolutions do: how much a model computes does not depend on the algorithm
     "conv3x3_forward": conv3x3_forward,
     "conv3x3_forward_out": conv_forward_out,
     "conv3x3_backward_input": conv3x3_backward_input,
+    "conv3x3_backward_input_out": conv_backward_input_out,
     "conv3x3_backward_weight": conv3x3_backward_weight,
     "grouped_conv3x3_forward": lambda x, weight, *rest, out_shape: convolution(x, weight, out_shape),
     "grouped_conv3x3_forward_out": conv_forward_out,

@@ -97,15 +97,29 @@ def test_sizes_do_not_mix():
 
 def test_what_is_too_much_or_long_unused_is_given_up(kept, monkeypatch):
     size = X.numel() * 4
-    monkeypatch.setattr(kept_memory, "MOST_BYTES", 3 * size)
-    held = [take() for _ in range(5)]
-    assert len(kept.storages) == 3
-    assert kept_memory.take(X, 64, 64, 64) is None  # more than all that may be kept
+    monkeypatch.setattr(kept_memory, "most_bytes", lambda: 3 * size)
+    held = [take() for _ in range(3)]
+    assert kept_memory.take(X, 8, 64, 64) is None
     del held
     monkeypatch.setattr(kept_memory, "WINDOW", 4)
     for _ in range(4):
         take()
-    assert len(kept.storages) == 1
+    assert kept_memory.take(X, 16, 64, 64) is not None
+    assert [k.size // size for k in kept.storages] == [2, 1]
+
+
+@pytest.mark.parametrize(("limit", "least"), [("max\n", 2**20), ("4096\n", 1), (None, 2**20)])
+def test_a_part_of_what_the_machine_or_the_group_has_may_be_kept(limit, least, monkeypatch, tmp_path):
+    file = tmp_path / "memory.max"
+    if limit is not None:
+        file.write_text(limit)
+    monkeypatch.setattr(kept_memory, "LIMIT_OF_GROUP", file)
+    kept_memory.most_bytes.cache_clear()
+    try:
+        assert kept_memory.most_bytes() >= least
+        assert limit != "4096\n" or kept_memory.most_bytes() == 1024
+    finally:
+        kept_memory.most_bytes.cache_clear()
 
 
 def test_threads_share_what_is_free_and_nothing_else():
@@ -183,6 +197,82 @@ def test_a_patched_model_gives_results_that_stay(name, recipe, kept):
     assert all(torch.equal(a, b) for a, b in zip(given, again, strict=True))
 
 
+@pytest.mark.parametrize("recipe", ["separate", "prologue"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_patched_model_trains_as_in_new_memory(name, recipe, kept, monkeypatch):
+    images = torch.randn(3, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    runs = []
+    for on in ("1", "0"):
+        monkeypatch.setenv(kept_memory.ENVIRONMENT_VARIABLE, on)
+        torch.manual_seed(0)
+        model = getattr(models, name)(num_classes=10).to(memory_format=torch.channels_last)
+        fusedres.patch(model, recipe=recipe)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        held, copies = [], []
+        model.layer1.register_forward_hook(lambda module, args, output, held=held: held.append(output))
+        for x in images:
+            x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            held.append(x.grad)
+            copies += [t.detach().clone() for t in held[-2:]]
+        assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+        runs.append([*copies, *(p.detach() for p in model.parameters())])
+    assert kept.results > 0
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_a_result_that_goes_past_the_caches_is_the_same(backward):
+    """Of 1x1 products: from 8 MiB on they do, if they are given."""
+    library.load()
+    ops = torch.ops.fusedres_native
+    x = torch.randn(3, 40, 120, 121).contiguous(memory_format=torch.channels_last)
+    y = kept_memory.take(x, 64, 120, 121)
+    assert y is not None and y.numel() * y.element_size() > 8 << 20
+    residual = torch.randn_like(y)
+    v = torch.randn(64)
+    y.fill_(torch.nan)
+    if backward:
+        weight = torch.randn(40, 64, 1, 1).contiguous(memory_format=torch.channels_last)
+        mask = torch.randint(0, 256, (y.numel() // 8,), dtype=torch.uint8)
+        for shortcut in ((None, None), (residual, None), (residual, mask)):
+            ops.conv_backward_input_out(x, weight, *shortcut, y)
+            assert torch.equal(y, ops.conv_backward_input(x, weight, *shortcut))
+        return
+    weight = torch.randn(64, 40, 1, 1).contiguous(memory_format=torch.channels_last)
+    forms = [(None,) * 5, (v, v, None, None, None), (v, v, residual, None, None), (v, v, residual, v, v)]
+    for form in forms:
+        for relu in {False, form[0] is not None}:
+            ops.conv1x1_forward_out(x, weight, 1, *form, relu, y)
+            expected = ops.conv1x1_forward(x, weight, None, 1, None, None, *form, relu)[0]
+            assert torch.equal(y, expected)
+
+
+def test_gradients_and_activations_are_not_written_over_what_is_read():
+    library.load()
+    ops, v = torch.ops.fusedres_native, torch.zeros(16)
+    c = torch.zeros(2, 16, 9, 9).contiguous(memory_format=torch.channels_last)
+    pooled = torch.zeros(2, 16, 5, 5).contiguous(memory_format=torch.channels_last)
+    one, nine = (torch.zeros(16, 16, k, k).contiguous(memory_format=torch.channels_last) for k in (1, 3))
+    calls = {
+        "y is in the memory of c": lambda: ops.bn_add_relu_forward_out(
+            c, v, v, None, None, None, True, False, c
+        ),
+        "dx is in the memory of dy": lambda: ops.conv_backward_input_out(c, one, None, None, c),
+        "dx is in the memory of shortcut_dy": lambda: ops.conv3x3_backward_input_out(
+            torch.ones_like(c), nine, c, None, 4, c
+        ),
+        "dc is in the memory of c": lambda: ops.bn_relu_maxpool_backward_input_out(
+            pooled, pooled.byte(), c, v, v, v, 3, 2, 1, c
+        ),
+    }
+    for message, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"{message}, needed memory of its own"):
+            call()
+
+
 @pytest.mark.parametrize("held", ["x", "weight", "residual"])
 def test_a_convolution_does_not_write_over_what_it_reads(held):
     library.load()
@@ -202,7 +292,7 @@ def test_a_convolution_does_not_write_over_what_it_reads(held):
     made["weight"] = torch.zeros(16, 16, 3, 3).contiguous(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match=f"y is in the memory of {held}, needed memory of its own"):
         ops.conv3x3_forward_out(
-            made["x"], made["weight"], None, None, v, v, made["residual"], None, None, True, 4, y
+            made["x"], made["weight"], None, None, v, v, made["residual"], None, None, True, False, 4, y
         )
 
 

@@ -79,24 +79,29 @@ def test_weight_gradient_is_left_to_the_library_where_threads_would_have_little_
         torch.set_num_threads(threads)
 
 
-EPILOGUES = ("projection", "identity_no_relu", "affine")
-PRODUCTS = [c for c in conv1x1_cases.cases_of("conv1x1_forward") if c.form in EPILOGUES]
+ALONE = ("raw", "stride2_stats")  # in training
+EPILOGUES = ("projection", "identity_no_relu", "affine", "raw")
+PRODUCTS = [c for c in conv1x1_cases.cases_of("conv1x1_forward") if c.form in (*EPILOGUES, *ALONE)]
 PRODUCTS += [
-    replace(c, form=f"stride2_{c.form}") for c in PRODUCTS if c.id in ("P128", "P1100", "N0", "offset")
+    replace(c, form=f"stride2_{c.form}")
+    for c in PRODUCTS
+    if c.id in ("P128", "P1100", "N0", "offset") and c.form not in ALONE
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
 def test_product_with_its_epilogue(case, dtype, monkeypatch):
-    """A 1x1 convolution of inference: by the kernel wherever the activations are dense channels_last."""
+    """A 1x1 convolution of inference, or alone: by the kernel wherever the activations are dense channels_last."""
     monkeypatch.setattr(reasons, "FEWEST_SUMMED", 1)
     ops, case = Recorder(), replace(case, dtype=DTYPES[dtype])
     conv1x1_checks.CHECKS["conv1x1_forward"](ops, case)
     dense = case.layout in ("channels_last", "offset")
-    dense = dense or (case.form.endswith("affine") and case.layout in ("mixed", "expanded"))
+    single = case.form in ALONE or case.form.endswith("affine")
+    dense = dense or (single and case.layout in ("mixed", "expanded"))
     half = case.dtype == torch.bfloat16
-    dense = dense and not (half and (case.dtype not in reasons.product_dtypes() or case.shape[1] % 2))
+    served_half = case.dtype in reasons.product_dtypes() and case.shape[1] % 2 == 0 and case.form not in ALONE
+    dense = dense and (served_half or not half)
     served = {name for op, name in ops.served if op == "conv1x1_forward"}
     assert served == {"native" if dense else "reference"}
 
@@ -119,8 +124,11 @@ def test_product_of_more_than_it_sums_at_once(form, dtype):
         ({"residual_shift": None}, "residual_scale, residual_shift is given in part"),
         ({"residual": None}, "residual_scale is without residual"),
         ({"stride": 2}, r"residual is \[2, 16, 5, 5\], needed \[2, 16, 3, 3\]"),
-        ({"bias": torch.zeros(16)}, "the call is one of training, needed scale and shift, and no bias"),
-        ({"scale": None, "shift": None}, "the call is one of training"),
+        (
+            {"bias": torch.zeros(16)},
+            "the call is another form, needed no bias, prologue, mask and statistics",
+        ),
+        ({"scale": None, "shift": None}, "residual and relu after scale alone"),
     ],
 )
 def test_product_says_what_is_wrong(change, message):

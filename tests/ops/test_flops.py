@@ -144,6 +144,8 @@ def test_operators_that_few_calls_reach_count_as_the_convolution_does():
     one = NATIVE["conv1x1_forward"](image, weight, out_shape=[wide, None, None, None])
     into = vector, vector, None, None, None, True, wide
     assert NATIVE["conv1x1_forward_out"](image, weight, 1, *into, out_shape=None) == one
+    for name in ("conv_backward_input_out", "conv3x3_backward_input_out"):
+        assert NATIVE[name](wide, weight, None, None, image, out_shape=None) == one
     bn = vector, vector, vector, None, None
     assert NATIVE["conv1x1_backward_input"](wide, wide, *bn, weight, True, out_shape=[image, wide]) == one
     r = (24, 16), (24,)

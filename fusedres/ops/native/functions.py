@@ -63,6 +63,9 @@ def bn_add_relu_forward(op: BnAddReluForward) -> tuple[Tensor, Tensor | None]:
         LIBRARY.bn_add_relu_forward_(*args)
         increment_version(c)
         return c, None
+    y = kept_memory.take_like(c)
+    if y is not None:
+        return y, LIBRARY.bn_add_relu_forward_out(*args, save_mask, y)
     return LIBRARY.bn_add_relu_forward(*args, save_mask)
 
 
@@ -111,17 +114,25 @@ def bn_relu_maxpool_backward_reduce(op: BnReluMaxpoolBackwardReduce) -> tuple[Te
 
 def bn_relu_maxpool_backward_input(op: BnReluMaxpoolBackwardInput) -> Tensor:
     dy, indices, c, g, *window = op
-    return LIBRARY.bn_relu_maxpool_backward_input(dy, indices, c, g.A, g.B, g.K, *window)
+    args = dy, indices, c, g.A, g.B, g.K, *window
+    dc = kept_memory.take_like(c)
+    if dc is None:
+        return LIBRARY.bn_relu_maxpool_backward_input(*args)
+    LIBRARY.bn_relu_maxpool_backward_input_out(*args, dc)
+    return dc
 
 
 def conv1x1_forward(op: Conv1x1Forward) -> ConvOutput:
-    if op.x.is_cpu:
-        y = kept_memory.take_result(op)
-        if y is not None:
-            x, weight, _, stride, _, _, *fused, _, _ = op
-            LIBRARY.conv1x1_forward_out(x, weight, stride, *fused, y)
-            return ConvOutput(y, None, None, None)
-    return ConvOutput(*LIBRARY.conv1x1_forward(*op))
+    if not op.x.is_cpu:
+        return ConvOutput(*LIBRARY.conv1x1_forward(*op))
+    x, weight, _, stride, _, _, *fused, _, save_stats = op
+    y = kept_memory.take_result(op)
+    if y is None:
+        y, _, _, _ = LIBRARY.conv1x1_forward(*op._replace(save_stats=False))
+    else:
+        LIBRARY.conv1x1_forward_out(x, weight, stride, *fused, y)
+    mean, var = LIBRARY.bn_stats(y) if save_stats else (None, None)
+    return ConvOutput(y, None, mean, var)
 
 
 def conv3x3_forward(op: Conv3x3Forward, largest_tile: int = winograd.LARGE) -> ConvOutput:
@@ -190,7 +201,11 @@ def conv_backward_input(op: ConvBackwardInput, largest_tile: int = winograd.LARG
     dy, _, weight, stride, _, _, _, shortcut_dy, shortcut_mask, reuse_shortcut = op
     in_place = shortcut_dy is not None and shortcut_mask is None and reuse_shortcut
     if tuple(stride) == (1, 1) and not in_place:
-        return LIBRARY.conv_backward_input(dy, weight, shortcut_dy, shortcut_mask)
+        dx = kept_memory.take_like(op.x)
+        if dx is None:
+            return LIBRARY.conv_backward_input(dy, weight, shortcut_dy, shortcut_mask)
+        LIBRARY.conv_backward_input_out(dy, weight, shortcut_dy, shortcut_mask, dx)
+        return dx
     assert shortcut_dy is not None  # with a stride there is no kernel but the one that adds
     dx = shortcut_dy if in_place else shortcut_dy.clone()
     LIBRARY.conv_backward_input_(dx, dy, weight, *stride)

@@ -77,11 +77,11 @@ def input_gradient_reason(op: ConvBackwardInput) -> str | None:
 
 def conv3x3_forward(op: Conv3x3Forward) -> ConvOutput:
     args = op.x, channels_last(op.weight), op.stride, op.scale, op.shift, op.relu
-    y = None if op.scale is None else kept_memory.take_result(op)
-    if y is not None:
+    y = kept_memory.take_result(op)
+    if y is None:
+        y = LIBRARY.grouped_conv3x3_forward(*args)
+    else:
         LIBRARY.grouped_conv3x3_forward_out(*args, y)
-        return ConvOutput(y, None, None, None)
-    y = LIBRARY.grouped_conv3x3_forward(*args)
     mean, var = LIBRARY.bn_stats(y) if op.save_stats else (None, None)
     return ConvOutput(y, None, mean, var)
 

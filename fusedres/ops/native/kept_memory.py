@@ -1,4 +1,4 @@
-"""Memory of large results of inference on a CPU, kept between calls.
+"""Memory of large results on a CPU, kept between calls.
 
 The C library gives large blocks back to the system when they are freed and takes them anew: beyond 32 MiB always, and
 smaller ones whenever much is free. The system fills each page of 4 KiB with zeros at its first use, which takes about
@@ -8,7 +8,7 @@ an ordinary tensor on a storage of its size, which can be resized, shared or pic
 
     FUSEDRES_KEPT_MEMORY=0    keeps none
 
-A process keeps at most `MOST_BYTES`, and no storage that served none of the last `WINDOW` results.
+A process keeps no more than `most_bytes()`, and no storage that served none of the last `WINDOW` results.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import threading
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,23 +26,39 @@ from torch import Tensor
 from fusedres.ops.contract import Conv1x1Forward, Conv3x3Forward
 
 ENVIRONMENT_VARIABLE = "FUSEDRES_KEPT_MEMORY"
-LARGE = 8 << 20  # bytes
-MOST_BYTES = 1 << 30
+LARGE = 1 << 20  # bytes
+SHARE = 4  # of the machine's memory, or of the limit that this process's group has, one part may be kept
 WINDOW = 256
+LIMIT_OF_GROUP = Path("/sys/fs/cgroup/memory.max")
 
 # how many hold a storage in C++; Python's object of it is one of them
 use_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+@cache
+def most_bytes() -> int:
+    """How much is kept: enough for a training step's results where the machine is large."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = LIMIT_OF_GROUP.read_text().strip()
+    except OSError:  # a system without groups, or where they cannot be read
+        limit = "max"
+    return (min(memory, int(limit)) if limit.isdecimal() else memory) // SHARE
 
 
 @dataclass(eq=False)
 class Kept:
     storage: torch.UntypedStorage
     address: int
+    size: int
     used: int = 0  # the number of the result that it last served
 
-    def is_as_made(self, size: int) -> bool:
-        """Whether it still has so many bytes, in the same place: nobody has resized or shared it."""
-        return self.storage.nbytes() == size and self.storage.data_ptr() == self.address
+    def is_as_made(self) -> bool:
+        """Whether it still has its bytes, in the same place: nobody has resized or shared it."""
+        return self.storage.nbytes() == self.size and self.storage.data_ptr() == self.address
+
+    def is_free(self) -> bool:
+        return self.is_as_made() and self.holders() == holders_of_free()
 
     def holders(self) -> tuple[int, int]:
         """How many hold the storage in C++ and in Python, of which each torch counts some of its own."""
@@ -51,7 +68,7 @@ class Kept:
 
 def make(size: int) -> Kept:
     storage = torch.UntypedStorage(size)
-    return Kept(storage, storage.data_ptr())
+    return Kept(storage, storage.data_ptr(), size)
 
 
 @cache
@@ -82,27 +99,27 @@ class KeptMemory:
         self.storages: list[Kept] = []
         self.results = 0
 
-    def storage(self, size: int) -> torch.UntypedStorage:
-        """One of so many bytes that nobody else holds. The lock is held until a tensor holds it."""
+    def storage(self, size: int) -> torch.UntypedStorage | None:
+        """One of so many bytes that nobody else holds; None where too much is kept already. The lock is held until a
+        tensor holds it.
+        """
         self.results += 1
-        free = holders_of_free()
-        found = [kept for kept in self.storages if kept.is_as_made(size) and kept.holders() == free]
-        kept = found[0] if found else make(size)
-        if found:
+        kept = next((kept for kept in self.storages if kept.size == size and kept.is_free()), None)
+        if kept is not None:
             self.storages.remove(kept)
+        else:
+            self.give_up()
+            if size + sum(kept.size for kept in self.storages) > most_bytes():
+                return None
+            kept = make(size)
         kept.used = self.results
         self.storages.insert(0, kept)
-        self.limit()
         return kept.storage
 
-    def limit(self) -> None:
-        """Gives up what is too much or has not been used for long; who still holds such a storage keeps it."""
-        total, left = 0, []
-        for kept in self.storages:
-            total += kept.storage.nbytes()
-            if total <= MOST_BYTES and self.results - kept.used < WINDOW:
-                left.append(kept)
-        self.storages = left
+    def give_up(self) -> None:
+        """Drops what has not been used for long; who still holds such a storage keeps it."""
+        while self.storages and self.results - self.storages[-1].used >= WINDOW:
+            self.storages.pop()
 
 
 KEPT = KeptMemory()
@@ -114,19 +131,26 @@ def take_result(op: Conv1x1Forward | Conv3x3Forward) -> Tensor | None:
     return take(op.x, op.weight.shape[0], height, width)
 
 
+def take_like(like: Tensor) -> Tensor | None:
+    return take(like, *like.shape[1:])
+
+
 def take(like: Tensor, channels: int, height: int, width: int) -> Tensor | None:
     """An uninitialised [N, channels, height, width], channels_last, on a kept storage; None: not one to be kept."""
     batch = like.shape[0]
     elements = batch * channels * height * width
     size = elements * like.element_size()
-    if size <= LARGE or size > MOST_BYTES or type(like) is not Tensor or not is_on():
+    if size <= LARGE or not like.is_cpu or type(like) is not Tensor or not is_on():
         return None
     # who cannot have the lock at once does without: another thread, or a finaliser that runs meanwhile
     if not KEPT.lock.acquire(blocking=False):
         return None
     try:
+        storage = KEPT.storage(size)
+        if storage is None:
+            return None
         shape, row = (batch, channels, height, width), width * channels
         strides = height * row, 1, row, channels
-        return torch.empty(0, dtype=like.dtype).set_(KEPT.storage(size), 0, shape, strides)
+        return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape, strides)
     finally:
         KEPT.lock.release()

@@ -148,20 +148,22 @@ def pointwise_reason(x: Tensor, weight: Tensor, depth: int) -> str | None:
     return None if weight.is_contiguous(memory_format=torch.channels_last) else "not_channels_last"
 
 
-def inference_reason(op: Conv1x1Forward) -> str | None:
-    """In inference, where BN's vectors are known before the product: it is stored once, and nothing else."""
-    x = op.x
-    if op.scale is None or op.save_mask or op.save_stats or op.in_scale is not None:
+def conv1x1_reason(op: Conv1x1Forward) -> str | None:
+    """The product alone, with the statistics of its results; or in inference, where BN's vectors are known before."""
+    x, raw = op.x, op.scale is None
+    if op.save_mask or op.in_scale is not None:
+        return "in_training"
+    if (op.residual is not None or op.relu) if raw else op.save_stats:
         return "in_training"
     if op.bias is not None:
         return "stride_or_bias"
     if (reason := pointwise_reason(x, op.weight, x.shape[1])) is not None:
         return reason
-    if x.dtype != torch.float32 and x.shape[1] < FEWEST_SUMMED:
+    if x.dtype != torch.float32 and (raw or x.shape[1] < FEWEST_SUMMED):
         return "library_as_fast"
     if (reason := activations_reason(x, op.residual)) is not None:
         return reason
-    return vectors_reason(op.scale, op.shift, op.residual_scale, op.residual_shift)
+    return given_reason(op.scale, op.shift, op.residual_scale, op.residual_shift)
 
 
 def conv3x3_reason(op: Conv3x3Forward, largest_tile: int = winograd.LARGE) -> str | None:
@@ -231,7 +233,7 @@ REASONS: dict[type, Reason] = {
     BnReluMaxpoolForward: lambda op: activations_reason(op.c),
     BnReluMaxpoolBackwardReduce: lambda op: activations_reason(op.c, op.dy),
     BnReluMaxpoolBackwardInput: lambda op: activations_reason(op.c, op.dy),
-    Conv1x1Forward: inference_reason,
+    Conv1x1Forward: conv1x1_reason,
     Conv3x3Forward: conv3x3_reason,
     ConvBackwardWeight: weight_gradient_reason,
     ConvBackwardInput: input_gradient_reason,

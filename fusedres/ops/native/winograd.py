@@ -128,19 +128,22 @@ def conv3x3_forward(op: Conv3x3Forward, largest: int = LARGE) -> ConvOutput:
     x, weight, _, in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift, relu, *_ = op
     tile = forward_tile(op, largest)
     vectors = in_scale, in_shift, scale, shift, residual, residual_scale, residual_shift
-    y = None if scale is None else kept_memory.take_result(op)
-    if y is not None:
-        finite = LIBRARY.conv3x3_forward_out(x, channels_last(weight), *vectors, relu, tile, y)
-        return ConvOutput(y, None, None, None) if finite else REFERENCE(op)
-    y, _, mean, var, finite = LIBRARY.conv3x3_forward(
-        x, channels_last(weight), *vectors, relu, op.save_stats, tile
-    )
+    args = x, channels_last(weight), *vectors, relu, op.save_stats, tile
+    y = kept_memory.take_result(op)
+    if y is None:
+        y, _, mean, var, finite = LIBRARY.conv3x3_forward(*args)
+    else:
+        mean, var, finite = LIBRARY.conv3x3_forward_out(*args, y)
     return ConvOutput(y, None, mean, var) if finite else REFERENCE(op)
 
 
 def conv_backward_input(op: ConvBackwardInput, largest: int) -> Tensor:
     args = op.dy, channels_last(op.weight), op.shortcut_dy, op.shortcut_mask
-    dx, _, finite = LIBRARY.conv3x3_backward_input(*args, gradient_tile(op, largest))
+    dx = kept_memory.take_like(op.x)
+    if dx is None:
+        dx, _, finite = LIBRARY.conv3x3_backward_input(*args, gradient_tile(op, largest))
+    else:
+        finite = LIBRARY.conv3x3_backward_input_out(*args, gradient_tile(op, largest), dx)
     return dx if finite else REFERENCE(op)
 
 
