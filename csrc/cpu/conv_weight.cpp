@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "scratch.h"
 #include "split.h"
 
 namespace fusedres::cpu {
@@ -47,11 +48,12 @@ void add_pieces(ConvWeightArgs args) {
   const int64_t piece = std::max<int64_t>(1, kPositions / std::max<int64_t>(args.width.out, 1));
   const int64_t width = kernels()->width, tile = rows_of_tile(width);
   const int64_t panels = (args.last_out - args.first_out + tile - 1) / tile;
-  const Lines<float> dy(panels * piece * args.width.out * width);
-  const Lines<float> x(most_rows(args, piece) * (args.width.in + args.width.stride) * kPackedIn);
+  const int64_t size_of_dy = odd_lines(panels * piece * args.width.out * width);
+  float* packed = scratch(
+      Scratch::kOwn, size_of_dy + most_rows(args, piece) * (args.width.in + args.width.stride) * kPackedIn);
   std::vector<Stretch> stretches(piece);
-  args.packed_dy = dy.data();
-  args.packed_x = x.data();
+  args.packed_dy = packed;
+  args.packed_x = packed + size_of_dy;
   args.stretches = stretches.data();
   for (; args.begin < rows; args.begin = args.end) {
     args.end = std::min(rows, args.begin + piece);
