@@ -73,7 +73,8 @@ def test_memory_that_somebody_changed_is_not_given_away():
     resized, shared = take(), take()
     resized.untyped_storage().resize_(0)
     shared.share_memory_()
-    changed = {t.untyped_storage()._cdata for t in (resized, shared)}  # still kept, so no new one has their number
+    # both are still kept, so that no new one has their number
+    changed = {t.untyped_storage()._cdata for t in (resized, shared)}
     del resized, shared
     taken = [take() for _ in range(3)]
     assert not changed & {t.untyped_storage()._cdata for t in taken}
