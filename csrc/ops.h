@@ -254,8 +254,6 @@ struct ConvForward {
   uint8_t* mask = nullptr;          // [ceil(P*out_channels / 8)] of y, or null
   float* mean = nullptr;            // [out_channels] of y, null with var: not wanted
   float* var = nullptr;             // [out_channels] biased
-  // on the CPU alone: whether y lies in memory that has been written before
-  bool reused = false;
 };
 
 // dc = A*dz + B*c + K, rounded, and dx = dc W, plus shortcut_dy, of a 1x1 convolution without stride. CUDA alone.

@@ -63,14 +63,14 @@ void conv_backward_input(const ConvBackwardInput& args) {
                   });
 }
 
-void conv1x1_forward(const ConvForward& args) {
+void conv1x1_forward(const ConvForward& args, bool reused) {
   const Convolutions& kernel = *convolutions(args.dtype);
   const PackArgs given{args.in_channels, args.out_channels, args.weight, nullptr};
   const Lines<float> packed = pack(kernel.pack_weight_transposed, args.dtype, given, args.out_channels);
   const Residual form = args.residual == nullptr         ? Residual::kNone
                         : args.residual_scale == nullptr ? Residual::kIdentity
                                                          : Residual::kProjection;
-  const bool past_caches = goes_past_caches(args.reused, args.dtype, args.y, args.rows, args.out_channels);
+  const bool past_caches = goes_past_caches(reused, args.dtype, args.y, args.rows, args.out_channels);
   const Conv1x1Args all{args, form, past_caches, packed.data(), {}};
   parallel_chunks(count_chunks(args.rows, elements_for(args.out_channels, args.in_channels)), args.rows,
                   [&](int64_t, int64_t begin, int64_t end) {

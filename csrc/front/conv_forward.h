@@ -56,28 +56,32 @@ ConvOutput conv_forward(const char* op, int64_t kernel, Tensor x, Tensor weight,
     mean = new_vector(x, channels);
     var = new_vector(x, channels);
   }
-  on.launch(ConvForward{shape.dtype,
-                        rows,
-                        shape.channels,
-                        channels,
-                        x.const_data_ptr(),
-                        weight.const_data_ptr(),
-                        data(scale),
-                        data(shift),
-                        untyped(residual),
-                        data(residual_scale),
-                        data(residual_shift),
-                        relu,
-                        y.mutable_data_ptr(),
-                        height,
-                        width,
-                        untyped(bias),
-                        data(in_scale),
-                        data(in_shift),
-                        written_bytes(mask),
-                        written(mean),
-                        written(var),
-                        out.has_value()});
+  const ConvForward call{shape.dtype,
+                         rows,
+                         shape.channels,
+                         channels,
+                         x.const_data_ptr(),
+                         weight.const_data_ptr(),
+                         data(scale),
+                         data(shift),
+                         untyped(residual),
+                         data(residual_scale),
+                         data(residual_shift),
+                         relu,
+                         y.mutable_data_ptr(),
+                         height,
+                         width,
+                         untyped(bias),
+                         data(in_scale),
+                         data(in_shift),
+                         written_bytes(mask),
+                         written(mean),
+                         written(var)};
+  if constexpr (Device::kCuda) {
+    on.launch(call);
+  } else {
+    on.launch(call, out.has_value());
+  }
   return {y, mask, mean, var};
 }
 

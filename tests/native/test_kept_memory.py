@@ -108,6 +108,16 @@ def test_what_is_too_much_or_long_unused_is_given_up(kept, monkeypatch):
     assert [k.size // size for k in kept.storages] == [2, 1]
 
 
+def test_no_more_is_kept_than_half_more_than_was_held_at_once(kept):
+    size = X.numel() * 4
+    held = [take() for _ in range(4)]
+    del held
+    for channels in range(9, 30):  # of another size each time
+        take(channels)
+        assert sum(k.size for k in kept.storages) <= 6 * size
+        assert len(kept.storages) > 1 or channels > 24
+
+
 @pytest.mark.parametrize(("limit", "least"), [("max\n", 2**20), ("4096\n", 1), (None, 2**20)])
 def test_a_part_of_what_the_machine_or_the_group_has_may_be_kept(limit, least, monkeypatch, tmp_path):
     file = tmp_path / "memory.max"

@@ -8,7 +8,8 @@ an ordinary tensor on a storage of its size, which can be resized, shared or pic
 
     FUSEDRES_KEPT_MEMORY=0    keeps none
 
-A process keeps no more than `most_bytes()`, and no storage that served none of the last `WINDOW` results.
+A process keeps no more than `most_bytes()`, no more than `SPARE` times what was held at once, and no storage that served
+none of the last `WINDOW` results.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fusedres.ops.contract import Conv1x1Forward, Conv3x3Forward
 ENVIRONMENT_VARIABLE = "FUSEDRES_KEPT_MEMORY"
 LARGE = 1 << 20  # bytes
 SHARE = 4  # of the machine's memory, or of the limit that this process's group has, one part may be kept
+SPARE = 1.5  # the sizes of a step's results are not those of its gradients
 WINDOW = 256
 LIMIT_OF_GROUP = Path("/sys/fs/cgroup/memory.max")
 
@@ -98,28 +100,44 @@ class KeptMemory:
         self.lock = threading.Lock()
         self.storages: list[Kept] = []
         self.results = 0
+        self.most_held = 0  # bytes
 
     def storage(self, size: int) -> torch.UntypedStorage | None:
         """One of so many bytes that nobody else holds; None where too much is kept already. The lock is held until a
         tensor holds it.
         """
         self.results += 1
+        if self.results % WINDOW == 0:
+            self.storages = self.recent()
         kept = next((kept for kept in self.storages if kept.size == size and kept.is_free()), None)
         if kept is not None:
             self.storages.remove(kept)
-        else:
-            self.give_up()
-            if size + sum(kept.size for kept in self.storages) > most_bytes():
-                return None
+        elif self.makes_room(size):
             kept = make(size)
+        else:
+            return None
         kept.used = self.results
         self.storages.insert(0, kept)
         return kept.storage
 
-    def give_up(self) -> None:
-        """Drops what has not been used for long; who still holds such a storage keeps it."""
-        while self.storages and self.results - self.storages[-1].used >= WINDOW:
-            self.storages.pop()
+    def recent(self) -> list[Kept]:
+        """What has been used lately; who still holds another one keeps it."""
+        return [kept for kept in self.storages if self.results - kept.used < WINDOW]
+
+    def makes_room(self, size: int) -> bool:
+        """Whether so much may be kept besides, once what is more than was held at once is dropped, the least recent
+        first.
+        """
+        recent = self.recent()
+        free = [kept for kept in recent if kept.is_free()]
+        total = size + sum(kept.size for kept in recent)
+        self.most_held = max(self.most_held, total - sum(kept.size for kept in free))
+        while free and total > SPARE * self.most_held:
+            last = free.pop()
+            recent.remove(last)
+            total -= last.size
+        self.storages = recent
+        return total <= most_bytes()
 
 
 KEPT = KeptMemory()
