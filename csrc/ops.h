@@ -230,7 +230,7 @@ struct ConvBackwardInput {
   const void* shortcut_dy;  // like dx, added to the gradient, or null; in place, dx
   const uint8_t* mask;      // one bit an element: where shortcut_dy is added; null: everywhere
   void* dx;                 // [N, height.in, width.in, in_channels]
-  bool reused = false;      // whether dx lies in memory that has been written before
+  bool kept = false;        // whether dx lies in memory that is kept between calls
 };
 
 // A 1x1 convolution, or on CUDA a 3x3 one with padding 1, BN with known vectors, addition and ReLU.

@@ -40,9 +40,9 @@ RowsOfProduct rows_of_product(Dtype dtype, int64_t channels) {
 }
 
 // Whether the result goes to memory itself: one that the caches would not keep is not read into them first. Pages that
-// the system has just cleared are in the caches.
-bool goes_past_caches(bool reused, Dtype dtype, const void* result, int64_t rows, int64_t channels) {
-  return reused && dtype == Dtype::kFloat32 && rows * channels * size_of(dtype) >= kPastCaches &&
+// the system has just cleared are in the caches: those of memory that is not kept.
+bool goes_past_caches(bool kept, Dtype dtype, const void* result, int64_t rows, int64_t channels) {
+  return kept && dtype == Dtype::kFloat32 && rows * channels * size_of(dtype) >= kPastCaches &&
          channels % kernels()->width == 0 && reinterpret_cast<uintptr_t>(result) % kLineBytes == 0;
 }
 
@@ -53,7 +53,7 @@ void conv_backward_input(const ConvBackwardInput& args) {
   const PackArgs given{args.in_channels, args.out_channels, args.weight, nullptr};
   const Lines<float> packed = pack(kernel.pack_weight, args.dtype, given, args.in_channels);
   const int64_t positions = args.batch * args.height.out * args.width.out;
-  const bool past_caches = goes_past_caches(args.reused, args.dtype, args.dx, positions, args.in_channels);
+  const bool past_caches = goes_past_caches(args.kept, args.dtype, args.dx, positions, args.in_channels);
   const Conv1x1InputArgs all{args, past_caches, packed.data(), {}};
   parallel_chunks(count_chunks(positions, elements_for(args.in_channels, args.out_channels)), positions,
                   [&](int64_t, int64_t begin, int64_t end) {
@@ -63,14 +63,14 @@ void conv_backward_input(const ConvBackwardInput& args) {
                   });
 }
 
-void conv1x1_forward(const ConvForward& args, bool reused) {
+void conv1x1_forward(const ConvForward& args, bool kept) {
   const Convolutions& kernel = *convolutions(args.dtype);
   const PackArgs given{args.in_channels, args.out_channels, args.weight, nullptr};
   const Lines<float> packed = pack(kernel.pack_weight_transposed, args.dtype, given, args.out_channels);
   const Residual form = args.residual == nullptr         ? Residual::kNone
                         : args.residual_scale == nullptr ? Residual::kIdentity
                                                          : Residual::kProjection;
-  const bool past_caches = goes_past_caches(reused, args.dtype, args.y, args.rows, args.out_channels);
+  const bool past_caches = goes_past_caches(kept, args.dtype, args.y, args.rows, args.out_channels);
   const Conv1x1Args all{args, form, past_caches, packed.data(), {}};
   parallel_chunks(count_chunks(args.rows, elements_for(args.out_channels, args.in_channels)), args.rows,
                   [&](int64_t, int64_t begin, int64_t end) {

@@ -23,8 +23,8 @@ void bn_relu_maxpool_backward_input(const BnReluMaxpoolBackwardInput& args);
 // These need a dtype for which convolutions() is not null.
 void conv_backward_weight(const ConvBackwardWeight& args);
 void conv_backward_input(const ConvBackwardInput& args);
-// reused: whether y lies in memory that has been written before
-void conv1x1_forward(const ConvForward& args, bool reused = false);
+// kept: whether y lies in memory that is kept between calls
+void conv1x1_forward(const ConvForward& args, bool kept = false);
 
 // These return whether every result of the convolution is finite.
 bool conv3x3_forward(const Conv3x3Forward& args);

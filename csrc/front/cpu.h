@@ -60,7 +60,7 @@ struct Cpu {
   static void launch(const BnReluMaxpoolBackwardInput& args) { cpu::bn_relu_maxpool_backward_input(args); }
   static void launch(const ConvBackwardWeight& args) { cpu::conv_backward_weight(args); }
   static void launch(const ConvBackwardInput& args) { cpu::conv_backward_input(args); }
-  static void launch(const ConvForward& args, bool reused) { cpu::conv1x1_forward(args, reused); }
+  static void launch(const ConvForward& args, bool kept) { cpu::conv1x1_forward(args, kept); }
   static bool launch(const Conv3x3Forward& args) { return cpu::conv3x3_forward(args); }
   static bool launch(const Conv3x3BackwardInput& args) { return cpu::conv3x3_backward_input(args); }
   static bool launch(const Conv3x3BackwardWeight& args) { return cpu::conv3x3_backward_weight(args); }

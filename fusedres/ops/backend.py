@@ -38,7 +38,7 @@ REASONS: dict[str, str] = {
     "mask": "the kernel does not take this mask",
     "groups": "grouped convolutions are the library's",
     "not_pointwise": "the kernel is that of a 1x1 convolution without padding or groups",
-    "stride_or_bias": "the kernel takes neither stride nor bias",
+    "stride_or_bias": "the kernel does not take this stride, or a bias",
     "no_prologue": "the kernel takes the activation itself, and no BN and ReLU before it",
     "in_training": "the kernel makes no mask and no prologue, and statistics of the convolution alone",
     "library_as_fast": "torch's own kernel was measured to be as fast at this size",

@@ -1,6 +1,7 @@
 """Memory of large results, kept between calls: it serves again once nobody holds it, and never before."""
 
 import itertools
+import os
 import threading
 
 import conv1x1_cases
@@ -118,18 +119,58 @@ def test_no_more_is_kept_than_half_more_than_was_held_at_once(kept):
         assert len(kept.storages) > 1 or channels > 24
 
 
-@pytest.mark.parametrize(("limit", "least"), [("max\n", 2**20), ("4096\n", 1), (None, 2**20)])
-def test_a_part_of_what_the_machine_or_the_group_has_may_be_kept(limit, least, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("limit", "processes", "most"), [("max\n", "", None), ("4096\n", "", 1024), ("4096\n", "2", 512)]
+)
+def test_a_part_of_the_machines_or_the_containers_memory_may_be_kept(
+    limit, processes, most, monkeypatch, tmp_path
+):
     file = tmp_path / "memory.max"
-    if limit is not None:
-        file.write_text(limit)
-    monkeypatch.setattr(kept_memory, "LIMIT_OF_GROUP", file)
+    file.write_text(limit)
+    monkeypatch.setattr(kept_memory, "LIMITS", (tmp_path / "none", file))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     kept_memory.most_bytes.cache_clear()
     try:
-        assert kept_memory.most_bytes() >= least
-        assert limit != "4096\n" or kept_memory.most_bytes() == 1024
+        found = kept_memory.most_bytes()
+        assert found == most if most is not None else found > 2**20
     finally:
         kept_memory.most_bytes.cache_clear()
+
+
+def test_a_default_device_does_not_matter():
+    kept_memory.holders_of_free.cache_clear()
+    with torch.device("meta"):
+        assert take().is_cpu
+
+
+def test_where_an_allocation_fails_what_is_free_goes_first(kept, monkeypatch):
+    held, make = take(), kept_memory.make
+    take(4)
+
+    def made(size):
+        if any(k.size != size and k.is_free() for k in kept.storages):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return make(size)
+
+    monkeypatch.setattr(kept_memory, "make", made)
+    take(16)
+    assert sorted(k.size for k in kept.storages) == [held.numel() * 4, held.numel() * 8]
+
+
+def test_a_child_does_not_hold_what_is_free(kept):
+    """Its pages would be those of the parent once more, as soon as one of the two writes."""
+    held = take()
+    take(4)
+    with kept.lock:  # another thread has it: nothing goes, and the child has a lock of its own
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if kept.lock.acquire(blocking=False) else 1)
+    assert os.waitpid(child, 0)[1] == 0 and len(kept.storages) == 2
+    child = os.fork()
+    if child == 0:
+        os._exit(len(kept.storages))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert [k.size for k in kept.storages] == [held.numel() * 4]
 
 
 def test_threads_share_what_is_free_and_nothing_else():
@@ -160,9 +201,10 @@ def test_who_cannot_have_the_lock_does_without(kept):
     take()
 
 
-def test_nothing_is_kept_where_it_is_switched_off_or_torch_does_not_count(monkeypatch):
+def test_nothing_is_kept_where_it_is_switched_off_or_torch_does_not_count(kept, monkeypatch):
+    take()
     monkeypatch.setenv(kept_memory.ENVIRONMENT_VARIABLE, "0")
-    assert kept_memory.take(X, 8, 64, 64) is None
+    assert kept_memory.take(X, 8, 64, 64) is None and not kept.storages
     monkeypatch.delenv(kept_memory.ENVIRONMENT_VARIABLE)
     take()
     try:

@@ -94,6 +94,7 @@ PRODUCTS += [
 def test_product_with_its_epilogue(case, dtype, monkeypatch):
     """A 1x1 convolution of inference, or alone: by the kernel wherever the activations are dense channels_last."""
     monkeypatch.setattr(reasons, "FEWEST_SUMMED", 1)
+    monkeypatch.setattr(reasons, "FEWEST_ALONE", 1)
     ops, case = Recorder(), replace(case, dtype=DTYPES[dtype])
     conv1x1_checks.CHECKS["conv1x1_forward"](ops, case)
     dense = case.layout in ("channels_last", "offset")

@@ -9,7 +9,8 @@ an ordinary tensor on a storage of its size, which can be resized, shared or pic
     FUSEDRES_KEPT_MEMORY=0    keeps none
 
 A process keeps no more than `most_bytes()`, no more than `SPARE` times what was held at once, and no storage that served
-none of the last `WINDOW` results.
+none of the last `WINDOW` results: every so many of them are looked through. Before a fork the free ones go, for the child
+would hold their pages too; and where an allocation fails.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ from fusedres.ops.contract import Conv1x1Forward, Conv3x3Forward
 
 ENVIRONMENT_VARIABLE = "FUSEDRES_KEPT_MEMORY"
 LARGE = 1 << 20  # bytes
-SHARE = 4  # of the machine's memory, or of the limit that this process's group has, one part may be kept
+SHARE = 4  # one such part of the machine's or the container's memory may be kept, by all processes of a training run
 SPARE = 1.5  # the sizes of a step's results are not those of its gradients
 WINDOW = 256
-LIMIT_OF_GROUP = Path("/sys/fs/cgroup/memory.max")
+LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)  # of a container
 
 # how many hold a storage in C++; Python's object of it is one of them
 use_count = getattr(torch._C, "_storage_Use_Count", None)
@@ -41,11 +45,14 @@ use_count = getattr(torch._C, "_storage_Use_Count", None)
 def most_bytes() -> int:
     """How much is kept: enough for a training step's results where the machine is large."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = LIMIT_OF_GROUP.read_text().strip()
-    except OSError:  # a system without groups, or where they cannot be read
-        limit = "max"
-    return (min(memory, int(limit)) if limit.isdecimal() else memory) // SHARE
+    for path in LIMITS:
+        try:
+            limit = path.read_text().strip()
+        except OSError:  # there is none, or none that may be read
+            continue
+        memory = min(memory, int(limit)) if limit.isdecimal() else memory
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # as torchrun has it
+    return memory // SHARE // max(1, int(processes) if processes.isdecimal() else 1)
 
 
 @dataclass(eq=False)
@@ -69,7 +76,7 @@ class Kept:
 
 
 def make(size: int) -> Kept:
-    storage = torch.UntypedStorage(size)
+    storage = torch.UntypedStorage(size, device="cpu")
     return Kept(storage, storage.data_ptr(), size)
 
 
@@ -80,7 +87,7 @@ def holders_of_free() -> tuple[int, int] | None:
         return None
     kept = make(1)
     before = kept.holders()
-    tensor = torch.empty(0, dtype=torch.uint8).set_(kept.storage)
+    tensor = torch.empty(0, dtype=torch.uint8, device="cpu").set_(kept.storage)
     with_tensor = kept.holders()
     held = tensor.untyped_storage()
     del tensor
@@ -109,16 +116,35 @@ class KeptMemory:
         self.results += 1
         if self.results % WINDOW == 0:
             self.storages = self.recent()
+            self.most_held //= 2  # one large batch is not for ever
         kept = next((kept for kept in self.storages if kept.size == size and kept.is_free()), None)
         if kept is not None:
             self.storages.remove(kept)
-        elif self.makes_room(size):
-            kept = make(size)
-        else:
+        elif not self.makes_room(size):
             return None
+        else:
+            try:
+                kept = make(size)
+            except RuntimeError:  # out of memory
+                self.drop_free()
+                kept = make(size)
         kept.used = self.results
         self.storages.insert(0, kept)
         return kept.storage
+
+    def drop_free(self) -> None:
+        self.storages = [kept for kept in self.storages if not kept.is_free()]
+
+    def before_fork(self) -> None:
+        if self.lock.acquire(blocking=False):
+            try:
+                self.drop_free()
+            finally:
+                self.lock.release()
+
+    def after_fork(self) -> None:
+        """In the child: another thread of the parent may have had the lock."""
+        self.lock = threading.Lock()
 
     def recent(self) -> list[Kept]:
         """What has been used lately; who still holds another one keeps it."""
@@ -141,6 +167,7 @@ class KeptMemory:
 
 
 KEPT = KeptMemory()
+os.register_at_fork(before=lambda: KEPT.before_fork(), after_in_child=lambda: KEPT.after_fork())
 
 
 def take_result(op: Conv1x1Forward | Conv3x3Forward) -> Tensor | None:
@@ -158,17 +185,20 @@ def take(like: Tensor, channels: int, height: int, width: int) -> Tensor | None:
     batch = like.shape[0]
     elements = batch * channels * height * width
     size = elements * like.element_size()
-    if size <= LARGE or not like.is_cpu or type(like) is not Tensor or not is_on():
+    if size <= LARGE or not like.is_cpu or type(like) is not Tensor:
         return None
     # who cannot have the lock at once does without: another thread, or a finaliser that runs meanwhile
     if not KEPT.lock.acquire(blocking=False):
         return None
     try:
+        if not is_on():
+            KEPT.storages = []
+            return None
         storage = KEPT.storage(size)
         if storage is None:
             return None
         shape, row = (batch, channels, height, width), width * channels
         strides = height * row, 1, row, channels
-        return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape, strides)
+        return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, shape, strides)
     finally:
         KEPT.lock.release()

@@ -41,6 +41,7 @@ DTYPES = {
 FEWEST_CHANNELS = 64
 FEWEST_WEIGHTS = {torch.float32: 256 * 256, torch.bfloat16: 64 * 256}  # of a pointwise convolution
 FEWEST_SUMMED = 128  # channels of bfloat16, of a 1x1 convolution in inference: on Zen 5
+FEWEST_ALONE = 64  # channels of a 1x1 convolution without BN after it: on Zen 4, with AVX-512 and with AVX2
 FEWEST_WEIGHTS_PER_THREAD = 2048  # with fewer, shares are too small or unequal
 
 
@@ -159,7 +160,9 @@ def conv1x1_reason(op: Conv1x1Forward) -> str | None:
         return "stride_or_bias"
     if (reason := pointwise_reason(x, op.weight, x.shape[1])) is not None:
         return reason
-    if x.dtype != torch.float32 and (raw or x.shape[1] < FEWEST_SUMMED):
+    if raw and (x.dtype != torch.float32 or min(op.weight.shape[:2]) < FEWEST_ALONE):
+        return "library_as_fast"
+    if x.dtype != torch.float32 and x.shape[1] < FEWEST_SUMMED:
         return "library_as_fast"
     if (reason := activations_reason(x, op.residual)) is not None:
         return reason
