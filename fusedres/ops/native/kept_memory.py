@@ -8,9 +8,9 @@ an ordinary tensor on a storage of its size, which can be resized, shared or pic
 
     FUSEDRES_KEPT_MEMORY=0    keeps none
 
-A process keeps no more than `most_bytes()`, no more than `SPARE` times what was held at once, and no storage that served
-none of the last `WINDOW` results: every so many of them are looked through. Before a fork the free ones go, for the child
-would hold their pages too; and where an allocation fails.
+A process keeps no more than `most_bytes()`, no more than `SPARE` times what was held at once, and no storage that
+served none of the last `WINDOW` results: every so many of them are looked through. The free ones go before a fork, for
+the child would hold their pages too, and where an allocation fails.
 """
 
 from __future__ import annotations
