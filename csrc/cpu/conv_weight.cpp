@@ -49,8 +49,8 @@ void add_pieces(ConvWeightArgs args) {
   const int64_t width = kernels()->width, tile = rows_of_tile(width);
   const int64_t panels = (args.last_out - args.first_out + tile - 1) / tile;
   const int64_t size_of_dy = odd_lines(panels * piece * args.width.out * width);
-  float* packed = scratch(
-      Scratch::kOwn, size_of_dy + most_rows(args, piece) * (args.width.in + args.width.stride) * kPackedIn);
+  float* packed =
+      scratch(Scratch::kOwn, size_of_dy + most_rows(args, piece) * (args.width.in + args.width.stride) * kPackedIn);
   std::vector<Stretch> stretches(piece);
   args.packed_dy = packed;
   args.packed_x = packed + size_of_dy;
