@@ -8,7 +8,7 @@ an ordinary tensor on a storage of its size, which can be resized, shared or pic
 
     FUSEDRES_KEPT_MEMORY=0    keeps none
 
-A process keeps no more than `most_bytes()`, no more than `SPARE` times what was held at once, and no storage that
+A process keeps no more than `most_bytes()`, no more than `SPARE` beside what was held at once, and no storage that
 served none of the last `WINDOW` results: every so many of them are looked through. The free ones go before a fork, for
 the child would hold their pages too, and where an allocation fails.
 """
@@ -30,7 +30,7 @@ from fusedres.ops.contract import Conv1x1Forward, Conv3x3Forward
 ENVIRONMENT_VARIABLE = "FUSEDRES_KEPT_MEMORY"
 LARGE = 1 << 20  # bytes
 SHARE = 4  # one such part of the machine's or the container's memory may be kept, by all processes of a training run
-SPARE = 1.5  # the sizes of a step's results are not those of its gradients
+SPARE = 1 << 30  # bytes: in inference few results are held at once, of all the sizes that a network has
 WINDOW = 256
 LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
@@ -158,7 +158,7 @@ class KeptMemory:
         free = [kept for kept in recent if kept.is_free()]
         total = size + sum(kept.size for kept in recent)
         self.most_held = max(self.most_held, total - sum(kept.size for kept in free))
-        while free and total > SPARE * self.most_held:
+        while free and total > self.most_held + SPARE:
             last = free.pop()
             recent.remove(last)
             total -= last.size
