@@ -97,7 +97,7 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   m.def(
       "conv_backward_weight(Tensor dy, Tensor x, int kernel_height, int kernel_width, int stride_height,"
       " int stride_width, int padding_height, int padding_width, int dilation_height, int dilation_width) -> Tensor");
-  // on the CPU for inference: no bias, prologue, mask and statistics
+  // on the CPU: no bias, prologue, mask and statistics; residual and relu after scale alone
   m.def(
       "conv1x1_forward(Tensor x, Tensor weight, Tensor? bias=None, int stride=1, Tensor? in_scale=None,"
       " Tensor? in_shift=None, Tensor? scale=None, Tensor? shift=None, Tensor? residual=None,"
