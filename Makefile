@@ -58,7 +58,7 @@ sanitize: $(STAMP)
 		LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/sanitized \
 			$${capability:+env ATEN_CPU_CAPABILITY=$$capability ONEDNN_MAX_CPU_ISA=$$capability} $(BIN)/pytest -q tests/native/test_native_ops.py \
 			tests/native/test_native_convolutions.py tests/native/test_native_statistics.py \
-			tests/native/test_native_winograd.py tests/native/test_native_grouped.py tests/native/test_kept_memory.py \
+			tests/native/test_native_winograd.py tests/native/test_native_grouped.py tests/native/test_kept_memory.py tests/native/test_given_results.py \
 			tests/native/test_merged_ops.py tests/recording/test_recorder.py \
 			tests/recording/test_replays.py tests/recording/test_bundles.py tests/recording/test_merging.py; \
 	done
