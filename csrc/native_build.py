@@ -25,6 +25,7 @@ CPU_SOURCES = (
     "older_systems.cpp",
     "cpu/bn.cpp",
     "cpu/bn_vectors.cpp",
+    "cpu/cast.cpp",
     "cpu/conv1x1.cpp",
     "cpu/conv_weight.cpp",
     "cpu/grouped.cpp",
@@ -38,6 +39,7 @@ CPU_SOURCES = (
     "cpu/winograd_weight.cpp",
     "front/bn.cpp",
     "front/bn_merged.cpp",
+    "front/cast.cpp",
     "front/conv.cpp",
     "front/conv3x3.cpp",
     "front/device_ops.cpp",
@@ -47,9 +49,11 @@ CPU_SOURCES = (
     "front/pool.cpp",
     "front/recording.cpp",
     "front/replay.cpp",
+    "front/replay_python.cpp",
     "front/running_stats.cpp",
+    "front/watch.cpp",
 )
-CUDA_FRONT = ("front/cast.cpp", "front/cuda.cpp", "front/products.cpp")
+CUDA_FRONT = ("front/cuda.cpp", "front/products.cpp")
 DEFAULT_ARCHS = "80;86;89;90;100;120"
 NO_TORCH = "torch (install it first, then use --no-build-isolation)"
 TORCH_FLOOR = "0x020a000000000000"  # 2.10

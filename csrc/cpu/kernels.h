@@ -21,6 +21,12 @@ enum class Residual { kNone, kIdentity, kProjection };
 // Where dz comes from: dy; dy and the mask; dy and the sign of scale*c + shift.
 enum class Gradient { kPlain, kMask, kSign };
 
+struct CastArgs {
+  Dtype from_dtype, to_dtype;
+  const void* from;
+  void* to;
+};
+
 struct SampleArgs {
   Dtype dtype;
   const void* c;  // [rows, channels]
@@ -258,6 +264,7 @@ struct WinogradKernels {
 struct Kernels {
   const char* name;
   int64_t width;  // floats a vector
+  void (*cast)(const CastArgs&, int64_t begin, int64_t end);
   void (*sample_mean)(const SampleArgs&);
   void (*bn_stats)(const StatsArgs&, int64_t begin, int64_t end);
   void (*bn_add_relu_forward)(const ForwardArgs&, int64_t begin, int64_t end);

@@ -2,6 +2,7 @@
 #include "vec_avx512.h"
 
 #include "bn_kernels.h"
+#include "cast_kernels.h"
 #include "conv1x1_kernels.h"
 #include "conv1x1_packing.h"
 #include "conv_weight_kernels.h"
@@ -14,6 +15,7 @@ namespace fusedres::cpu {
 const Kernels avx512_kernels = {
     "avx512",
     kWidth,
+    ::cast,
     ::sample_mean,
     ::bn_stats,
     ::bn_add_relu_forward,

@@ -14,6 +14,7 @@ void bn_stats(const BnStats& args);
 void bn_add_relu_forward(const BnAddReluForward& args);
 void bn_add_relu_backward_reduce(const BnAddReluBackwardReduce& args);
 void bn_add_relu_backward_input(const BnAddReluBackwardInput& args);
+void cast(const Cast& args);
 void relu_backward(const ReluBackward& args);
 
 void bn_relu_maxpool_forward(const BnReluMaxpoolForward& args);

@@ -1,11 +1,10 @@
-// The weights of a block in the dtype of its activations, and their gradients in the weights' own. CUDA alone: a copy
-// on the CPU takes about as long as a call.
+// The weights of a block in the dtype of its activations, and their gradients in the weights' own.
 #include <string>
 #include <vector>
 
 #include "conv_checks.h"
-#include "cuda.h"
 #include "device_ops.h"
+#include "devices.h"
 
 namespace fusedres::front {
 
@@ -23,17 +22,18 @@ bool same_dense_layout(const Tensor& a, const Tensor& b) {
 }
 
 // to[i] = from[i], each pair of the same sizes and strides, and dense. All of `from` have one dtype, and all of `to`.
+template <class Device>
 void cast_(std::vector<Tensor> to, std::vector<Tensor> from) {
   const char* op = "cast_";
   if (from.size() != to.size()) {
     fail(op, "from", std::to_string(from.size()) + " tensors", std::to_string(to.size()), "pass one for each of `to`");
   }
   if (to.empty()) return;
-  check_device(op, "to", to[0], true);
-  const Dtype source = Cuda::dtype_of(op, "from", from[0]), target = Cuda::dtype_of(op, "to", to[0]);
+  check_device(op, "to", to[0], Device::kCuda);
+  const Dtype source = Device::dtype_of(op, "from", from[0]), target = Device::dtype_of(op, "to", to[0]);
   for (size_t first = 0; first < to.size(); first += Cast::kMost) {
     Cast args{source, target, 0, {}};
-    const Cuda on(op, to[0]);
+    const Device on(op, to[0]);
     for (size_t i = first; i < to.size() && args.count < Cast::kMost; ++i) {
       check_same_dtype(op, "to", to[i], to[0]);
       check_same_dtype(op, "from", from[i], from[0]);
@@ -53,4 +53,8 @@ void cast_(std::vector<Tensor> to, std::vector<Tensor> from) {
 
 }  // namespace fusedres::front
 
-FUSEDRES_OPS(CUDA, m) { m.impl<&fusedres::front::cast_>("cast_"); }
+FUSEDRES_OPS(CPU, m) { m.impl<&fusedres::front::cast_<fusedres::front::Cpu>>("cast_"); }
+
+#ifdef USE_CUDA
+FUSEDRES_OPS(CUDA, m) { m.impl<&fusedres::front::cast_<fusedres::front::Cuda>>("cast_"); }
+#endif

@@ -47,6 +47,7 @@ struct Cpu {
          "use backend='reference'");
   }
 
+  static void launch(const Cast& args) { cpu::cast(args); }
   static void launch(const BnScaleShift& args) { cpu::bn_scale_shift(args); }
   static void launch(const BnBackwardCoefficients& args) { cpu::bn_backward_coefficients(args); }
   static void launch(const BnRunningStats& args) { cpu::bn_running_stats(args); }

@@ -1,4 +1,6 @@
-// Where some tensors lie and what they are like: whether they are still so.
+// Whether tensors still lie where they did, and are what they were like.
+#include "places.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -58,6 +60,17 @@ bool places_hold(int64_t number, Tensors tensors) {
 }
 
 }  // namespace
+
+bool lie_at(int64_t number, const std::vector<Tensor>& tensors, size_t first) {
+  const auto places = store().at(number);
+  if (places->size() + first != tensors.size()) return false;
+  for (size_t i = 0; i < places->size(); ++i) {
+    const std::optional<Place>& place = (*places)[i];
+    const Tensor& t = tensors[first + i];
+    if (!place || t.const_data_ptr() != place->data || !is_strided(t)) return false;
+  }
+  return true;
+}
 
 }  // namespace fusedres::front
 

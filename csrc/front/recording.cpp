@@ -3,6 +3,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "torch_calls.h"
+
 namespace fusedres::front {
 
 namespace {
@@ -48,11 +50,14 @@ class Words {
 };
 
 constexpr char kOwn[] = "fusedres_native::";
+constexpr char kDirect[] = "direct ";  // before an operator of torch_calls.h
 
 // device: as find_op's
 Call read_call(Words& words, const std::vector<std::string>& names, const char* device) {
   Call call{};
-  const std::string& full = names.at(size_t(words.number()));
+  std::string full = names.at(size_t(words.number()));
+  const bool is_direct = full.rfind(kDirect, 0) == 0;
+  if (is_direct) full.erase(0, sizeof kDirect - 1);
   const size_t dot = full.find('.');
   call.name = full.substr(0, dot);
   call.overload = dot == std::string::npos ? "" : full.substr(dot + 1);
@@ -61,6 +66,7 @@ Call read_call(Words& words, const std::vector<std::string>& names, const char* 
     if (call.own == nullptr)
       throw std::runtime_error("fusedres recording: " + std::string(device) + " has no " + call.name + ".");
   }
+  if (is_direct) call.direct = full == "aten::convolution" ? convolution : convolution_backward;
   for (int64_t n = words.count(); n > 0; --n) {
     Argument argument;
     argument.kind = Kind(words.number());

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -41,11 +42,13 @@ struct Add {
 // What the schema says of a result. A number is thrown away: it is always the same one.
 enum class Result : int64_t { kTensor, kOptionalTensor, kNumber };
 
-// Of an operator of torch's dispatcher, or of an op of this library (`own`, else null). made: a slot for each of its
+// Of an operator of torch's dispatcher, or of an op of this library (`own`, else null). direct: runs the call past the
+// dispatcher, else null, and gives false where this torch has no function for that. made: a slot for each of its
 // results, which are tensors, kNone for absent ones.
 struct Call {
   std::string name, overload;
   DirectOp own;
+  bool (*direct)(const Call&, Slots&);
   std::vector<Argument> arguments;
   std::vector<std::pair<Slot, Result>> made;
 };
@@ -76,5 +79,14 @@ struct Recording {
 
 // Throws where `code`, int64 on the CPU, is no recording. names: "namespace::op.overload" of each operator, one a line.
 Recording read_recording(const torch::stable::Tensor& code, const std::string& names);
+
+// Runs the recording of that number. The outputs; none where an input is of another form than the recorded one.
+//
+// bundle: of tensors that are inputs too, behind the others, or 0. With `keeps` the results behind the first are kept
+// in a bundle, whose number comes with it. places: of the inputs behind the first, where they have to lie for that; or
+// 0.
+std::tuple<std::vector<torch::stable::Tensor>, int64_t> replay(int64_t number,
+                                                               std::vector<torch::stable::Tensor> inputs,
+                                                               int64_t bundle, bool keeps, int64_t places);
 
 }  // namespace fusedres::front

@@ -9,8 +9,10 @@
 #include <optional>
 
 #include "current_stream.h"
+#include "places.h"
 #include "recording.h"
 #include "store.h"
+#include "torch_calls.h"
 
 namespace fusedres::front {
 
@@ -35,27 +37,11 @@ Function of_driver(const char* name) {
   return reinterpret_cast<Function>(symbol);
 }
 
-// A function of one of torch's libraries; null where it has none, or is not loaded.
-template <class Function>
-Function of_torch(const char* library, const char* name) {
-  void* loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
-  return loaded == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(loaded, name));
-}
-
 void check_launched(int error) {
   if (error == 0) return;
   const char* text = nullptr;
   of_driver<ErrorString>("cuGetErrorString")(error, &text);
   throw std::runtime_error(std::string("CUDA error: ") + (text == nullptr ? "unknown" : text));
-}
-
-// Fails with what torch said, where it tells that (from 2.13 on). step: what failed.
-void check_torch(AOTITorchError error, const std::string& step) {
-  if (error == AOTI_TORCH_SUCCESS) return;
-  using What = const char* (*)();
-  static const auto what = of_torch<What>("libtorch_cpu.so", "torch_exception_get_what_without_backtrace");
-  const char* text = what == nullptr ? nullptr : what();
-  throw std::runtime_error(text == nullptr ? "fusedres replay: " + step + " failed." : std::string(text));
 }
 
 // One run of a recording: the tensors, as they come and go.
@@ -92,9 +78,8 @@ class Run {
   // torch_call_dispatcher knows no Scalar, which aten::add takes.
   void operator()(const Add& step) {
     using AddTensor = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*);
-    static const auto add_cpu = of_torch<AddTensor>("libtorch_cpu.so", "aoti_torch_cpu_add_Tensor");
-    static const auto add_cuda = of_torch<AddTensor>("libtorch_cuda.so", "aoti_torch_cuda_add_Tensor");
-    const AddTensor add = at(step.left).is_cpu() ? add_cpu : add_cuda;
+    static const OfDevices<AddTensor> found("add_Tensor");
+    const AddTensor add = found.of(at(step.left));
     if (add == nullptr) throw std::runtime_error("fusedres replay: this torch has no aoti_torch_*_add_Tensor.");
     AtenTensorHandle made;
     check_torch(add(at(step.left).get(), at(step.right).get(), 1.0, &made), "aten::add");
@@ -103,6 +88,7 @@ class Run {
 
   void operator()(const Call& step) {
     if (step.own != nullptr) return call_own(step);
+    if (step.direct != nullptr && step.direct(step, slots_)) return;
     stack_.assign(std::max(step.arguments.size(), step.made.size()), 0);
     for (size_t i = 0; i < step.arguments.size(); ++i) stack_[i] = value_of(step.arguments[i]);
     check_torch(torch_call_dispatcher(step.name.c_str(), step.overload.c_str(), stack_.data(), TORCH_ABI_VERSION),
@@ -224,11 +210,12 @@ bool all_match(const std::vector<Form>& forms, const std::vector<Tensor>& tensor
   return true;
 }
 
-// The outputs; none where an input is of another form than the recorded one. bundle: of tensors that are inputs too,
-// behind the others, or 0. With `keeps` the results behind the first are kept in a bundle, whose number comes with it.
-std::tuple<std::vector<Tensor>, int64_t> replay(int64_t number, std::vector<Tensor> inputs, int64_t bundle,
-                                                bool keeps) {
+}  // namespace
+
+std::tuple<std::vector<Tensor>, int64_t> replay(int64_t number, std::vector<Tensor> inputs, int64_t bundle, bool keeps,
+                                                int64_t places) {
   failed_step = 0;  // whatever fails before the first step
+  if (places != 0 && !lie_at(places, inputs, 1)) return {std::vector<Tensor>(), 0};
   const std::shared_ptr<const Recording> recording = store().at(number);
   if (bundle != 0) {
     const auto kept = bundles().at(bundle);
@@ -246,6 +233,8 @@ std::tuple<std::vector<Tensor>, int64_t> replay(int64_t number, std::vector<Tens
   }
   return {std::move(outputs), keeps ? bundles().add(std::move(kept)) : 0};
 }
+
+namespace {
 
 std::vector<Tensor> bundle_tensors(int64_t number) { return *bundles().at(number); }
 
