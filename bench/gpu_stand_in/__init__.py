@@ -165,7 +165,6 @@ def stand_in_for_backends() -> None:
     reasons.product_dtypes = lambda: ()  # type: ignore[assignment]
     winograd.is_on = lambda: False  # type: ignore[assignment]
     casts.takes = lambda tensor, dtype: {tensor.dtype, dtype} <= casts.DTYPES  # type: ignore[assignment]
-    casts.cast_into = torch._foreach_copy_  # type: ignore[assignment]
     dispatch.LOADERS["native"] = partial(native_backend, measured=False)
     dispatch.AUTO_LOADERS["native"] = partial(native_backend, measured=True)
     dispatch.LOADERS["triton"] = lambda: triton.backend(device_reason)

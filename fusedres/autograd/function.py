@@ -7,23 +7,18 @@ Forward calls a recipe and saves; backward unpacks and calls it. Under `create_g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import repeat
-from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedres.autograd import passes
+from fusedres.autograd.bound import FIXED, Made, given_of, needs_of, places
 from fusedres.autograd.graph_task import taken
 from fusedres.autograd.passes import as_units
 from fusedres.blocks import eager
 from fusedres.blocks.config import (
     BlockConfig,
-    BlockNeeds,
-    ConvBNNeeds,
-    ConvBNTensors,
     Saved,
     Shortcut,
     own_statistics,
@@ -33,11 +28,6 @@ from fusedres.ops.dispatch import Dispatcher
 from fusedres.ops.reference import unpack_mask
 from fusedres.recording.bundle import Bundle
 
-FIELDS = len(ConvBNTensors._fields)
-PARAMETERS = len(ConvBNNeeds._fields)  # of FIELDS, those that can want a gradient; the rest are statistics
-FIXED = 6  # config, recipe, ops, observer, x, residual come before the units' tensors
-# places of BN's weight and bias among the arguments, of as many units as any block has
-NORMS = frozenset(FIXED + unit * FIELDS + field for unit in range(64) for field in (2, 3))
 FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
 
 
@@ -76,7 +66,7 @@ class ResidualBlock(torch.autograd.Function):
     apply(config, recipe, ops, observer, x, residual, *tensors) -> y
 
     config, recipe, ops: a BlockConfig, a name in RECIPES, the Dispatcher that serves forward and backward.
-    observer: moves running statistics.
+    observer: moves running statistics; or what was made, where forward has run already.
     x [N, Cin, H, W]; residual like y with Shortcut.TENSOR, else None; tensors: the fields of each
     ConvBNTensors of `config.units`, one after the other.
     """
@@ -87,18 +77,22 @@ class ResidualBlock(torch.autograd.Function):
         config: BlockConfig,
         recipe: str,
         ops: Dispatcher,
-        observer: passes.Observer,
+        observer: passes.Observer | Made,
         x: Tensor,
         residual: Tensor | None,
         *flat: Tensor | None,
     ) -> Tensor:
-        if any(not unit.training for unit in config.units):
-            flat = tuple(t for unit in as_units(flat) for t in own_statistics(unit))
         ctx.held_by_hooks = saved_tensors_have_hooks()
-        may_bundle = not ctx.held_by_hooks  # hooks are to see all that is kept
-        y, saved, layout = passes.forward(
-            recipe, ops, config, observer, x, residual, flat, True, keeps=may_bundle
-        )
+        ctx.bound = None
+        if isinstance(observer, Made):
+            y, saved, layout, ctx.bound = observer
+        else:
+            if any(not unit.training for unit in config.units):
+                flat = tuple(t for unit in as_units(flat) for t in own_statistics(unit))
+            may_bundle = not ctx.held_by_hooks  # hooks are to see all that is kept
+            y, saved, layout = passes.forward(
+                recipe, ops, config, observer, x, residual, flat, True, keeps=may_bundle
+            )
         ctx.bundle = saved if isinstance(saved, Bundle) else None
         ctx.save_for_backward(x, *flat, *(() if isinstance(saved, Bundle) else saved))
         ctx.config, ctx.recipe, ctx.ops = config, recipe, ops
@@ -121,7 +115,10 @@ class ResidualBlock(torch.autograd.Function):
         keep_graph = torch._C._autograd._get_current_graph_task_keep_graph()
         needs = needs_of(tuple(wanted), ctx.held_by_hooks or keep_graph)
         dy = dy.contiguous(memory_format=ctx.memory_format)
-        grads = passes.backward(ctx.recipe, ctx.ops, ctx.config, x, flat, saved, ctx.layout, dy, needs)
+        if ctx.bound is not None and isinstance(saved, Bundle):
+            grads = ctx.bound.gradients(x, flat, saved, dy, needs)
+        else:
+            grads = passes.backward(ctx.recipe, ctx.ops, ctx.config, x, flat, saved, ctx.layout, dy, needs)
         if not keep_graph:
             ctx.bundle = None  # as autograd gives back what it has saved
         return None, None, None, None, *grads
@@ -141,32 +138,14 @@ def applied(*args: Any) -> Tensor:
 def asked_of_block(ctx: Any, flat: tuple[Tensor | None, ...]) -> Sequence[bool]:
     """The flags of `ctx.needs_input_grad` for what the running backward takes; flat: the units' tensors."""
     wanted = ctx.needs_input_grad
-    norms, others = places(tuple(map(is_not, flat, repeat(None))), ctx.config.shortcut is Shortcut.TENSOR)
+    if ctx.bound is not None:
+        norms, others = ctx.bound.places
+    else:
+        norms, others = places(given_of(flat), ctx.config.shortcut is Shortcut.TENSOR)
     asked = taken(ctx, wanted, others)
     if asked[FIXED - 2] or asked[FIXED]:  # a gradient passes every BN on its way to x or to the first weight
         return asked
     return taken(ctx, asked, norms)
-
-
-Places = tuple[tuple[int, int], ...]
-
-
-@lru_cache(maxsize=256)
-def places(given: tuple[bool, ...], residual: bool) -> tuple[Places, Places]:
-    """Of the gradients of BN's parameters, which cost nothing, and of all others: as `taken` asks for them.
-
-    given: which of the units' tensors there are; residual: whether one is given.
-    """
-    tensors = FIXED - 2, *([FIXED - 1] if residual else []), *(i for i, t in enumerate(given, FIXED) if t)
-    norms = tuple((node, place) for node, place in enumerate(tensors) if place in NORMS)
-    return norms, tuple((node, place) for node, place in enumerate(tensors) if place not in NORMS)
-
-
-@lru_cache(maxsize=256)
-def needs_of(wanted: tuple[bool, ...], saved: bool) -> BlockNeeds:
-    """wanted: a flag for each argument of `ResidualBlock`; saved: as in BlockNeeds."""
-    units = (ConvBNNeeds(*wanted[i : i + PARAMETERS]) for i in range(FIXED, len(wanted), FIELDS))
-    return BlockNeeds(wanted[FIXED - 2], wanted[FIXED - 1], tuple(units), saved)
 
 
 def through_relu(

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedres.autograd.function import FIELDS, as_units, memory_format
+from fusedres.autograd.bound import FIELDS
+from fusedres.autograd.function import memory_format
 from fusedres.autograd.graph_task import taken
+from fusedres.autograd.passes import as_units
 from fusedres.blocks import RECIPES
 from fusedres.blocks.config import (
     BlockConfig,

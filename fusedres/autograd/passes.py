@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -37,6 +37,38 @@ class Observer(Protocol):
     def __call__(self, vectors: tuple[BatchNormVectors, ...]) -> None: ...
 
 
+def forward_key(
+    recipe: str, ops: Dispatcher, config: BlockConfig, constants: tuple[Any, ...], x: Tensor, save: bool
+) -> Hashable:
+    """constants: of the observer."""
+    return "forward", recipe, ops, config, x.shape, constants, save
+
+
+def forward_pass(
+    recipe: str,
+    ops: Dispatcher,
+    config: BlockConfig,
+    observer: Observer,
+    x: Tensor,
+    flat: Flat,
+    save: bool,
+) -> replays.Pass | None:
+    """What is known of the pass of such a `forward`, without a residual; None: nothing."""
+    key = forward_key(recipe, ops, config, observer.constants, x, save)
+    return replays.look_up(key, (x, None, *flat, *observer.tensors))
+
+
+def backward_key(
+    recipe: str, ops: Dispatcher, config: BlockConfig, x: Tensor, layout: Layout, needs: BlockNeeds
+) -> Hashable:
+    return "backward", recipe, ops, config, x.shape, layout, needs
+
+
+def saved_of(results: Sequence[Any]) -> Flat | Bundle:
+    """results: of a pass, behind y."""
+    return results[0] if results and isinstance(results[0], Bundle) else results
+
+
 def forward(
     recipe: str,
     ops: Dispatcher,
@@ -62,13 +94,13 @@ def forward(
         return (out.y, *out.saved.flatten()), out.saved.layout
 
     if replays.are_on(x):
-        key = "forward", recipe, ops, config, x.shape, observer.constants, save
+        key = forward_key(recipe, ops, config, observer.constants, x, save)
         given = x, residual, *flat, *observer.tensors
         (y, *saved), layout = replays.run(key, given, by_recipe, keeps=keeps)
     else:
         (y, *saved), layout = by_recipe()
     assert y is not None
-    return y, saved[0] if saved and isinstance(saved[0], Bundle) else saved, layout
+    return y, saved_of(saved), layout
 
 
 def backward(
@@ -92,7 +124,7 @@ def backward(
 
     if not replays.are_on(x):
         return by_recipe()[0]
-    key = "backward", recipe, ops, config, x.shape, layout, needs
+    key = backward_key(recipe, ops, config, x, layout, needs)
     if isinstance(saved, Bundle):
         return replays.run(key, (x, *flat, dy), by_recipe, bundle=saved)[0]
     return replays.run(key, (x, *flat, dy, *saved), by_recipe)[0]

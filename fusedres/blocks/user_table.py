@@ -227,9 +227,14 @@ def recorded_keys() -> Iterator[list[Key]]:
         _recorded.reset(token)
 
 
+def are_recorded() -> bool:
+    """Whether keys that calls look up are recorded now, in this thread."""
+    return _recorded.get() is not None
+
+
 def is_consulted(device: torch.device) -> bool:
     """Whether a look-up for a class of calls there can matter: without an entry none does."""
-    return _recorded.get() is not None or (bool(devices()) and machine.device_name(device) in devices())
+    return are_recorded() or (bool(devices()) and machine.device_name(device) in devices())
 
 
 def has_trials(device: torch.device) -> bool:

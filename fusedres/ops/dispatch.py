@@ -161,11 +161,23 @@ def _dispatcher(name: str) -> Dispatcher:
     return Dispatcher(tuple(backends))
 
 
+# os.environ says by an exception that it lacks a variable, and every call of a block asks: what it looks into says less
+_variables = getattr(os.environ, "_data", None) if os.name == "posix" else None
+_as_variable = os.fsencode(ENVIRONMENT_VARIABLE)
+
+
+def from_environment() -> str | None:
+    """What the environment names now."""
+    if _variables is not None and _as_variable not in _variables:
+        return None
+    return os.environ.get(ENVIRONMENT_VARIABLE)
+
+
 def requested(name: str, here: str | None) -> str:
     """The name itself, or for "auto" that of a context, then of the environment; with the accuracy that it ends in."""
     if name not in (AUTO, AUTO + STRICT):
         return name
-    return (here or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO) + name[len(AUTO) :]
+    return (here or from_environment() or AUTO) + name[len(AUTO) :]
 
 
 def dispatcher(name: str = AUTO) -> Dispatcher:

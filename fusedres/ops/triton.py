@@ -81,10 +81,13 @@ def compiles_only(is_compiling: bool) -> AbstractContextManager[None]:
     return launch.instead_of_launching(launch.compile_for if is_compiling else launch.leave_out)
 
 
+HERE = nullcontext()
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
-    return torch.cuda.device(tensor.device) if elsewhere else nullcontext()
+    return torch.cuda.device(tensor.device) if elsewhere else HERE
 
 
 def launched(op: RawOp) -> Any:

@@ -25,15 +25,14 @@ from fusedres.nn.numbers import UnusualNumberError, square_window
 from fusedres.nn.residual_block import (
     BlockCall,
     ConvBN,
-    compute_dtype,
     read_block,
     run,
     wants_gradient,
     with_residual,
 )
 from fusedres.ops.dispatch import Dispatcher, Ops, dispatcher, opaque_backend
-from fusedres.patching import details, guards, warm
-from fusedres.patching.fits import key_of
+from fusedres.patching import bound, details, guards, warm
+from fusedres.patching.fits import Fit, key_of
 from fusedres.patching.patched_class import ORIGINAL
 from fusedres.patching.reasons import describe
 from fusedres.patching.resolve import method_replaced, resolve
@@ -71,6 +70,7 @@ class Decision(NamedTuple):
     turn: Turn | None = None  # of a trial
 
 
+NO_MODULES: tuple[nn.Module, ...] = ()
 AS_ASKED = Decision(UNFUSED, None)
 
 
@@ -96,6 +96,11 @@ def call(module: nn.Module, base: type, method: str, args: tuple[Any, ...], kwar
             return original(module, *args, **kwargs)
         decision = decide(module, state, args, kwargs, opaque_backend)
     else:
+        if state.bound and guards.unfit_call(args, kwargs) is None:
+            known = state.bound.get(bound.key(module, args[0]))
+            if known is not None and (y := known.y(module, state, args[0])) is not None:
+                state.runs_as, state.reason = known.recipe, known.reason
+                return y
         decision = decide(module, state, args, kwargs, dispatcher)
         if decision.reason is not None and decision.reason is not state.reason:
             log_once(base, decision.recipe, decision.reason)
@@ -105,6 +110,9 @@ def call(module: nn.Module, base: type, method: str, args: tuple[Any, ...], kwar
     if decision.block is None or decision.ops is None:
         return original(module, *args, **kwargs)
     y = computed(decision)
+    if isinstance(decision.ops, Dispatcher) and not (plan.goes_on or decision.shortcut):
+        decided = bound.Decided(decision.recipe, decision.reason, decision.turn)
+        bound.bind(module, state, decision.block, decision.ops, decided)
     return rest(module, original, y, args[0]) if plan.goes_on else y
 
 
@@ -173,28 +181,19 @@ def decide(
             return Decision(UNFUSED, reason)
     if (reason := guards.transformed()) is not None:
         return Decision(UNFUSED, reason)
-    key = () if compiling else key_of(x)  # a graph would be guarded by all that is remembered
+    key = (
+        () if compiling else key_of(x, module.training)
+    )  # a graph would be guarded by all that is remembered
     known = None if compiling else state.fits.of(key)
     if known is None and (reason := guards.unfit_input(x, plan.is_stem)) is not None:
         return Decision(UNFUSED, reason)
-    ops, base = ops_for(state.backend), base_class(module)
-    if getattr(type(module), ORIGINAL) is not getattr(base, plan.method):
-        return Decision(UNFUSED, f"forward_replaced:{base.__qualname__}.{plan.method}")
-    if (reason := method_replaced(plan)) is not None:
-        return Decision(UNFUSED, reason)
-    modules = resolve(module, plan, state.harmless, compiling)
-    if isinstance(modules, str):
-        return Decision(UNFUSED, modules)
-    shortcut = tuple([modules[path] for path in plan.shortcut_paths])
-    block = None if known is None else known.call(plan, modules, x)
+    ops = ops_for(state.backend)
+    block, shortcut = None if known is None else known.unchanged(module, x), NO_MODULES
     if block is None:
-        seen = None if compiling else state.fits.before(key, plan, modules)
-        what = fit(plan, modules, x, shortcut)
-        if isinstance(what, str):
-            return Decision(UNFUSED, what)
-        block = what
-        if seen is not None:
-            state.fits.remember(key, plan, modules, seen, block)
+        read = resolved(module, state, x, key, known, compiling)
+        if isinstance(read, str):
+            return Decision(UNFUSED, read)
+        block, shortcut = read
     gradients = wants_gradient(block)
     recipe, reason, turn = chosen(module, state, x, block, ops, gradients)
     if recipe == UNFUSED:
@@ -206,6 +205,40 @@ def decide(
     ):
         return Decision(UNFUSED, cold)
     return Decision(recipe, reason, block, ops, shortcut, turn)
+
+
+def resolved(
+    module: nn.Module,
+    state: BlockState,
+    x: Tensor,
+    key: tuple[Any, ...],
+    known: Fit | None,
+    compiling: bool,
+) -> tuple[BlockCall, tuple[nn.Module, ...]] | str:
+    """The block's call and the modules of its shortcut, after every question about its modules; or a reason.
+
+    key: of the input, () in a graph being compiled; known: a call of this key that was found fit.
+    """
+    plan, base = state.plan, base_class(module)
+    if getattr(type(module), ORIGINAL) is not getattr(base, plan.method):
+        return f"forward_replaced:{base.__qualname__}.{plan.method}"
+    if (reason := method_replaced(plan)) is not None:
+        return reason
+    modules = resolve(module, plan, state.harmless, compiling)
+    if isinstance(modules, str):
+        return modules
+    shortcut = tuple([modules[path] for path in plan.shortcut_paths])
+    block = None if known is None else known.call(plan, modules, x)
+    if block is not None:
+        state.fits.watch(key, module, plan, state.harmless)
+        return block, shortcut
+    seen = None if compiling else state.fits.before(key, plan, modules)
+    what = fit(plan, modules, x, shortcut)
+    if isinstance(what, str):
+        return what
+    if seen is not None:
+        state.fits.remember(key, plan, modules, seen, what)
+    return what, shortcut
 
 
 def chosen(
@@ -247,10 +280,7 @@ def read(plan: Plan, modules: dict[str, Any], x: Tensor) -> BlockCall | str:
     if (reason := guards.unreadable(units, plan)) is not None:
         return reason
     main, projection = (units, None) if plan.projection is None else (units[:-1], units[-1])
-    dtype = compute_dtype(x)
-    x = x if x.dtype is dtype else x.to(dtype)
-    if plan.is_stem and guards.gives_channels_last(x, units):
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = guards.taken_by_stem(x, units[0].conv.weight) if plan.is_stem else x
     try:
         window = pool = modules[plan.pool] if isinstance(plan.pool, str) else plan.pool
         if isinstance(pool, nn.MaxPool2d) and (window := square_window(pool)) is None:

@@ -13,14 +13,17 @@ from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fusedres.blocks.config import BlockConfig, ConvBNTensors, Shortcut
 from fusedres.matching.plan import Plan
 from fusedres.nn.residual_block import BlockCall
 from fusedres.nn.running_stats import BUFFERS
 from fusedres.ops.native import places
-from fusedres.patching.guards import DEVICES, PLAIN_TENSORS
+from fusedres.ops.native.from_python import watch_reader
+from fusedres.patching.guards import DEVICES, PLAIN_TENSORS, taken_by_stem
+from fusedres.patching.resolve import has_global_hooks, resolve
+from fusedres.patching.watch import NUMBERS_OF_BN, NUMBERS_OF_CONV, WEIGHT_AND_BIAS, watch_of
 
 MOST = 8  # of one block: forms of its input, and modes
 MOST_REMEMBERED = 64  # of one block, ever: where tensors move between calls, nothing is the same for long
@@ -34,10 +37,10 @@ CONSTANT_TYPES = {
     type(None),
 }  # an object of one of them, or a tuple of them, never changes
 # out of a convolution's and a BN's own attributes, their parameters and a BN's buffers
-numbers_of_conv = itemgetter("stride", "padding", "dilation", "groups", "padding_mode")
-numbers_of_bn = itemgetter("eps", "momentum", "training", "track_running_stats")
-weight_and_bias = itemgetter("weight", "bias")
+numbers_of_conv, numbers_of_bn = itemgetter(*NUMBERS_OF_CONV), itemgetter(*NUMBERS_OF_BN)
+weight_and_bias = itemgetter(*WEIGHT_AND_BIAS)
 statistics = itemgetter(*BUFFERS)
+numbers_of_pool = itemgetter("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 NONE = None, None
 new_tuple: Callable[..., Any] = tuple.__new__  # of a NamedTuple, as its own `__new__` takes twice as long
 
@@ -54,6 +57,7 @@ class Fit(NamedTuple):
     tensors: list[Any]  # as `likeness` has them
     places: places.Places | None  # the same, where the native library can compare
     config: BlockConfig
+    watch: tuple[Any, ...] | None  # of the block's modules, where the native library can read them
 
     def holds(self, tensors: Units) -> bool:
         """Whether these lie where the call's did, and are like them."""
@@ -61,15 +65,28 @@ class Fit(NamedTuple):
             return likeness(tensors) == self.tensors
         return PLAIN_OR_NONE.issuperset(map(type, tensors)) and self.places.hold(tensors)
 
+    def unchanged(self, block: nn.Module, x: Tensor) -> BlockCall | None:
+        """The block's call now, where all is the same; None: nobody knows, and modules are to be resolved."""
+        read = watch_reader()
+        if read is None or self.watch is None or has_global_hooks():
+            return None
+        found = read(self.watch, block)
+        if found is None:
+            return None
+        units = len(self.config.units)
+        tensors = found[units:]
+        return as_call(self.config, tuple(found[:units]), tensors, x) if self.holds(tensors) else None
+
     def call(self, plan: Plan, modules: dict[str, Any], x: Tensor) -> BlockCall | None:
-        """The block's call now, where it is the same; None: it is to be read, and guards to be asked."""
+        """The same of modules that were resolved; None: it is to be read, and guards to be asked."""
         what = gathered(plan, modules)
         if what is None:
             return None
         constants, tensors = what
         if not all(map(is_, constants, self.constants)) or not self.holds(tensors):
             return None
-        return as_call(self.config, plan, modules, tensors, x)
+        x = taken_by_stem(x, modules[plan.units[0].conv].weight) if plan.is_stem else x
+        return as_call(self.config, tuple([modules[names.bn] for names in plan.units]), tensors, x)
 
 
 class Fits:
@@ -109,23 +126,46 @@ class Fits:
         if len(self._known) >= MOST:
             self._known.clear()
         self._remembered += 1
-        self._known[key] = Fit(constants, tensors, places.of(what[1]), call.config)
+        self._known[key] = Fit(constants, tensors, places.of(what[1]), call.config, None)
+
+    def watch(
+        self, key: tuple[Any, ...], block: nn.Module, plan: Plan, harmless: dict[str, tuple[str, int]]
+    ) -> None:
+        """Has the native library watch the modules of a call that is known, and was resolved just now."""
+        if watch_reader() is None or self._remembered >= MOST_REMEMBERED or plan.is_stem:
+            return
+        self._remembered += 1
+        modules, known = resolve(block, plan, harmless, False), self._known.get(key)
+        if isinstance(modules, str) or known is None or (watch := watch_of(block, plan, modules)) is None:
+            return
+        # what another thread did meanwhile is in the watch, and not in what was found fit
+        if resolve(block, plan, harmless, False) != modules or (what := gathered(plan, modules)) is None:
+            return
+        if all(map(is_, what[0], known.constants)):
+            self._known[key] = known._replace(watch=watch)
 
 
-def key_of(x: Tensor) -> tuple[Any, ...]:
-    """All that guards look at in the input of a block, a plain tensor; () where they take none like it."""
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to on this kind of device, where it is on."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def key_of(x: Tensor, training: bool) -> tuple[Any, ...]:
+    """All that guards look at in the input of a block, a plain tensor; () where they take none like it.
+
+    training: the block's mode, so that what is known of one does not give way to the other in every epoch.
+    """
     device = x.device
     kind = device.type
     if x.layout is not torch.strided or kind not in DEVICES:
         return ()
-    casts_to = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return x.shape, x.stride(), x.dtype, device, casts_to
+    return x.shape, x.stride(), x.dtype, device, x.requires_grad, autocast_dtype(kind), training
 
 
 def is_simple(plan: Plan) -> bool:
     """Whether what is compared here is all that guards look at."""
     frozen = any(names.frozen for names in plan.units)
-    return not (plan.is_stem or plan.shortcut_paths or frozen) and plan.shortcut is not Shortcut.TENSOR
+    return not (plan.shortcut_paths or frozen) and plan.shortcut is not Shortcut.TENSOR
 
 
 def gathered(plan: Plan, modules: dict[str, Any]) -> tuple[list[Any], Units] | None:
@@ -147,6 +187,8 @@ def gathered(plan: Plan, modules: dict[str, Any]) -> tuple[list[Any], Units] | N
             if len(buffers) != len(BUFFERS):
                 return None
             moved += statistics(buffers)
+        if isinstance(plan.pool, str):
+            constants += numbers_of_pool(modules[plan.pool].__dict__)
     except KeyError:
         return None
     read += moved
@@ -166,13 +208,12 @@ def likeness(tensors: Units) -> list[Any]:
     return found
 
 
-def as_call(config: BlockConfig, plan: Plan, modules: dict[str, Any], tensors: Units, x: Tensor) -> BlockCall:
+def as_call(config: BlockConfig, norms: tuple[Any, ...], tensors: Units, x: Tensor) -> BlockCall:
     """tensors: as `gathered` has them."""
-    units, running, moved = [], [], 4 * len(plan.units)
+    units, running, moved = [], [], 4 * len(norms)
     for i, unit in enumerate(config.units):
         buffers = tensors[moved + 3 * i : moved + 3 * i + 3]
         frozen = NONE if unit.training else buffers[1:]
         units.append(new_tuple(ConvBNTensors, (*tensors[4 * i : 4 * i + 4], *frozen)))
         running.append(buffers)
-    norms = tuple([modules[names.bn] for names in plan.units])
     return new_tuple(BlockCall, (config, tuple(units), norms, x, None, running))

@@ -31,18 +31,25 @@ PROXY_MODE = torch._C._TorchDispatchModeKey.PROXY
 FAKE_MODE = torch._C._TorchDispatchModeKey.FAKE
 
 
-def transformed() -> str | None:
-    """A reason if torch is exporting, transforming or only working out shapes: those want the original operations."""
+def differentiated() -> str | None:
+    """A reason if torch is exporting or transforming, where no dispatch mode is on."""
     if torch.compiler.is_exporting():
         return "tracing:torch.export"
     if torch._C._are_functorch_transforms_active():
         return "tracing:torch.func"
+    return "forward_ad" if torch.autograd.forward_ad._current_level >= 0 else None
+
+
+def transformed() -> str | None:
+    """A reason if torch is exporting, transforming or only working out shapes: those want the original operations."""
+    if (reason := differentiated()) is not None:
+        return reason
     if not torch.compiler.is_dynamo_compiling():  # a graph being compiled has operators that they know
         if torch._C._get_dispatch_mode(PROXY_MODE) is not None:
             return "tracing:make_fx"
         if torch._C._get_dispatch_mode(FAKE_MODE) is not None:
             return "fake_mode"
-    return "forward_ad" if torch.autograd.forward_ad._current_level >= 0 else None
+    return None
 
 
 def unfit_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -133,15 +140,21 @@ def is_nchw(weight: Tensor) -> bool:
     return weight.stride() == (cin * height * width, height * width, width, 1)
 
 
-def gives_channels_last(x: Tensor, units: Sequence[ConvBN]) -> bool:
+def gives_channels_last(x: Tensor, weight: Tensor) -> bool:
     """Whether a stem's output is channels_last though its images are not: by its weight, whatever way it is spelled.
 
     Images that want a gradient are left as they are: theirs would come in another layout.
     """
     if x.requires_grad or x.is_contiguous(memory_format=torch.channels_last):
         return False
-    weight = units[0].conv.weight
     return weight.is_contiguous(memory_format=torch.channels_last) and not is_nchw(weight)
+
+
+def taken_by_stem(x: Tensor, weight: Tensor) -> Tensor:
+    """The images in the dtype and layout of the stem's convolution."""
+    dtype = compute_dtype(x)
+    x = x if x.dtype is dtype else x.to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if gives_channels_last(x, weight) else x
 
 
 def norm_vectors(t: ConvBNTensors, bn: nn.BatchNorm2d) -> list[Tensor]:

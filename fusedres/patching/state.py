@@ -31,13 +31,16 @@ class BlockState:
         default_factory=set
     )  # of `not_warm`: the kinds of calls that ran on a GPU
     fits: Fits = field(default_factory=Fits)
+    bound: dict[Any, Any] = field(
+        default_factory=dict
+    )  # by `bound.key`: calls of which nothing is decided anew
     on_trial: OnBlock = field(default_factory=OnBlock)
 
     def __copy__(self) -> BlockState:
-        return BlockState(**{**vars(self), "fits": Fits()})
+        return BlockState(**{**vars(self), "fits": Fits(), "bound": {}})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockState:
-        kept = {"warm", "fits"}  # of backends, and of this block's tensors
+        kept = {"warm", "fits", "bound"}  # of backends, and of this block's tensors
         values = {name: value for name, value in vars(self).items() if name not in kept}
         return BlockState(**copy.deepcopy(values, memo), warm=set(self.warm))
 

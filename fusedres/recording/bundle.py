@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
+
+
+@cache
+def drop() -> Callable[[int], None]:
+    return torch.ops.fusedres_native.bundle_drop.default
 
 
 class Bundle:
@@ -18,11 +24,10 @@ class Bundle:
     def __init__(self, number: int, given: tuple[bool, ...]) -> None:
         self.number, self.given = number, given
         self._tensors: list[Tensor | None] | None = None
-        self._drop: Callable[[int], None] = torch.ops.fusedres_native.bundle_drop.default
 
     def __del__(self) -> None:
         if not sys.is_finalizing():  # as the process ends the library keeps what it has
-            self._drop(self.number)
+            drop()(self.number)
 
     def tensors(self) -> list[Tensor | None]:
         """The results, for whoever is no replay."""

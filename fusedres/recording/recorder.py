@@ -28,6 +28,7 @@ EMPTY = {
 ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 COPIES = {aten._to_copy.default, aten.clone.default}
 OWN = "fusedres_native::"
+DIRECTLY, DIRECT = "direct ", {"aten::convolution", "aten::convolution_backward"}  # csrc/front/torch_calls.h
 POINTER, CONSTANT = "*", "constexpr"
 WORDS = {"i32": Word.INT32, "u32": Word.INT32, "i64": Word.INT64, "u64": Word.INT64, "fp32": Word.FLOAT}
 LISTS = {"List[int]": Kind.INTS, "List[bool]": Kind.BOOLS}
@@ -37,6 +38,12 @@ LISTS = {"List[int]": Kind.INTS, "List[bool]": Kind.BOOLS}
 def is_composite(name: str) -> bool:
     """Whether torch makes this operator of others."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+
+
+def is_called_directly(name: str, device: str) -> bool:
+    """Whether a replay asks torch's C functions for this operator, past the dispatcher: not where somebody has put a
+    kernel of his own before torch's."""
+    return name in DIRECT and not torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
 
 
 class Recorder(TorchDispatchMode):
@@ -66,6 +73,7 @@ class Recorder(TorchDispatchMode):
         # how many steps there were with the newest call, and that call
         self._last: tuple[int, Call | None] = 0, None
         self._inputs, self._next = list(inputs), 0
+        self._device = inputs[0].device.type if inputs else "cpu"
         if len({id(t) for t in inputs}) < len(inputs):
             raise UnrecordableError("an input that is given twice")
         for t in self._inputs:
@@ -208,7 +216,8 @@ class Recorder(TorchDispatchMode):
             call, step = both, self.steps.pop()
             read = (*step.read, *(slot for slot in read if slot not in step.written))
             made = step.written + made
-        words = [self.operators.setdefault(call.name, len(self.operators)), len(call.arguments)]
+        called = DIRECTLY + call.name if is_called_directly(call.name, self._device) else call.name
+        words = [self.operators.setdefault(called, len(self.operators)), len(call.arguments)]
         for kind, optional, value in call.arguments:
             words += [kind, int(optional), *(value if isinstance(value, tuple) else (value,))]
         words.append(len(call.returns))

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fusedres.ops import set_aside
-from fusedres.ops.native import library
+from fusedres.ops.native import from_python, library
+from fusedres.ops.native.places import Places
 from fusedres.ops.triton import launches_to, on_device_of
 from fusedres.recording.bundle import Bundle
 from fusedres.recording.code import NONE, UnrecordableError
@@ -79,11 +80,22 @@ class Recording:
         self.may_keep = is_ours and first_output >= inputs and first_output not in others
 
     def run(
-        self, inputs: list[Tensor], bundle: Bundle | None = None, keeps: bool = False
+        self,
+        inputs: list[Tensor],
+        bundle: Bundle | None = None,
+        keeps: bool = False,
+        places: Places | None = None,
+        is_direct: bool = False,
     ) -> list[Any] | None:
-        """The results; None where the inputs are of another form. bundle, keeps: as of `run` below."""
+        """The results; None where the inputs are of another form.
+
+        Args:
+            bundle, keeps: as of `run` below; places: as of `again`; is_direct: past torch's dispatcher.
+        """
         keeps = keeps and self.may_keep
-        made, number = self._replay(self.number, inputs, 0 if bundle is None else bundle.number, keeps)
+        behind, lie_at = 0 if bundle is None else bundle.number, 0 if places is None else places.number
+        replay = (is_direct and from_python.replay()) or self._replay
+        made, number = replay(self.number, inputs, behind, keeps, lie_at)
         if not made:
             return None
         if self.versioned:
@@ -103,17 +115,19 @@ class Pass:
         self.recordings: list[Recording] = []
         self.was_seen = False
         self.problem: str | None = None
+        self.latest: Recording | None = None  # that served
 
     def served_by(self, recording: Recording) -> None:
         """What serves most often is asked first: forms of the first steps may never come again."""
         recording.times += 1
+        self.latest = recording
         place = self.recordings.index(recording) if recording in self.recordings else 0
         if place and recording.times > self.recordings[place - 1].times:
             self.recordings[place - 1 : place + 1] = recording, self.recordings[place - 1]
 
     def leave(self, problem: str) -> None:
         """Nothing more of it is recorded: Python runs it."""
-        self.problem = problem
+        self.problem, self.latest = problem, None
         logger.debug("a pass is run by Python: %s", problem)
 
 
@@ -135,13 +149,20 @@ def off() -> Iterator[None]:
 
 def are_on(x: Tensor) -> bool:
     """Whether passes over tensors like x are to be recorded."""
-    if x.device.type not in DEVICES or not IS_ASKED_FOR or torch._C._len_torch_dispatch_stack():
+    return are_on_for(x.device.type)
+
+
+def are_on_for(device: str) -> bool:
+    """The same of a kind of device."""
+    if device not in DEVICES or not IS_ASKED_FOR or torch._C._len_torch_dispatch_stack():
         return False
     return library.is_loaded() and not _off.get()
 
 
 def forget() -> None:
     """Every pass is recorded anew."""
+    for found in _passes.values():
+        found.recordings, found.latest = [], None
     _passes.clear()
 
 
@@ -155,8 +176,49 @@ def pass_of(key: Hashable) -> Pass:
     if found is None:
         found = _passes[key] = Pass()
         if len(_passes) > PASSES:
-            _passes.popitem(last=False)
+            _, oldest = _passes.popitem(last=False)
+            oldest.recordings, oldest.latest = [], None
     return found
+
+
+def whole_key(key: Hashable, given: tuple[bool, ...]) -> Hashable:
+    """key: as of `run`; given: which of the tensors there are."""
+    return key, given, set_aside.generation()
+
+
+def look_up(key: Hashable, tensors: Tensors, bundle: Bundle | None = None) -> Pass | None:
+    """The pass that `run` knows by that, if any."""
+    given = tuple(map(is_not, tensors, repeat(None)))
+    return _passes.get(whole_key(key, given if bundle is None else given + bundle.given))
+
+
+def again(
+    found: Pass,
+    recording: Recording,
+    inputs: list[Tensor],
+    bundle: Bundle | None = None,
+    keeps: bool = False,
+    places: Places | None = None,
+) -> list[Any] | None:
+    """The results of a recording that has served such inputs; None where they are others, and it is to be seen why.
+
+    Args:
+        inputs: plain tensors, x first; bundle, keeps: as of `run`; places: where all but x have to lie.
+    """
+    if recording not in found.recordings:
+        return None
+    # what torch.func left of a tensor, a wrapper without storage, only the dispatcher takes away
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    is_direct = not (is_wrapped(inputs[0]) or is_wrapped(inputs[-1]))
+    try:
+        with on_device_of(inputs[0]), torch._C._ExcludeDispatchKeyGuard(ABOVE):
+            out = recording.run(inputs, bundle, keeps, places, is_direct)
+    except RuntimeError as error:
+        refused(error, recording, found)
+        return None
+    if out is not None:
+        found.served_by(recording)
+    return out
 
 
 def run(
@@ -176,8 +238,7 @@ def run(
         keeps: where a recording serves, the results behind the first are to come as one Bundle.
     """
     given = tuple(map(is_not, tensors, repeat(None)))
-    every = given if bundle is None else given + bundle.given
-    found = pass_of((key, every, set_aside.generation()))
+    found = pass_of(whole_key(key, given if bundle is None else given + bundle.given))
     inputs: list[Any] = list(compress(tensors, given))
     if not PLAIN.issuperset(map(type, inputs)):
         return compute()
@@ -207,17 +268,21 @@ def failed_step() -> int:
     return int(torch.ops.fusedres_native.replay_failed_step())
 
 
-def failed(error: RuntimeError, recording: Recording, found: Pass, compute: Callable[[], Result]) -> Result:
-    """What `compute()` gives, or raises: the native library tells no kinds of errors apart, and Python does. Where
-    something that was given has been written into, it is too late for that, and only the kind is mended.
-    """
+def refused(error: RuntimeError, recording: Recording, found: Pass) -> None:
+    """Leaves the pass to Python, unless memory was all that it lacked. Where something that was given has been written
+    into it is too late for Python, and the error is raised, of its kind: the native library tells no kinds apart."""
+    is_memory = OUT_OF_MEMORY in str(error)
     if failed_step() >= recording.first_mutation:
-        raise torch.OutOfMemoryError(str(error)) if OUT_OF_MEMORY in str(error) else error
-    out = compute()
-    if OUT_OF_MEMORY not in str(error):
+        raise torch.OutOfMemoryError(str(error)) if is_memory else error
+    if not is_memory:
         found.recordings = []
         found.leave(str(error))
-    return out
+
+
+def failed(error: RuntimeError, recording: Recording, found: Pass, compute: Callable[[], Result]) -> Result:
+    """What `compute()` gives, or raises: Python tells kinds of errors apart."""
+    refused(error, recording, found)
+    return compute()
 
 
 def recorded(found: Pass, inputs: list[Tensor], compute: Callable[[], Result]) -> Result:

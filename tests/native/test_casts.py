@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not library.is_loaded(), reason="the compiled ke
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The CPU has no kernel: one that torch computes stands in; a number of tensors for each launch."""
+    """A kernel that torch computes stands in; a number of tensors for each launch."""
     found: list[int] = []
 
     def cast(to: list[Tensor], given: list[Tensor]) -> None:
@@ -59,3 +59,33 @@ def test_on_the_cpu_torch_casts() -> None:
     assert not any(casts.takes(t, torch.bfloat16) for t in given)
     for a, t in zip(casts.cast(given, torch.float32), given, strict=True):
         assert torch.equal(a, t.to(torch.float32))
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numel", [0, 1, 7, 16, 33, 100_003])
+def test_the_cpu_s_kernel_rounds_as_torch(numel: int, source: torch.dtype, to: torch.dtype) -> None:
+    """What a stand-in for a GPU runs; more tensors than one launch takes."""
+    generator = torch.Generator().manual_seed(numel)
+    given = [torch.randn(numel, generator=generator).to(source) for _ in range(20)]
+    for i, value in enumerate((float("inf"), -float("inf"), float("nan"), 1e-40, 3.39e38, -0.0)):
+        given[i][:1] = value
+    found = [torch.empty_like(t, dtype=to) for t in given]
+    torch.ops.fusedres_native.cast_(found, given)
+    for a, t in zip(found, given, strict=True):
+        assert torch.equal(a.nan_to_num(5), t.to(to).nan_to_num(5)) and torch.equal(a.isnan(), t.isnan())
+
+
+@pytest.mark.parametrize(
+    ("to", "source", "problem"),
+    [
+        ([torch.ones(3)], [], "from is 0 tensors, needed 1"),
+        ([torch.ones(3)], [torch.ones(4)], "from is \\[4\\], needed \\[3\\]"),
+        ([torch.ones(3)], [torch.ones(6)[::2]], "of strides \\[2\\]"),
+        ([torch.ones(3)], [torch.ones(3, dtype=torch.float64)], "float64, needed float32 or bfloat16"),
+        ([torch.ones(3)] * 2, [torch.ones(3), torch.ones(3).bfloat16()], "bfloat16, needed float32"),
+    ],
+)
+def test_what_cannot_be_cast_is_refused(to: list[Tensor], source: list[Tensor], problem: str) -> None:
+    with pytest.raises(RuntimeError, match=problem):
+        torch.ops.fusedres_native.cast_(to, source)

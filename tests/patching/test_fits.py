@@ -8,21 +8,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from block_changes import CHANGES, block, moved, step, transposed
 from same_model import assert_same_float64, images
 from torch import Tensor, nn
 
 import fusedres
 from fusedres.matching.plan import Plan
-from fusedres.models import Bottleneck
+from fusedres.models import Bottleneck, resnet18
 from fusedres.modules.derived_class import STATE
 from fusedres.patching import call, fits
-
-Change = Callable[[Bottleneck], object]
-
-
-def block() -> Bottleneck:
-    torch.manual_seed(0)
-    return Bottleneck(16, 4).double()
 
 
 @pytest.fixture
@@ -51,65 +45,6 @@ def test_a_call_like_an_earlier_one_is_not_read_again(reads: list[Plan]) -> None
     patched.train()
     patched(images(2, 16, 5, 5))
     assert len(reads) == 3  # each form of input has its own
-
-
-def resized(module: Bottleneck) -> None:
-    """In the same storage, and the same parameter."""
-    for conv, bn in ((module.conv1, module.bn1),):
-        conv.weight.data = conv.weight.data[:2]
-        for t in (bn.weight, bn.bias):
-            t.data = t.data[:2]
-        bn.running_mean, bn.running_var = bn.running_mean[:2], bn.running_var[:2]
-    module.conv2.weight.data = module.conv2.weight.data[:, :2]
-
-
-def transposed(module: Bottleneck) -> None:
-    """The same storage, sizes and dtype, other strides."""
-    module.conv2.weight.data = module.conv2.weight.data.transpose(0, 1)
-
-
-def shared(module: Bottleneck) -> None:
-    """One norm's buffer is another's vector: their order counts, and the block is left alone."""
-    module.bn2.bias.data = module.bn1.running_mean
-
-
-def moved(module: Bottleneck) -> None:
-    module.conv1.weight.data = module.conv1.weight.data.clone()
-
-
-def biased(module: Bottleneck) -> None:
-    """Before a frozen norm: others take every bias away again."""
-    module.bn1.eval()
-    module.conv1.bias = nn.Parameter(torch.ones(4, dtype=torch.float64))
-
-
-CHANGES: dict[str, Change] = {
-    "eps": lambda m: setattr(m.bn2, "eps", 0.5),
-    "momentum": lambda m: setattr(m.bn2, "momentum", 0.5),
-    "no momentum": lambda m: setattr(m.bn2, "momentum", None),
-    "stride": lambda m: setattr(m.conv2, "dilation", (2, 2)) or setattr(m.conv2, "padding", (2, 2)),
-    "padding mode": lambda m: setattr(m.conv2, "padding_mode", "circular"),
-    "one norm frozen": lambda m: m.bn1.eval(),
-    "untracked": lambda m: setattr(m.bn1, "track_running_stats", False),
-    "no statistics": lambda m: setattr(m.bn1, "running_mean", None) or setattr(m.bn1, "running_var", None),
-    "no bias": lambda m: setattr(m.bn1, "bias", None),
-    "another weight": lambda m: setattr(m.conv1, "weight", nn.Parameter(m.conv1.weight.detach() * 2)),
-    "another storage": moved,
-    "another size": resized,
-    "other strides": transposed,
-    "shared": shared,
-    "a hook": lambda m: m.conv2.register_forward_hook(lambda mod, x, y: y * 2),
-    "values": lambda m: m.conv1.weight.data.mul_(2),
-    "frozen weight": lambda m: m.conv1.weight.requires_grad_(False),
-    "a bias": biased,
-}
-
-
-def step(module: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
-    module.zero_grad(set_to_none=True)
-    y = module(x)
-    y.backward(images(*y.shape, seed=3))
-    return y.detach(), {name: p.grad for name, p in module.named_parameters()}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -218,7 +153,43 @@ def test_statistics_of_inference_mode_are_refused_as_torch_refuses_them() -> Non
 def test_a_copy_of_a_block_remembers_nothing() -> None:
     patched = fusedres.patch(block(), recipe="separate")
     patched(images())
-    key = fits.key_of(images())
+    key = fits.key_of(images(), True)
     assert key in patched.__dict__[STATE].fits
     assert key not in copy.deepcopy(patched).__dict__[STATE].fits
     assert key not in copy.copy(patched.__dict__[STATE]).fits
+
+
+STEM_CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "pool": lambda m: setattr(m.maxpool, "kernel_size", 2) or setattr(m.maxpool, "padding", 0),
+    "ceil": lambda m: setattr(m.maxpool, "ceil_mode", True),
+    "eps": lambda m: setattr(m.bn1, "eps", 0.5),
+    "weight's layout": lambda m: m.to(memory_format=torch.channels_last),
+    "a hook": lambda m: m.bn1.register_forward_hook(lambda mod, x, y: y * 2),
+}
+
+
+@pytest.mark.parametrize("name", [None, *STEM_CHANGES])
+def test_a_stem_like_an_earlier_one_is_not_read_again(name: str | None, reads: list[Plan]) -> None:
+    torch.manual_seed(0)
+    plain = resnet18(num_classes=3).double()
+    patched = fusedres.patch(copy.deepcopy(plain), recipe="separate")
+    state = patched.__dict__[STATE]
+    x = images(2, 3, 33, 33)
+
+    def stems() -> int:
+        return sum(plan is state.plan for plan in reads)
+
+    for _ in range(3):
+        patched(x), plain(x)
+    assert stems() == 1
+    if name is not None:
+        STEM_CHANGES[name](patched), STEM_CHANGES[name](plain)
+    for _ in range(2):
+        assert_same_float64(patched(x), plain(x), "y")
+        for (key, a), (_, b) in zip(patched.named_buffers(), plain.named_buffers(), strict=True):
+            assert_same_float64(a.double(), b.double(), key)
+    assert stems() == {None: 1, "a hook": 1, "ceil": 3}.get(
+        name, 2
+    )  # what is left alone is found so in every call
+    patched(x.clone().requires_grad_())  # whose gradient would come in another layout
+    assert name is not None or stems() == 2

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedres.ops import set_aside
 from fusedres.ops.contract import BnStats
-from fusedres.ops.native import library
+from fusedres.ops.native import from_python, library
+from fusedres.ops.native.places import Places
 from fusedres.recording import replays
 
 pytestmark = pytest.mark.skipif(not library.is_loaded(), reason="the compiled kernels are not built")
@@ -268,3 +269,64 @@ def test_a_recording_is_dropped_with_its_pass() -> None:
     replays.forget()
     with pytest.raises(RuntimeError, match=f"there is no recording {number}"):
         torch.ops.fusedres_native.replay(number, [torch.ones(3)])
+
+
+def test_a_replay_by_python_is_the_operators() -> None:
+    """The same results, errors of the same kind, and other threads run meanwhile."""
+    x = torch.arange(4.0)
+    computed = Computed()
+    for _ in range(3):
+        computed(x)
+    (recording,) = the_pass().recordings
+    by_operator, by_python = torch.ops.fusedres_native.replay.default, from_python.replay()
+    assert by_python is not None
+    for keeps in (False, True):
+        (expected, _), (found, _) = (r(recording.number, [x], 0, keeps, 0) for r in (by_operator, by_python))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and found
+    assert by_python(recording.number, [torch.ones(5)], 0, False, 0) == ([], 0)
+    with pytest.raises(RuntimeError, match="no recording 12345"):
+        by_python(12345, [x], 0, False, 0)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        by_python(recording.number, [None], 0, False, 0)  # type: ignore[list-item]
+    assert torch.equal(x, torch.arange(4.0))
+
+
+def test_inputs_that_lie_elsewhere_are_refused() -> None:
+    computed = Computed()
+    x, y = torch.ones(3), torch.ones(3)
+    for _ in range(3):
+        computed(x, y)
+    found = the_pass()
+    (recording,) = found.recordings
+    at = Places([y])
+    assert replays.again(found, recording, [torch.zeros(3), y], places=at) is not None
+    assert replays.again(found, recording, [x, y.clone()], places=at) is None
+    assert replays.again(found, recording, [x, y.clone()]) is not None
+    replays.forget()
+    assert replays.again(found, recording, [x, y], places=at) is None
+
+
+def test_a_kernel_that_somebody_put_before_torchs_is_not_passed_by() -> None:
+    x, weight = torch.randn(1, 2, 4, 4), torch.randn(2, 2, 1, 1)
+    arguments = None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+
+    def steps() -> list[Tensor]:
+        outputs = []
+        for _ in range(3):
+            (y,), _ = replays.run(
+                "convolution",
+                (x, weight),
+                lambda: ((torch.ops.aten.convolution(x, weight, *arguments),), None),
+            )
+            outputs.append(y)
+        return outputs
+
+    first = steps()
+    assert torch.equal(first[0], first[2])
+    implementation = torch.library.Library("aten", "IMPL")
+    implementation.impl("convolution", lambda x, *_: torch.full_like(x, 7), "CPU")
+    try:
+        replays.forget()
+        assert all(bool((y == 7).all()) for y in steps())
+    finally:
+        implementation._destroy()

@@ -26,7 +26,19 @@ from fusedres.modules import derived_class, own_code, shadows, tree
 from fusedres.nn import running_stats
 from fusedres.ops import flops
 from fusedres.ops.native import kept_memory
-from fusedres.patching import api, call, fits, guards, install, patched_class, resolve, state, warm
+from fusedres.patching import (
+    api,
+    bound,
+    call,
+    fits,
+    guards,
+    install,
+    patched_class,
+    resolve,
+    state,
+    warm,
+    watch,
+)
 from fusedres.recording import bundle, code, recorder, replays
 from fusedres.trials import kind, proof, timed, whole_model
 
@@ -666,6 +678,48 @@ def bundles_what_is_somebody_elses():
 @mutant("recording/test_bundles.py::test_a_bundle_is_given_back_with_the_last_that_holds_it")
 def keeps_bundles():
     bundle.Bundle.__del__ = lambda self: None
+
+
+@mutant("patching/test_bound.py::test_a_change_between_two_bound_calls_counts[a hook]")
+def watches_no_hooks():
+    watch.HOOKS = ()
+
+
+@mutant("patching/test_bound.py::test_a_change_between_two_bound_calls_counts[eps]")
+def watches_no_numbers():
+    watch.NUMBERS_OF_BN = watch.NUMBERS_OF_BN[1:]
+
+
+@mutant(
+    "patching/test_bound.py::test_a_change_between_two_bound_calls_counts[an attribute that forward reads]"
+)
+def watches_no_attributes():
+    wrap(watch, "expected_of", lambda right: lambda found, *a: right(found._replace(attributes=()), *a))
+
+
+@mutant("patching/test_bound.py::test_a_change_between_two_bound_calls_counts[another storage]")
+def binds_to_no_places():
+    wrap(replays, "again", lambda right: lambda *a: right(*a[:5]))
+
+
+@mutant("patching/test_bound.py::test_a_call_in_another_context_is_not_the_bound_one")
+def binds_whatever_autocast_says():
+    bound.autocast_dtype = lambda device: None
+
+
+@mutant("patching/test_bound.py::test_auto_is_bound_while_its_tables_are_the_same")
+def binds_whatever_tables_say():
+    bound.Chosen.holds = lambda self, *a: True
+
+
+@mutant("patching/test_bound.py::test_a_bound_block_keeps_nothing_that_was_replaced")
+def watches_modules_themselves():
+    wrap(fits, "watch_of", lambda right: lambda block, plan, modules: (*right(block, plan, modules), modules))
+
+
+@mutant("recording/test_replays.py::test_a_kernel_that_somebody_put_before_torchs_is_not_passed_by")
+def passes_by_kernels_of_others():
+    recorder.is_called_directly = lambda name, device: name in recorder.DIRECT
 
 
 @mutant("patching/test_fits.py::test_a_change_between_two_calls_counts")

@@ -15,14 +15,14 @@ class Places:
     """Of some strided tensors: data pointers, sizes, strides, dtypes, devices, and which are None."""
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        self._number = torch.ops.fusedres_native.places_add.default(tensors)
+        self.number = torch.ops.fusedres_native.places_add.default(tensors)
         drop = torch.ops.fusedres_native.places_drop.default
-        weakref.finalize(self, drop, self._number).atexit = False
+        weakref.finalize(self, drop, self.number).atexit = False
         self._hold = torch.ops.fusedres_native.places_hold.default
 
     def hold(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether these are where those were, and like them. tensors: plain ones."""
-        return bool(self._hold(self._number, tensors))
+        return bool(self._hold(self.number, tensors))
 
 
 def of(tensors: Sequence[Tensor | None]) -> Places | None:

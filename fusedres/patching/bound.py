@@ -1,0 +1,179 @@
+"""A block's call that is recorded, bound: nothing of it is decided anew while all that it was decided by is the same.
+
+What `decide` asks about is asked here too, by identity, in one go: modules by their watch, tensors where the recording
+is run. Whatever is not the same goes through `decide`, which knows why.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fusedres.autograd import passes
+from fusedres.autograd.bound import BoundBackward, Made, given_of
+from fusedres.autograd.function import applied, saved_tensors_have_hooks
+from fusedres.blocks import choice, user_table
+from fusedres.blocks.choice import AUTO
+from fusedres.nn.residual_block import BlockCall, Observer, wants_gradient
+from fusedres.nn.running_stats import BUFFERS
+from fusedres.ops import set_aside
+from fusedres.ops.dispatch import Dispatcher, dispatcher
+from fusedres.ops.native import places
+from fusedres.ops.native.from_python import watch_reader
+from fusedres.patching import guards
+from fusedres.patching.fits import autocast_dtype, key_of
+from fusedres.patching.resolve import has_global_hooks
+from fusedres.patching.state import BlockState
+from fusedres.recording import replays
+from fusedres.trials import settings
+from fusedres.trials.kind import Turn
+
+MOST = 8  # of one block: forms of its input, and modes
+PARAMETERS = 4  # of a unit
+wants = attrgetter("requires_grad")
+
+Key = tuple[torch.Size, bool, bool]
+
+
+class Chosen:
+    """What "auto" went by as it chose the call's recipe. turn: of a trial that is over, where none of a table."""
+
+    def __init__(self, x: Tensor, turn: Turn | None) -> None:
+        self.turn = turn
+        self.tables = choice.TABLE, user_table.table()
+        self.is_on = settings.is_on(x.device)
+        self.benchmark = torch.backends.cudnn.benchmark
+
+    def holds(self, state: BlockState, x: Tensor, gradients: bool) -> bool:
+        """Whether "auto" would choose the same."""
+        trials, turn, (table, users) = state.on_trial, self.turn, self.tables
+        if choice.TABLE is not table or user_table.table() is not users or user_table.are_recorded():
+            return False
+        if trials.forced is not None or trials.planned is not None or settings.is_on(x.device) != self.is_on:
+            return False
+        if turn is None:
+            return not trials.kinds
+        if turn.kind.final is not turn or torch.backends.cudnn.benchmark != self.benchmark:
+            return False
+        trials.latest = turn.kind
+        return not (gradients and saved_tensors_have_hooks()) and not trials.is_timed(turn)
+
+
+class Decided(NamedTuple):
+    """What a call came to, and why not to the recipe that was asked for; turn: of a trial."""
+
+    recipe: str
+    reason: str | None
+    turn: Turn | None
+
+
+def tensors_at(block: BlockCall) -> tuple[list[int], list[int]]:
+    """Where a reader of the block's watch gives what autograd takes, and what a recording moves; -1: None.
+
+    The BNs come first; then of each unit weight, conv_bias, bn_weight, bn_bias; then of each the buffers.
+    """
+    units = len(block.norms)
+    flat: list[int] = []
+    moved: list[int] = []
+    for i, (unit, bn) in enumerate(zip(block.config.units, block.norms, strict=True)):
+        first, buffers = units + PARAMETERS * i, units * (1 + PARAMETERS) + len(BUFFERS) * i
+        frozen = (-1, -1) if unit.training else (buffers + 1, buffers + 2)
+        flat += [*range(first, first + PARAMETERS), *frozen]
+        moved += range(buffers, buffers + len(BUFFERS)) if unit.training and bn.training else ()
+    return flat, moved
+
+
+class Bound:
+    """One call of a block.
+
+    Args:
+        state: of the block; row: what the reader of `watch` gives; found, recording: what served the call.
+    """
+
+    def __init__(
+        self,
+        state: BlockState,
+        block: BlockCall,
+        watch: tuple[Any, ...],
+        row: list[Any],
+        ops: Dispatcher,
+        decided: Decided,
+        found: replays.Pass,
+        recording: replays.Recording,
+    ) -> None:
+        x, config = block.x, block.config
+        self.recipe, self.reason, turn = decided
+        self.asked = state.recipe, state.backend
+        self.kind = x.device.type  # of device; which one it is, the recording knows
+        self.gradients, self.casts_to = wants_gradient(block), autocast_dtype(self.kind)
+        self.config, self.ops, self.watch = config, ops, watch
+        self.generation, self.found, self.recording = set_aside.generation(), found, recording
+        self.chosen = Chosen(x, turn) if state.recipe == AUTO else None
+        flat, moved = tensors_at(block)
+        given = [i for i in (*flat, *moved) if i >= 0 and row[i] is not None]
+        self.flat, self.given = itemgetter(*flat), itemgetter(*given)
+        is_given = given_of([row[i] if i >= 0 else None for i in flat])
+        self.backward = BoundBackward(self.recipe, ops, config, is_given, recording.note, self.kind)
+        self.places = places.Places([row[i] for i in given])
+
+    def y(self, module: nn.Module, state: BlockState, x: Tensor) -> Tensor | None:
+        """The block's output; None where the call is to be decided on. x: a plain tensor, of the key's shape."""
+        kind, read = self.kind, watch_reader()
+        if (
+            autocast_dtype(kind) is not self.casts_to
+            or (state.recipe, state.backend) != self.asked
+            or read is None
+        ):
+            return None
+        if dispatcher(state.backend) is not self.ops or set_aside.generation() != self.generation:
+            return None
+        if guards.differentiated() is not None or has_global_hooks() or not replays.are_on_for(kind):
+            return None
+        if self.chosen is not None and not self.chosen.holds(state, x, self.gradients):
+            return None
+        row = read(self.watch, module)
+        if row is None:
+            return None
+        row.append(None)  # at -1
+        given = self.given(row)
+        gradients = torch.is_grad_enabled() and (x.requires_grad or any(map(wants, given)))
+        if gradients is not self.gradients:
+            return None
+        keeps = gradients and not saved_tensors_have_hooks()  # they are to see all that is kept
+        out = replays.again(self.found, self.recording, [x, *given], None, keeps, self.places)
+        if out is None:
+            return None
+        y, *saved = out
+        if not gradients:
+            return y
+        made = Made(y, passes.saved_of(saved), self.recording.note, self.backward)
+        return applied(self.config, self.recipe, self.ops, made, x, None, *self.flat(row))
+
+
+def key(module: nn.Module, x: Tensor) -> Key:
+    return x.shape, torch.is_grad_enabled(), module.training
+
+
+def bind(module: nn.Module, state: BlockState, block: BlockCall, ops: Dispatcher, decided: Decided) -> None:
+    """Binds a call that has just run, where a recording served it and nothing else of it is unusual."""
+    read, fit = watch_reader(), state.fits.of(key_of(block.x, module.training))
+    if read is None or fit is None or fit.watch is None or not replays.are_on(block.x):
+        return
+    recipe, _, turn = decided
+    if turn is not None and turn is not turn.kind.final:
+        return
+    gradients, is_frozen = wants_gradient(block), not all(unit.training for unit in block.config.units)
+    if gradients and is_frozen:  # what is frozen is copied in every call
+        return
+    flat = [*chain.from_iterable(block.tensors)]
+    found = passes.forward_pass(recipe, ops, block.config, Observer(block), block.x, flat, gradients)
+    row = read(fit.watch, module)
+    if found is None or found.latest is None or row is None or not fit.holds(row[len(block.norms) :]):
+        return
+    if len(state.bound) >= MOST:
+        state.bound.clear()
+    state.bound[key(module, block.x)] = Bound(state, block, fit.watch, row, ops, decided, found, found.latest)
