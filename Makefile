@@ -58,9 +58,9 @@ sanitize: $(STAMP)
 		LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_WAIT_POLICY=passive PYTHONPATH=build/sanitized \
 			$${capability:+env ATEN_CPU_CAPABILITY=$$capability ONEDNN_MAX_CPU_ISA=$$capability} $(BIN)/pytest -q tests/native/test_native_ops.py \
 			tests/native/test_native_convolutions.py tests/native/test_native_statistics.py \
-			tests/native/test_native_winograd.py tests/native/test_native_grouped.py tests/native/test_kept_memory.py tests/native/test_given_results.py \
+			tests/native/test_native_winograd.py tests/native/test_native_grouped.py tests/native/test_kept_memory.py tests/native/test_given_results.py tests/native/test_casts.py \
 			tests/native/test_merged_ops.py tests/recording/test_recorder.py \
-			tests/recording/test_replays.py tests/recording/test_bundles.py tests/recording/test_merging.py; \
+			tests/recording/test_replays.py tests/patching/test_bound.py tests/recording/test_bundles.py tests/recording/test_merging.py; \
 	done
 	$(BIN)/python tests/support/thread_sanitizer/run.py
 	$(BIN)/pytest -q -m sanitizer tests/cuda/test_cuda_sanitizers.py

@@ -39,6 +39,7 @@ struct Api {
   Object* (*new_list)(ssize_t);
   int (*put)(Object*, ssize_t, Object*);
   ssize_t (*number)(Object*);
+  char* (*bytes)(Object*);
   ssize_t (*list_size)(Object*);
   Object* (*element)(Object*, ssize_t);
   Object* (*new_tuple)(ssize_t);
@@ -50,10 +51,12 @@ struct Api {
   void* (*release)();
   void (*acquire)(void*);
   void (*raise)(Object*, const char*);
+  Object* (*has_error)();
+  int (*error_is)(Object*);
   void (*clear_error)();
   Object* (*new_function)(Method*, Object*, Object*);
   Object *none, *true_object;
-  Object** runtime_error;
+  Object **runtime_error, **exception;
   bool is_complete;
 };
 
@@ -79,6 +82,7 @@ inline Api find() {
   look_up(api.new_list, "PyList_New");
   look_up(api.put, "PyList_SetItem");
   look_up(api.number, "PyLong_AsSsize_t");
+  look_up(api.bytes, "PyBytes_AsString");
   look_up(api.list_size, "PyList_Size");
   look_up(api.element, "PyList_GetItem");
   look_up(api.new_tuple, "PyTuple_New");
@@ -91,6 +95,9 @@ inline Api find() {
   look_up(api.acquire, "PyEval_RestoreThread");
   look_up(api.raise, "PyErr_SetString");
   look_up(api.runtime_error, "PyExc_RuntimeError");
+  look_up(api.has_error, "PyErr_Occurred");
+  look_up(api.error_is, "PyErr_ExceptionMatches");
+  look_up(api.exception, "PyExc_Exception");
   look_up(api.clear_error, "PyErr_Clear");
   look_up(api.new_function, "PyCFunction_NewEx");
   look_up(api.none, "_Py_NoneStruct");

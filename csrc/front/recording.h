@@ -89,4 +89,6 @@ std::tuple<std::vector<torch::stable::Tensor>, int64_t> replay(int64_t number,
                                                                std::vector<torch::stable::Tensor> inputs,
                                                                int64_t bundle, bool keeps, int64_t places);
 
+void bundle_drop(int64_t number);
+
 }  // namespace fusedres::front

@@ -238,9 +238,9 @@ namespace {
 
 std::vector<Tensor> bundle_tensors(int64_t number) { return *bundles().at(number); }
 
-void bundle_drop(int64_t number) { bundles().drop(number); }
-
 }  // namespace
+
+void bundle_drop(int64_t number) { bundles().drop(number); }
 
 }  // namespace fusedres::front
 

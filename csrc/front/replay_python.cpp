@@ -1,5 +1,5 @@
-// `replay` as a function of Python's own. torch's dispatcher, which is asked past, takes as long to pass a pass's
-// tensors as some kernels take to run.
+// `replay` and `bundle_drop` as functions of Python's own. torch's dispatcher, which is asked past, takes as long to
+// pass a pass's tensors as some kernels take to run.
 #include <exception>
 
 #include "python.h"
@@ -74,6 +74,13 @@ Object* replay_by_python(Object* self, Object* const* arguments, ssize_t) {
   }
 }
 
+// arguments: of `bundle_drop`.
+Object* drop_by_python(Object*, Object* const* arguments, ssize_t) {
+  bundle_drop(kPython.number(arguments[0]));
+  kPython.inc_ref(kPython.none);
+  return kPython.none;
+}
+
 }  // namespace
 
 }  // namespace fusedres::front
@@ -85,4 +92,11 @@ extern "C" __attribute__((visibility("default"))) fusedres::front::python::Objec
   using namespace fusedres::front;
   static python::Method method{"replay", replay_by_python, python::kFastCall, "A recording's run."};
   return python::kPython.is_complete ? python::kPython.new_function(&method, torch, nullptr) : nullptr;
+}
+
+// bundle_drop(number) for Python; null as above.
+extern "C" __attribute__((visibility("default"))) fusedres::front::python::Object* fusedres_bundle_drop_function() {
+  using namespace fusedres::front;
+  static python::Method method{"bundle_drop", drop_by_python, python::kFastCall, "A bundle's end."};
+  return python::kPython.is_complete ? python::kPython.new_function(&method, nullptr, nullptr) : nullptr;
 }

@@ -26,6 +26,9 @@ struct Tuple {
   ssize_t number(ssize_t i) const { return kPython.number((*this)[i]); }
 };
 
+// The objects of a pair of watch.py's: a tuple, and its objects' addresses, which are looked at one after the other.
+Object* const* objects_of(Tuple pair) { return reinterpret_cast<Object* const*>(kPython.bytes(pair[1])); }
+
 bool has_attribute(Object* owner, Object* name, Object* expected) {
   const Reference found(kPython.get_attribute(owner, name));
   return found.get() == expected;
@@ -60,8 +63,9 @@ class Reading {
   }
 
  private:
-  // Whatever a question raised, the caller is to ask in its own way.
+  // Whatever error a question raised, the caller is to ask in its own way; an interrupt is the caller's.
   static Object* none() {
+    if (kPython.has_error() != nullptr && kPython.error_is(*kPython.exception) == 0) return nullptr;
     kPython.clear_error();
     kPython.inc_ref(kPython.none);
     return kPython.none;
@@ -109,8 +113,8 @@ class Reading {
     Reference& state = states_[place];
     state.set(kPython.dict_of(object, nullptr));
     if (state.get() == nullptr) return false;
-    const Tuple keys = module.tuple(1), expected = module.tuple(2);
-    const ssize_t n = keys.size();
+    Object *const *const keys = objects_of(module.tuple(1)), *const *const expected = objects_of(module.tuple(2));
+    const ssize_t n = module.tuple(1).tuple(0).size();
     if (kPython.dict_size(state.get()) != n) return false;
     ssize_t position = 0;
     Object *key, *value;
@@ -122,7 +126,11 @@ class Reading {
 
   bool fits(Object* expected, Object* value, Tuple children, size_t place) {
     if (value == expected || expected == signs_[kAny]) return true;
-    if (expected == signs_[kEmpty]) return kPython.is_true(value) == 0;
+    if (expected == signs_[kEmpty]) {
+      Reference held;  // while it says so
+      held.share(value);
+      return kPython.is_true(value) == 0;
+    }
     if (expected == signs_[kParameters]) return keep(parameters_[place], value);
     if (expected == signs_[kBuffers]) {
       return kPython.dict_size(value) == kBuffersOfNorm && keep(buffers_[place], value);

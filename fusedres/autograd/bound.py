@@ -13,7 +13,6 @@ from torch import Tensor
 from fusedres.autograd import passes
 from fusedres.autograd.passes import Flat
 from fusedres.blocks.config import BlockConfig, BlockNeeds, ConvBNNeeds, ConvBNTensors, Layout
-from fusedres.ops import set_aside
 from fusedres.ops.dispatch import Dispatcher
 from fusedres.recording import replays
 from fusedres.recording.bundle import Bundle
@@ -70,7 +69,7 @@ class BoundBackward:
 
     def gradients(self, x: Tensor, flat: Flat, saved: Bundle, dy: Tensor, needs: BlockNeeds) -> Flat:
         """As `passes.backward`."""
-        key = needs, set_aside.generation()
+        key = needs, replays.generation()
         found = self._passes.get(key)
         latest = None if found is None else found.latest
         if found is not None and latest is not None and type(dy) is Tensor:

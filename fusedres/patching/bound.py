@@ -20,7 +20,6 @@ from fusedres.blocks import choice, user_table
 from fusedres.blocks.choice import AUTO
 from fusedres.nn.residual_block import BlockCall, Observer, wants_gradient
 from fusedres.nn.running_stats import BUFFERS
-from fusedres.ops import set_aside
 from fusedres.ops.dispatch import Dispatcher, dispatcher
 from fusedres.ops.native import places
 from fusedres.ops.native.from_python import watch_reader
@@ -32,11 +31,12 @@ from fusedres.recording import replays
 from fusedres.trials import settings
 from fusedres.trials.kind import Turn
 
+MOST_BINDINGS = 64  # of calls of one key
 MOST = 8  # of one block: forms of its input, and modes
 PARAMETERS = 4  # of a unit
 wants = attrgetter("requires_grad")
 
-Key = tuple[torch.Size, bool, bool]
+Key = tuple[torch.Size, tuple[int, ...], torch.dtype, bool, bool]
 
 
 class Chosen:
@@ -111,7 +111,7 @@ class Bound:
         self.kind = x.device.type  # of device; which one it is, the recording knows
         self.gradients, self.casts_to = wants_gradient(block), autocast_dtype(self.kind)
         self.config, self.ops, self.watch = config, ops, watch
-        self.generation, self.found, self.recording = set_aside.generation(), found, recording
+        self.generation, self.found, self.recording = replays.generation(), found, recording
         self.chosen = Chosen(x, turn) if state.recipe == AUTO else None
         flat, moved = tensors_at(block)
         given = [i for i in (*flat, *moved) if i >= 0 and row[i] is not None]
@@ -119,6 +119,8 @@ class Bound:
         is_given = given_of([row[i] if i >= 0 else None for i in flat])
         self.backward = BoundBackward(self.recipe, ops, config, is_given, recording.note, self.kind)
         self.places = places.Places([row[i] for i in given])
+        self.ids = [id(row[i]) for i in given]  # the tensors, of which none is held
+        self.bindings = 1  # of calls of this key so far
 
     def y(self, module: nn.Module, state: BlockState, x: Tensor) -> Tensor | None:
         """The block's output; None where the call is to be decided on. x: a plain tensor, of the key's shape."""
@@ -129,7 +131,7 @@ class Bound:
             or read is None
         ):
             return None
-        if dispatcher(state.backend) is not self.ops or set_aside.generation() != self.generation:
+        if dispatcher(state.backend) is not self.ops or replays.generation() != self.generation:
             return None
         if guards.differentiated() is not None or has_global_hooks() or not replays.are_on_for(kind):
             return None
@@ -140,6 +142,8 @@ class Bound:
             return None
         row.append(None)  # at -1
         given = self.given(row)
+        if [*map(id, given)] != self.ids:
+            return None
         gradients = torch.is_grad_enabled() and (x.requires_grad or any(map(wants, given)))
         if gradients is not self.gradients:
             return None
@@ -155,13 +159,17 @@ class Bound:
 
 
 def key(module: nn.Module, x: Tensor) -> Key:
-    return x.shape, torch.is_grad_enabled(), module.training
+    return x.shape, x.stride(), x.dtype, torch.is_grad_enabled(), module.training
 
 
 def bind(module: nn.Module, state: BlockState, block: BlockCall, ops: Dispatcher, decided: Decided) -> None:
     """Binds a call that has just run, where a recording served it and nothing else of it is unusual."""
     read, fit = watch_reader(), state.fits.of(key_of(block.x, module.training))
     if read is None or fit is None or fit.watch is None or not replays.are_on(block.x):
+        return
+    name = key(module, block.x)
+    before = state.bound.get(name)
+    if before is None and name in state.bound:
         return
     recipe, _, turn = decided
     if turn is not None and turn is not turn.kind.final:
@@ -174,6 +182,12 @@ def bind(module: nn.Module, state: BlockState, block: BlockCall, ops: Dispatcher
     row = read(fit.watch, module)
     if found is None or found.latest is None or row is None or not fit.holds(row[len(block.norms) :]):
         return
-    if len(state.bound) >= MOST:
+    if not all(replays.is_for_kernels(t) for t in row[len(block.norms) :] if t is not None):
+        return
+    made = Bound(state, block, fit.watch, row, ops, decided, found, found.latest)
+    if before is not None:
+        made.bindings += before.bindings
+    elif len(state.bound) >= MOST:
         state.bound.clear()
-    state.bound[key(module, block.x)] = Bound(state, block, fit.watch, row, ops, decided, found, found.latest)
+    # what is bound again and again, as by inputs that are aligned now and then, costs more than it brings
+    state.bound[name] = made if made.bindings <= MOST_BINDINGS else None

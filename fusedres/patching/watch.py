@@ -6,6 +6,7 @@ time, for calls of which nothing has. csrc/front/watch.cpp goes by the tuple tha
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from torch import nn
@@ -28,16 +29,18 @@ ANY, EMPTY, PARAMETERS, BUFFERS_OF_BN, MODULES = SIGNS = tuple(
     object() for _ in range(5)
 )  # of an attribute's value
 
-_shared: dict[tuple[int, ...], tuple[Any, ...]] = {}  # by the identities of what is in one
+Objects = tuple[tuple[Any, ...], bytes]  # some objects, and their addresses
+_shared: dict[bytes, Objects] = {}  # by the addresses
 
 
-def shared(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same tuple for the same names and numbers: blocks are alike, and a processor's caches are small."""
+def shared(values: tuple[Any, ...]) -> Objects:
+    """The same for the same names and numbers: blocks are alike, and a processor's caches are small."""
+    made = values, struct.pack(f"{len(values)}P", *map(id, values))
     if not all(is_plain(value) or value in SIGNS for value in values):
-        return values  # whose objects nothing else is to keep
+        return made  # whose objects nothing else is to keep
     if len(_shared) >= MOST_SHARED:
         _shared.clear()
-    return _shared.setdefault(tuple(map(id, values)), values)
+    return _shared.setdefault(made[1], made)
 
 
 def expected_of(

@@ -9,10 +9,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fusedres.ops.native import from_python
+
 
 @cache
 def drop() -> Callable[[int], None]:
-    return torch.ops.fusedres_native.bundle_drop.default
+    return from_python.bundle_drop() or torch.ops.fusedres_native.bundle_drop.default
 
 
 class Bundle:

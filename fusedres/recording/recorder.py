@@ -31,6 +31,9 @@ OWN = "fusedres_native::"
 DIRECTLY, DIRECT = "direct ", {"aten::convolution", "aten::convolution_backward"}  # csrc/front/torch_calls.h
 POINTER, CONSTANT = "*", "constexpr"
 WORDS = {"i32": Word.INT32, "u32": Word.INT32, "i64": Word.INT64, "u64": Word.INT64, "fp32": Word.FLOAT}
+IMPLEMENTATIONS: set[str] = getattr(
+    torch.library, "_impls", set()
+)  # those from Python: operator and key of each
 LISTS = {"List[int]": Kind.INTS, "List[bool]": Kind.BOOLS}
 
 
@@ -40,10 +43,25 @@ def is_composite(name: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
+@cache
+def is_torchs(implementations: int) -> bool:
+    """Whether no implementation of a convolution was registered from Python; implementations: how many there are."""
+    operators = tuple(name.replace("::", "/") + "/" for name in DIRECT)
+    others = (
+        each for each in IMPLEMENTATIONS if not each.endswith("/Meta")
+    )  # torch's own for shapes, among others
+    return not any(each.startswith(operators) for each in others)
+
+
+def convolutions_are_torchs() -> bool:
+    """Whether nobody has put a kernel of his own in the place of torch's convolutions, so far as Python knows."""
+    return is_torchs(len(IMPLEMENTATIONS))
+
+
 def is_called_directly(name: str, device: str) -> bool:
-    """Whether a replay asks torch's C functions for this operator, past the dispatcher: not where somebody has put a
-    kernel of his own before torch's."""
-    return name in DIRECT and not torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
+    """Whether a replay asks torch's C functions for this operator, past the dispatcher."""
+    has_another = torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
+    return name in DIRECT and not has_another and convolutions_are_torchs()
 
 
 class Recorder(TorchDispatchMode):

@@ -25,10 +25,10 @@ from torch.autograd.graph import increment_version
 from fusedres.ops import set_aside
 from fusedres.ops.native import from_python, library
 from fusedres.ops.native.places import Places
-from fusedres.ops.triton import launches_to, on_device_of
+from fusedres.ops.triton import HERE, launches_to, on_device_of
 from fusedres.recording.bundle import Bundle
 from fusedres.recording.code import NONE, UnrecordableError
-from fusedres.recording.recorder import Recorder
+from fusedres.recording.recorder import Recorder, convolutions_are_torchs
 
 logger = logging.getLogger("fusedres")
 ENVIRONMENT_VARIABLE = "FUSEDRES_REPLAY"  # read once: "0" leaves every pass to Python
@@ -183,7 +183,20 @@ def pass_of(key: Hashable) -> Pass:
 
 def whole_key(key: Hashable, given: tuple[bool, ...]) -> Hashable:
     """key: as of `run`; given: which of the tensors there are."""
-    return key, given, set_aside.generation()
+    return key, given, generation()
+
+
+def generation() -> tuple[int, bool]:
+    """Another one as soon as passes are to be recorded anew: something was set aside, or a convolution is another."""
+    return set_aside.generation(), convolutions_are_torchs()
+
+
+def is_for_kernels(t: Tensor) -> bool:
+    """Whether t is memory and nothing else: the dispatcher would take no wrapper away, nor make a sign true first."""
+    try:
+        return t.data_ptr() != 0 and not t.is_neg()
+    except RuntimeError:  # what torch.func left of a tensor has no storage
+        return False
 
 
 def look_up(key: Hashable, tensors: Tensors, bundle: Bundle | None = None) -> Pass | None:
@@ -203,16 +216,19 @@ def again(
     """The results of a recording that has served such inputs; None where they are others, and it is to be seen why.
 
     Args:
-        inputs: plain tensors, x first; bundle, keeps: as of `run`; places: where all but x have to lie.
+        inputs: plain tensors, x first; all but it and the last one `is_for_kernels`.
+        bundle, keeps: as of `run`; places: where all but x have to lie.
     """
     if recording not in found.recordings:
         return None
-    # what torch.func left of a tensor, a wrapper without storage, only the dispatcher takes away
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    is_direct = not (is_wrapped(inputs[0]) or is_wrapped(inputs[-1]))
+    is_direct = is_for_kernels(inputs[0]) and is_for_kernels(inputs[-1])
     try:
-        with on_device_of(inputs[0]), torch._C._ExcludeDispatchKeyGuard(ABOVE):
-            out = recording.run(inputs, bundle, keeps, places, is_direct)
+        with torch._C._ExcludeDispatchKeyGuard(ABOVE):
+            if (elsewhere := on_device_of(inputs[0])) is HERE:
+                out = recording.run(inputs, bundle, keeps, places, is_direct)
+            else:
+                with elsewhere:
+                    out = recording.run(inputs, bundle, keeps, places, is_direct)
     except RuntimeError as error:
         refused(error, recording, found)
         return None

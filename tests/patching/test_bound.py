@@ -251,6 +251,77 @@ def test_under_torch_func_the_original_runs(served: list[bool]) -> None:
     assert served[-1]
 
 
+def test_what_is_more_than_memory_is_left_to_the_dispatcher(served: list[bool]) -> None:
+    """A sign that is still to be made true, and a wrapper without storage."""
+    by_python, patched = bound_block()
+    assert_same_step(by_python, patched, torch._neg_view(images()))
+    outputs = forwards(by_python, patched, images().requires_grad_())
+    for y in outputs:
+        y.backward(torch._neg_view(images(*y.shape)), retain_graph=True)
+    for (name, a), (_, b) in zip(patched.named_parameters(), by_python.named_parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad), name
+    assert all(served)
+    for y in outputs:
+        with pytest.raises(RuntimeError, match="functional tensor"):
+            y.backward(torch._to_functional_tensor(images(*y.shape)))
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+@pytest.mark.parametrize("key", ["CPU", "CompositeExplicitAutograd"])
+def test_a_convolution_of_somebody_else_runs(key: str, served: list[bool]) -> None:
+    """Before its calls are bound, and after."""
+    by_python, patched = bound_block()
+    calls = []
+    implementation = torch.library.Library("aten", "IMPL")
+
+    def convolution(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+        calls.append(1)
+        size = x.shape[0], weight.shape[0], *x.shape[2:]
+        return torch.ones(size, dtype=x.dtype).contiguous(memory_format=torch.channels_last)
+
+    with torch.no_grad():
+        implementation.impl("convolution", convolution, key)
+        try:
+            for _ in range(WARM):
+                calls.clear()
+                assert torch.equal(*forwards(by_python, patched, images()))
+                assert len(calls) == 6
+            assert served[-1]
+        finally:
+            implementation._destroy()
+    assert_same_step(by_python, patched)
+
+
+def test_calls_that_are_bound_anew_again_and_again_are_left(
+    served: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bound, "MOST_BINDINGS", 3)
+    by_python, patched = bound_block()
+    room = torch.zeros(images().numel() + 1, dtype=torch.bfloat16)
+    misaligned = room[1:].as_strided(images().shape, images().stride()).copy_(images())
+    served.clear()
+    for _ in range(3 * WARM):
+        for x in (images(), misaligned):
+            assert torch.equal(*forwards(by_python, patched, x))
+    assert not all(served) and len(served) < 3 * WARM
+    served.clear()
+    for x in (images(), misaligned):
+        assert torch.equal(*forwards(by_python, patched, x))
+    assert not served
+
+
+def test_an_interrupt_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error while the modules are looked through makes the call a resolved one; an interrupt is not an error."""
+    _, patched = bound_block()
+
+    def interrupted(self: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bottleneck, "expansion", property(interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        step(patched, images())
+
+
 def test_a_checkpoint_and_hooks_of_saved_tensors_see_all_that_is_kept(served: list[bool]) -> None:
     by_python, patched = bound_block()
     seen: list[int] = []
@@ -462,4 +533,5 @@ def test_equal_tuples_of_names_are_one() -> None:
     assert watch.shared((*names,)) is watch.shared((*names,))
     assert watch.shared((1.0, True)) is not watch.shared((1, True))
     held = [object()]
-    assert watch.shared((held,)) == (held,) and not any(held in each for each in watch._shared.values())
+    assert watch.shared((held,))[0] == (held,)
+    assert not any(held in objects for objects, _ in watch._shared.values())

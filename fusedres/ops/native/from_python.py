@@ -48,3 +48,9 @@ def replay() -> Replay | None:
     if not all(hasattr(of_torch, name) for name in names):
         return None
     return function("fusedres_replay_function", tuple(getattr(of_torch, name) for name in names))
+
+
+@cache
+def bundle_drop() -> Callable[[int], None] | None:
+    """The operator `bundle_drop`."""
+    return function("fusedres_bundle_drop_function")
