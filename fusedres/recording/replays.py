@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,15 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from fusedres.ops import set_aside
-from fusedres.ops.native import from_python, library
+from fusedres.ops.native import library
 from fusedres.ops.native.places import Places
 from fusedres.ops.triton import HERE, launches_to, on_device_of
 from fusedres.recording.bundle import Bundle
-from fusedres.recording.code import NONE, UnrecordableError
+from fusedres.recording.code import UnrecordableError
 from fusedres.recording.recorder import Recorder, convolutions_are_torchs
+from fusedres.recording.recording import Recording
 
 logger = logging.getLogger("fusedres")
 ENVIRONMENT_VARIABLE = "FUSEDRES_REPLAY"  # read once: "0" leaves every pass to Python
@@ -58,56 +57,6 @@ Tensors = Sequence[Tensor | None]
 Result = tuple[Sequence[Any], Any]
 
 
-class Recording:
-    """One, kept by the native library as long as this lives."""
-
-    def __init__(self, number: int, slots: list[int], inputs: int, versioned: list[int], first: int) -> None:
-        self.number, self.first_mutation = number, first
-        weakref.finalize(self, torch.ops.fusedres_native.recording_drop, number).atexit = False
-        self._replay = torch.ops.fusedres_native.replay.default
-        self.versioned = versioned  # inputs of which autograd is told that they were written into
-        self.note: Any = None
-        self.kernels: list[Any] = []  # which are loaded as long as somebody holds them
-        self.times = 0  # that it has served
-        made = {slot: i for i, slot in enumerate(sorted({s for s in slots if s >= inputs}))}
-        # of each output: the index of None, of a tensor that was made, or of an input, one behind the other
-        self.outputs = [0 if s < 0 else 1 + made[s] if s >= inputs else 1 + len(made) + s for s in slots]
-        self.furthest = max(self.outputs, default=0)
-        first_output, *others = slots or [NONE]
-        self.kept = tuple([s >= 0 for s in others])  # of the results, in a bundle
-        # in a bundle an output would keep the graph alive that keeps the bundle, and an input is somebody else's
-        is_ours = all(s == NONE or s >= inputs for s in others)
-        self.may_keep = is_ours and first_output >= inputs and first_output not in others
-
-    def run(
-        self,
-        inputs: list[Tensor],
-        bundle: Bundle | None = None,
-        keeps: bool = False,
-        places: Places | None = None,
-        is_direct: bool = False,
-    ) -> list[Any] | None:
-        """The results; None where the inputs are of another form.
-
-        Args:
-            bundle, keeps: as of `run` below; places: as of `again`; is_direct: past torch's dispatcher.
-        """
-        keeps = keeps and self.may_keep
-        behind, lie_at = 0 if bundle is None else bundle.number, 0 if places is None else places.number
-        replay = (is_direct and from_python.replay()) or self._replay
-        made, number = replay(self.number, inputs, behind, keeps, lie_at)
-        if not made:
-            return None
-        if self.versioned:
-            increment_version([inputs[slot] for slot in self.versioned if slot < len(inputs)])
-        if keeps:
-            return [*made, Bundle(number, self.kept)]
-        known = [None, *made, *inputs]
-        if bundle is not None and self.furthest >= len(known):
-            known += [t for t in bundle.tensors() if t is not None]
-        return [*map(known.__getitem__, self.outputs)]
-
-
 class Pass:
     """What is known of one pass; `problem`: why it stays with Python."""
 
@@ -125,9 +74,13 @@ class Pass:
         if place and recording.times > self.recordings[place - 1].times:
             self.recordings[place - 1 : place + 1] = recording, self.recordings[place - 1]
 
+    def forget(self) -> None:
+        """It is recorded anew, also by whoever holds it."""
+        self.recordings, self.latest = [], None
+
     def leave(self, problem: str) -> None:
         """Nothing more of it is recorded: Python runs it."""
-        self.problem, self.latest = problem, None
+        self.problem = problem
         logger.debug("a pass is run by Python: %s", problem)
 
 
@@ -162,7 +115,7 @@ def are_on_for(device: str) -> bool:
 def forget() -> None:
     """Every pass is recorded anew."""
     for found in _passes.values():
-        found.recordings, found.latest = [], None
+        found.forget()
     _passes.clear()
 
 
@@ -177,7 +130,7 @@ def pass_of(key: Hashable) -> Pass:
         found = _passes[key] = Pass()
         if len(_passes) > PASSES:
             _, oldest = _passes.popitem(last=False)
-            oldest.recordings, oldest.latest = [], None
+            oldest.forget()
     return found
 
 
@@ -291,7 +244,7 @@ def refused(error: RuntimeError, recording: Recording, found: Pass) -> None:
     if failed_step() >= recording.first_mutation:
         raise torch.OutOfMemoryError(str(error)) if is_memory else error
     if not is_memory:
-        found.recordings = []
+        found.forget()
         found.leave(str(error))
 
 
