@@ -181,7 +181,7 @@ STABLE_TORCH_LIBRARY(fusedres_native, m) {
   // no outputs where the inputs are of other forms than the recorded ones; on an error the step that failed is kept.
   // bundle: of tensors that are inputs too, behind the others, or 0; with `keeps` results but the first become one
   m.def(
-      "replay(int number, Tensor[] inputs, int bundle=0, bool keeps=False, int places=0) "
+      "replay(int number, Tensor[] inputs, int bundle=0, bool keeps=False) "
       "-> (Tensor[] outputs, int bundle)");
   m.def("replay_failed_step() -> int");
   m.def("bundle_tensors(int number) -> Tensor[]");

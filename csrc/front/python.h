@@ -137,4 +137,23 @@ class Reference {
   Object* object_ = nullptr;
 };
 
+// One that is a tuple; what it gives belongs to it.
+struct Tuple {
+  Object* object;
+
+  ssize_t size() const { return kPython.tuple_size(object); }
+  Object* operator[](ssize_t i) const { return kPython.at(object, i); }
+  Tuple tuple(ssize_t i) const { return {(*this)[i]}; }
+  ssize_t number(ssize_t i) const { return kPython.number((*this)[i]); }
+};
+
+// None, for a caller that is to ask in its own way: whatever error a question raised is dropped. An interrupt is the
+// caller's, and then this is null.
+inline Object* none() {
+  if (kPython.has_error() != nullptr && kPython.error_is(*kPython.exception) == 0) return nullptr;
+  kPython.clear_error();
+  kPython.inc_ref(kPython.none);
+  return kPython.none;
+}
+
 }  // namespace fusedres::front::python

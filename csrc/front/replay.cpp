@@ -236,6 +236,11 @@ std::tuple<std::vector<Tensor>, int64_t> replay(int64_t number, std::vector<Tens
 
 namespace {
 
+std::tuple<std::vector<Tensor>, int64_t> replay_anywhere(int64_t number, std::vector<Tensor> inputs, int64_t bundle,
+                                                         bool keeps) {
+  return replay(number, std::move(inputs), bundle, keeps, 0);
+}
+
 std::vector<Tensor> bundle_tensors(int64_t number) { return *bundles().at(number); }
 
 }  // namespace
@@ -247,7 +252,7 @@ void bundle_drop(int64_t number) { bundles().drop(number); }
 STABLE_TORCH_LIBRARY_IMPL(fusedres_native, CompositeExplicitAutograd, m) {
   using namespace fusedres::front;
   m.impl("recording_add", TORCH_BOX(&recording_add));
-  m.impl("replay", TORCH_BOX(&replay));
+  m.impl("replay", TORCH_BOX(&replay_anywhere));
   m.impl("recording_drop", TORCH_BOX(&recording_drop));
   m.impl("replay_failed_step", TORCH_BOX(&replay_failed_step));
   m.impl("bundle_tensors", TORCH_BOX(&bundle_tensors));

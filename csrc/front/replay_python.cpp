@@ -2,16 +2,18 @@
 // pass a pass's tensors as some kernels take to run.
 #include <exception>
 
-#include "python.h"
 #include "recording.h"
+#include "watch.h"
 
 namespace fusedres::front {
 
 namespace {
 
 using python::kPython;
+using python::none;
 using python::Object;
 using python::Reference;
+using python::Tuple;
 using torch::stable::Tensor;
 
 // The tensors of a list, through capsules of owned handles, as torch's function `capsules_of` makes them; false where
@@ -49,29 +51,105 @@ class WithoutGil {
   void* state_;
 };
 
-// self: capsules_of, tensors_of; arguments: of `replay`.
-Object* replay_by_python(Object* self, Object* const* arguments, ssize_t) {
+struct Asked {
+  int64_t number, bundle;
+  bool keeps;
+  int64_t places;
+};
+
+// `behind`, and the results as `replay` gives them, in one tuple; null where torch's functions raised an error.
+Object* replayed(Tuple torch, Object* inputs, const Asked& asked, std::initializer_list<Object*> behind) {
+  std::vector<Tensor> tensors;
+  if (!take(inputs, torch[0], tensors)) return nullptr;
+  std::tuple<std::vector<Tensor>, int64_t> made;
+  {
+    const WithoutGil released;
+    made = replay(asked.number, std::move(tensors), asked.bundle, asked.keeps, asked.places);
+  }
+  Reference list(list_of(std::get<0>(made), torch[1]));
+  if (list.get() == nullptr) return nullptr;
+  Object* const results = kPython.new_tuple(2 + ssize_t(behind.size()));
+  kPython.put_in_tuple(results, 0, list.given_away());
+  kPython.put_in_tuple(results, 1, kPython.new_number(std::get<1>(made)));
+  ssize_t place = 2;
+  for (Object* const object : behind) {
+    kPython.inc_ref(object);  // which the tuple takes
+    kPython.put_in_tuple(results, place++, object);
+  }
+  return results;
+}
+
+template <class Function>
+Object* raised(Function run) {
   try {
-    std::vector<Tensor> inputs;
-    if (!take(arguments[1], kPython.at(self, 0), inputs)) return nullptr;
-    const int64_t number = kPython.number(arguments[0]), bundle = kPython.number(arguments[2]);
-    const int64_t places = kPython.number(arguments[4]);
-    const bool keeps = arguments[3] == kPython.true_object;
-    std::tuple<std::vector<Tensor>, int64_t> made;
-    {
-      const WithoutGil released;
-      made = replay(number, std::move(inputs), bundle, keeps, places);
-    }
-    Reference list(list_of(std::get<0>(made), kPython.at(self, 1)));
-    if (list.get() == nullptr) return nullptr;
-    Object* const pair = kPython.new_tuple(2);
-    kPython.put_in_tuple(pair, 0, list.given_away());
-    kPython.put_in_tuple(pair, 1, kPython.new_number(std::get<1>(made)));
-    return pair;
+    return run();
   } catch (const std::exception& error) {
     kPython.raise(*kPython.runtime_error, error.what());
     return nullptr;
   }
+}
+
+// self: capsules_of, tensors_of; arguments: of `replay`, but for places.
+Object* replay_by_python(Object* self, Object* const* arguments, ssize_t) {
+  return raised([&] {
+    const Asked asked{kPython.number(arguments[0]), kPython.number(arguments[2]), arguments[3] == kPython.true_object,
+                      0};
+    return replayed(Tuple{self}, arguments[1], asked, {});
+  });
+}
+
+// A bound call of a block, as fusedres/patching/bound.py describes it.
+class BoundCall {
+ public:
+  explicit BoundCall(Tuple call) : call_(call), indices_(call.tuple(1)), count_(indices_.size()) {}
+
+  // x and what the call takes out of `row`; null where these are not the tensors that they were, or want gradients
+  // where they wanted none.
+  Object* inputs_of(Object* row, Object* x) const {
+    Object* const* const expected = reinterpret_cast<Object* const*>(kPython.bytes(call_[2]));
+    Reference inputs(kPython.new_list(1 + count_));
+    put(inputs, 0, x);
+    for (ssize_t i = 0; i < count_; ++i) {
+      Object* const tensor = kPython.element(row, indices_.number(i));
+      if (tensor != expected[i]) return nullptr;
+      put(inputs, 1 + i, tensor);
+    }
+    return wants_as_before(inputs.get()) ? inputs.given_away() : nullptr;
+  }
+
+  Asked asked(bool keeps) const { return {call_.number(3), 0, keeps, call_.number(4)}; }
+
+ private:
+  static void put(const Reference& list, ssize_t i, Object* borrowed) {
+    kPython.inc_ref(borrowed);  // which the list takes
+    kPython.put(list.get(), i, borrowed);
+  }
+
+  bool wants_as_before(Object* inputs) const {
+    if (call_[5] == kPython.none) return true;
+    bool wants = false;
+    for (ssize_t i = 0; i <= count_ && !wants; ++i) {
+      const Reference flag(kPython.get_attribute(kPython.element(inputs, i), call_[6]));
+      wants = flag.get() == kPython.true_object;
+    }
+    return wants == (call_[5] == kPython.true_object);
+  }
+
+  Tuple call_, indices_;
+  ssize_t count_;
+};
+
+// self: as above; arguments: the call, the block, x, keeps.
+Object* replay_block_by_python(Object* self, Object* const* arguments, ssize_t) {
+  return raised([&]() -> Object* {
+    const BoundCall call(Tuple{arguments[0]});
+    const Reference row(read(Tuple{arguments[0]}[0], arguments[1]));
+    if (row.get() == nullptr || row.get() == kPython.none) return none();
+    const Reference inputs(call.inputs_of(row.get(), arguments[2]));
+    if (inputs.get() == nullptr) return none();
+    const bool keeps = arguments[3] == kPython.true_object;
+    return replayed(Tuple{self}, inputs.get(), call.asked(keeps), {inputs.get(), row.get()});
+  });
 }
 
 // arguments: of `bundle_drop`.
@@ -85,12 +163,21 @@ Object* drop_by_python(Object*, Object* const* arguments, ssize_t) {
 
 }  // namespace fusedres::front
 
-// replay(number, inputs, bundle, keeps, places) for Python; torch: a tuple of its functions that make capsules of
-// tensors and tensors of capsules. Null where this process has no Python, or hides its functions.
+// replay(number, inputs, bundle, keeps) for Python; torch: a tuple of its functions that make capsules of tensors and
+// tensors of capsules. Null where this process has no Python, or hides its functions.
 extern "C" __attribute__((visibility("default"))) fusedres::front::python::Object* fusedres_replay_function(
     fusedres::front::python::Object* torch) {
   using namespace fusedres::front;
   static python::Method method{"replay", replay_by_python, python::kFastCall, "A recording's run."};
+  return python::kPython.is_complete ? python::kPython.new_function(&method, torch, nullptr) : nullptr;
+}
+
+// replay_block(call, block, x, keeps) for Python: as `replay`, with the inputs and the list that the watch gave behind
+// the results; None where the call is another. Null as above.
+extern "C" __attribute__((visibility("default"))) fusedres::front::python::Object* fusedres_replay_block_function(
+    fusedres::front::python::Object* torch) {
+  using namespace fusedres::front;
+  static python::Method method{"replay_block", replay_block_by_python, python::kFastCall, "A bound call of a block."};
   return python::kPython.is_complete ? python::kPython.new_function(&method, torch, nullptr) : nullptr;
 }
 

@@ -1,30 +1,22 @@
 // Whether the modules of a patched block are as fusedres/patching/watch.py found them, and their tensors: what is
 // looked at in every call, and would take Python as long as a kernel or two.
+#include "watch.h"
+
 #include <array>
 #include <cstddef>
-
-#include "python.h"
 
 namespace fusedres::front {
 
 namespace {
 
 using python::kPython;
+using python::none;
 using python::Object;
 using python::Reference;
+using python::Tuple;
 
 constexpr ssize_t kMostModules = 32;
 constexpr ssize_t kBuffersOfNorm = 3;
-
-// A tuple of watch.py's.
-struct Tuple {
-  Object* object;
-
-  ssize_t size() const { return kPython.tuple_size(object); }
-  Object* operator[](ssize_t i) const { return kPython.at(object, i); }
-  Tuple tuple(ssize_t i) const { return {(*this)[i]}; }
-  ssize_t number(ssize_t i) const { return kPython.number((*this)[i]); }
-};
 
 // The objects of a pair of watch.py's: a tuple, and its objects' addresses, which are looked at one after the other.
 Object* const* objects_of(Tuple pair) { return reinterpret_cast<Object* const*>(kPython.bytes(pair[1])); }
@@ -43,9 +35,7 @@ class Reading {
 
   // A list of modules and tensors as the watch asks for them; None where anything is not as it was.
   Object* of(Object* block) {
-    modules_[0].share(block);
-    count_ = 1;
-    if (!functions_hold() || !modules_hold() || !flags_hold()) return none();
+    if (!roots_hold(block) || !functions_hold() || !modules_hold() || !flags_hold()) return none();
     const Tuple norms = watch_.tuple(4), reads = watch_.tuple(5);
     const ssize_t n = norms.size();
     Reference list(kPython.new_list(n + reads.size()));
@@ -63,17 +53,30 @@ class Reading {
   }
 
  private:
-  // Whatever error a question raised, the caller is to ask in its own way; an interrupt is the caller's.
-  static Object* none() {
-    if (kPython.has_error() != nullptr && kPython.error_is(*kPython.exception) == 0) return nullptr;
-    kPython.clear_error();
-    kPython.inc_ref(kPython.none);
-    return kPython.none;
-  }
-
   static void put(const Reference& list, ssize_t i, Object* borrowed) {
     kPython.inc_ref(borrowed);  // which the list takes
     kPython.put(list.get(), i, borrowed);
+  }
+
+  // The block itself, or of a model's stem the modules that it calls, which no attribute of the model may hide.
+  bool roots_hold(Object* block) {
+    const Tuple roots = watch_.tuple(7);
+    if (roots.size() == 0) {
+      modules_[size_t(count_++)].share(block);
+      return true;
+    }
+    const Reference state(kPython.dict_of(block, nullptr));
+    if (state.get() == nullptr) return false;
+    Reference modules;
+    if (Object* const found = kPython.item(state.get(), roots[0])) modules.share(found);
+    if (modules.get() == nullptr || roots.size() > kMostModules) return false;
+    for (ssize_t i = 1; i < roots.size(); ++i) {
+      if (kPython.item(state.get(), roots[i]) != nullptr) return false;
+      Object* const module = kPython.item(modules.get(), roots[i]);
+      if (module == nullptr) return false;
+      modules_[size_t(count_++)].share(module);
+    }
+    return true;
   }
 
   bool functions_hold() const {
@@ -178,15 +181,17 @@ class Reading {
   ssize_t count_ = 0;
 };
 
-Object* read(Object*, Object* const* arguments, ssize_t) { return Reading(Tuple{arguments[0]}).of(arguments[1]); }
+Object* read_by_python(Object*, Object* const* arguments, ssize_t) { return read(arguments[0], arguments[1]); }
 
 }  // namespace
+
+Object* read(Object* watch, Object* block) { return Reading(Tuple{watch}).of(block); }
 
 }  // namespace fusedres::front
 
 // A Python function, read(watch, block); null where this process has no Python, or hides its functions.
 extern "C" __attribute__((visibility("default"))) fusedres::front::python::Object* fusedres_watch_reader() {
   using namespace fusedres::front;
-  static python::Method method{"read", read, python::kFastCall, "What fusedres/patching/watch.py asks for."};
+  static python::Method method{"read", read_by_python, python::kFastCall, "What fusedres/patching/watch.py asks for."};
   return python::kPython.is_complete ? python::kPython.new_function(&method, nullptr, nullptr) : nullptr;
 }

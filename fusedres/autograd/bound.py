@@ -74,8 +74,11 @@ class BoundBackward:
         latest = None if found is None else found.latest
         if found is not None and latest is not None and type(dy) is Tensor:
             inputs: list[Any] = [x, *compress(flat, self._given), dy]
-            if replays.are_on_for(self._device) and (out := replays.again(found, latest, inputs, saved)):
-                return out
+            if replays.are_on_for(self._device):
+                is_direct = replays.is_for_kernels(x) and replays.is_for_kernels(dy)
+                out = replays.again(found, latest, x, latest.run, inputs, saved, False, is_direct)
+                if out is not None:
+                    return out
         recipe, ops, config = self._call
         grads = passes.backward(recipe, ops, config, x, flat, saved, self._layout, dy, needs)
         found = replays.look_up(

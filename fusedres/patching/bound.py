@@ -6,8 +6,10 @@ is run. Whatever is not the same goes through `decide`, which knows why.
 
 from __future__ import annotations
 
+import struct
+import sys
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +17,14 @@ from torch import Tensor, nn
 
 from fusedres.autograd import passes
 from fusedres.autograd.bound import BoundBackward, Made, given_of
-from fusedres.autograd.function import applied, saved_tensors_have_hooks
+from fusedres.autograd.function import applied, memory_format, saved_tensors_have_hooks
 from fusedres.blocks import choice, user_table
 from fusedres.blocks.choice import AUTO
 from fusedres.nn.residual_block import BlockCall, Observer, wants_gradient
 from fusedres.nn.running_stats import BUFFERS
 from fusedres.ops.dispatch import Dispatcher, dispatcher
 from fusedres.ops.native import places
-from fusedres.ops.native.from_python import watch_reader
+from fusedres.ops.native.from_python import replay_block, watch_reader
 from fusedres.patching import guards
 from fusedres.patching.fits import autocast_dtype, key_of
 from fusedres.patching.resolve import has_global_hooks
@@ -34,9 +36,8 @@ from fusedres.trials.kind import Turn
 MOST_BINDINGS = 64  # of calls of one key
 MOST = 8  # of one block: forms of its input, and modes
 PARAMETERS = 4  # of a unit
-wants = attrgetter("requires_grad")
 
-Key = tuple[torch.Size, tuple[int, ...], torch.dtype, bool, bool]
+Key = tuple[torch.Size, tuple[int, ...], torch.dtype, bool, bool, bool]
 
 
 class Chosen:
@@ -91,12 +92,14 @@ class Bound:
     """One call of a block.
 
     Args:
-        state: of the block; row: what the reader of `watch` gives; found, recording: what served the call.
+        state: of the block; x: its input; block: the call; watch: of its modules, row: what its reader gives; found,
+            recording: what served the call.
     """
 
     def __init__(
         self,
         state: BlockState,
+        x: Tensor,
         block: BlockCall,
         watch: tuple[Any, ...],
         row: list[Any],
@@ -105,30 +108,35 @@ class Bound:
         found: replays.Pass,
         recording: replays.Recording,
     ) -> None:
-        x, config = block.x, block.config
+        config = block.config
         self.recipe, self.reason, turn = decided
         self.asked = state.recipe, state.backend
         self.kind = x.device.type  # of device; which one it is, the recording knows
         self.gradients, self.casts_to = wants_gradient(block), autocast_dtype(self.kind)
-        self.config, self.ops, self.watch = config, ops, watch
+        self.config, self.ops = config, ops
         self.generation, self.found, self.recording = replays.generation(), found, recording
         self.chosen = Chosen(x, turn) if state.recipe == AUTO else None
         flat, moved = tensors_at(block)
         given = [i for i in (*flat, *moved) if i >= 0 and row[i] is not None]
-        self.flat, self.given = itemgetter(*flat), itemgetter(*given)
+        self.flat = itemgetter(*flat)
         is_given = given_of([row[i] if i >= 0 else None for i in flat])
         self.backward = BoundBackward(self.recipe, ops, config, is_given, recording.note, self.kind)
         self.places = places.Places([row[i] for i in given])
-        self.ids = [id(row[i]) for i in given]  # the tensors, of which none is held
+        # what csrc/front/replay_python.cpp goes by: of the tensors that are taken, none is held
+        addresses = struct.pack(f"{len(given)}P", *(id(row[i]) for i in given))
+        wants = self.gradients if torch.is_grad_enabled() else None
+        number = recording.number, self.places.number
+        self.call = watch, tuple(given), addresses, *number, wants, sys.intern("requires_grad")
+        self.stem_takes = None if block.x is x else (block.x.dtype, memory_format(block.x))
         self.bindings = 1  # of calls of this key so far
 
     def y(self, module: nn.Module, state: BlockState, x: Tensor) -> Tensor | None:
         """The block's output; None where the call is to be decided on. x: a plain tensor, of the key's shape."""
-        kind, read = self.kind, watch_reader()
+        kind, replay = self.kind, replay_block()
         if (
             autocast_dtype(kind) is not self.casts_to
             or (state.recipe, state.backend) != self.asked
-            or read is None
+            or replay is None
         ):
             return None
         if dispatcher(state.backend) is not self.ops or replays.generation() != self.generation:
@@ -137,37 +145,42 @@ class Bound:
             return None
         if self.chosen is not None and not self.chosen.holds(state, x, self.gradients):
             return None
-        row = read(self.watch, module)
-        if row is None:
+        if not replays.is_for_kernels(x):
             return None
-        row.append(None)  # at -1
-        given = self.given(row)
-        if [*map(id, given)] != self.ids:
-            return None
-        gradients = torch.is_grad_enabled() and (x.requires_grad or any(map(wants, given)))
-        if gradients is not self.gradients:
-            return None
-        keeps = gradients and not saved_tensors_have_hooks()  # they are to see all that is kept
-        out = replays.again(self.found, self.recording, [x, *given], None, keeps, self.places)
+        if self.stem_takes is not None:
+            dtype, layout = self.stem_takes
+            x = x.to(dtype).contiguous(memory_format=layout)
+        keeps = self.gradients and not saved_tensors_have_hooks()  # they are to see all that is kept
+        run = self.recording.run_block
+        out = replays.again(self.found, self.recording, x, run, replay, self.call, module, x, keeps)
         if out is None:
             return None
-        y, *saved = out
-        if not gradients:
+        (y, *saved), row = out
+        if not self.gradients:
             return y
+        row.append(None)  # at -1
         made = Made(y, passes.saved_of(saved), self.recording.note, self.backward)
         return applied(self.config, self.recipe, self.ops, made, x, None, *self.flat(row))
 
 
 def key(module: nn.Module, x: Tensor) -> Key:
-    return x.shape, x.stride(), x.dtype, torch.is_grad_enabled(), module.training
+    return x.shape, x.stride(), x.dtype, x.requires_grad, torch.is_grad_enabled(), module.training
 
 
-def bind(module: nn.Module, state: BlockState, block: BlockCall, ops: Dispatcher, decided: Decided) -> None:
-    """Binds a call that has just run, where a recording served it and nothing else of it is unusual."""
-    read, fit = watch_reader(), state.fits.of(key_of(block.x, module.training))
-    if read is None or fit is None or fit.watch is None or not replays.are_on(block.x):
+def is_dense(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=memory_format(x))
+
+
+def bind(
+    module: nn.Module, state: BlockState, x: Tensor, block: BlockCall, ops: Dispatcher, decided: Decided
+) -> None:
+    """Binds a call that has just run, where a recording served it and nothing else of it is unusual. x: its input."""
+    read, fit = watch_reader(), state.fits.of(key_of(x, module.training))
+    if read is None or replay_block() is None or fit is None or fit.watch is None or not replays.are_on(x):
         return
-    name = key(module, block.x)
+    if block.x is not x and (x.requires_grad or not is_dense(block.x)):  # a graph has the cast in it
+        return
+    name = key(module, x)
     before = state.bound.get(name)
     if before is None and name in state.bound:
         return
@@ -184,7 +197,7 @@ def bind(module: nn.Module, state: BlockState, block: BlockCall, ops: Dispatcher
         return
     if not all(replays.is_for_kernels(t) for t in row[len(block.norms) :] if t is not None):
         return
-    made = Bound(state, block, fit.watch, row, ops, decided, found, found.latest)
+    made = Bound(state, x, block, fit.watch, row, ops, decided, found, found.latest)
     if before is not None:
         made.bindings += before.bindings
     elif len(state.bound) >= MOST:

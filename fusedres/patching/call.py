@@ -100,7 +100,7 @@ def call(module: nn.Module, base: type, method: str, args: tuple[Any, ...], kwar
             known = state.bound.get(bound.key(module, args[0]))
             if known is not None and (y := known.y(module, state, args[0])) is not None:
                 state.runs_as, state.reason = known.recipe, known.reason
-                return y
+                return rest(module, original, y, args[0]) if plan.goes_on else y
         decision = decide(module, state, args, kwargs, dispatcher)
         if decision.reason is not None and decision.reason is not state.reason:
             log_once(base, decision.recipe, decision.reason)
@@ -110,9 +110,9 @@ def call(module: nn.Module, base: type, method: str, args: tuple[Any, ...], kwar
     if decision.block is None or decision.ops is None:
         return original(module, *args, **kwargs)
     y = computed(decision)
-    if isinstance(decision.ops, Dispatcher) and not (plan.goes_on or decision.shortcut):
+    if isinstance(decision.ops, Dispatcher) and not decision.shortcut:
         decided = bound.Decided(decision.recipe, decision.reason, decision.turn)
-        bound.bind(module, state, decision.block, decision.ops, decided)
+        bound.bind(module, state, args[0], decision.block, decision.ops, decided)
     return rest(module, original, y, args[0]) if plan.goes_on else y
 
 

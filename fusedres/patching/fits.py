@@ -23,7 +23,13 @@ from fusedres.ops.native import places
 from fusedres.ops.native.from_python import watch_reader
 from fusedres.patching.guards import DEVICES, PLAIN_TENSORS, taken_by_stem
 from fusedres.patching.resolve import has_global_hooks, resolve
-from fusedres.patching.watch import NUMBERS_OF_BN, NUMBERS_OF_CONV, WEIGHT_AND_BIAS, watch_of
+from fusedres.patching.watch import (
+    NUMBERS_OF_BN,
+    NUMBERS_OF_CONV,
+    NUMBERS_OF_POOL,
+    WEIGHT_AND_BIAS,
+    watch_of,
+)
 
 MOST = 8  # of one block: forms of its input, and modes
 MOST_REMEMBERED = 64  # of one block, ever: where tensors move between calls, nothing is the same for long
@@ -40,7 +46,7 @@ CONSTANT_TYPES = {
 numbers_of_conv, numbers_of_bn = itemgetter(*NUMBERS_OF_CONV), itemgetter(*NUMBERS_OF_BN)
 weight_and_bias = itemgetter(*WEIGHT_AND_BIAS)
 statistics = itemgetter(*BUFFERS)
-numbers_of_pool = itemgetter("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
+numbers_of_pool = itemgetter(*NUMBERS_OF_POOL)
 NONE = None, None
 new_tuple: Callable[..., Any] = tuple.__new__  # of a NamedTuple, as its own `__new__` takes twice as long
 
@@ -57,6 +63,7 @@ class Fit(NamedTuple):
     tensors: list[Any]  # as `likeness` has them
     places: places.Places | None  # the same, where the native library can compare
     config: BlockConfig
+    is_stem: bool
     watch: tuple[Any, ...] | None  # of the block's modules, where the native library can read them
 
     def holds(self, tensors: Units) -> bool:
@@ -75,7 +82,10 @@ class Fit(NamedTuple):
             return None
         units = len(self.config.units)
         tensors = found[units:]
-        return as_call(self.config, tuple(found[:units]), tensors, x) if self.holds(tensors) else None
+        if not self.holds(tensors):
+            return None
+        x = taken_by_stem(x, tensors[0]) if self.is_stem else x
+        return as_call(self.config, tuple(found[:units]), tensors, x)
 
     def call(self, plan: Plan, modules: dict[str, Any], x: Tensor) -> BlockCall | None:
         """The same of modules that were resolved; None: it is to be read, and guards to be asked."""
@@ -85,7 +95,7 @@ class Fit(NamedTuple):
         constants, tensors = what
         if not all(map(is_, constants, self.constants)) or not self.holds(tensors):
             return None
-        x = taken_by_stem(x, modules[plan.units[0].conv].weight) if plan.is_stem else x
+        x = taken_by_stem(x, modules[plan.units[0].conv].weight) if self.is_stem else x
         return as_call(self.config, tuple([modules[names.bn] for names in plan.units]), tensors, x)
 
 
@@ -126,13 +136,13 @@ class Fits:
         if len(self._known) >= MOST:
             self._known.clear()
         self._remembered += 1
-        self._known[key] = Fit(constants, tensors, places.of(what[1]), call.config, None)
+        self._known[key] = Fit(constants, tensors, places.of(what[1]), call.config, plan.is_stem, None)
 
     def watch(
         self, key: tuple[Any, ...], block: nn.Module, plan: Plan, harmless: dict[str, tuple[str, int]]
     ) -> None:
         """Has the native library watch the modules of a call that is known, and was resolved just now."""
-        if watch_reader() is None or self._remembered >= MOST_REMEMBERED or plan.is_stem:
+        if watch_reader() is None or self._remembered >= MOST_REMEMBERED:
             return
         self._remembered += 1
         modules, known = resolve(block, plan, harmless, False), self._known.get(key)

@@ -23,6 +23,7 @@ MOST_SHARED = 4096
 MOST_MODULES = 32  # of a block: as csrc/front/watch.cpp has room for
 NUMBERS_OF_CONV = "stride", "padding", "dilation", "groups", "padding_mode"
 NUMBERS_OF_BN = "eps", "momentum", "training", "track_running_stats"
+NUMBERS_OF_POOL = "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"
 WEIGHT_AND_BIAS = "weight", "bias"
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 ANY, EMPTY, PARAMETERS, BUFFERS_OF_BN, MODULES = SIGNS = tuple(
@@ -66,12 +67,19 @@ def watch_of(block: nn.Module, plan: Plan, modules: dict[str, Any]) -> tuple[Any
         modules: by path, as `resolve` found them in this call.
     """
     found = [*modules.values()]
-    if not len(found) == len(plan.structure) <= MOST_MODULES or any("forward" in vars(m) for m in found[1:]):
+    roots = (
+        () if plan.whole else ("_modules", *(part.path for part in plan.structure if "." not in part.path))
+    )
+    if not len(found) == len(plan.structure) <= MOST_MODULES:
+        return None
+    if any("forward" in vars(module) for path, module in modules.items() if path):
         return None
     places = {path: place for place, path in enumerate(modules)}
     convs, bns = [names.conv for names in plan.units], [names.bn for names in plan.units]
     units = [path for names in plan.units for path in (names.conv, names.bn)]
     numbers = {**dict.fromkeys(convs, NUMBERS_OF_CONV), **dict.fromkeys(bns, NUMBERS_OF_BN)}
+    if isinstance(plan.pool, str):
+        numbers[plan.pool] = NUMBERS_OF_POOL
     replaced = base_class(block), plan.method, getattr(type(block), ORIGINAL)
     described = tuple(
         (
@@ -90,4 +98,4 @@ def watch_of(block: nn.Module, plan: Plan, modules: dict[str, Any]) -> tuple[Any
         for name in names
     ]
     norms = tuple(places[path] for path in bns)
-    return SIGNS, (*plan.methods.known, replaced), described, flags, norms, tuple(read), PLAIN_TENSORS
+    return SIGNS, (*plan.methods.known, replaced), described, flags, norms, tuple(read), PLAIN_TENSORS, roots

@@ -6,11 +6,11 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fusedres.ops.native import from_python
-from fusedres.ops.native.places import Places
+from fusedres.ops.native.from_python import ReplayBlock
 from fusedres.recording.bundle import Bundle
 from fusedres.recording.code import NONE
 
@@ -37,24 +37,36 @@ class Recording:
         self.may_keep = is_ours and first_output >= inputs and first_output not in others
 
     def run(
-        self,
-        inputs: list[Tensor],
-        bundle: Bundle | None = None,
-        keeps: bool = False,
-        places: Places | None = None,
-        is_direct: bool = False,
+        self, inputs: list[Tensor], bundle: Bundle | None = None, keeps: bool = False, is_direct: bool = False
     ) -> list[Any] | None:
         """The results; None where the inputs are of another form.
 
         Args:
-            bundle, keeps: as of `replays.run`; places: as of `replays.again`; is_direct: past torch's dispatcher.
+            bundle, keeps: as of `replays.run`; is_direct: past torch's dispatcher.
         """
         keeps = keeps and self.may_keep
-        behind, lie_at = 0 if bundle is None else bundle.number, 0 if places is None else places.number
         replay = (is_direct and from_python.replay()) or self._replay
-        made, number = replay(self.number, inputs, behind, keeps, lie_at)
-        if not made:
+        made, number = replay(self.number, inputs, 0 if bundle is None else bundle.number, keeps)
+        return self._results(made, number, inputs, bundle, keeps) if made else None
+
+    def run_block(
+        self, replay: ReplayBlock, call: tuple[Any, ...], block: nn.Module, x: Tensor, keeps: bool
+    ) -> tuple[list[Any], list[Any]] | None:
+        """The results of a bound call, and what its watch read; None where the call is another one.
+
+        Args:
+            replay: of `from_python`; call: as fusedres/patching/bound.py describes it.
+        """
+        keeps = keeps and self.may_keep
+        found = replay(call, block, x, keeps)
+        if found is None or not found[0]:
             return None
+        made, number, inputs, read = found
+        return self._results(made, number, inputs, None, keeps), read
+
+    def _results(
+        self, made: list[Tensor], number: int, inputs: list[Tensor], bundle: Bundle | None, keeps: bool
+    ) -> list[Any]:
         if self.versioned:
             increment_version([inputs[slot] for slot in self.versioned if slot < len(inputs)])
         if keeps:

@@ -15,14 +15,13 @@ from contextvars import ContextVar
 from functools import reduce
 from itertools import compress, repeat
 from operator import is_not, or_
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fusedres.ops import set_aside
 from fusedres.ops.native import library
-from fusedres.ops.native.places import Places
 from fusedres.ops.triton import HERE, launches_to, on_device_of
 from fusedres.recording.bundle import Bundle
 from fusedres.recording.code import UnrecordableError
@@ -52,6 +51,7 @@ ABOVE = reduce(
     ],
 )
 
+T = TypeVar("T")
 Tensors = Sequence[Tensor | None]
 # what was computed, and what a later replay is to hand out with it; behind the first tensor there may be a bundle
 Result = tuple[Sequence[Any], Any]
@@ -158,30 +158,22 @@ def look_up(key: Hashable, tensors: Tensors, bundle: Bundle | None = None) -> Pa
     return _passes.get(whole_key(key, given if bundle is None else given + bundle.given))
 
 
-def again(
-    found: Pass,
-    recording: Recording,
-    inputs: list[Tensor],
-    bundle: Bundle | None = None,
-    keeps: bool = False,
-    places: Places | None = None,
-) -> list[Any] | None:
-    """The results of a recording that has served such inputs; None where they are others, and it is to be seen why.
+def again(found: Pass, recording: Recording, x: Tensor, run: Callable[..., T | None], *args: Any) -> T | None:
+    """What a recording gives that has served such inputs; None where they are others, and it is to be seen why.
 
     Args:
-        inputs: plain tensors, x first; all but it and the last one `is_for_kernels`.
-        bundle, keeps: as of `run`; places: where all but x have to lie.
+        x: one of the inputs; run: a method of the recording, which takes `args`.
     """
     if recording not in found.recordings:
         return None
-    is_direct = is_for_kernels(inputs[0]) and is_for_kernels(inputs[-1])
+    elsewhere = on_device_of(x)
     try:
         with torch._C._ExcludeDispatchKeyGuard(ABOVE):
-            if (elsewhere := on_device_of(inputs[0])) is HERE:
-                out = recording.run(inputs, bundle, keeps, places, is_direct)
+            if elsewhere is HERE:
+                out = run(*args)
             else:
                 with elsewhere:
-                    out = recording.run(inputs, bundle, keeps, places, is_direct)
+                    out = run(*args)
     except RuntimeError as error:
         refused(error, recording, found)
         return None

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import torch
 from block_changes import CHANGES, block
+from bound_calls import WARM, assert_equal, assert_same_step, autocast, forwards, images, step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,7 +29,6 @@ from fusedres.patching import bound, fits, watch
 from fusedres.recording import replays
 
 pytestmark = pytest.mark.skipif(not library.is_loaded(), reason="the compiled kernels are not built")
-WARM = 6  # steps until every call is bound: it is read, watched, recorded and replayed first
 
 
 @pytest.fixture(autouse=True)
@@ -54,45 +54,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-def images(*shape: int, seed: int = 5) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*(shape or (3, 16, 6, 6)), generator=generator).bfloat16()
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def autocast() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16)
-
-
-def step(module: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
-    """Everything that a training step shows."""
-    module.zero_grad(set_to_none=True)
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    with autocast():
-        y = module(x)
-    y.backward(images(*y.shape, seed=3))
-    gradients = {name: p.grad for name, p in module.named_parameters()}
-    return {"y": y.detach(), "dx": x.grad, **gradients, **dict(module.named_buffers())}
-
-
-def assert_equal(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
-    """Bit by bit, and in layout: a replay runs what Python runs."""
-    assert found.keys() == expected.keys()
-    for name, exact in expected.items():
-        actual = found[name]
-        assert (actual is None) == (exact is None), name
-        if actual is not None and exact is not None:
-            assert (actual.dtype, actual.stride()) == (exact.dtype, exact.stride()), name
-            assert torch.equal(actual, exact), name
-
-
-def assert_same_step(by_python: nn.Module, patched: nn.Module, x: Tensor | None = None) -> None:
-    x = images() if x is None else x
-    with replays.off():
-        expected = step(by_python, x)
-    assert_equal(step(patched, x), expected)
-
-
 def bound_block() -> tuple[Bottleneck, Bottleneck]:
     """Two patched blocks, the first to be run by Python, which other tests hold against the unpatched one; a training
     step of the second is bound."""
@@ -102,14 +63,6 @@ def bound_block() -> tuple[Bottleneck, Bottleneck]:
         assert_same_step(by_python, patched)
     assert patched.__dict__[STATE].bound
     return by_python, patched
-
-
-def forwards(by_python: nn.Module, patched: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs, under autocast."""
-    with autocast():
-        with replays.off():
-            expected = by_python(x)
-        return expected, patched(x)
 
 
 def test_every_step_is_bound_and_is_the_one_that_python_runs(served: list[bool]) -> None:
@@ -248,19 +201,21 @@ def test_under_torch_func_the_original_runs(served: list[bool]) -> None:
     # the wrappers that it leaves have no storage, and stand for a tensor to torch's dispatcher alone
     with torch.no_grad():
         assert torch.equal(*forwards(by_python, patched, left[0]))
-    assert served[-1]
+    assert not any(served)
 
 
 def test_what_is_more_than_memory_is_left_to_the_dispatcher(served: list[bool]) -> None:
     """A sign that is still to be made true, and a wrapper without storage."""
     by_python, patched = bound_block()
-    assert_same_step(by_python, patched, torch._neg_view(images()))
+    served.clear()
+    assert torch.equal(*forwards(by_python, patched, torch._neg_view(images()).requires_grad_()))
+    assert served == [False]
     outputs = forwards(by_python, patched, images().requires_grad_())
     for y in outputs:
         y.backward(torch._neg_view(images(*y.shape)), retain_graph=True)
     for (name, a), (_, b) in zip(patched.named_parameters(), by_python.named_parameters(), strict=True):
         assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad), name
-    assert all(served)
+    assert served[-1]
     for y in outputs:
         with pytest.raises(RuntimeError, match="functional tensor"):
             y.backward(torch._to_functional_tensor(images(*y.shape)))
@@ -416,6 +371,7 @@ def test_what_a_replay_refuses_is_decided_anew(served: list[bool], monkeypatch: 
 
     with monkeypatch.context() as broken:
         broken.setattr(replays.Recording, "run", fails)
+        broken.setattr(replays.Recording, "run_block", fails)
         broken.setattr(replays, "failed_step", lambda: 0)
         assert_same_step(by_python, patched)
     assert not served[-1]
@@ -429,7 +385,7 @@ def test_an_error_after_something_was_written_is_raised(monkeypatch: pytest.Monk
     def fails(self: object, *args: object) -> None:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(replays.Recording, "run", fails)
+    monkeypatch.setattr(replays.Recording, "run_block", fails)
     monkeypatch.setattr(replays, "failed_step", lambda: 1000)
     with pytest.raises(RuntimeError, match="no such kernel"):
         step(patched, images())
@@ -497,7 +453,12 @@ def test_training_and_inference_in_turn_are_both_known(served: list[bool]) -> No
     assert served[-2:] == [True, True]
 
 
-@pytest.mark.parametrize("reason", ["no lock", "not CPython", "no library"])
+def forget_functions() -> None:
+    for function in (from_python.watch_reader, from_python.replay_block, from_python.replay):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("reason", ["no lock", "not CPython", "no library", "another torch"])
 def test_without_what_the_reader_needs_calls_are_resolved(
     reason: str, served: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,16 +466,19 @@ def test_without_what_the_reader_needs_calls_are_resolved(
         monkeypatch.setattr(from_python.sys, "_is_gil_enabled", lambda: False, raising=False)
     elif reason == "not CPython":
         monkeypatch.setattr(from_python.sys.implementation, "name", "another")
-    else:
+    elif reason == "no library":
         monkeypatch.setattr(library, "_is_loaded", False)
-    from_python.watch_reader.cache_clear()
+    else:
+        monkeypatch.delattr(torch._C._aoti, "unsafe_alloc_void_ptrs_from_tensors")
+    forget_functions()
     try:
-        assert from_python.watch_reader() is None
+        assert from_python.replay_block() is None
         patched = fusedres.patch(block().float().to(memory_format=torch.channels_last), recipe="separate")
         for _ in range(WARM):
             step(patched, images())
     finally:
-        from_python.watch_reader.cache_clear()
+        monkeypatch.undo()
+        forget_functions()
     assert not served
 
 

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusedres.ops import set_aside
 from fusedres.ops.contract import BnStats
 from fusedres.ops.native import from_python, library
-from fusedres.ops.native.places import Places
 from fusedres.recording import replays
 
 pytestmark = pytest.mark.skipif(not library.is_loaded(), reason="the compiled kernels are not built")
@@ -281,29 +280,26 @@ def test_a_replay_by_python_is_the_operators() -> None:
     by_operator, by_python = torch.ops.fusedres_native.replay.default, from_python.replay()
     assert by_python is not None
     for keeps in (False, True):
-        (expected, _), (found, _) = (r(recording.number, [x], 0, keeps, 0) for r in (by_operator, by_python))
+        (expected, _), (found, _) = (r(recording.number, [x], 0, keeps) for r in (by_operator, by_python))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and found
-    assert by_python(recording.number, [torch.ones(5)], 0, False, 0) == ([], 0)
+    assert by_python(recording.number, [torch.ones(5)], 0, False) == ([], 0)
     with pytest.raises(RuntimeError, match="no recording 12345"):
-        by_python(12345, [x], 0, False, 0)
+        by_python(12345, [x], 0, False)
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        by_python(recording.number, [None], 0, False, 0)  # type: ignore[list-item]
+        by_python(recording.number, [None], 0, False)  # type: ignore[list-item]
     assert torch.equal(x, torch.arange(4.0))
 
 
-def test_inputs_that_lie_elsewhere_are_refused() -> None:
+def test_a_recording_that_was_forgotten_runs_no_more() -> None:
     computed = Computed()
-    x, y = torch.ones(3), torch.ones(3)
+    x = torch.ones(3)
     for _ in range(3):
-        computed(x, y)
+        computed(x)
     found = the_pass()
     (recording,) = found.recordings
-    at = Places([y])
-    assert replays.again(found, recording, [torch.zeros(3), y], places=at) is not None
-    assert replays.again(found, recording, [x, y.clone()], places=at) is None
-    assert replays.again(found, recording, [x, y.clone()]) is not None
+    assert replays.again(found, recording, x, recording.run, [x]) is not None
     replays.forget()
-    assert replays.again(found, recording, [x, y], places=at) is None
+    assert replays.again(found, recording, x, recording.run, [x]) is None
 
 
 def test_a_kernel_that_somebody_put_before_torchs_is_not_passed_by() -> None:

@@ -699,7 +699,10 @@ def watches_no_attributes():
 
 @mutant("patching/test_bound.py::test_a_change_between_two_bound_calls_counts[another storage]")
 def binds_to_no_places():
-    wrap(replays, "again", lambda right: lambda *a: right(*a[:5]))
+    def at_any_place(right):
+        return lambda self, replay, call, *a: right(self, replay, (*call[:4], 0, *call[5:]), *a)
+
+    wrap(replays.Recording, "run_block", at_any_place)
 
 
 @mutant("patching/test_bound.py::test_a_call_in_another_context_is_not_the_bound_one")
@@ -710,6 +713,23 @@ def binds_whatever_autocast_says():
 @mutant("patching/test_bound.py::test_auto_is_bound_while_its_tables_are_the_same")
 def binds_whatever_tables_say():
     bound.Chosen.holds = lambda self, *a: True
+
+
+@mutant("patching/test_bound_stems.py::test_a_change_between_two_bound_calls_counts[ceil]")
+def watches_no_pooling():
+    watch.NUMBERS_OF_POOL = ()
+
+
+@mutant("patching/test_bound_stems.py::test_a_stem_is_bound[torchvision-layout0]")
+def binds_a_stem_to_images_as_they_are():
+    def as_they_are(right):
+        def init(self, *args):
+            right(self, *args)
+            self.stem_takes = None
+
+        return init
+
+    wrap(bound.Bound, "__init__", as_they_are)
 
 
 @mutant("patching/test_bound.py::test_a_bound_block_keeps_nothing_that_was_replaced")

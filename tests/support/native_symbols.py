@@ -11,7 +11,12 @@ SYSTEM = {
     *("libdl.so.2", "librt.so.1", "libpthread.so.0"),
 }
 # fusedres/ops/native/from_python.py asks for them
-FOR_PYTHON = {"fusedres_watch_reader", "fusedres_replay_function", "fusedres_bundle_drop_function"}
+FOR_PYTHON = {
+    "fusedres_watch_reader",
+    "fusedres_replay_function",
+    "fusedres_replay_block_function",
+    "fusedres_bundle_drop_function",
+}
 STABLE = re.compile(r"^(aoti_torch_|torch_)\w+$")  # torch's C ABI
 # the newest of glibc and libstdc++ on the oldest system that torch >= 2.10 is built for, manylinux_2_28
 NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}

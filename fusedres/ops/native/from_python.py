@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from fusedres.ops.native import library
 
-# number, inputs, bundle, keeps, places: as the operator `replay`
-Replay = Callable[[int, list[Tensor], int, bool, int], tuple[list[Tensor], int]]
+# number, inputs, bundle, keeps: as the operator `replay`
+Replay = Callable[[int, list[Tensor], int, bool], tuple[list[Tensor], int]]
+# call, block, x, keeps: see fusedres/patching/bound.py
+ReplayBlock = Callable[
+    [tuple[Any, ...], nn.Module, Tensor, bool], tuple[list[Tensor], int, list[Tensor], list[Any]] | None
+]
 Read = Callable[[tuple[Any, ...], nn.Module], list[Any] | None]
 
 
@@ -39,15 +43,27 @@ def watch_reader() -> Read | None:
     return function("fusedres_watch_reader")
 
 
+def of_torch() -> tuple[Callable[..., Any], ...] | None:
+    """torch's functions that pass tensors to C and back. They are not public; Inductor's C++ code is called through
+    them."""
+    names = "unsafe_alloc_void_ptrs_from_tensors", "alloc_tensors_by_stealing_from_void_ptrs"
+    found = tuple(getattr(getattr(torch._C, "_aoti", None), name, None) for name in names)
+    return None if None in found else found  # type: ignore[return-value]
+
+
 @cache
 def replay() -> Replay | None:
-    """The operator `replay`, for plain tensors that have a storage. torch's functions that pass tensors to C and back
-    are not public; Inductor's C++ code is called through them."""
-    of_torch = getattr(torch._C, "_aoti", None)
-    names = "unsafe_alloc_void_ptrs_from_tensors", "alloc_tensors_by_stealing_from_void_ptrs"
-    if not all(hasattr(of_torch, name) for name in names):
-        return None
-    return function("fusedres_replay_function", tuple(getattr(of_torch, name) for name in names))
+    """The operator `replay`, for plain tensors that have a storage."""
+    torchs = of_torch()
+    return None if torchs is None else function("fusedres_replay_function", torchs)
+
+
+@cache
+def replay_block() -> ReplayBlock | None:
+    """The same of a whole block whose call is bound: with the inputs, and with what the watch read, behind it. None
+    where the call is another one now."""
+    torchs = of_torch()
+    return None if torchs is None else function("fusedres_replay_block_function", torchs)
 
 
 @cache
