@@ -83,7 +83,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/winograd.py --only-errors > /dev/null
 
 bench-check: $(STAMP)
-	$(BIN)/pytest tests/measuring/test_speedup.py -q -m speed
+	$(BIN)/pytest tests/measuring/test_speedup.py tests/bench/test_host_time.py -q -m speed
 
 # `make wheel` holds code for every supported GPU, `make wheel ARCHS=90` or ARCHS="80;90" for those alone. auditwheel
 # names the oldest glibc that the library runs on; torch's own libraries stay outside.
