@@ -84,7 +84,7 @@ TilePlan plan_of(const Shape& shape, int vector, bool projection, const DeviceLi
 }
 
 template <class T, int V, bool kProjection>
-cudaError_t launch_reduce(const BnAddReluBackwardReduce& args, const Workspace& workspace, const DeviceLimits& limits,
+cudaError_t launch_reduce(const BnAddReluBackwardReduce& args, Workspace& workspace, const DeviceLimits& limits,
                           cudaStream_t stream) {
   const TilePlan plan = plan_of(args.shape, V, kProjection, limits);
   const cudaError_t error = prepare_workspace(workspace, plan, kValues<V, kProjection>, stream);
@@ -109,7 +109,7 @@ size_t bn_add_relu_backward_reduce_workspace(const Shape& shape) {
                    plan_of(shape, 1, true, limits).workspace_bytes(kValues<1, true>)});
 }
 
-cudaError_t bn_add_relu_backward_reduce(const BnAddReluBackwardReduce& args, const Workspace& workspace,
+cudaError_t bn_add_relu_backward_reduce(const BnAddReluBackwardReduce& args, Workspace& workspace,
                                         cudaStream_t stream) {
   if (args.shape.channels == 0) return cudaSuccess;
   DeviceLimits limits;

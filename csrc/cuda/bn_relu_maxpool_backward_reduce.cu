@@ -57,7 +57,7 @@ size_t bn_relu_maxpool_backward_reduce_workspace(const Pooling& pooling) {
                   plan_of(pooling, 1, limits).workspace_bytes(kValues<1>));
 }
 
-cudaError_t bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& args, const Workspace& workspace,
+cudaError_t bn_relu_maxpool_backward_reduce(const BnReluMaxpoolBackwardReduce& args, Workspace& workspace,
                                             cudaStream_t stream) {
   const Pooling& pooling = args.pooling;
   if (!valid(pooling)) return cudaErrorInvalidValue;

@@ -112,7 +112,7 @@ size_t bn_stats_workspace(const Shape& shape) {
                   plan_of(shape, 1, limits).workspace_bytes(kValues<1>));
 }
 
-cudaError_t bn_stats(const BnStats& args, const Workspace& workspace, cudaStream_t stream) {
+cudaError_t bn_stats(const BnStats& args, Workspace& workspace, cudaStream_t stream) {
   const Shape& shape = args.shape;
   if (shape.channels == 0) return cudaSuccess;
   DeviceLimits limits;

@@ -111,15 +111,14 @@ size_t conv1x1_backward_weight_workspace(const Conv1x1BackwardWeight& args) {
   return size_t(vectors_bytes(args) + plan_of(args, limits).floats() * 4);
 }
 
-cudaError_t conv1x1_backward_weight(const Conv1x1BackwardWeight& args, const Workspace& workspace,
-                                    cudaStream_t stream) {
+cudaError_t conv1x1_backward_weight(const Conv1x1BackwardWeight& args, Workspace& workspace, cudaStream_t stream) {
   if (args.in_channels * args.out_channels == 0) return cudaSuccess;
   DeviceLimits limits;
   cudaError_t error = current_device_limits(&limits);
   if (error != cudaSuccess) return error;
   const RowsPlan plan = plan_of(args, limits);
-  if (workspace.bytes < size_t(vectors_bytes(args) + plan.floats() * 4) || !aligned_to_16(workspace.data))
-    return cudaErrorInvalidValue;
+  error = prepare_workspace(workspace, size_t(vectors_bytes(args) + plan.floats() * 4));
+  if (error != cudaSuccess) return error;
   char* memory = static_cast<char*>(workspace.data);
   float* rest = args.center == nullptr ? nullptr : reinterpret_cast<float*>(memory);
   float* partials = reinterpret_cast<float*>(memory + vectors_bytes(args));

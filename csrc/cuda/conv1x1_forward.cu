@@ -8,7 +8,7 @@ size_t conv_forward_workspace(const ConvForward& args) {
   return plan_product(args.rows, args.out_channels, args.in_channels, limits).workspace_bytes();
 }
 
-cudaError_t conv1x1_forward(const ConvForward& args, const Workspace& workspace, cudaStream_t stream) {
+cudaError_t conv1x1_forward(const ConvForward& args, Workspace& workspace, cudaStream_t stream) {
   return launch_implicit_product<1>(args, workspace, stream);
 }
 

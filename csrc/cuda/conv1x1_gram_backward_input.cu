@@ -216,7 +216,7 @@ size_t conv1x1_gram_backward_input_workspace(const Conv1x1GramBackwardInput& arg
   return size_t(Places(args, plan_of(args, limits)).end);
 }
 
-cudaError_t conv1x1_gram_backward_input(const Conv1x1GramBackwardInput& args, const Workspace& workspace,
+cudaError_t conv1x1_gram_backward_input(const Conv1x1GramBackwardInput& args, Workspace& workspace,
                                         cudaStream_t stream) {
   if (args.in_channels == 0) return cudaSuccess;
   DeviceLimits limits;

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks)
   if constexpr (kStatistics) finish_columns(args, product, moments, first_column, memory, workspace);
 }
 
-cudaError_t conv3x3_forward(const ConvForward& args, const Workspace& workspace, cudaStream_t stream) {
+cudaError_t conv3x3_forward(const ConvForward& args, Workspace& workspace, cudaStream_t stream) {
   if (args.height.stride != 1 || args.width.stride != 1 || !halo_fits(args.width.in))
     return launch_implicit_product<3>(args, workspace, stream);
   return launch_conv_forward(args, workspace, stream,

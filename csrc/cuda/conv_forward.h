@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kProductThreads, kBlocksOf<kPackets || kWindow
 }
 
 template <int kWindow>
-cudaError_t launch_implicit_product(const ConvForward& args, const Workspace& workspace, cudaStream_t stream) {
+cudaError_t launch_implicit_product(const ConvForward& args, Workspace& workspace, cudaStream_t stream) {
   return launch_conv_forward(
       args, workspace, stream,
       [&](auto type, auto packets, auto prologue, auto statistics, const ConvForward& given,

@@ -103,7 +103,7 @@ __device__ __forceinline__ void finish_columns(const ConvForward& args, const Pr
 // Launches one kernel of a convolution's forward: call(type, packets, prologue, statistics, args, plan, blocks), of
 // which the flags are compile-time constants. Without packets one kernel does all, for few convolutions have none.
 template <class Call>
-cudaError_t launch_conv_forward(const ConvForward& args, const Workspace& workspace, cudaStream_t stream, Call call) {
+cudaError_t launch_conv_forward(const ConvForward& args, Workspace& workspace, cudaStream_t stream, Call call) {
   const int64_t numel = args.rows * args.out_channels;
   if (args.out_channels == 0 || (numel == 0 && args.mean == nullptr)) return cudaSuccess;
   DeviceLimits limits;

@@ -84,14 +84,14 @@ size_t gram_workspace(const Gram& args) {
   return size_t(reference_bytes(args) + plan_of(args, limits).floats() * 4);
 }
 
-cudaError_t gram(const Gram& args, const Workspace& workspace, cudaStream_t stream) {
+cudaError_t gram(const Gram& args, Workspace& workspace, cudaStream_t stream) {
   if (args.channels == 0) return cudaSuccess;
   DeviceLimits limits;
   cudaError_t error = current_device_limits(&limits);
   if (error != cudaSuccess) return error;
   const RowsPlan plan = plan_of(args, limits);
-  if (workspace.bytes < size_t(reference_bytes(args) + plan.floats() * 4) || !aligned_to_16(workspace.data))
-    return cudaErrorInvalidValue;
+  error = prepare_workspace(workspace, size_t(reference_bytes(args) + plan.floats() * 4));
+  if (error != cudaSuccess) return error;
   float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace.data) + reference_bytes(args));
   const bool packets = args.channels % kPacket == 0 && aligned_to_16(args.c, args.scale, args.shift);
   return for_half_dtype(args.dtype, [&](auto type) {

@@ -191,13 +191,13 @@ size_t gram_backward_coefficients_workspace(const GramBackwardCoefficients& args
   return size_t(doubles_of(args, plan_of(args, limits))) * sizeof(double);
 }
 
-cudaError_t gram_backward_coefficients(const GramBackwardCoefficients& args, const Workspace& workspace,
+cudaError_t gram_backward_coefficients(const GramBackwardCoefficients& args, Workspace& workspace,
                                        cudaStream_t stream) {
   if (args.in_channels * args.out_channels == 0) return cudaSuccess;
-  if (workspace.bytes < gram_backward_coefficients_workspace(args) || !aligned_to_16(workspace.data))
-    return cudaErrorInvalidValue;
+  cudaError_t error = prepare_workspace(workspace, gram_backward_coefficients_workspace(args));
+  if (error != cudaSuccess) return error;
   DeviceLimits limits;
-  const cudaError_t error = current_device_limits(&limits);
+  error = current_device_limits(&limits);
   if (error != cudaSuccess) return error;
   const GramCoefficientsPlan plan = plan_of(args, limits);
   double* slope = static_cast<double*>(workspace.data);

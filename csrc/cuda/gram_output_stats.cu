@@ -62,10 +62,10 @@ size_t gram_output_stats_workspace(const GramOutputStats& args) {
   return size_t(float64_tiles(args.in_channels) * 2 * args.out_channels) * sizeof(double);
 }
 
-cudaError_t gram_output_stats(const GramOutputStats& args, const Workspace& workspace, cudaStream_t stream) {
+cudaError_t gram_output_stats(const GramOutputStats& args, Workspace& workspace, cudaStream_t stream) {
   if (args.in_channels * args.out_channels == 0) return cudaSuccess;
-  if (workspace.bytes < gram_output_stats_workspace(args) || !aligned_to_16(workspace.data))
-    return cudaErrorInvalidValue;
+  const cudaError_t too_small = prepare_workspace(workspace, gram_output_stats_workspace(args));
+  if (too_small != cudaSuccess) return too_small;
   double* partials = static_cast<double*>(workspace.data);
   return for_half_dtype(args.dtype, [&](auto type) {
     using T = typename decltype(type)::type;

@@ -30,10 +30,11 @@ cudaError_t current_device_limits(DeviceLimits* limits) {
   return cudaSuccess;
 }
 
-cudaError_t prepare_workspace(const Workspace& workspace, size_t bytes, int64_t counter_bytes, cudaStream_t stream) {
+cudaError_t prepare_workspace(Workspace& workspace, size_t bytes, int64_t counter_bytes, cudaStream_t stream) {
   if (workspace.bytes < bytes || !aligned_to_16(workspace.data)) return cudaErrorInvalidValue;
-  if (workspace.counters_are_zero) return cudaSuccess;
-  return cudaMemsetAsync(workspace.data, 0, size_t(counter_bytes), stream);
+  const bool are_zero = workspace.zero_bytes >= counter_bytes;
+  workspace.zero_bytes = counter_bytes;  // behind them are partial results
+  return are_zero ? cudaSuccess : cudaMemsetAsync(workspace.data, 0, size_t(counter_bytes), stream);
 }
 
 }  // namespace fusedres::cuda

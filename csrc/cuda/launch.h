@@ -61,12 +61,17 @@ cudaError_t for_flag(bool flag, Call call) {
   return flag ? call(std::true_type{}) : call(std::false_type{});
 }
 
-// Checks that the workspace has `bytes`, and clears its counters, which come first, if they may not be zero.
-cudaError_t prepare_workspace(const Workspace& workspace, size_t bytes, int64_t counter_bytes, cudaStream_t stream);
+// Checks that the workspace has `bytes`, for a launch that writes into it, and clears its counters, which come first,
+// if they may not be zero.
+cudaError_t prepare_workspace(Workspace& workspace, size_t bytes, int64_t counter_bytes, cudaStream_t stream);
+
+// The same of a launch without counters.
+inline cudaError_t prepare_workspace(Workspace& workspace, size_t bytes) {
+  return prepare_workspace(workspace, bytes, 0, nullptr);
+}
 
 // With one group a chunk the workspace is not used.
-inline cudaError_t prepare_workspace(const Workspace& workspace, const TilePlan& plan, int values,
-                                     cudaStream_t stream) {
+inline cudaError_t prepare_workspace(Workspace& workspace, const TilePlan& plan, int values, cudaStream_t stream) {
   if (plan.groups == 1) return cudaSuccess;
   return prepare_workspace(workspace, plan.workspace_bytes(values), plan.counter_bytes(), stream);
 }

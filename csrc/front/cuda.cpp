@@ -6,6 +6,7 @@
 #include "../cuda_archs.h"
 #include "allocate.h"
 #include "current_stream.h"
+#include "shared_scratch.h"
 
 namespace fusedres::front {
 
@@ -83,10 +84,29 @@ void Cuda::check_convolutions(const char* op, const char* name, const Tensor& t)
 // torch allocates the scratch. It is given back at once, and only later work of this stream reuses it.
 template <class Args>
 void Cuda::launch_in_scratch(const Args& args, size_t bytes,
-                             cudaError_t (*launcher)(const Args&, const cuda::Workspace&, cudaStream_t)) const {
-  if (bytes == 0) return check_launch(op_, launcher(args, {nullptr, 0, false}, stream_));
-  const Tensor scratch = new_bytes(first_, int64_t(bytes));
-  check_launch(op_, launcher(args, {scratch.mutable_data_ptr(), bytes, false}, stream_));
+                             cudaError_t (*launcher)(const Args&, cuda::Workspace&, cudaStream_t)) const {
+  cuda::Workspace workspace{nullptr, bytes, 0};
+  std::optional<Tensor> scratch;
+  if (bytes > 0) scratch = new_bytes(first_, int64_t(bytes));
+  if (scratch) workspace.data = scratch->mutable_data_ptr();
+  check_launch(op_, launcher(args, workspace, stream_));
+}
+
+template <class Args>
+void Cuda::launch_with_counters(const Args& args, size_t bytes,
+                                cudaError_t (*launcher)(const Args&, cuda::Workspace&, cudaStream_t)) const {
+  SharedScratch* const shared = SharedScratch::current();
+  if (shared == nullptr || bytes == 0) return launch_in_scratch(args, bytes, launcher);
+  std::optional<Tensor>& memory = shared->memory;
+  if (!memory || size_t(memory->numel()) < bytes) {
+    memory.reset();  // which serves again at once, on this stream
+    memory = new_bytes(first_, int64_t(bytes));
+    shared->zero_bytes = 0;
+  }
+  cuda::Workspace workspace{memory->mutable_data_ptr(), size_t(memory->numel()), shared->zero_bytes};
+  shared->zero_bytes = 0;  // unless the launch succeeds
+  check_launch(op_, launcher(args, workspace, stream_));
+  shared->zero_bytes = workspace.zero_bytes;
 }
 
 void Cuda::launch(const BnRunningStats& args) const { check_launch(op_, cuda::bn_running_stats(args, stream_)); }
@@ -96,12 +116,12 @@ void Cuda::launch(const BnBackwardCoefficients& args) const {
 }
 void Cuda::launch(const Cast& args) const { check_launch(op_, cuda::cast(args, stream_)); }
 void Cuda::launch(const BnStats& args) const {
-  launch_in_scratch(args, cuda::bn_stats_workspace(args.shape), cuda::bn_stats);
+  launch_with_counters(args, cuda::bn_stats_workspace(args.shape), cuda::bn_stats);
 }
 void Cuda::launch(const BnAddReluForward& args) const { check_launch(op_, cuda::bn_add_relu_forward(args, stream_)); }
 void Cuda::launch(const BnAddReluBackwardReduce& args) const {
   const size_t bytes = cuda::bn_add_relu_backward_reduce_workspace(args.shape);
-  launch_in_scratch(args, bytes, cuda::bn_add_relu_backward_reduce);
+  launch_with_counters(args, bytes, cuda::bn_add_relu_backward_reduce);
 }
 void Cuda::launch(const BnAddReluBackwardInput& args) const {
   check_launch(op_, cuda::bn_add_relu_backward_input(args, stream_));
@@ -112,15 +132,15 @@ void Cuda::launch(const BnReluMaxpoolForward& args) const {
 }
 void Cuda::launch(const BnReluMaxpoolBackwardReduce& args) const {
   const size_t bytes = cuda::bn_relu_maxpool_backward_reduce_workspace(args.pooling);
-  launch_in_scratch(args, bytes, cuda::bn_relu_maxpool_backward_reduce);
+  launch_with_counters(args, bytes, cuda::bn_relu_maxpool_backward_reduce);
 }
 void Cuda::launch(const BnReluMaxpoolBackwardInput& args) const {
   check_launch(op_, cuda::bn_relu_maxpool_backward_input(args, stream_));
 }
 void Cuda::launch(const ConvForward& args) const {
   const bool pointwise = args.height.kernel == 1;
-  launch_in_scratch(args, cuda::conv_forward_workspace(args),
-                    pointwise ? cuda::conv1x1_forward : cuda::conv3x3_forward);
+  launch_with_counters(args, cuda::conv_forward_workspace(args),
+                       pointwise ? cuda::conv1x1_forward : cuda::conv3x3_forward);
 }
 void Cuda::launch(const Conv1x1BackwardInput& args) const {
   check_launch(op_, cuda::conv1x1_backward_input(args, stream_));
@@ -139,7 +159,8 @@ void Cuda::launch(const GramBackwardCoefficients& args) const {
   launch_in_scratch(args, cuda::gram_backward_coefficients_workspace(args), cuda::gram_backward_coefficients);
 }
 void Cuda::launch(const Conv1x1GramBackwardInput& args) const {
-  launch_in_scratch(args, cuda::conv1x1_gram_backward_input_workspace(args), cuda::conv1x1_gram_backward_input);
+  const size_t bytes = cuda::conv1x1_gram_backward_input_workspace(args);
+  launch_with_counters(args, bytes, cuda::conv1x1_gram_backward_input);
 }
 
 }  // namespace fusedres::front

@@ -53,9 +53,13 @@ class Cuda {
   void launch(const Conv1x1GramBackwardInput& args) const;
 
  private:
+  // A launch with counters, which share a replay's scratch.
+  template <class Args>
+  void launch_with_counters(const Args& args, size_t bytes,
+                            cudaError_t (*launcher)(const Args&, cuda::Workspace&, cudaStream_t)) const;
   template <class Args>
   void launch_in_scratch(const Args& args, size_t bytes,
-                         cudaError_t (*launcher)(const Args&, const cuda::Workspace&, cudaStream_t)) const;
+                         cudaError_t (*launcher)(const Args&, cuda::Workspace&, cudaStream_t)) const;
 
   const char* op_;
   const Tensor& first_;

@@ -11,6 +11,7 @@
 #include "current_stream.h"
 #include "places.h"
 #include "recording.h"
+#include "shared_scratch.h"
 #include "store.h"
 #include "torch_calls.h"
 
@@ -222,6 +223,7 @@ std::tuple<std::vector<Tensor>, int64_t> replay(int64_t number, std::vector<Tens
     inputs.insert(inputs.end(), kept->begin(), kept->end());
   }
   if (!all_match(recording->inputs, inputs)) return {std::vector<Tensor>(), 0};
+  const SharedScratch scratch;
   Run run(*recording, std::move(inputs));
   for (const Step& step : recording->steps) {
     std::visit(run, step);

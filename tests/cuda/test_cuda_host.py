@@ -6,7 +6,7 @@ import cuda_host_build
 import pytest
 import torch
 from cuda_host_cases import GROUPS, OPS, SEEDS, dtypes_of, host_cases
-from cuda_host_checks import check_folded, check_order
+from cuda_host_checks import check_folded, check_order, check_shared
 from cuda_host_list_checks import LIST_CHECKS
 from cuda_host_ops import HostCudaOps
 from every_raw_op import CHECKS
@@ -77,8 +77,12 @@ def test_a_workspace_that_is_too_small_is_an_error(ops):
     cuda_error_invalid_value = 1
     assert size > 512
     for short in (0, 512):  # of the counters alone, for example
-        workspace = ops._args("Workspace", data=memory, bytes=short, counters_are_zero=True)
+        workspace = ops._args("Workspace", data=memory, bytes=short, zero_bytes=0)
         assert ops.module.bn_stats(args, workspace) == cuda_error_invalid_value
+
+
+def test_launches_on_one_stream_share_a_workspace(ops):
+    check_shared(ops)
 
 
 @pytest.mark.parametrize("window", [(16, 2, 1), (3, 2, 2), (3, 0, 1), (9, 1, 0), (3, 1, -1)], ids=str)

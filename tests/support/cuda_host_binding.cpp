@@ -51,7 +51,7 @@ void bind_vectors(py::module_& m) {
       .value("float64", Dtype::kFloat64);
   py::class_<Shape>(m, "Shape").def(py::init<>()) VALUE(Shape, dtype) VALUE(Shape, rows) VALUE(Shape, channels);
   py::class_<Workspace> workspace(m, "Workspace");
-  workspace.def(py::init<>()) VALUE(Workspace, bytes) VALUE(Workspace, counters_are_zero);
+  workspace.def(py::init<>()) VALUE(Workspace, bytes) VALUE(Workspace, zero_bytes);
   ADDRESS(workspace, Workspace, data);
   py::class_<Parameter> parameter(m, "Parameter");
   parameter.def(py::init<>()) VALUE(Parameter, dtype);
@@ -207,8 +207,8 @@ void launcher(py::module_& m, const char* name, cudaError_t (*launch)(const Args
 }
 
 template <class Args>
-void launcher(py::module_& m, const char* name, cudaError_t (*launch)(const Args&, const Workspace&, cudaStream_t)) {
-  m.def(name, [launch](const Args& args, const Workspace& workspace) { return int(launch(args, workspace, nullptr)); });
+void launcher(py::module_& m, const char* name, cudaError_t (*launch)(const Args&, Workspace&, cudaStream_t)) {
+  m.def(name, [launch](const Args& args, Workspace& workspace) { return int(launch(args, workspace, nullptr)); });
 }
 
 void bind_plans(py::module_& m) {

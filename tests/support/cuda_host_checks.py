@@ -56,3 +56,24 @@ def check_folded(ops: HostCudaOps, case: Case) -> None:
     folded += sum(ops.bn_add_relu_backward_reduce_coefficients(dy, c, v, mask, rows, shortcut_c, v), ())
     for one, two in zip(separate, folded, strict=True):
         assert torch.equal(bits(one), bits(two))
+
+
+def check_shared(ops: HostCudaOps) -> None:
+    """Launches of few counters and of many, in one workspace: partial results of one lie where another has counters."""
+    ops.module.set_device(600, 1 << 16)  # with so many multiprocessors a wide reduction is split too
+    shapes = Case("narrow", (4, 64, 8, 8)), Case("wide", (4, 20000, 8, 8))
+    activations = [Inputs(case).c() for case in shapes]
+    size = max(ops.module.bn_stats_workspace(ops._shape(c)) for c in activations)
+    memory = torch.full((size,), 0xA5, dtype=torch.uint8)
+    shared = ops._args("Workspace", data=memory, bytes=size, zero_bytes=0)
+    left = []
+    for place in (0, 1, 0, 0, 1):
+        c = activations[place]
+        mean, var = (torch.full((c.shape[1],), float("nan")) for _ in range(2))
+        ops._launch("bn_stats", ops._args("BnStats", shape=ops._shape(c), c=c, mean=mean, var=var), shared)
+        left.append(shared.zero_bytes)
+        assert not memory[: left[-1]].any(), "counters are left behind"
+        for one, two in zip((mean, var), ops(BnStats(c)), strict=True):
+            assert torch.equal(bits(one), bits(two))
+    assert 0 < left[0] < left[1] and left[2:] == [left[0], left[0], left[1]]
+    ops.module.set_device(4, 1 << 16)

@@ -96,9 +96,8 @@ class HostCudaOps:
         """Launches twice: in a workspace of just the size asked for, full of rubbish, and in what is left."""
         size = getattr(self.module, f"{op}_workspace")(shape)
         memory = torch.full((size,), 0xA5, dtype=torch.uint8)
-        workspace = self._args("Workspace", data=memory, bytes=size, counters_are_zero=False)
-        self._launch(op, args, workspace)
-        workspace.counters_are_zero = True  # as the first launch has to leave them
+        workspace = self._args("Workspace", data=memory, bytes=size, zero_bytes=0)
+        self._launch(op, args, workspace)  # which says what it has left at zero
         for output in outputs:
             if output is not None:
                 output.fill_(float("nan"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from cuda_host_build import load
 from cuda_host_cases import GROUPS, SEEDS, dtypes_of, host_cases, runs_under_thread_sanitizer
-from cuda_host_checks import ORDER_OPS, check_folded, check_order
+from cuda_host_checks import ORDER_OPS, check_folded, check_order, check_shared
 from cuda_host_list_checks import LIST_CHECKS
 from cuda_host_ops import HostCudaOps
 from every_raw_op import CHECKS
@@ -64,6 +64,7 @@ def main(module: str, variant: str, *names: str) -> None:
             for case in GROUPS:
                 check_order(ops, case)
                 check_folded(ops, case)
+            check_shared(ops)
         check_huge(ops, op)
     print("passed:", ops.module.kernels_launched(), "kernels of", *names)
 
