@@ -98,7 +98,7 @@ void Cuda::launch_with_counters(const Args& args, size_t bytes,
   SharedScratch* const shared = SharedScratch::current();
   if (shared == nullptr || bytes == 0) return launch_in_scratch(args, bytes, launcher);
   std::optional<Tensor>& memory = shared->memory;
-  if (!memory || size_t(memory->numel()) < bytes) {
+  if (!memory || size_t(memory->numel()) < bytes || !same_device(first_, *memory)) {
     memory.reset();  // which serves again at once, on this stream
     memory = new_bytes(first_, int64_t(bytes));
     shared->zero_bytes = 0;
