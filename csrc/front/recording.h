@@ -89,6 +89,9 @@ std::tuple<std::vector<torch::stable::Tensor>, int64_t> replay(int64_t number,
                                                                std::vector<torch::stable::Tensor> inputs,
                                                                int64_t bundle, bool keeps, int64_t places);
 
+// Has `replay_failed_step` say that nothing has run yet, for whatever fails before `replay`.
+void replay_begins();
+
 void bundle_drop(int64_t number);
 
 }  // namespace fusedres::front

@@ -213,9 +213,11 @@ bool all_match(const std::vector<Form>& forms, const std::vector<Tensor>& tensor
 
 }  // namespace
 
+void replay_begins() { failed_step = 0; }
+
 std::tuple<std::vector<Tensor>, int64_t> replay(int64_t number, std::vector<Tensor> inputs, int64_t bundle, bool keeps,
                                                 int64_t places) {
-  failed_step = 0;  // whatever fails before the first step
+  replay_begins();
   if (places != 0 && !lie_at(places, inputs, 1)) return {std::vector<Tensor>(), 0};
   const std::shared_ptr<const Recording> recording = store().at(number);
   if (bundle != 0) {

@@ -91,7 +91,8 @@ Object* raised(Function run) {
 
 // self: capsules_of, tensors_of; arguments: of `replay`, but for places.
 Object* replay_by_python(Object* self, Object* const* arguments, ssize_t) {
-  return raised([&] {
+  return raised([&]() -> Object* {
+    replay_begins();
     const Asked asked{kPython.number(arguments[0]), kPython.number(arguments[2]), arguments[3] == kPython.true_object,
                       0};
     return replayed(Tuple{self}, arguments[1], asked, {});
@@ -103,15 +104,18 @@ class BoundCall {
  public:
   explicit BoundCall(Tuple call) : call_(call), indices_(call.tuple(1)), count_(indices_.size()) {}
 
-  // x and what the call takes out of `row`; null where these are not the tensors that they were, or want gradients
-  // where they wanted none.
-  Object* inputs_of(Object* row, Object* x) const {
+  // x and what the call takes out of `row`; null where these are not the tensors that they were, want gradients where
+  // they wanted none, or have a sign, by torch's function `is_neg`, that its dispatcher would make true first; or where
+  // a question raised an error.
+  Object* inputs_of(Object* row, Object* x, Object* is_neg) const {
     Object* const* const expected = reinterpret_cast<Object* const*>(kPython.bytes(call_[2]));
     Reference inputs(kPython.new_list(1 + count_));
     put(inputs, 0, x);
     for (ssize_t i = 0; i < count_; ++i) {
       Object* const tensor = kPython.element(row, indices_.number(i));
       if (tensor != expected[i]) return nullptr;
+      const Reference flag(kPython.call(is_neg, tensor));
+      if (flag.get() == nullptr || flag.get() == kPython.true_object) return nullptr;
       put(inputs, 1 + i, tensor);
     }
     return wants_as_before(inputs.get()) ? inputs.given_away() : nullptr;
@@ -130,6 +134,7 @@ class BoundCall {
     bool wants = false;
     for (ssize_t i = 0; i <= count_ && !wants; ++i) {
       const Reference flag(kPython.get_attribute(kPython.element(inputs, i), call_[6]));
+      if (flag.get() == nullptr) return false;  // and the error is the caller's
       wants = flag.get() == kPython.true_object;
     }
     return wants == (call_[5] == kPython.true_object);
@@ -139,13 +144,14 @@ class BoundCall {
   ssize_t count_;
 };
 
-// self: as above; arguments: the call, the block, x, keeps.
+// self: capsules_of, tensors_of, is_neg; arguments: the call, the block, x, keeps.
 Object* replay_block_by_python(Object* self, Object* const* arguments, ssize_t) {
   return raised([&]() -> Object* {
+    replay_begins();
     const BoundCall call(Tuple{arguments[0]});
     const Reference row(read(Tuple{arguments[0]}[0], arguments[1]));
     if (row.get() == nullptr || row.get() == kPython.none) return none();
-    const Reference inputs(call.inputs_of(row.get(), arguments[2]));
+    const Reference inputs(call.inputs_of(row.get(), arguments[2], kPython.at(self, 2)));
     if (inputs.get() == nullptr) return none();
     const bool keeps = arguments[3] == kPython.true_object;
     return replayed(Tuple{self}, inputs.get(), call.asked(keeps), {inputs.get(), row.get()});
@@ -173,7 +179,7 @@ extern "C" __attribute__((visibility("default"))) fusedres::front::python::Objec
 }
 
 // replay_block(call, block, x, keeps) for Python: as `replay`, with the inputs and the list that the watch gave behind
-// the results; None where the call is another. Null as above.
+// the results; None where the call is another. torch: with `is_neg` too. Null as above.
 extern "C" __attribute__((visibility("default"))) fusedres::front::python::Object* fusedres_replay_block_function(
     fusedres::front::python::Object* torch) {
   using namespace fusedres::front;

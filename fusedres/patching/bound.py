@@ -148,6 +148,8 @@ class Bound:
         if not replays.is_for_kernels(x):
             return None
         if self.stem_takes is not None:
+            if guards.is_refused_by_graphs(x):
+                return None
             dtype, layout = self.stem_takes
             x = x.to(dtype).contiguous(memory_format=layout)
         keeps = self.gradients and not saved_tensors_have_hooks()  # they are to see all that is kept
@@ -163,7 +165,10 @@ class Bound:
         return applied(self.config, self.recipe, self.ops, made, x, None, *self.flat(row))
 
 
-def key(module: nn.Module, x: Tensor) -> Key:
+def key(module: nn.Module, x: Tensor) -> Key | None:
+    """What a call is bound by; None: it is not to be bound."""
+    if x.layout is not torch.strided:
+        return None
     return x.shape, x.stride(), x.dtype, x.requires_grad, torch.is_grad_enabled(), module.training
 
 
@@ -181,6 +186,8 @@ def bind(
     if block.x is not x and (x.requires_grad or not is_dense(block.x)):  # a graph has the cast in it
         return
     name = key(module, x)
+    if name is None:
+        return
     before = state.bound.get(name)
     if before is None and name in state.bound:
         return
@@ -192,12 +199,13 @@ def bind(
         return
     flat = [*chain.from_iterable(block.tensors)]
     found = passes.forward_pass(recipe, ops, block.config, Observer(block), block.x, flat, gradients)
+    recording = None if found is None else found.latest  # which another thread may have it forget
     row = read(fit.watch, module)
-    if found is None or found.latest is None or row is None or not fit.holds(row[len(block.norms) :]):
+    if found is None or recording is None or row is None or not fit.holds(row[len(block.norms) :]):
         return
     if not all(replays.is_for_kernels(t) for t in row[len(block.norms) :] if t is not None):
         return
-    made = Bound(state, x, block, fit.watch, row, ops, decided, found, found.latest)
+    made = Bound(state, x, block, fit.watch, row, ops, decided, found, recording)
     if before is not None:
         made.bindings += before.bindings
     elif len(state.bound) >= MOST:

@@ -21,7 +21,7 @@ from fusedres.nn.residual_block import BlockCall
 from fusedres.nn.running_stats import BUFFERS
 from fusedres.ops.native import places
 from fusedres.ops.native.from_python import watch_reader
-from fusedres.patching.guards import DEVICES, PLAIN_TENSORS, taken_by_stem
+from fusedres.patching.guards import DEVICES, PLAIN_TENSORS, is_refused_by_graphs, taken_by_stem
 from fusedres.patching.resolve import has_global_hooks, resolve
 from fusedres.patching.watch import (
     NUMBERS_OF_BN,
@@ -169,7 +169,8 @@ def key_of(x: Tensor, training: bool) -> tuple[Any, ...]:
     kind = device.type
     if x.layout is not torch.strided or kind not in DEVICES:
         return ()
-    return x.shape, x.stride(), x.dtype, device, x.requires_grad, autocast_dtype(kind), training
+    is_refused = is_refused_by_graphs(x)
+    return x.shape, x.stride(), x.dtype, device, x.requires_grad, is_refused, autocast_dtype(kind), training
 
 
 def is_simple(plan: Plan) -> bool:

@@ -140,12 +140,18 @@ def is_nchw(weight: Tensor) -> bool:
     return weight.stride() == (cin * height * width, height * width, width, 1)
 
 
+def is_refused_by_graphs(x: Tensor) -> bool:
+    """Whether x was made in inference mode, and graphs are recorded now. Dynamo asks no tensor about it."""
+    return not torch.compiler.is_dynamo_compiling() and x.is_inference() and torch.is_grad_enabled()
+
+
 def gives_channels_last(x: Tensor, weight: Tensor) -> bool:
     """Whether a stem's output is channels_last though its images are not: by its weight, whatever way it is spelled.
 
-    Images that want a gradient are left as they are: theirs would come in another layout.
+    Images that want a gradient are left as they are: theirs would come in another layout. So are images that torch
+    refuses to save for backward: of a copy it would not see what they are.
     """
-    if x.requires_grad or x.is_contiguous(memory_format=torch.channels_last):
+    if x.requires_grad or is_refused_by_graphs(x) or x.is_contiguous(memory_format=torch.channels_last):
         return False
     return weight.is_contiguous(memory_format=torch.channels_last) and not is_nchw(weight)
 

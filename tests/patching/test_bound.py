@@ -13,6 +13,7 @@ import torch
 from block_changes import CHANGES, block
 from bound_calls import WARM, assert_equal, assert_same_step, autocast, forwards, images, step
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,6 +82,11 @@ def unusual_forward(module: Bottleneck) -> None:
     conv.forward = lambda x: nn.Conv2d.forward(conv, x) * 2  # type: ignore[method-assign]
 
 
+def unsigned(t: Tensor) -> None:
+    """The same memory, whose sign torch's dispatcher makes true."""
+    t.data = torch._neg_view(t.data)
+
+
 OF_MODULES: dict[str, Callable[[Bottleneck], object]] = {
     "another module": lambda m: setattr(m, "bn2", nn.BatchNorm2d(4)),
     "a module more": lambda m: m.conv2.add_module("another", nn.Identity()),
@@ -93,6 +99,8 @@ OF_MODULES: dict[str, Callable[[Bottleneck], object]] = {
     "a buffer more": lambda m: m.bn1.register_buffer("another", torch.ones(4)),
     "no statistics of one": lambda m: setattr(m.bn1, "num_batches_tracked", None),
     "an attribute more": lambda m: setattr(m.conv1, "note", 3),
+    "a sign of a weight": lambda m: unsigned(m.conv2.weight),
+    "a sign of a vector": lambda m: unsigned(m.bn3.bias),
 }
 
 
@@ -266,6 +274,35 @@ def test_calls_that_are_bound_anew_again_and_again_are_left(
     assert not served
 
 
+class Asked(TorchFunctionMode):
+    """Raises where a parameter is asked about a gradient, by whoever asks."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.error = error
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        of = getattr(func, "__self__", None)
+        if getattr(of, "__name__", "") == "requires_grad" and type(args[0]) is nn.Parameter:
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_is_raised_as_tensors_are_asked_is_raised(
+    error: type[BaseException], served: list[bool]
+) -> None:
+    _, patched = bound_block()
+    with autocast():
+        for _ in range(WARM):
+            patched(images())
+        before = patched.bn1.num_batches_tracked.clone()
+        assert served[-1]
+        with pytest.raises(error), Asked(error):
+            patched(images())
+    assert torch.equal(patched.bn1.num_batches_tracked, before)
+
+
 def test_an_interrupt_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error while the modules are looked through makes the call a resolved one; an interrupt is not an error."""
     _, patched = bound_block()
@@ -422,6 +459,32 @@ def test_swapped_parameters_stay_swappable(served: list[bool]) -> None:
         torch.utils.swap_tensors(module.conv1.weight, nn.Parameter(module.conv1.weight.detach() * 2))
     assert_same_step(by_python, patched)
     assert not served[-1]
+
+
+def test_images_without_strides_are_refused_as_before(served: list[bool]) -> None:
+    _, patched = bound_block()
+    errors = []
+    for module in (block(), patched):
+        with pytest.raises(RuntimeError) as raised:
+            module(torch.ones(8, 8).to_sparse_csr())
+        errors.append(str(raised.value))
+    assert errors[0] == errors[1]
+
+
+def test_a_recording_that_is_forgotten_as_a_call_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another thread may have it."""
+    watched = bound.watch_reader()
+    assert watched is not None
+
+    def forgetful(watch: tuple[object, ...], module: nn.Module) -> list[object] | None:
+        replays.forget()
+        return watched(watch, module)  # type: ignore[return-value]
+
+    monkeypatch.setattr(bound, "watch_reader", lambda: forgetful)
+    patched = fusedres.patch(block().float().to(memory_format=torch.channels_last), recipe="separate")
+    for _ in range(2 * WARM):
+        step(patched, images())
+    assert patched.__dict__[STATE].runs_as == "separate"
 
 
 def test_a_copy_is_bound_to_nothing() -> None:

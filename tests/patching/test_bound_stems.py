@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from bound_calls import WARM, assert_same_step
+from bound_calls import WARM, assert_same_step, autocast, step
 from library_models import TimmResNet, TorchvisionResNet
 from torch import Tensor, nn
 
@@ -109,6 +109,24 @@ def test_images_that_want_a_gradient_keep_their_layout(
     assert served[-1]
 
 
+def test_images_of_inference_mode_are_refused_as_torch_refuses_them(served: list[bool]) -> None:
+    """Under autocast images in its dtype reach the convolution as they are."""
+    model = TorchvisionResNet().to(memory_format=torch.channels_last)
+    patched = fusedres.patch(copy.deepcopy(model), recipe="separate")
+    with torch.inference_mode():
+        made = photos().bfloat16()
+    for each in (model, *[patched] * 2):
+        with autocast(), pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            each(made)
+    for _ in range(WARM):
+        step(patched, photos().bfloat16(), wants_dx=False)
+    assert served[-1]
+    with autocast(), pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+        patched(made)
+    with autocast(), torch.no_grad():
+        assert patched(made).isfinite().all()
+
+
 def hides(model: nn.Module) -> None:
     """An attribute of the model that its method finds before the module."""
     model.__dict__["relu"] = torch.sigmoid
@@ -127,6 +145,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "another class": lambda m: setattr(m.conv1, "__class__", type("Other", (nn.Conv2d,), {})),
     "in evaluation": lambda m: m.bn1.eval(),
     "frozen": lambda m: m.bn1.requires_grad_(False) and m.conv1.requires_grad_(False),
+    "a sign": lambda m: setattr(m.bn1.bias, "data", torch._neg_view(m.bn1.bias.data)),
     "values": lambda m: m.conv1.weight.data.mul_(2),
 }
 

@@ -43,12 +43,12 @@ def watch_reader() -> Read | None:
     return function("fusedres_watch_reader")
 
 
-def of_torch() -> tuple[Callable[..., Any], ...] | None:
+def of_torch() -> tuple[Any, ...] | None:
     """torch's functions that pass tensors to C and back. They are not public; Inductor's C++ code is called through
     them."""
     names = "unsafe_alloc_void_ptrs_from_tensors", "alloc_tensors_by_stealing_from_void_ptrs"
     found = tuple(getattr(getattr(torch._C, "_aoti", None), name, None) for name in names)
-    return None if None in found else found  # type: ignore[return-value]
+    return None if None in found else found
 
 
 @cache
@@ -63,7 +63,8 @@ def replay_block() -> ReplayBlock | None:
     """The same of a whole block whose call is bound: with the inputs, and with what the watch read, behind it. None
     where the call is another one now."""
     torchs = of_torch()
-    return None if torchs is None else function("fusedres_replay_block_function", torchs)
+    # is_neg: whether a tensor has a sign that the dispatcher would make true
+    return None if torchs is None else function("fusedres_replay_block_function", (*torchs, Tensor.is_neg))
 
 
 @cache
