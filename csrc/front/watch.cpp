@@ -142,6 +142,7 @@ class Reading {
   }
 
   static bool keep(Reference& place, Object* value) {
+    __builtin_prefetch(value);
     place.share(value);
     return true;
   }
@@ -153,6 +154,7 @@ class Reading {
     Object *key, *value;
     for (ssize_t i = 0; kPython.next(modules, &position, &key, &value); ++i) {
       if (i >= n || key != names[i]) return false;
+      __builtin_prefetch(value);  // kernels have run since: nothing of a block is in the nearest cache
       modules_[size_t(count_++)].share(value);
     }
     return true;

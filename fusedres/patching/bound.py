@@ -24,7 +24,7 @@ from fusedres.nn.residual_block import BlockCall, Observer, wants_gradient
 from fusedres.nn.running_stats import BUFFERS
 from fusedres.ops.dispatch import Dispatcher, dispatcher
 from fusedres.ops.native import places
-from fusedres.ops.native.from_python import replay_block, watch_reader
+from fusedres.ops.native.from_python import ReplayBlock, replay_block, watch_reader
 from fusedres.patching import guards
 from fusedres.patching.fits import autocast_dtype, key_of
 from fusedres.patching.resolve import has_global_hooks
@@ -93,7 +93,7 @@ class Bound:
 
     Args:
         state: of the block; x: its input; block: the call; watch: of its modules, row: what its reader gives; found,
-            recording: what served the call.
+            recording: what served the call; replay: runs it.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class Bound:
         decided: Decided,
         found: replays.Pass,
         recording: replays.Recording,
+        replay: ReplayBlock,
     ) -> None:
         config = block.config
         self.recipe, self.reason, turn = decided
@@ -126,20 +127,17 @@ class Bound:
         addresses = struct.pack(f"{len(given)}P", *(id(row[i]) for i in given))
         wants = self.gradients if torch.is_grad_enabled() else None
         number = recording.number, self.places.number
+        self.replay = replay
         self.call = watch, tuple(given), addresses, *number, wants, sys.intern("requires_grad")
         self.stem_takes = None if block.x is x else (block.x.dtype, memory_format(block.x))
         self.bindings = 1  # of calls of this key so far
 
     def y(self, module: nn.Module, state: BlockState, x: Tensor) -> Tensor | None:
         """The block's output; None where the call is to be decided on. x: a plain tensor, of the key's shape."""
-        kind, replay = self.kind, replay_block()
-        if (
-            autocast_dtype(kind) is not self.casts_to
-            or (state.recipe, state.backend) != self.asked
-            or replay is None
-        ):
+        kind, (recipe, backend) = self.kind, self.asked
+        if state.recipe != recipe or state.backend != backend or autocast_dtype(kind) is not self.casts_to:
             return None
-        if dispatcher(state.backend) is not self.ops or replays.generation() != self.generation:
+        if dispatcher(backend) is not self.ops or replays.generation() != self.generation:
             return None
         if guards.differentiated() is not None or has_global_hooks() or not replays.are_on_for(kind):
             return None
@@ -154,14 +152,15 @@ class Bound:
             x = x.to(dtype).contiguous(memory_format=layout)
         keeps = self.gradients and not saved_tensors_have_hooks()  # they are to see all that is kept
         run = self.recording.run_block
-        out = replays.again(self.found, self.recording, x, run, replay, self.call, module, x, keeps)
+        out = replays.again(self.found, self.recording, x, run, self.replay, self.call, module, x, keeps)
         if out is None:
             return None
-        (y, *saved), row = out
+        results, row = out
+        y: Tensor = results[0]
         if not self.gradients:
             return y
         row.append(None)  # at -1
-        made = Made(y, passes.saved_of(saved), self.recording.note, self.backward)
+        made = Made(y, passes.saved_of(results[1:]), self.recording.note, self.backward)
         return applied(self.config, self.recipe, self.ops, made, x, None, *self.flat(row))
 
 
@@ -180,8 +179,8 @@ def bind(
     module: nn.Module, state: BlockState, x: Tensor, block: BlockCall, ops: Dispatcher, decided: Decided
 ) -> None:
     """Binds a call that has just run, where a recording served it and nothing else of it is unusual. x: its input."""
-    read, fit = watch_reader(), state.fits.of(key_of(x, module.training))
-    if read is None or replay_block() is None or fit is None or fit.watch is None or not replays.are_on(x):
+    read, replay, fit = watch_reader(), replay_block(), state.fits.of(key_of(x, module.training))
+    if read is None or replay is None or fit is None or fit.watch is None or not replays.are_on(x):
         return
     if block.x is not x and (x.requires_grad or not is_dense(block.x)):  # a graph has the cast in it
         return
@@ -205,7 +204,7 @@ def bind(
         return
     if not all(replays.is_for_kernels(t) for t in row[len(block.norms) :] if t is not None):
         return
-    made = Bound(state, x, block, fit.watch, row, ops, decided, found, recording)
+    made = Bound(state, x, block, fit.watch, row, ops, decided, found, recording, replay)
     if before is not None:
         made.bindings += before.bindings
     elif len(state.bound) >= MOST:

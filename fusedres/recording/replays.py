@@ -70,6 +70,8 @@ class Pass:
         """What serves most often is asked first: forms of the first steps may never come again."""
         recording.times += 1
         self.latest = recording
+        if len(self.recordings) < 2:
+            return
         place = self.recordings.index(recording) if recording in self.recordings else 0
         if place and recording.times > self.recordings[place - 1].times:
             self.recordings[place - 1 : place + 1] = recording, self.recordings[place - 1]
