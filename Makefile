@@ -60,7 +60,7 @@ sanitize: $(STAMP)
 			tests/native/test_native_convolutions.py tests/native/test_native_statistics.py \
 			tests/native/test_native_winograd.py tests/native/test_native_grouped.py tests/native/test_kept_memory.py tests/native/test_given_results.py tests/native/test_casts.py \
 			tests/native/test_merged_ops.py tests/recording/test_recorder.py \
-			tests/recording/test_replays.py tests/patching/test_bound.py tests/recording/test_bundles.py tests/recording/test_merging.py; \
+			tests/recording/test_replays.py tests/patching/test_bound.py tests/patching/test_bound_stems.py tests/recording/test_bundles.py tests/recording/test_merging.py; \
 	done
 	$(BIN)/python tests/support/thread_sanitizer/run.py
 	$(BIN)/pytest -q -m sanitizer tests/cuda/test_cuda_sanitizers.py
