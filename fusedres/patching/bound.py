@@ -123,7 +123,9 @@ class Bound:
         is_given = given_of([row[i] if i >= 0 else None for i in flat])
         self.backward = BoundBackward(self.recipe, ops, config, is_given, recording.note, self.kind)
         self.places = places.Places([row[i] for i in given])
-        # what csrc/front/replay_python.cpp goes by: of the tensors that are taken, none is held
+        # What csrc/front/replay_python.cpp goes by: the watch; where in its row the tensors that are taken stand, and
+        # their addresses, for none is held; the recording and where they lie, by number; whether one of them or x wants
+        # a gradient, None where nobody asks.
         addresses = struct.pack(f"{len(given)}P", *(id(row[i]) for i in given))
         wants = self.gradients if torch.is_grad_enabled() else None
         number = recording.number, self.places.number
