@@ -67,6 +67,7 @@ def watch_of(block: nn.Module, plan: Plan, modules: dict[str, Any]) -> tuple[Any
         modules: by path, as `resolve` found them in this call.
     """
     found = [*modules.values()]
+    # of a model's stem: in which attribute of the model its parts are, and their names
     roots = (
         () if plan.whole else ("_modules", *(part.path for part in plan.structure if "." not in part.path))
     )
